@@ -1,0 +1,97 @@
+// The one error class and its closed set of codes. Owns the table from code to gRPC status and HTTP status; knows no
+// transport. Everything that a `catch` receives enters through `ClusterError.from`.
+
+/** Connect's codes, those of them that the cluster uses. Nobody adds one in passing. */
+export type ErrorCode =
+  | 'invalid_argument'
+  | 'unauthenticated'
+  | 'permission_denied'
+  | 'not_found'
+  | 'resource_exhausted'
+  | 'failed_precondition'
+  | 'canceled'
+  | 'deadline_exceeded'
+  | 'unavailable'
+  | 'aborted'
+  | 'data_loss'
+  | 'unimplemented'
+  | 'internal';
+
+/** What one code means outside: its gRPC status number, its HTTP status and whether its text may leave the process. */
+export interface ErrorMapping {
+  readonly grpcStatus: number;
+  readonly httpStatus: number;
+  /** False: clients get a constant text, the log gets the real one. */
+  readonly textLeaves: boolean;
+}
+
+export const errorTable: Readonly<Record<ErrorCode, ErrorMapping>> = {
+  canceled: { grpcStatus: 1, httpStatus: 499, textLeaves: true },
+  invalid_argument: { grpcStatus: 3, httpStatus: 400, textLeaves: true },
+  deadline_exceeded: { grpcStatus: 4, httpStatus: 504, textLeaves: true },
+  not_found: { grpcStatus: 5, httpStatus: 404, textLeaves: true },
+  permission_denied: { grpcStatus: 7, httpStatus: 403, textLeaves: true },
+  resource_exhausted: { grpcStatus: 8, httpStatus: 429, textLeaves: true },
+  failed_precondition: { grpcStatus: 9, httpStatus: 409, textLeaves: true },
+  aborted: { grpcStatus: 10, httpStatus: 503, textLeaves: true },
+  unimplemented: { grpcStatus: 12, httpStatus: 501, textLeaves: true },
+  internal: { grpcStatus: 13, httpStatus: 500, textLeaves: false },
+  unavailable: { grpcStatus: 14, httpStatus: 503, textLeaves: true },
+  data_loss: { grpcStatus: 15, httpStatus: 500, textLeaves: false },
+  unauthenticated: { grpcStatus: 16, httpStatus: 401, textLeaves: true },
+};
+
+/** One field that a request got wrong; the message names the limit and the value. */
+export interface FieldViolation {
+  /** Path in the request, such as `sampling.temperature`. */
+  readonly field: string;
+  readonly description: string;
+}
+
+/** Facts for the client's program, sent as google.rpc details. */
+export interface ErrorDetail {
+  readonly fieldViolations?: readonly FieldViolation[];
+  /** The client should try again after this. */
+  readonly retryAfterMs?: number;
+}
+
+/** Options of a new error: what caused it, and details for the client. */
+export interface ClusterErrorOptions {
+  readonly cause?: unknown;
+  readonly detail?: ErrorDetail;
+}
+
+/** The only error that leaves a package. The message names the field, the limit and the value. */
+export class ClusterError extends Error {
+  readonly code: ErrorCode;
+  readonly detail: ErrorDetail;
+
+  constructor(code: ErrorCode, message: string, options: ClusterErrorOptions = {}) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause });
+    this.name = 'ClusterError';
+    this.code = code;
+    this.detail = options.detail ?? {};
+  }
+
+  /**
+   * Turns what a `catch` received into a ClusterError. An abort becomes `canceled`, a time-out `deadline_exceeded`,
+   * anything unknown `internal`; a ClusterError stays itself.
+   */
+  static from(error: unknown): ClusterError {
+    if (error instanceof ClusterError) {
+      return error;
+    }
+    if (error instanceof Error) {
+      if (error.name === 'TimeoutError') {
+        return new ClusterError('deadline_exceeded', error.message, { cause: error });
+      }
+      if (error.name === 'AbortError') {
+        return error.cause === undefined
+          ? new ClusterError('canceled', error.message, { cause: error })
+          : ClusterError.from(error.cause);
+      }
+      return new ClusterError('internal', error.message, { cause: error });
+    }
+    return new ClusterError('internal', String(error));
+  }
+}

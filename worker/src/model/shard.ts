@@ -1,0 +1,53 @@
+// What `compile` writes and the runtime reads: one directory per rank with ONNX graphs, one weights file that they
+// point into, and this manifest. Owns the names of segments and of their inputs and outputs; knows no session.
+//
+// Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences together.
+// H hidden size; T tensorParallel; D head dim; Qr = query heads / T; Kr = KV heads / T; Vr = this rank's vocabulary rows.
+//
+//   embed              tokenIds int64 [rows]                            -> hidden [rows, H]
+//   layer.{i}.qkv      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], qkv [rows, (Qr + 2 Kr) D]
+//   attention          qkv [1, s, (Qr + 2 Kr) D], pastKey [1, Kr, cap, D], pastValue, seqlensK int32 [1],
+//                      totalLength int32 []                             -> attended [1, s, Qr D], presentKey, presentValue
+//                      (bound in place: present is the same memory as past)
+//   layer.{i}.o        attended [rows, Qr D]                            -> delta [rows, H] (partial sum over ranks)
+//   layer.{i}.mlp      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], deltaOut [rows, H] (partial)
+//   final              residual [rows, H], delta [rows, H]              -> hidden [rows, H] (pre-norm), normed [rows, H]
+//   head               normed [n, H]                                    -> logits [n, Vr]
+//   mtp.{j}.input      hidden [rows, H], embedding [rows, H]            -> residual [rows, H] (W_in . [norm(hidden) ; norm(embedding)])
+//   mtp.{j}.qkv .o .mlp .final: the same signatures as a layer's and the backbone's `final`; the shared `head` follows.
+//
+// `qkv` first adds: residualOut = residual + delta, then normalises residualOut. Layer 0 is fed a zero delta. So does
+// `mlp` (with the all-reduced output of `o`), and `final` (with the all-reduced output of the last `mlp`).
+// One `attention` segment serves every layer and the MTP layers, since they share head counts and RoPE.
+
+import type { ModelConfig } from './model-config.ts';
+
+/** How matrices are stored: fp32 as the reference, int8 block 32 (default), int4 block 32 (speed). */
+export type Precision = 'fp32' | 'int8' | 'int4';
+
+/** Segment file names by segment name, e.g. `layer.0.qkv` -> `layer.0.qkv.onnx`. */
+export interface SegmentEntry {
+  readonly name: string;
+  readonly file: string;
+  readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
+}
+
+/** `shard.json` of one rank's directory. */
+export interface ShardManifest {
+  readonly formatVersion: number;
+  /** Hash of checkpoint contents, precision, tensorParallel, format and graph options; equal on all ranks of a group. */
+  readonly key: string;
+  readonly precision: Precision;
+  readonly tensorParallel: number;
+  readonly rank: number;
+  readonly config: ModelConfig;
+  /** First vocabulary row of this rank's part of the head, and how many. The parts of all ranks cover vocabSize. */
+  readonly vocabStart: number;
+  readonly vocabRows: number;
+  /** RoPE tables inside `attention` cover this many positions. */
+  readonly maxPositions: number;
+  /** Which hidden state feeds the MTP layer: before the backbone's final norm (Xiaomi's own code) or after it. */
+  readonly mtpHidden: 'pre-norm' | 'post-norm';
+  readonly segments: readonly SegmentEntry[];
+}
