@@ -41,6 +41,11 @@ export const errorTable: Readonly<Record<ErrorCode, ErrorMapping>> = {
   unauthenticated: { grpcStatus: 16, httpStatus: 401, textLeaves: true },
 };
 
+/** Whether a text, such as one off the wire, is a code of the closed set. */
+export function isErrorCode(text: string): text is ErrorCode {
+  return Object.hasOwn(errorTable, text);
+}
+
 /** One field that a request got wrong; the message names the limit and the value. */
 export interface FieldViolation {
   /** Path in the request, such as `sampling.temperature`. */

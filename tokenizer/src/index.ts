@@ -1,0 +1,29 @@
+// What other packages may use of the tokenizer.
+
+export {
+  loadTokenizer,
+  createTokenizer,
+  type DecodeOptions,
+  type EncodeOptions,
+  type Tokenizer,
+} from './tokenizer.ts';
+export {
+  parseTokenizerFiles,
+  readTokenizerFiles,
+  type TokenizerDescription,
+  type TokenizerFiles,
+} from './tokenizer-files.ts';
+export {
+  encodeChat,
+  parseChatTemplate,
+  renderChat,
+  type ChatMessage,
+  type ChatOptions,
+  type ChatRole,
+  type ChatTemplate,
+  type ChatToolCall,
+} from './chat-template.ts';
+export { defaultChatTemplate } from './default-template.ts';
+export { StreamDecoder } from './stream-decoder.ts';
+export { ReasoningSplitter, type ReasoningDelta, type ReasoningOptions } from './reasoning.ts';
+export { StopStringMatcher, type StopResult } from './stop-strings.ts';

@@ -1,0 +1,114 @@
+// Splits a completion's text into the model's thinking and its answer. Owns the tags and the text held back while one
+// may be forming; knows no tokens, because MiMo's tags are plain text spread over several of them.
+//
+// The rule, on the whole text:
+//   1. Thinking opens only with `<think>` as the first thing but white space; that white space is dropped. A text that
+//      begins with anything else is all answer, tags and all. `startsInside` skips this step.
+//   2. It ends at the first `</think>`; without one, all the rest is thinking.
+//   3. Line ends next to a tag belong to the tag: after `<think>`, before `</think>`, after `</think>`.
+
+/** What one piece of text added to each part; either may be empty. */
+export interface ReasoningDelta {
+  readonly thinking: string;
+  readonly answer: string;
+}
+
+/** How the completion begins. */
+export interface ReasoningOptions {
+  /** The prompt already ended with the opening tag, so the completion begins inside the thinking. */
+  readonly startsInside?: boolean;
+}
+
+const openTag = '<think>';
+const closeTag = '</think>';
+
+/** Where the next text goes. `after...` states drop line ends until something else comes. */
+type State = 'opening' | 'afterOpen' | 'thinking' | 'afterClose' | 'answer';
+
+/**
+ * Follows one sequence's text. INVARIANT: the deltas joined depend only on the whole text, not on how it was cut.
+ */
+export class ReasoningSplitter {
+  #state: State;
+  #held = '';
+
+  constructor(options: ReasoningOptions = {}) {
+    this.#state = options.startsInside === true ? 'afterOpen' : 'opening';
+  }
+
+  /** Whether the thinking is over, or never began. */
+  get isAnswering(): boolean {
+    return this.#state === 'answer' || this.#state === 'afterClose';
+  }
+
+  /** Takes the next piece of text; what may still turn out to be part of a tag is held back. */
+  push(text: string): ReasoningDelta {
+    let thinking = '';
+    let answer = '';
+    let rest = this.#held + text;
+    this.#held = '';
+    for (;;) {
+      switch (this.#state) {
+        case 'opening': {
+          const begun = rest.trimStart();
+          if (begun.startsWith(openTag)) {
+            rest = begun.slice(openTag.length);
+            this.#state = 'afterOpen';
+            continue;
+          }
+          if (openTag.startsWith(begun)) {
+            this.#held = rest;
+            return { thinking, answer };
+          }
+          this.#state = 'answer';
+          continue;
+        }
+        case 'afterOpen':
+        case 'afterClose': {
+          rest = rest.replace(/^[\r\n]+/u, '');
+          if (rest === '') {
+            return { thinking, answer };
+          }
+          this.#state = this.#state === 'afterOpen' ? 'thinking' : 'answer';
+          continue;
+        }
+        case 'thinking': {
+          const close = rest.indexOf(closeTag);
+          if (close >= 0) {
+            thinking += rest.slice(0, close).replace(/[\r\n]+$/u, '');
+            rest = rest.slice(close + closeTag.length);
+            this.#state = 'afterClose';
+            continue;
+          }
+          const certainUnits = rest.length - heldUnits(rest);
+          thinking += rest.slice(0, certainUnits);
+          this.#held = rest.slice(certainUnits);
+          return { thinking, answer };
+        }
+        case 'answer':
+          answer += rest;
+          return { thinking, answer };
+      }
+    }
+  }
+
+  /** Releases what was held back: there is no more text that could complete a tag. */
+  end(): ReasoningDelta {
+    const text = this.#held;
+    this.#held = '';
+    return this.#state === 'thinking' ? { thinking: text, answer: '' } : { thinking: '', answer: text };
+  }
+}
+
+/** The units at the end that may belong to a closing tag: line ends, then a beginning of the tag. */
+function heldUnits(text: string): number {
+  let tagUnits = Math.min(closeTag.length - 1, text.length);
+  while (!closeTag.startsWith(text.slice(text.length - tagUnits))) {
+    tagUnits -= 1;
+  }
+  let start = text.length - tagUnits;
+  while (start > 0 && (text[start - 1] === '\n' || text[start - 1] === '\r')) {
+    start -= 1;
+  }
+  return text.length - start;
+}
