@@ -1,5 +1,6 @@
 // What `compile` writes and the runtime reads: one directory per rank with ONNX graphs, one weights file that they
-// point into, and this manifest. Owns the names of segments and of their inputs and outputs; knows no session.
+// point into, and this manifest. Owns the names of segments and of their inputs and outputs, and reading the manifest;
+// knows no session.
 //
 // Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences together.
 // H hidden size; T tensorParallel; D head dim; Qr = query heads / T; Kr = KV heads / T; Vr = this rank's vocabulary rows.
@@ -20,6 +21,9 @@
 // `mlp` (with the all-reduced output of `o`), and `final` (with the all-reduced output of the last `mlp`).
 // One `attention` segment serves every layer and the MTP layers, since they share head counts and RoPE.
 
+import { readFile, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { ClusterError } from '@mimo/core/errors';
 import type { ModelConfig } from './model-config.ts';
 
 /** How matrices are stored: fp32 as the reference, int8 block 32 (default), int4 block 32 (speed). */
@@ -50,4 +54,56 @@ export interface ShardManifest {
   /** Which hidden state feeds the MTP layer: before the backbone's final norm (Xiaomi's own code) or after it. */
   readonly mtpHidden: 'pre-norm' | 'post-norm';
   readonly segments: readonly SegmentEntry[];
+  /** The weight files that the segments point into, with their sizes in bytes. */
+  readonly files: Readonly<Record<string, number>>;
+}
+
+/** Raised whenever graphs, layout or manifest change; part of the key. */
+export const shardFormatVersion = 1;
+
+/** The manifest's name inside a rank's directory. */
+export const manifestFile = 'shard.json';
+
+/**
+ * Reads a rank's manifest and checks that its segments and weight files are there in full. Throws `not_found` without
+ * a manifest, `failed_precondition` for another format version and `data_loss` where a file is missing or short.
+ */
+export async function readShardManifest(directory: string): Promise<ShardManifest> {
+  const path = join(directory, manifestFile);
+  const text = await readFile(path, 'utf8').catch((error: unknown) => {
+    throw new ClusterError('not_found', `${directory}: has no ${manifestFile}`, { cause: error });
+  });
+  const manifest = parseManifest(text, path);
+  for (const { file } of manifest.segments) {
+    await assertFile(directory, file);
+  }
+  for (const [file, bytes] of Object.entries(manifest.files)) {
+    const { size } = await assertFile(directory, file);
+    if (size !== bytes) {
+      throw new ClusterError('data_loss', `${join(directory, file)}: must have ${bytes} bytes, has ${size}`);
+    }
+  }
+  return manifest;
+}
+
+function parseManifest(text: string, path: string): ShardManifest {
+  let manifest: ShardManifest;
+  try {
+    manifest = JSON.parse(text);
+  } catch (error) {
+    throw new ClusterError('data_loss', `${path}: is not JSON`, { cause: error });
+  }
+  if (manifest.formatVersion !== shardFormatVersion) {
+    throw new ClusterError(
+      'failed_precondition',
+      `${path}: formatVersion must be ${shardFormatVersion}, is ${manifest.formatVersion}: compile the model again`,
+    );
+  }
+  return manifest;
+}
+
+async function assertFile(directory: string, file: string): Promise<{ size: number }> {
+  return stat(join(directory, file)).catch((error: unknown) => {
+    throw new ClusterError('data_loss', `${join(directory, file)}: is missing`, { cause: error });
+  });
 }

@@ -1,0 +1,16 @@
+// The compiling process of the compile benchmark: `mimo compile`'s flags in, its figures as JSON to stdout.
+
+import { compile } from '@mimo/worker/model/compile';
+import { parseCompileArgs } from '@mimo/worker/model/compile-command';
+
+const startedMs = performance.now();
+const { signal } = new AbortController();
+const { rankBytes } = await compile(parseCompileArgs(process.argv.slice(2)), signal);
+const { userCPUTime, systemCPUTime, maxRSS } = process.resourceUsage();
+const figures = {
+  seconds: Math.round((performance.now() - startedMs) / 100) / 10,
+  cpuSeconds: Math.round((userCPUTime + systemCPUTime) / 1e5) / 10,
+  peakMemoryBytes: maxRSS * 1_024,
+  rankBytes,
+};
+process.stdout.write(JSON.stringify(figures));

@@ -1,0 +1,367 @@
+// Builds the graphs of one rank's segments and the layout of their weights (the contract is in shard.ts). Owns which
+// operators compute MiMo; pure: no file is touched, the same arguments always give the same bytes.
+//
+// Source: Qwen2's forward pass, and the MTP block of Xiaomi's vLLM fork (hidden half first in `input_proj`).
+// Deliberate difference: q, k, v are one product over their stacked rows; gate and up stay two.
+// H hidden size; Q query rows of the rank; K its KV rows; F its feed-forward rows; V its vocabulary rows.
+
+import { backboneTensors } from './checkpoint.ts';
+import type { ModelConfig } from './model-config.ts';
+import { encodeModel, type GraphNode, type GraphValue, type GraphWeight } from './onnx-graph.ts';
+import type { ElementDtype } from './safetensors.ts';
+import type { Precision, SegmentEntry } from './shard.ts';
+import { blockSize, type Range, rangeLength, type RankPlan } from './shard-plan.ts';
+import { createWeightLayout, type Part, type WeightLayout } from './weight-layout.ts';
+
+/** Everything that decides one rank's graphs. */
+export interface RankSpec {
+  readonly config: ModelConfig;
+  readonly plan: RankPlan;
+  readonly precision: Precision;
+  /** MatMulNBits' accuracy_level: 4 computes in int8, 0 in fp32. */
+  readonly accuracyLevel: 0 | 4;
+  /** Positions that the RoPE tables cover. */
+  readonly maxPositions: number;
+  /** The embedding is stored as the checkpoint stores it. */
+  readonly embeddingDtype: ElementDtype;
+}
+
+/** One rank's segments, in the order in which a step runs them, and the layout that their weights refer to. */
+export interface RankSegments {
+  readonly segments: readonly { readonly entry: SegmentEntry; readonly model: Uint8Array }[];
+  readonly layout: WeightLayout;
+}
+
+/** Builds every segment of one rank. */
+export function buildSegments(spec: RankSpec): RankSegments {
+  const layout = createWeightLayout();
+  const segments: { entry: SegmentEntry; model: Uint8Array }[] = [];
+  const add = (name: string, fill: (segment: Segment) => void): void => {
+    const segment = createSegment(spec, layout);
+    fill(segment);
+    const { inputs, outputs, weights, nodes } = segment;
+    const entry = {
+      name,
+      file: `${name}.onnx`,
+      inputs: inputs.map((value) => value.name),
+      outputs: outputs.map((value) => value.name),
+    };
+    segments.push({ entry, model: encodeModel({ name, inputs, outputs, weights, nodes }) });
+  };
+
+  add('embed', fillEmbed);
+  add('attention', fillAttention);
+  for (let layer = 0; layer < spec.config.layers; layer++) {
+    addBlock(add, `layer.${layer}`, `model.layers.${layer}`);
+  }
+  add('final', (segment) => fillFinal(segment, backboneTensors.norm));
+  add('head', fillHead);
+  for (let layer = 0; layer < spec.config.mtpLayers; layer++) {
+    const source = `model.mtp_layers.${layer}`;
+    add(`mtp.${layer}.input`, (segment) => fillDraftInput(segment, source));
+    addBlock(add, `mtp.${layer}`, source);
+    add(`mtp.${layer}.final`, (segment) => fillFinal(segment, `${source}.final_layernorm.weight`));
+  }
+  return { segments, layout };
+}
+
+function addBlock(
+  add: (name: string, fill: (segment: Segment) => void) => void,
+  name: string,
+  source: string,
+): void {
+  add(`${name}.qkv`, (segment) => fillQkv(segment, source));
+  add(`${name}.o`, (segment) => fillOutput(segment, source));
+  add(`${name}.mlp`, (segment) => fillMlp(segment, source));
+}
+
+function fillEmbed(segment: Segment): void {
+  const { config, embeddingDtype } = segment.spec;
+  const { hiddenSize, vocabSize } = config;
+  segment.input('tokenIds', ['rows'], 'int64');
+  const table = segment.weight(
+    segment.layout.plain(
+      'embedding',
+      [whole(backboneTensors.embedding, vocabSize, hiddenSize)],
+      embeddingDtype,
+    ),
+  ); // [vocab, H], as stored
+  segment.node({ op: 'Gather', inputs: [table, 'tokenIds'], outputs: ['row'], ints: { axis: 0 } });
+  segment.node({ op: 'Cast', inputs: ['row'], outputs: ['hidden'], ints: { to: 1 } });
+  segment.output('hidden', ['rows', hiddenSize]);
+}
+
+function fillAttention(segment: Segment): void {
+  const { config, plan, maxPositions } = segment.spec;
+  const { headDim } = config;
+  const cache = [1, plan.kvHeads, 'capacity', headDim];
+  segment.input('qkv', [1, 's', (plan.queryHeads + 2 * plan.kvHeads) * headDim]);
+  segment.input('pastKey', cache);
+  segment.input('pastValue', cache);
+  segment.input('seqlensK', [1], 'int32');
+  segment.input('totalLength', [], 'int32');
+  const { cos, sin } = ropeTables({ headDim, ropeTheta: config.ropeTheta, positions: maxPositions });
+  const dims = [maxPositions, headDim / 2];
+  const cosName = segment.weight(segment.layout.constant('cos', dims, cos)); // [positions, D / 2]
+  const sinName = segment.weight(segment.layout.constant('sin', dims, sin)); // [positions, D / 2]
+  segment.node({
+    op: 'GroupQueryAttention',
+    domain: 'com.microsoft',
+    inputs: ['qkv', '', '', 'pastKey', 'pastValue', 'seqlensK', 'totalLength', cosName, sinName],
+    outputs: ['attended', 'presentKey', 'presentValue'],
+    ints: { num_heads: plan.queryHeads, kv_num_heads: plan.kvHeads, do_rotary: 1, rotary_interleaved: 0 },
+  });
+  segment.output('attended', [1, 's', plan.queryHeads * headDim]);
+  segment.output('presentKey', cache);
+  segment.output('presentValue', cache);
+}
+
+function fillQkv(segment: Segment, source: string): void {
+  const { config, plan } = segment.spec;
+  const attention = `${source}.self_attn`;
+  const rows = [
+    [`${attention}.q_proj`, plan.queryRows],
+    [`${attention}.k_proj`, plan.kvRows],
+    [`${attention}.v_proj`, plan.kvRows],
+  ] as const;
+  const normed = addAndNormalize(segment, `${source}.input_layernorm.weight`, 'residualOut'); // [rows, H]
+  linear(segment, {
+    input: normed,
+    output: 'qkv', // [rows, Q + 2 K]
+    name: 'weight', // [Q + 2 K, H]
+    parts: rows.map(([name, range]) => rowsOf(`${name}.weight`, range, config.hiddenSize)),
+    bias: rows.map(([name, range]) => rowsOf(`${name}.bias`, range, 1)),
+  });
+  segment.output('residualOut', ['rows', config.hiddenSize]);
+  segment.output('qkv', ['rows', rangeLength(plan.queryRows) + 2 * rangeLength(plan.kvRows)]);
+}
+
+function fillOutput(segment: Segment, source: string): void {
+  const { config, plan } = segment.spec;
+  segment.input('attended', ['rows', rangeLength(plan.queryRows)]);
+  linear(segment, {
+    input: 'attended', // [rows, Q]
+    output: 'delta', // [rows, H], this rank's share of the sum
+    name: 'weight', // [H, Q]
+    parts: [columnsOf(`${source}.self_attn.o_proj.weight`, config.hiddenSize, plan.queryRows)],
+  });
+  segment.output('delta', ['rows', config.hiddenSize]);
+}
+
+function fillMlp(segment: Segment, source: string): void {
+  const { config, plan } = segment.spec;
+  const normed = addAndNormalize(segment, `${source}.post_attention_layernorm.weight`, 'residualOut'); // [rows, H]
+  for (const name of ['gate', 'up']) {
+    linear(segment, {
+      input: normed,
+      output: name, // [rows, F]
+      name: `${name}.weight`, // [F, H]
+      parts: [rowsOf(`${source}.mlp.${name}_proj.weight`, plan.feedForward, config.hiddenSize)],
+    });
+  }
+  // QuickGelu with alpha 1 is x * sigmoid(x), SiLU.
+  segment.node({
+    op: 'QuickGelu',
+    domain: 'com.microsoft',
+    inputs: ['gate'],
+    outputs: ['activated'],
+    floats: { alpha: 1 },
+  });
+  segment.node({ op: 'Mul', inputs: ['activated', 'up'], outputs: ['product'] }); // [rows, F]
+  linear(segment, {
+    input: 'product',
+    output: 'deltaOut', // [rows, H], this rank's share of the sum
+    name: 'down.weight', // [H, F]
+    parts: [columnsOf(`${source}.mlp.down_proj.weight`, config.hiddenSize, plan.feedForward)],
+  });
+  segment.output('residualOut', ['rows', config.hiddenSize]);
+  segment.output('deltaOut', ['rows', config.hiddenSize]);
+}
+
+function fillFinal(segment: Segment, norm: string): void {
+  const { hiddenSize } = segment.spec.config;
+  const normed = addAndNormalize(segment, norm, 'hidden'); // [rows, H]
+  segment.output('hidden', ['rows', hiddenSize]);
+  segment.output(normed, ['rows', hiddenSize]);
+}
+
+function fillHead(segment: Segment): void {
+  const { config, plan } = segment.spec;
+  segment.input('normed', ['n', config.hiddenSize]);
+  linear(segment, {
+    input: 'normed', // [n, H]
+    output: 'logits', // [n, V]
+    name: 'weight', // [V, H]
+    parts: [
+      rowsOf(
+        config.tiedHead ? backboneTensors.embedding : backboneTensors.head,
+        plan.vocabulary,
+        config.hiddenSize,
+      ),
+    ],
+  });
+  segment.output('logits', ['n', rangeLength(plan.vocabulary)]);
+}
+
+function fillDraftInput(segment: Segment, source: string): void {
+  const { hiddenSize, rmsNormEps } = segment.spec.config;
+  for (const [input, norm] of [
+    ['hidden', `${source}.hidden_layernorm.weight`],
+    ['embedding', `${source}.token_layernorm.weight`],
+  ] as const) {
+    segment.input(input, ['rows', hiddenSize]);
+    const gain = segment.weight(segment.layout.plain(`${input}.norm`, [rowsOf(norm, allOf(hiddenSize), 1)])); // [H]
+    segment.node({
+      op: 'SimplifiedLayerNormalization',
+      inputs: [input, gain],
+      outputs: [`${input}.normed`],
+      ints: { axis: -1 },
+      floats: { epsilon: rmsNormEps },
+    });
+  }
+  segment.node({
+    op: 'Concat',
+    inputs: ['hidden.normed', 'embedding.normed'],
+    outputs: ['pair'], // [rows, 2 H]
+    ints: { axis: -1 },
+  });
+  linear(segment, {
+    input: 'pair',
+    output: 'residual', // [rows, H]
+    name: 'weight', // [H, 2 H]
+    parts: [whole(`${source}.input_proj.weight`, hiddenSize, 2 * hiddenSize)],
+  });
+  segment.output('residual', ['rows', hiddenSize]);
+}
+
+/** Declares inputs residual and delta, writes their sum to `sum`; returns the name of its RMS norm, [rows, H]. */
+function addAndNormalize(segment: Segment, norm: string, sum: string): string {
+  const { hiddenSize, rmsNormEps } = segment.spec.config;
+  segment.input('residual', ['rows', hiddenSize]);
+  segment.input('delta', ['rows', hiddenSize]);
+  const gain = segment.weight(segment.layout.plain('norm', [rowsOf(norm, allOf(hiddenSize), 1)])); // [H]
+  segment.node({
+    op: 'SkipSimplifiedLayerNormalization',
+    domain: 'com.microsoft',
+    inputs: ['residual', 'delta', gain],
+    outputs: ['normed', '', '', sum],
+    floats: { epsilon: rmsNormEps },
+  });
+  return 'normed';
+}
+
+interface Linear {
+  readonly input: string;
+  readonly output: string;
+  readonly name: string;
+  /** Stacked rows of the matrix, [out, in]. */
+  readonly parts: readonly Part[];
+  readonly bias?: readonly Part[];
+}
+
+/** y = W x + b in the rank's precision, from [rows, in] to [rows, out]. */
+function linear(segment: Segment, { input, output, name, parts, bias }: Linear): void {
+  const { precision, accuracyLevel } = segment.spec;
+  const biasNames = bias === undefined ? [] : [segment.weight(segment.layout.plain('bias', bias))];
+  if (precision === 'fp32') {
+    // Gemm takes the matrix as the checkpoint lays it out; MatMul would want it transposed.
+    const weight = segment.weight(segment.layout.plain(name, parts));
+    segment.node({
+      op: 'Gemm',
+      inputs: [input, weight, ...biasNames],
+      outputs: [output],
+      ints: { transB: 1 },
+    });
+    return;
+  }
+  const bits = precision === 'int8' ? 8 : 4;
+  const { blocks, scales } = segment.layout.quantized(name, parts, bits);
+  const [rows = 0, rowBlocks = 0] = blocks.dims;
+  const optional = bias === undefined ? [] : ['', '', ...biasNames];
+  segment.node({
+    op: 'MatMulNBits',
+    domain: 'com.microsoft',
+    inputs: [input, segment.weight(blocks), segment.weight(scales), ...optional],
+    outputs: [output],
+    ints: { K: rowBlocks * blockSize, N: rows, bits, block_size: blockSize, accuracy_level: accuracyLevel },
+  });
+}
+
+/** RoPE's cos and sin of position * theta^(-2 i / D), angles in fp32 as the reference computes them. */
+function ropeTables(rope: {
+  readonly headDim: number;
+  readonly ropeTheta: number;
+  readonly positions: number;
+}): {
+  cos: Float32Array<ArrayBuffer>;
+  sin: Float32Array<ArrayBuffer>;
+} {
+  const half = rope.headDim / 2;
+  const cos = new Float32Array(rope.positions * half); // [positions, D / 2]
+  const sin = new Float32Array(rope.positions * half); // [positions, D / 2]
+  const frequencies = Float32Array.from({ length: half }, (_, pair) => {
+    const exponent = Math.fround((2 * pair) / rope.headDim);
+    return 1 / Math.fround(rope.ropeTheta ** exponent);
+  });
+  for (let position = 0; position < rope.positions; position++) {
+    frequencies.forEach((frequency, pair) => {
+      const angle = Math.fround(position * frequency);
+      cos[position * half + pair] = Math.cos(angle);
+      sin[position * half + pair] = Math.sin(angle);
+    });
+  }
+  return { cos, sin };
+}
+
+/** One graph under construction. */
+interface Segment {
+  readonly spec: RankSpec;
+  readonly layout: WeightLayout;
+  readonly inputs: readonly GraphValue[];
+  readonly outputs: readonly GraphValue[];
+  readonly weights: readonly GraphWeight[];
+  readonly nodes: readonly GraphNode[];
+  input(name: string, dims: GraphValue['dims'], type?: GraphValue['type']): void;
+  output(name: string, dims: GraphValue['dims']): void;
+  /** Adds a weight and returns its name. */
+  weight(weight: GraphWeight): string;
+  node(node: GraphNode): void;
+}
+
+function createSegment(spec: RankSpec, layout: WeightLayout): Segment {
+  const inputs: GraphValue[] = [];
+  const outputs: GraphValue[] = [];
+  const weights: GraphWeight[] = [];
+  const nodes: GraphNode[] = [];
+  return {
+    spec,
+    layout,
+    inputs,
+    outputs,
+    weights,
+    nodes,
+    input: (name, dims, type = 'float') => void inputs.push({ name, type, dims }),
+    output: (name, dims) => void outputs.push({ name, type: 'float', dims }),
+    weight(weight) {
+      weights.push(weight);
+      return weight.name;
+    },
+    node: (node) => void nodes.push(node),
+  };
+}
+
+function allOf(length: number): Range {
+  return { start: 0, end: length };
+}
+
+function whole(source: string, rows: number, columns: number): Part {
+  return { source, rows: allOf(rows), columns: allOf(columns) };
+}
+
+function rowsOf(source: string, rows: Range, columns: number): Part {
+  return { source, rows, columns: allOf(columns) };
+}
+
+function columnsOf(source: string, rows: number, columns: Range): Part {
+  return { source, rows: allOf(rows), columns };
+}
