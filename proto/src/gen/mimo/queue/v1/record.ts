@@ -9,6 +9,73 @@ export const protobufPackage = "mimo.queue.v1";
 
 export const protobufFileName = "mimo/queue/v1/record.proto";
 
+/** AssignmentOutcome is the owning gateway's word on a request: it is the one that knows, a dispatcher only thinks so. */
+export const AssignmentOutcome = {
+  UNSPECIFIED: 0,
+  /** ACCEPTED - The attempt has begun. */
+  ACCEPTED: 1,
+  /** ALREADY_ASSIGNED - An attempt runs already, on the group that the reply names. */
+  ALREADY_ASSIGNED: 2,
+  /** UNKNOWN_REQUEST - The gateway does not hold the request: it has ended, and its record may be deleted. */
+  UNKNOWN_REQUEST: 3,
+  /** STALE_DISPATCHER - The dispatcher's lease has passed to another one. */
+  STALE_DISPATCHER: 4,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type AssignmentOutcome = typeof AssignmentOutcome[keyof typeof AssignmentOutcome];
+
+export namespace AssignmentOutcome {
+  export type UNSPECIFIED = typeof AssignmentOutcome.UNSPECIFIED;
+  export type ACCEPTED = typeof AssignmentOutcome.ACCEPTED;
+  export type ALREADY_ASSIGNED = typeof AssignmentOutcome.ALREADY_ASSIGNED;
+  export type UNKNOWN_REQUEST = typeof AssignmentOutcome.UNKNOWN_REQUEST;
+  export type STALE_DISPATCHER = typeof AssignmentOutcome.STALE_DISPATCHER;
+  export type UNRECOGNIZED = typeof AssignmentOutcome.UNRECOGNIZED;
+}
+
+export function assignmentOutcomeFromJSON(object: any): AssignmentOutcome {
+  switch (object) {
+    case 0:
+    case "ASSIGNMENT_OUTCOME_UNSPECIFIED":
+      return AssignmentOutcome.UNSPECIFIED;
+    case 1:
+    case "ASSIGNMENT_OUTCOME_ACCEPTED":
+      return AssignmentOutcome.ACCEPTED;
+    case 2:
+    case "ASSIGNMENT_OUTCOME_ALREADY_ASSIGNED":
+      return AssignmentOutcome.ALREADY_ASSIGNED;
+    case 3:
+    case "ASSIGNMENT_OUTCOME_UNKNOWN_REQUEST":
+      return AssignmentOutcome.UNKNOWN_REQUEST;
+    case 4:
+    case "ASSIGNMENT_OUTCOME_STALE_DISPATCHER":
+      return AssignmentOutcome.STALE_DISPATCHER;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return AssignmentOutcome.UNRECOGNIZED;
+  }
+}
+
+export function assignmentOutcomeToJSON(object: AssignmentOutcome): string {
+  switch (object) {
+    case AssignmentOutcome.UNSPECIFIED:
+      return "ASSIGNMENT_OUTCOME_UNSPECIFIED";
+    case AssignmentOutcome.ACCEPTED:
+      return "ASSIGNMENT_OUTCOME_ACCEPTED";
+    case AssignmentOutcome.ALREADY_ASSIGNED:
+      return "ASSIGNMENT_OUTCOME_ALREADY_ASSIGNED";
+    case AssignmentOutcome.UNKNOWN_REQUEST:
+      return "ASSIGNMENT_OUTCOME_UNKNOWN_REQUEST";
+    case AssignmentOutcome.STALE_DISPATCHER:
+      return "ASSIGNMENT_OUTCOME_STALE_DISPATCHER";
+    case AssignmentOutcome.UNRECOGNIZED:
+    default:
+      return "UNRECOGNIZED";
+  }
+}
+
 /**
  * RequestRecord is the one durable record of an accepted request: a message of the JetStream stream REQUESTS on
  * `requests.<model>.<requestId>`. It lives until the request has ended and is then deleted by its sequence.
@@ -27,32 +94,39 @@ export interface RequestRecord {
   sampling: SamplingParams | undefined;
 }
 
-/** Assignment tells the owning gateway where a request runs: core NATS request on `gateways.<gatewayId>.assign`. */
+/** Assignment tells the owning gateway where a request runs: a core NATS request on `gateways.<gatewayId>.assign`. */
 export interface Assignment {
   requestId: string;
   model: string;
   group: string;
-  /** The group's life that was chosen; a session with another one refuses the assignment. */
+  /** The group's life that was chosen: a restarted group is another one. */
   incarnation: string;
+  /** Where the gateway opens its session with the group, host:port. */
   address: string;
-  /** Counts the request's attempts from 1. */
-  epoch: number;
-  /** Revision of the dispatcher's lease: a gateway refuses assignments of an older one. */
+  /** Revision at which the dispatcher took its lease: a gateway refuses assignments of an older one. */
   dispatcherEpoch: number;
 }
 
 export interface AssignmentReply {
-  /** False: the gateway does not hold the request (any more); the dispatcher forgets it. */
-  accepted: boolean;
+  outcome: AssignmentOutcome;
+  /** Where the request runs and which attempt it is, counted from 1 by the gateway: the epoch of its frames. */
+  group: string;
+  incarnation: string;
+  epoch: number;
 }
 
-/** RequestEnded is published on core NATS `ended.<model>` by the owning gateway after it deleted the record. */
+/**
+ * RequestEnded is published on core NATS `ended.<model>` by the owning gateway. It may be lost: a dispatcher that missed
+ * it learns the same from the reply to its next assignment.
+ */
 export interface RequestEnded {
   requestId: string;
   model: string;
-  /** True: the attempt failed with the group and the request waits for another one. */
+  /**
+   * True: only the attempt has ended, because its group was lost or refused it, and the request waits for another one.
+   * False: the request has ended and its record is deleted.
+   */
   requeued: boolean;
-  epoch: number;
 }
 
 function createBaseRequestRecord(): RequestRecord {
@@ -282,7 +356,7 @@ export const RequestRecord: MessageFns<RequestRecord> = {
 };
 
 function createBaseAssignment(): Assignment {
-  return { requestId: "", model: "", group: "", incarnation: "", address: "", epoch: 0, dispatcherEpoch: 0 };
+  return { requestId: "", model: "", group: "", incarnation: "", address: "", dispatcherEpoch: 0 };
 }
 
 export const Assignment: MessageFns<Assignment> = {
@@ -302,11 +376,8 @@ export const Assignment: MessageFns<Assignment> = {
     if (message.address !== "") {
       writer.uint32(42).string(message.address);
     }
-    if (message.epoch !== 0) {
-      writer.uint32(48).uint32(message.epoch);
-    }
     if (message.dispatcherEpoch !== 0) {
-      writer.uint32(56).uint64(message.dispatcherEpoch);
+      writer.uint32(48).uint64(message.dispatcherEpoch);
     }
     return writer;
   },
@@ -369,14 +440,6 @@ export const Assignment: MessageFns<Assignment> = {
               break;
             }
 
-            message.epoch = reader.uint32();
-            continue;
-          }
-          case 7: {
-            if (tag !== 56) {
-              break;
-            }
-
             message.dispatcherEpoch = longToNumber(reader.uint64());
             continue;
           }
@@ -403,7 +466,6 @@ export const Assignment: MessageFns<Assignment> = {
       group: isSet(object.group) ? globalThis.String(object.group) : "",
       incarnation: isSet(object.incarnation) ? globalThis.String(object.incarnation) : "",
       address: isSet(object.address) ? globalThis.String(object.address) : "",
-      epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
       dispatcherEpoch: isSet(object.dispatcherEpoch)
         ? globalThis.Number(object.dispatcherEpoch)
         : isSet(object.dispatcher_epoch)
@@ -429,9 +491,6 @@ export const Assignment: MessageFns<Assignment> = {
     if (message.address !== "") {
       obj.address = message.address;
     }
-    if (message.epoch !== 0) {
-      obj.epoch = Math.round(message.epoch);
-    }
     if (message.dispatcherEpoch !== 0) {
       obj.dispatcherEpoch = Math.round(message.dispatcherEpoch);
     }
@@ -448,20 +507,28 @@ export const Assignment: MessageFns<Assignment> = {
     message.group = object.group ?? "";
     message.incarnation = object.incarnation ?? "";
     message.address = object.address ?? "";
-    message.epoch = object.epoch ?? 0;
     message.dispatcherEpoch = object.dispatcherEpoch ?? 0;
     return message;
   },
 };
 
 function createBaseAssignmentReply(): AssignmentReply {
-  return { accepted: false };
+  return { outcome: 0, group: "", incarnation: "", epoch: 0 };
 }
 
 export const AssignmentReply: MessageFns<AssignmentReply> = {
   encode(message: AssignmentReply, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
-    if (message.accepted !== false) {
-      writer.uint32(8).bool(message.accepted);
+    if (message.outcome !== 0) {
+      writer.uint32(8).int32(message.outcome);
+    }
+    if (message.group !== "") {
+      writer.uint32(18).string(message.group);
+    }
+    if (message.incarnation !== "") {
+      writer.uint32(26).string(message.incarnation);
+    }
+    if (message.epoch !== 0) {
+      writer.uint32(32).uint32(message.epoch);
     }
     return writer;
   },
@@ -484,7 +551,31 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
               break;
             }
 
-            message.accepted = reader.bool();
+            message.outcome = reader.int32() as any;
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.group = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.incarnation = reader.string();
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.epoch = reader.uint32();
             continue;
           }
         }
@@ -500,13 +591,27 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
   },
 
   fromJSON(object: any): AssignmentReply {
-    return { accepted: isSet(object.accepted) ? globalThis.Boolean(object.accepted) : false };
+    return {
+      outcome: isSet(object.outcome) ? assignmentOutcomeFromJSON(object.outcome) : 0,
+      group: isSet(object.group) ? globalThis.String(object.group) : "",
+      incarnation: isSet(object.incarnation) ? globalThis.String(object.incarnation) : "",
+      epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
+    };
   },
 
   toJSON(message: AssignmentReply): unknown {
     const obj: any = {};
-    if (message.accepted !== false) {
-      obj.accepted = message.accepted;
+    if (message.outcome !== 0) {
+      obj.outcome = assignmentOutcomeToJSON(message.outcome);
+    }
+    if (message.group !== "") {
+      obj.group = message.group;
+    }
+    if (message.incarnation !== "") {
+      obj.incarnation = message.incarnation;
+    }
+    if (message.epoch !== 0) {
+      obj.epoch = Math.round(message.epoch);
     }
     return obj;
   },
@@ -516,13 +621,16 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
   },
   fromPartial(object: DeepPartial<AssignmentReply>): AssignmentReply {
     const message = createBaseAssignmentReply();
-    message.accepted = object.accepted ?? false;
+    message.outcome = object.outcome ?? 0;
+    message.group = object.group ?? "";
+    message.incarnation = object.incarnation ?? "";
+    message.epoch = object.epoch ?? 0;
     return message;
   },
 };
 
 function createBaseRequestEnded(): RequestEnded {
-  return { requestId: "", model: "", requeued: false, epoch: 0 };
+  return { requestId: "", model: "", requeued: false };
 }
 
 export const RequestEnded: MessageFns<RequestEnded> = {
@@ -535,9 +643,6 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     }
     if (message.requeued !== false) {
       writer.uint32(24).bool(message.requeued);
-    }
-    if (message.epoch !== 0) {
-      writer.uint32(32).uint32(message.epoch);
     }
     return writer;
   },
@@ -579,14 +684,6 @@ export const RequestEnded: MessageFns<RequestEnded> = {
             message.requeued = reader.bool();
             continue;
           }
-          case 4: {
-            if (tag !== 32) {
-              break;
-            }
-
-            message.epoch = reader.uint32();
-            continue;
-          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -608,7 +705,6 @@ export const RequestEnded: MessageFns<RequestEnded> = {
         : "",
       model: isSet(object.model) ? globalThis.String(object.model) : "",
       requeued: isSet(object.requeued) ? globalThis.Boolean(object.requeued) : false,
-      epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
     };
   },
 
@@ -623,9 +719,6 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     if (message.requeued !== false) {
       obj.requeued = message.requeued;
     }
-    if (message.epoch !== 0) {
-      obj.epoch = Math.round(message.epoch);
-    }
     return obj;
   },
 
@@ -637,7 +730,6 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     message.requestId = object.requestId ?? "";
     message.model = object.model ?? "";
     message.requeued = object.requeued ?? false;
-    message.epoch = object.epoch ?? 0;
     return message;
   },
 };

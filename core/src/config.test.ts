@@ -1,0 +1,142 @@
+import { describe, expect, it } from 'vitest';
+
+import {
+  addressSetting,
+  booleanSetting,
+  choiceSetting,
+  durationSetting,
+  integerSetting,
+  listSetting,
+  parseConfig,
+  printableConfig,
+  secretSetting,
+  sizeSetting,
+  textSetting,
+  type Setting,
+} from './config.ts';
+import { ClusterError } from './errors.ts';
+
+const settings = {
+  listenAddress: addressSetting('MIMO_TEST_LISTEN', '0.0.0.0:50051'),
+  graceMs: durationSetting('MIMO_TEST_GRACE', '30s'),
+  cacheBytes: sizeSetting('MIMO_TEST_CACHE'),
+  level: choiceSetting('MIMO_TEST_LEVEL', ['low', 'high'], 'low'),
+  token: secretSetting('MIMO_TEST_TOKEN', ''),
+};
+
+const rules = {
+  prefix: 'MIMO_TEST_',
+  settings,
+  check: (config: { graceMs: number }) =>
+    config.graceMs > 60_000 ? ['MIMO_TEST_GRACE must be at most 60s'] : [],
+};
+
+function problemsOf(env: Record<string, string>): string[] {
+  try {
+    parseConfig(rules, env);
+    return [];
+  } catch (error) {
+    return ClusterError.from(error).message.split('\n  ').slice(1);
+  }
+}
+
+describe('parseConfig', () => {
+  it('fills in defaults, and freezes the result', () => {
+    const config = parseConfig(rules, { MIMO_TEST_CACHE: '16Gi', PATH: '/bin' });
+    expect(config).toEqual({
+      listenAddress: '0.0.0.0:50051',
+      graceMs: 30_000,
+      cacheBytes: 16 * 2 ** 30,
+      level: 'low',
+      token: '',
+    });
+    expect(Object.isFrozen(config)).toBe(true);
+  });
+
+  it('lists every problem in one error, with name, expectation and value', () => {
+    const env = {
+      MIMO_TEST_LISTEN: 'nowhere',
+      MIMO_TEST_GRACE: '30',
+      MIMO_TEST_LEVEL: 'mid',
+      MIMO_TEST_GRCE: '1s',
+    };
+    expect(problemsOf(env)).toEqual([
+      'MIMO_TEST_LISTEN must be host:port with a port from 0 to 65535, not "nowhere"',
+      'MIMO_TEST_GRACE must be a duration such as 250ms, 30s, 5m or 24h, not "30"',
+      'MIMO_TEST_CACHE is missing',
+      'MIMO_TEST_LEVEL must be one of low, high, not "mid"',
+      'MIMO_TEST_GRCE is not a setting of this process',
+    ]);
+  });
+
+  it('checks across fields once each is right', () => {
+    expect(problemsOf({ MIMO_TEST_CACHE: '1', MIMO_TEST_GRACE: '2m' })).toEqual([
+      'MIMO_TEST_GRACE must be at most 60s',
+    ]);
+  });
+
+  it('takes an empty variable as one that is not set', () => {
+    expect(problemsOf({ MIMO_TEST_CACHE: '1', MIMO_TEST_GRACE: '' })).toEqual([]);
+  });
+
+  it('passes over what Kubernetes injects for a Service named like the process', () => {
+    const injected = {
+      MIMO_TEST_SERVICE_HOST: '10.0.0.1',
+      MIMO_TEST_SERVICE_PORT: '50051',
+      MIMO_TEST_SERVICE_PORT_GRPC: '50051',
+      MIMO_TEST_PORT: 'tcp://10.0.0.1:50051',
+      MIMO_TEST_PORT_50051_TCP: 'tcp://10.0.0.1:50051',
+      MIMO_TEST_PORT_50051_TCP_ADDR: '10.0.0.1',
+    };
+    expect(problemsOf({ MIMO_TEST_CACHE: '1', ...injected })).toEqual([]);
+  });
+
+  it('never shows a secret', () => {
+    const strict = {
+      ...secretSetting('MIMO_TEST_TOKEN'),
+      parse: () => {
+        throw new RangeError('must be longer');
+      },
+    };
+    const config = parseConfig(rules, { MIMO_TEST_CACHE: '1', MIMO_TEST_TOKEN: 'hush' });
+    expect(printableConfig(settings, config)).toMatchObject({ token: '***', level: 'low' });
+    const failing = (): unknown =>
+      parseConfig({ prefix: 'MIMO_TEST_', settings: { token: strict } }, { MIMO_TEST_TOKEN: 'hush' });
+    expect(failing).toThrow('MIMO_TEST_TOKEN must be longer, not ***');
+  });
+});
+
+describe('settings', () => {
+  const cases: readonly [Setting<unknown>, string, unknown][] = [
+    [durationSetting('X'), '250ms', 250],
+    [durationSetting('X'), '5m', 300_000],
+    [durationSetting('X'), '24h', 86_400_000],
+    [sizeSetting('X'), '512Mi', 536_870_912],
+    [sizeSetting('X'), '7', 7],
+    [integerSetting('X', { min: -1, max: 9 }), '-1', -1],
+    [booleanSetting('X'), 'true', true],
+    [booleanSetting('X'), 'false', false],
+    [addressSetting('X'), '[::1]:0', '[::1]:0'],
+    [listSetting('X'), 'a, b', ['a', 'b']],
+    [textSetting('X'), 'any text', 'any text'],
+  ];
+  it.each(cases)('%o reads %s', (setting, text, value) => {
+    expect(setting.parse(text)).toEqual(value);
+  });
+
+  const bad: readonly [Setting<unknown>, string][] = [
+    [durationSetting('X'), '1.5s'],
+    [durationSetting('X'), '-1s'],
+    [sizeSetting('X'), '16GB'],
+    [integerSetting('X', { min: 0, max: 9 }), '10'],
+    [integerSetting('X', { min: 0, max: 9 }), '1e0'],
+    [booleanSetting('X'), 'yes'],
+    [addressSetting('X'), 'host:65536'],
+    [addressSetting('X'), 'host'],
+    [addressSetting('X'), '::1:80'],
+    [listSetting('X'), 'a,,b'],
+  ];
+  it.each(bad)('%o refuses %s', (setting, text) => {
+    expect(() => setting.parse(text)).toThrow(/^(must be|one of)/);
+  });
+});

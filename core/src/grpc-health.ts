@@ -1,0 +1,56 @@
+// The standard gRPC health service, which a Kubernetes gRPC probe asks. The service name '' stands for the process.
+
+import * as grpc from '@grpc/grpc-js';
+
+import { HealthCheckResponse_ServingStatus as ServingStatus, type HealthServer } from '@mimo/proto/health';
+
+/** Who serves and who does not. Watchers hear of each change. Nothing to close: watches end with their calls. */
+export class Health {
+  readonly #status = new Map<string, ServingStatus>();
+  readonly #watchers = new Set<() => void>();
+
+  /** Says whether a service serves. */
+  set(service: string, serving: boolean): void {
+    this.#status.set(service, serving ? ServingStatus.SERVING : ServingStatus.NOT_SERVING);
+    for (const watcher of this.#watchers) {
+      watcher();
+    }
+  }
+
+  /** The handlers to register with a server. */
+  implementation(): HealthServer {
+    return {
+      check: (call, callback) => {
+        const status = this.#status.get(call.request.service);
+        if (status === undefined) {
+          callback({ code: grpc.status.NOT_FOUND, details: `unknown service ${call.request.service}` });
+        } else {
+          callback(null, { status });
+        }
+      },
+      list: (_call, callback) => {
+        const statuses = Object.fromEntries(
+          [...this.#status].map(([service, status]) => [service, { status }]),
+        );
+        callback(null, { statuses });
+      },
+      watch: (call) => {
+        let last: ServingStatus | undefined;
+        const send = (): void => {
+          const status = this.#status.get(call.request.service) ?? ServingStatus.SERVICE_UNKNOWN;
+          if (status !== last) {
+            last = status;
+            call.write({ status });
+          }
+        };
+        const stop = (): void => {
+          this.#watchers.delete(send);
+        };
+        this.#watchers.add(send);
+        call.on('cancelled', stop);
+        call.on('close', stop);
+        send();
+      },
+    };
+  }
+}

@@ -1,0 +1,257 @@
+// Serving gRPC: a server with health, reflection and a defence against cancel storms; the signal of a call; writing with
+// back-pressure; strict UTF-8. Handlers are written as async functions that throw ClusterErrors; the status and its
+// details are made here.
+
+import { readFileSync } from 'node:fs';
+
+import { BinaryReader } from '@bufbuild/protobuf/wire';
+import * as grpc from '@grpc/grpc-js';
+
+import { HealthService } from '@mimo/proto/health';
+import { ServerReflectionService } from '@mimo/proto/reflection';
+import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo/proto/reflection-v1alpha';
+
+import { beforeAbort } from './abort.ts';
+import { ClusterError } from './errors.ts';
+import { Health } from './grpc-health.ts';
+import { createReflection } from './grpc-reflection.ts';
+import { statusFromError } from './grpc-status.ts';
+
+/** One service and its handlers. */
+export interface ServiceEntry {
+  readonly definition: grpc.ServiceDefinition;
+  readonly implementation: grpc.UntypedServiceImplementation;
+}
+
+/** What a server needs. `listenAddress` is host:port; port 0 takes a free one. */
+export interface GrpcServerOptions {
+  readonly listenAddress: string;
+  readonly services: readonly ServiceEntry[];
+  /** Bound of one incoming message; larger ones end their call with RESOURCE_EXHAUSTED. */
+  readonly maxReceiveBytes: number;
+}
+
+/** A running server. Close it. */
+export interface GrpcServer {
+  /** host:port, with the port that was taken. */
+  readonly address: string;
+  readonly port: number;
+  readonly health: Health;
+  /** Takes no new calls and waits for the running ones; when the signal fires they are cut off. */
+  close(signal: AbortSignal): Promise<void>;
+}
+
+/** Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. */
+const resetLimits = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
+
+/** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */
+export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcServer> {
+  const server = new grpc.Server({
+    'grpc.max_receive_message_length': options.maxReceiveBytes,
+    'grpc.max_send_message_length': -1,
+    // Finds a client that is gone without a word.
+    'grpc.keepalive_time_ms': 30_000,
+    'grpc.keepalive_timeout_ms': 20_000,
+  });
+  raiseResetLimits(server);
+  const health = new Health();
+  const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
+  const definitions = [
+    ...options.services.map(({ definition }) => definition),
+    HealthService,
+    ServerReflectionService,
+    ServerReflectionServiceV1Alpha,
+  ];
+  const reflection = createReflection(descriptors, definitions.map(nameOf));
+  server.addService(HealthService, health.implementation());
+  server.addService(ServerReflectionService, reflection);
+  server.addService(ServerReflectionServiceV1Alpha, reflection);
+  for (const { definition, implementation } of options.services) {
+    server.addService(definition, implementation);
+  }
+  const { promise: bound, resolve, reject } = Promise.withResolvers<number>();
+  server.bindAsync(options.listenAddress, grpc.ServerCredentials.createInsecure(), (error, port) => {
+    if (error === null) {
+      resolve(port);
+    } else {
+      reject(new ClusterError('unavailable', `cannot listen on ${options.listenAddress}: ${error.message}`));
+    }
+  });
+  const port = await bound;
+  const host = options.listenAddress.slice(0, options.listenAddress.lastIndexOf(':'));
+  return {
+    address: `${host}:${port}`,
+    port,
+    health,
+    close: async (signal) => {
+      const { promise: shut, resolve: done } = Promise.withResolvers<void>();
+      server.tryShutdown(() => done());
+      await beforeAbort(shut, signal).catch(() => undefined);
+      server.forceShutdown();
+    },
+  };
+}
+
+/** The full name of a service, which is in the path of each of its methods. */
+function nameOf(definition: grpc.ServiceDefinition): string {
+  return Object.values(definition)[0]?.path.split('/')[1] ?? '';
+}
+
+/**
+ * Lifts node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds. grpc-js offers
+ * no option for it, so the options it hands to http2 are changed before the first port is bound; grpc-server.test.ts
+ * notices when a release of grpc-js keeps them elsewhere.
+ */
+function raiseResetLimits(server: grpc.Server): void {
+  const http2Options: unknown = Reflect.get(server, 'commonServerOptions');
+  if (typeof http2Options !== 'object' || http2Options === null) {
+    throw new ClusterError('internal', 'this grpc-js does not keep its http2 options in commonServerOptions');
+  }
+  Object.assign(http2Options, resetLimits);
+}
+
+interface CancellableCall {
+  readonly cancelled: boolean;
+  on(event: 'cancelled', listener: () => void): unknown;
+}
+
+/** Fires when the peer cancels, goes away or its deadline passes. */
+export function signalOf(call: CancellableCall): AbortSignal {
+  const controller = new AbortController();
+  const abort = (): void =>
+    controller.abort(new ClusterError('canceled', 'the call was canceled by its caller'));
+  if (call.cancelled) {
+    abort();
+  } else {
+    call.on('cancelled', abort);
+  }
+  return controller.signal;
+}
+
+interface WritableCall<Response> {
+  write(message: Response): boolean;
+  once(event: 'drain', listener: () => void): unknown;
+  off(event: 'drain', listener: () => void): unknown;
+}
+
+/**
+ * Writes a message and, where the peer reads slower than that, waits until it has caught up. Rejects with the signal's
+ * reason where that fires first.
+ */
+export async function writeBounded<Response>(
+  call: WritableCall<Response>,
+  message: Response,
+  signal: AbortSignal,
+): Promise<void> {
+  signal.throwIfAborted();
+  if (!call.write(message)) {
+    const { promise: drained, resolve } = Promise.withResolvers<void>();
+    call.once('drain', resolve);
+    try {
+      await beforeAbort(drained, signal);
+    } finally {
+      call.off('drain', resolve);
+    }
+  }
+}
+
+/** A request that is no valid message of its type; `unaryHandler` and `streamHandler` refuse it. */
+export class MalformedRequest {
+  readonly error: ClusterError;
+
+  constructor(error: ClusterError) {
+    this.error = error;
+  }
+}
+
+const strictUtf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
+
+function decodeStrictly(bytes: Uint8Array): string {
+  try {
+    return strictUtf8.decode(bytes);
+  } catch {
+    throw new ClusterError('invalid_argument', 'a text field of the request is not valid UTF-8');
+  }
+}
+
+/**
+ * A request deserializer that refuses what is not valid: invalid UTF-8 (by default replaced with U+FFFD) and bytes that
+ * are no message at all (by default an INTERNAL error).
+ */
+export function strictDeserializer<Request>(message: {
+  decode(input: BinaryReader): Request;
+}): (bytes: Buffer) => Request | MalformedRequest {
+  return (bytes) => {
+    try {
+      return message.decode(new BinaryReader(bytes, decodeStrictly));
+    } catch (error) {
+      if (error instanceof ClusterError) {
+        return new MalformedRequest(error);
+      }
+      const text = `the request is not a valid message: ${ClusterError.from(error).message}`;
+      return new MalformedRequest(new ClusterError('invalid_argument', text, { cause: error }));
+    }
+  };
+}
+
+/** What a handler knows of its call besides the request. */
+export interface CallContext {
+  readonly signal: AbortSignal;
+  readonly metadata: grpc.Metadata;
+  /** Unix milliseconds; undefined: the caller set none. */
+  readonly deadlineUnixMs: number | undefined;
+}
+
+function contextOf(
+  call: CancellableCall & { metadata: grpc.Metadata; getDeadline(): grpc.Deadline },
+): CallContext {
+  const deadline = Number(call.getDeadline());
+  return {
+    signal: signalOf(call),
+    metadata: call.metadata,
+    deadlineUnixMs: Number.isFinite(deadline) ? deadline : undefined,
+  };
+}
+
+function assertWellFormed<Request>(request: Request | MalformedRequest): asserts request is Request {
+  if (request instanceof MalformedRequest) {
+    throw request.error;
+  }
+}
+
+/** Makes a grpc-js handler from a function; what it throws becomes the call's status. */
+export function unaryHandler<Request, Response>(
+  serve: (request: Request, context: CallContext) => Promise<Response>,
+): grpc.handleUnaryCall<Request | MalformedRequest, Response> {
+  return (call, callback) => {
+    const answer = async (): Promise<Response> => {
+      assertWellFormed<Request>(call.request);
+      return serve(call.request, contextOf(call));
+    };
+    answer().then(
+      (response) => callback(null, response),
+      (error: unknown) => callback(statusFromError(error)),
+    );
+  };
+}
+
+/** Makes a grpc-js handler from a function that writes; what it throws becomes the stream's status. */
+export function streamHandler<Request, Response>(
+  serve: (
+    request: Request,
+    context: CallContext,
+    write: (message: Response) => Promise<void>,
+  ) => Promise<void>,
+): grpc.handleServerStreamingCall<Request | MalformedRequest, Response> {
+  return (call) => {
+    const answer = async (): Promise<void> => {
+      assertWellFormed<Request>(call.request);
+      const context = contextOf(call);
+      await serve(call.request, context, (message) => writeBounded(call, message, context.signal));
+    };
+    answer().then(
+      () => call.end(),
+      (error: unknown) => call.emit('error', statusFromError(error)),
+    );
+  };
+}

@@ -1,0 +1,115 @@
+// The life of a process: starting -> ready -> draining -> closed. Owns the order: drain steps run one after another
+// within the grace period, then everything opened is closed in reverse. Does not know what the steps do; main.ts
+// forwards the operating system's signals with `stopOnSignals`.
+
+import { ClusterError } from './errors.ts';
+import type { Log } from './log.ts';
+
+export type LifecycleState = 'starting' | 'ready' | 'draining' | 'closed';
+
+type Step = { readonly name: string; readonly run: (signal: AbortSignal) => Promise<void> | void };
+
+/** Each close step may take this long, so that one that hangs does not keep the others from closing. */
+const closeStepMs = 5_000;
+
+/** Collects what must be drained and closed, and does it once. */
+export class Lifecycle {
+  readonly #log: Log;
+  readonly #graceMs: number;
+  readonly #draining = new AbortController();
+  readonly #closing = new AbortController();
+  readonly #drainSteps: Step[] = [];
+  readonly #closeSteps: Step[] = [];
+  #state: LifecycleState = 'starting';
+  #stopped: Promise<void> | undefined;
+
+  constructor(options: { readonly log: Log; readonly graceMs: number }) {
+    this.#log = options.log;
+    this.#graceMs = options.graceMs;
+  }
+
+  get state(): LifecycleState {
+    return this.#state;
+  }
+
+  /** Fires when draining begins: take nothing new. */
+  get draining(): AbortSignal {
+    return this.#draining.signal;
+  }
+
+  /** Fires when the grace is over or every drain step is done: let go of everything. */
+  get closing(): AbortSignal {
+    return this.#closing.signal;
+  }
+
+  /** Adds a step that finishes what is held; its signal fires when the grace is over. */
+  onDrain(name: string, run: (signal: AbortSignal) => Promise<void> | void): void {
+    this.#drainSteps.push({ name, run });
+  }
+
+  /** Adds a step that closes something. The last added runs first. Failures are logged and do not stop the others. */
+  onClose(name: string, run: () => Promise<void> | void): void {
+    this.#closeSteps.push({ name, run });
+  }
+
+  /** Says that the process serves. */
+  ready(): void {
+    if (this.#state === 'starting') {
+      this.#state = 'ready';
+    }
+  }
+
+  /** Drains and closes; calling it again waits for the same end. Never rejects. */
+  stop(reason: string): Promise<void> {
+    this.#stopped ??= this.#stop(reason);
+    return this.#stopped;
+  }
+
+  async #stop(reason: string): Promise<void> {
+    this.#state = 'draining';
+    this.#log.info({ reason, graceMs: this.#graceMs }, 'draining');
+    const canceled = new ClusterError('canceled', `stopping: ${reason}`);
+    this.#draining.abort(canceled);
+    const grace = setTimeout(() => this.#closing.abort(canceled), this.#graceMs);
+    for (const step of this.#drainSteps) {
+      await this.#attempt(step, this.#closing.signal);
+    }
+    clearTimeout(grace);
+    this.#closing.abort(canceled);
+    for (const step of this.#closeSteps.toReversed()) {
+      await this.#attempt(step, AbortSignal.timeout(closeStepMs));
+    }
+    this.#state = 'closed';
+    this.#log.info({ reason }, 'closed');
+  }
+
+  async #attempt(step: Step, limit: AbortSignal): Promise<void> {
+    const over = Promise.withResolvers<'over'>();
+    const end = (): void => over.resolve('over');
+    if (limit.aborted) {
+      end();
+    }
+    limit.addEventListener('abort', end, { once: true });
+    const running = Promise.resolve()
+      .then(() => step.run(limit))
+      .catch((error: unknown) => {
+        this.#log.error({ error: ClusterError.from(error), step: step.name }, 'step failed');
+      });
+    if ((await Promise.race([running, over.promise])) === 'over') {
+      this.#log.warn({ step: step.name }, 'step not finished in time');
+    }
+    limit.removeEventListener('abort', end);
+  }
+}
+
+/** Stops on SIGTERM and SIGINT; a second signal exits at once with code 1. The process exits with `exitCode` after. */
+export function stopOnSignals(lifecycle: Lifecycle, exitCode = 0): void {
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+    process.on(signal, () => {
+      if (lifecycle.state === 'draining') {
+        process.exit(1);
+      }
+      void lifecycle.stop(signal).then(() => process.exit(exitCode));
+    });
+  }
+}

@@ -1,0 +1,203 @@
+// The queue in the memory of one process, with the semantics of queue-nats save durability: for machines where no
+// nats-server can be had, and as the fast half of the shared test suite. Handles opened on one broker see one another.
+
+import type { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
+import type { Heartbeat } from '@mimo/proto/worker';
+
+import { beforeAbort } from './abort.ts';
+import { Channel, channelUntil } from './channel.ts';
+import { ClusterError } from './errors.ts';
+import type { Closeable, Lease, QueuedRecord, QueueState, RequestQueue } from './queue.ts';
+
+/** One topic: values to everybody who listens at that moment. */
+class Topic<T> {
+  readonly #listeners = new Set<Channel<T>>();
+
+  publish(value: T): void {
+    for (const listener of this.#listeners) {
+      listener.push(value);
+    }
+  }
+
+  async *follow(signal: AbortSignal, backlog: readonly T[] = []): AsyncGenerator<T, void, undefined> {
+    const channel = channelUntil<T>(signal);
+    for (const value of backlog) {
+      channel.push(value);
+    }
+    this.#listeners.add(channel);
+    try {
+      yield* channel;
+    } finally {
+      this.#listeners.delete(channel);
+    }
+  }
+}
+
+/** What the handles of one in-memory queue share. Nothing to close: it goes when its handles do. */
+export class MemoryBroker {
+  readonly records = new Map<number, RequestRecord>();
+  readonly arrivals = new Topic<QueuedRecord>();
+  readonly heartbeats = new Topic<Heartbeat>();
+  readonly ended = new Topic<RequestEnded>();
+  readonly states = new Topic<QueueState>();
+  readonly gateways = new Map<string, (assignment: Assignment) => AssignmentReply>();
+  readonly leases = new Map<string, { readonly holder: symbol; readonly freed: Promise<void> }>();
+  #sequence = 0;
+
+  nextSequence(): number {
+    this.#sequence += 1;
+    return this.#sequence;
+  }
+}
+
+/** Opens a handle on a broker, by default on one of its own. Close it to end its iterations and give up its leases. */
+export function createMemoryQueue(broker: MemoryBroker = new MemoryBroker()): RequestQueue {
+  return new MemoryQueue(broker);
+}
+
+class MemoryQueue implements RequestQueue {
+  readonly kind = 'memory';
+  readonly storeId = 'memory';
+  readonly #broker: MemoryBroker;
+  readonly #closing = new AbortController();
+  readonly #leases = new Set<Lease>();
+  readonly #served = new Set<Closeable>();
+
+  constructor(broker: MemoryBroker) {
+    this.#broker = broker;
+  }
+
+  get connected(): boolean {
+    return !this.#closing.signal.aborted;
+  }
+
+  async opened(): Promise<void> {
+    this.#assertOpen();
+  }
+
+  async publish(record: RequestRecord): Promise<number> {
+    this.#assertOpen();
+    const sequence = this.#broker.nextSequence();
+    this.#broker.records.set(sequence, record);
+    this.#broker.arrivals.publish({ sequence, record });
+    return sequence;
+  }
+
+  async delete(sequence: number): Promise<boolean> {
+    return this.#broker.records.delete(sequence);
+  }
+
+  async *follow(model: string, signal: AbortSignal): AsyncGenerator<QueuedRecord, void, undefined> {
+    const live = [...this.#broker.records].map(([sequence, record]) => ({ sequence, record }));
+    for await (const queued of this.#broker.arrivals.follow(this.#until(signal), live)) {
+      if (queued.record.model === model && this.#broker.records.has(queued.sequence)) {
+        yield queued;
+      }
+    }
+  }
+
+  async counts(): Promise<{ readonly records: number }> {
+    return { records: this.#broker.records.size };
+  }
+
+  async acquireLease(model: string, _holder: string, signal: AbortSignal): Promise<Lease> {
+    const until = this.#until(signal);
+    const holder = Symbol(model);
+    for (
+      let held = this.#broker.leases.get(model);
+      held !== undefined;
+      held = this.#broker.leases.get(model)
+    ) {
+      await beforeAbort(held.freed, until);
+    }
+    until.throwIfAborted();
+    const { promise: freed, resolve: free } = Promise.withResolvers<void>();
+    const lost = new AbortController();
+    this.#broker.leases.set(model, { holder, freed });
+    const lease: Lease = {
+      epoch: this.#broker.nextSequence(),
+      lost: lost.signal,
+      release: async () => {
+        this.#leases.delete(lease);
+        lost.abort();
+        if (this.#broker.leases.get(model)?.holder === holder) {
+          this.#broker.leases.delete(model);
+          free();
+        }
+      },
+    };
+    this.#leases.add(lease);
+    return lease;
+  }
+
+  async assign(gatewayId: string, assignment: Assignment): Promise<AssignmentReply> {
+    this.#assertOpen();
+    const handler = this.#broker.gateways.get(gatewayId);
+    if (handler === undefined) {
+      throw new ClusterError('not_found', `gateway ${gatewayId} does not listen for assignments`);
+    }
+    return handler(assignment);
+  }
+
+  serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable {
+    this.#broker.gateways.set(gatewayId, handler);
+    const served: Closeable = {
+      close: async () => {
+        this.#served.delete(served);
+        if (this.#broker.gateways.get(gatewayId) === handler) {
+          this.#broker.gateways.delete(gatewayId);
+        }
+      },
+    };
+    this.#served.add(served);
+    return served;
+  }
+
+  publishHeartbeat(heartbeat: Heartbeat): void {
+    this.#broker.heartbeats.publish(heartbeat);
+  }
+
+  followHeartbeats(signal: AbortSignal): AsyncIterable<Heartbeat> {
+    return this.#broker.heartbeats.follow(this.#until(signal));
+  }
+
+  publishEnded(ended: RequestEnded): void {
+    this.#broker.ended.publish(ended);
+  }
+
+  async *followEnded(model: string, signal: AbortSignal): AsyncGenerator<RequestEnded, void, undefined> {
+    for await (const ended of this.#broker.ended.follow(this.#until(signal))) {
+      if (ended.model === model) {
+        yield ended;
+      }
+    }
+  }
+
+  publishState(state: QueueState): void {
+    this.#broker.states.publish(state);
+  }
+
+  async *followState(model: string, signal: AbortSignal): AsyncGenerator<QueueState, void, undefined> {
+    for await (const state of this.#broker.states.follow(this.#until(signal))) {
+      if (state.model === model) {
+        yield state;
+      }
+    }
+  }
+
+  async close(): Promise<void> {
+    this.#closing.abort(new ClusterError('canceled', 'the queue is closed'));
+    await Promise.all([...this.#leases].map((lease) => lease.release()));
+    await Promise.all([...this.#served].map((served) => served.close()));
+  }
+
+  #until(signal: AbortSignal): AbortSignal {
+    return AbortSignal.any([signal, this.#closing.signal]);
+  }
+
+  #assertOpen(): void {
+    if (!this.connected) {
+      throw new ClusterError('unavailable', 'the queue is closed', { detail: { retryAfterMs: 1_000 } });
+    }
+  }
+}

@@ -1,0 +1,97 @@
+// The queue as the rest of the cluster sees it: the durable record of each accepted request, the dispatchers' leases,
+// and the small messages between dispatcher, gateways and groups. Implemented by queue-nats (JetStream) and by
+// queue-memory (one process, nothing durable); a shared test suite holds both to the promises below. Tokens never
+// travel here.
+
+import type { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
+import type { Heartbeat } from '@mimo/proto/worker';
+
+/** A live record and its place in the stream: sequences only grow, so they are also the order of arrival. */
+export interface QueuedRecord {
+  readonly sequence: number;
+  readonly record: RequestRecord;
+}
+
+/** The right to dispatch for one model. Only one holder has it at a time, as far as clocks and the network allow. */
+export interface Lease {
+  /** Larger than that of every earlier lease of the model in this store: it fences the holder's assignments. */
+  readonly epoch: number;
+  /** Fires when the lease is no longer held: lost, expired or released. */
+  readonly lost: AbortSignal;
+  /** Gives the lease up at once, so that another need not wait for its expiry. */
+  release(): Promise<void>;
+}
+
+/** What a dispatcher publishes about its queue. A reader that has none of it knows nothing, which is not zero. */
+export interface QueueState {
+  readonly model: string;
+  readonly atUnixMs: number;
+  readonly dispatcherEpoch: number;
+  readonly waitingRequests: number;
+  readonly runningRequests: number;
+  /** Prompt plus permitted completion tokens of the waiting requests. */
+  readonly waitingTokens: number;
+  readonly oldestWaitingMs: number;
+  readonly readyGroups: number;
+}
+
+/** Something that stops when closed; closing twice is allowed. */
+export interface Closeable {
+  close(): Promise<void>;
+}
+
+/**
+ * The queue. Methods fail with `unavailable` (and `retryAfterMs`) while the server cannot be reached; connections are
+ * made again for ever. Iterations end without an error when their signal fires or the queue is closed.
+ */
+export interface RequestQueue extends Closeable {
+  /** `memory` is not durable and lives in one process; whoever starts it says so. */
+  readonly kind: 'nats' | 'memory';
+  readonly connected: boolean;
+  /** Which store is behind it: another one when a server came back empty. Sequences and lease epochs begin anew then. */
+  readonly storeId: string;
+  /** Waits for the first connection. Rejects with the signal's reason where that fires first. */
+  opened(signal: AbortSignal): Promise<void>;
+
+  /**
+   * Writes a record and waits until it is stored. Returns its sequence. A record too large for the server fails with
+   * `invalid_argument`.
+   */
+  publish(record: RequestRecord): Promise<number>;
+  /** Deletes a record. True where this call deleted it, false where it was gone. Waits through disconnections. */
+  delete(sequence: number): Promise<boolean>;
+  /** Replays the live records of a model in order, then follows new ones; each record once. */
+  follow(model: string, signal: AbortSignal): AsyncIterable<QueuedRecord>;
+  /** Live records of every model, counted by the server. */
+  counts(): Promise<{ readonly records: number }>;
+
+  /** Waits until the lease of a model is free and takes it. Rejects when the signal fires first. */
+  acquireLease(model: string, holder: string, signal: AbortSignal): Promise<Lease>;
+
+  /**
+   * Offers a request to its owning gateway. Fails with `not_found` where no such gateway listens, `unavailable` where
+   * it does not answer in time.
+   */
+  assign(gatewayId: string, assignment: Assignment): Promise<AssignmentReply>;
+  /** Answers the assignments to this gateway until closed. The handler may not throw. */
+  serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable;
+
+  /** Sends a heartbeat; lost without an error while disconnected. */
+  publishHeartbeat(heartbeat: Heartbeat): void;
+  /** Follows the heartbeats of every group of every model. */
+  followHeartbeats(signal: AbortSignal): AsyncIterable<Heartbeat>;
+  /** Tells the dispatcher that a request has ended; lost without an error while disconnected. */
+  publishEnded(ended: RequestEnded): void;
+  followEnded(model: string, signal: AbortSignal): AsyncIterable<RequestEnded>;
+  publishState(state: QueueState): void;
+  followState(model: string, signal: AbortSignal): AsyncIterable<QueueState>;
+}
+
+/** How long a lease outlives its holder: a takeover takes at most this long, a hiccup shorter than this is survived. */
+export const leaseTtlMs = 5_000;
+
+/** How often a holder renews: two renewals may be lost. */
+export const leaseRenewMs = leaseTtlMs / 3;
+
+/** How long an owning gateway has to answer an assignment; its handler only looks into a map. */
+export const assignTimeoutMs = 2_000;

@@ -1,0 +1,50 @@
+// Every NATS name of the cluster. A subject's token may not hold '.', '*', '>' or spaces, and model names hold '/' and
+// '.': such characters are written as '=' and two hex digits of each UTF-8 byte, which key-value keys allow too.
+
+/** The stream that holds the records of accepted requests, and the bucket that holds the dispatchers' leases. */
+export const requestStream = 'REQUESTS';
+export const leaseBucket = 'DISPATCHERS';
+
+/** Writes a name as one subject token; `nameFromToken` reads it back. Injective; empty names throw a RangeError. */
+export function tokenFromName(name: string): string {
+  if (name === '') {
+    throw new RangeError('an empty name cannot be a subject token');
+  }
+  let token = '';
+  for (const byte of Buffer.from(name)) {
+    const character = String.fromCharCode(byte);
+    token += /[A-Za-z0-9_-]/.test(character) ? character : `=${byte.toString(16).padStart(2, '0')}`;
+  }
+  return token;
+}
+
+/** Reads a name back from a subject token. */
+export function nameFromToken(token: string): string {
+  const bytes: number[] = [];
+  for (let at = 0; at < token.length; at++) {
+    if (token[at] === '=') {
+      bytes.push(Number.parseInt(token.slice(at + 1, at + 3), 16));
+      at += 2;
+    } else {
+      bytes.push(token.charCodeAt(at));
+    }
+  }
+  return Buffer.from(bytes).toString();
+}
+
+/** The subjects, by what they carry. Names are encoded here and nowhere else. */
+export const subjects = {
+  allRequests: 'requests.>',
+  requestsOf: (model: string): string => `requests.${tokenFromName(model)}.*`,
+  request: (model: string, requestId: string): string =>
+    `requests.${tokenFromName(model)}.${tokenFromName(requestId)}`,
+  /** Heartbeats: from the leader of a group, several times a second. */
+  allHeartbeats: 'workers.*.*',
+  heartbeat: (model: string, group: string): string =>
+    `workers.${tokenFromName(model)}.${tokenFromName(group)}`,
+  /** Assignments: from a dispatcher to the gateway that owns the request, with a reply. */
+  assignments: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.assign`,
+  ended: (model: string): string => `ended.${tokenFromName(model)}`,
+  /** The dispatcher's view of its queue, JSON. */
+  queueState: (model: string): string => `queue.${tokenFromName(model)}.state`,
+} as const;
