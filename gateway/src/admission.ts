@@ -1,0 +1,296 @@
+// The yes or no at the door, and what a yes is complete with. Pure: the same request, facts and chance give the same
+// record. Every door goes through here, so that none skips a check: `checkPrompt`, then the tokenizer if the prompt is
+// sound, then `admitRequest`. All problems of a request are reported at once, each with its field, the limit and the
+// value; prompts themselves are never quoted.
+
+import { ClusterError, type FieldViolation } from '@mimo/core/errors';
+import { Role, type Message } from '@mimo/proto/inference';
+import type { RequestRecord } from '@mimo/proto/queue';
+import type { SamplingParams } from '@mimo/proto/sampling';
+import type { ChatMessage } from '@mimo/tokenizer';
+
+/** What admission knows of a model. */
+export interface ModelFacts {
+  readonly name: string;
+  readonly vocabularySize: number;
+  /** Prompt and completion together. */
+  readonly maxContextTokens: number;
+  readonly draftTokens: number;
+}
+
+/** What the model is to read. */
+export type PromptInput =
+  | { readonly kind: 'chat'; readonly messages: readonly Message[] }
+  | { readonly kind: 'text'; readonly text: string }
+  | { readonly kind: 'tokens'; readonly tokenIds: readonly number[] }
+  | { readonly kind: 'none' };
+
+/** A prompt that was checked and, where it is sound, tokenised. */
+export interface ReadPrompt {
+  readonly kind: PromptInput['kind'];
+  /** Empty where there are problems. */
+  readonly tokenIds: readonly number[];
+  readonly problems: readonly FieldViolation[];
+}
+
+/** Everything else that a record holds. `seed` is the one drawn in case the caller gave none. */
+export interface AdmissionContext {
+  readonly facts: ModelFacts;
+  readonly requestId: string;
+  readonly tenant: string;
+  readonly gatewayId: string;
+  readonly seed: number;
+  readonly acceptedUnixMs: number;
+  readonly deadlineUnixMs: number | undefined;
+}
+
+/** At most this many stop texts: each is searched for in every piece of text. */
+export const maxStops = 16;
+export const maxStopCharacters = 256;
+export const maxStopTokenIds = 64;
+const uint32Max = 0xffff_ffff;
+
+interface NumberRule {
+  readonly field: string;
+  readonly value: number | undefined;
+  readonly min: number;
+  readonly max: number;
+  readonly minExcluded?: boolean;
+  readonly integer?: boolean;
+}
+
+/** Temperature and top_p are MiMo's recommendation; the others leave the distribution as it is. */
+const defaults = {
+  temperature: 0.6,
+  topP: 0.95,
+  topK: 0,
+  minP: 0,
+  repetitionPenalty: 1,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  ignoreEos: false,
+  minTokens: 0,
+} as const;
+
+/**
+ * Turns a request into its record: every default filled in, `max_tokens` within what is left of the context. Fails with
+ * `invalid_argument` and a violation for each problem, the prompt's included.
+ */
+export function admitRequest(
+  prompt: ReadPrompt,
+  sampling: SamplingParams | undefined,
+  context: AdmissionContext,
+): RequestRecord {
+  const { facts } = context;
+  const promptTokenIds = [...prompt.tokenIds];
+  const violations = [...checkSampling(sampling, facts), ...prompt.problems];
+  if (promptTokenIds.length >= facts.maxContextTokens) {
+    violations.push({
+      field: promptFields[prompt.kind],
+      description: `has ${promptTokenIds.length} tokens; the limit is ${facts.maxContextTokens - 1}, the context of ${facts.maxContextTokens} less one`,
+    });
+  }
+  const leftTokens = facts.maxContextTokens - promptTokenIds.length;
+  const minTokens = sampling?.minTokens ?? 0;
+  if (leftTokens > 0 && minTokens > leftTokens && minTokens <= (sampling?.maxTokens ?? uint32Max)) {
+    const description = `must be at most the ${leftTokens} tokens that are left of the context, not ${minTokens}`;
+    violations.push({ field: 'sampling.min_tokens', description });
+  }
+  assertNone(violations);
+  return {
+    requestId: context.requestId,
+    model: facts.name,
+    tenant: context.tenant,
+    gatewayId: context.gatewayId,
+    acceptedUnixMs: context.acceptedUnixMs,
+    deadlineUnixMs: context.deadlineUnixMs ?? 0,
+    promptTokenIds,
+    sampling: {
+      ...defaults,
+      draftTokens: facts.draftTokens,
+      seed: context.seed,
+      stop: [],
+      stopTokenIds: [],
+      ...withoutUndefined(sampling),
+      maxTokens: Math.min(sampling?.maxTokens ?? leftTokens, leftTokens),
+    },
+  };
+}
+
+/** Fails with `invalid_argument` where there are violations. */
+export function assertNone(violations: readonly FieldViolation[]): void {
+  if (violations.length > 0) {
+    const message = violations.map(({ field, description }) => `${field} ${description}`).join('; ');
+    throw new ClusterError('invalid_argument', message, { detail: { fieldViolations: violations } });
+  }
+}
+
+function withoutUndefined(sampling: SamplingParams | undefined): Partial<SamplingParams> {
+  return Object.fromEntries(Object.entries(sampling ?? {}).filter(([, value]) => value !== undefined));
+}
+
+const promptFields = { chat: 'messages', text: 'prompt', tokens: 'token_ids', none: 'input' } as const;
+
+/** The texts that are tokenised. */
+export function textsOf(input: PromptInput): string[] {
+  if (input.kind === 'chat') {
+    return input.messages.map(({ content }) => content);
+  }
+  return input.kind === 'text' ? [input.text] : [];
+}
+
+/** What is wrong with a prompt, before it is tokenised. */
+export function checkPrompt(
+  input: PromptInput,
+  { facts, promptMaxBytes }: { readonly facts: ModelFacts; readonly promptMaxBytes: number },
+): FieldViolation[] {
+  const problems: FieldViolation[] = [];
+  if (input.kind === 'none') {
+    problems.push({ field: 'input', description: 'must hold prompt or token_ids' });
+  } else if (input.kind === 'chat') {
+    checkMessages(input.messages, problems);
+  } else if (input.kind === 'tokens') {
+    checkTokenIds('token_ids', input.tokenIds, { facts, violations: problems });
+    checkNotEmpty('token_ids', input.tokenIds.length, problems);
+  } else {
+    checkNotEmpty('prompt', input.text.length, problems);
+    checkWellFormed('prompt', input.text, problems);
+  }
+  const bytes = textsOf(input).reduce((sum, text) => sum + Buffer.byteLength(text), 0);
+  if (bytes > promptMaxBytes) {
+    const description = `has ${bytes} bytes of text; the limit is ${promptMaxBytes}`;
+    problems.push({ field: promptFields[input.kind], description });
+  }
+  return problems;
+}
+
+function checkNotEmpty(field: string, length: number, violations: FieldViolation[]): void {
+  if (length === 0) {
+    violations.push({ field, description: 'must not be empty' });
+  }
+}
+
+function checkWellFormed(field: string, text: string, violations: FieldViolation[]): void {
+  if (!text.isWellFormed()) {
+    violations.push({ field, description: 'must be well-formed Unicode, without lone surrogates' });
+  }
+}
+
+const roleNames = new Map<Role, ChatMessage['role']>([
+  [Role.SYSTEM, 'system'],
+  [Role.USER, 'user'],
+  [Role.ASSISTANT, 'assistant'],
+]);
+
+function checkMessages(messages: readonly Message[], violations: FieldViolation[]): void {
+  checkNotEmpty('messages', messages.length, violations);
+  for (const [index, { role, content }] of messages.entries()) {
+    const isLast = index === messages.length - 1;
+    const at = `messages[${index}]`;
+    if (!roleNames.has(role)) {
+      violations.push({ field: `${at}.role`, description: `must be system, user or assistant, not ${role}` });
+    } else if (isLast && role !== Role.USER) {
+      violations.push({ field: `${at}.role`, description: 'must be user in the last message' });
+    } else if (index > 0 && role === Role.SYSTEM) {
+      violations.push({ field: `${at}.role`, description: 'may be system only in the first message' });
+    }
+    if (role === Role.USER) {
+      checkNotEmpty(`${at}.content`, content.length, violations);
+    }
+    checkWellFormed(`${at}.content`, content, violations);
+  }
+}
+
+/** The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends. */
+export function conversationOf(messages: readonly Message[]): ChatMessage[] {
+  const conversation = messages.map(({ role, content }) => ({
+    role: roleNames.get(role) ?? 'user',
+    content,
+  }));
+  return conversation[0]?.role === 'system'
+    ? conversation
+    : [{ role: 'system', content: '' }, ...conversation];
+}
+
+/** One violation for the first id that is none, so that a garbled prompt does not fill the answer. */
+function checkTokenIds(
+  field: string,
+  tokenIds: readonly number[],
+  { facts, violations }: { facts: ModelFacts; violations: FieldViolation[] },
+): void {
+  const index = tokenIds.findIndex((id) => !Number.isInteger(id) || id < 0 || id >= facts.vocabularySize);
+  if (index >= 0) {
+    violations.push({
+      field: `${field}[${index}]`,
+      description: `must be a token id from 0 to ${facts.vocabularySize - 1}, not ${tokenIds[index]}`,
+    });
+  }
+}
+
+function checkSampling(sampling: SamplingParams | undefined, facts: ModelFacts): FieldViolation[] {
+  if (sampling === undefined) {
+    return [];
+  }
+  const violations: FieldViolation[] = [];
+  const rules: readonly NumberRule[] = [
+    { field: 'temperature', value: sampling.temperature, min: 0, max: 2 },
+    { field: 'top_p', value: sampling.topP, min: 0, max: 1, minExcluded: true },
+    { field: 'top_k', value: sampling.topK, min: 0, max: uint32Max, integer: true },
+    { field: 'min_p', value: sampling.minP, min: 0, max: 1 },
+    { field: 'repetition_penalty', value: sampling.repetitionPenalty, min: 0, max: 2, minExcluded: true },
+    { field: 'presence_penalty', value: sampling.presencePenalty, min: -2, max: 2 },
+    { field: 'frequency_penalty', value: sampling.frequencyPenalty, min: -2, max: 2 },
+    { field: 'seed', value: sampling.seed, min: 0, max: uint32Max, integer: true },
+    { field: 'max_tokens', value: sampling.maxTokens, min: 1, max: uint32Max, integer: true },
+    { field: 'min_tokens', value: sampling.minTokens, min: 0, max: uint32Max, integer: true },
+    { field: 'logprobs', value: sampling.logprobs, min: 0, max: 20, integer: true },
+    { field: 'draft_tokens', value: sampling.draftTokens, min: 0, max: facts.draftTokens, integer: true },
+  ];
+  for (const rule of rules) {
+    const description = numberProblem(rule);
+    if (description !== undefined) {
+      violations.push({ field: `sampling.${rule.field}`, description });
+    }
+  }
+  if ((sampling.minTokens ?? 0) > (sampling.maxTokens ?? uint32Max)) {
+    violations.push({
+      field: 'sampling.min_tokens',
+      description: `must be at most max_tokens, ${sampling.maxTokens}, not ${sampling.minTokens}`,
+    });
+  }
+  if (sampling.stop.length > maxStops) {
+    violations.push({
+      field: 'sampling.stop',
+      description: `has ${sampling.stop.length} texts; the limit is ${maxStops}`,
+    });
+  }
+  for (const [index, stop] of sampling.stop.entries()) {
+    if (stop === '' || stop.length > maxStopCharacters || !stop.isWellFormed()) {
+      violations.push({
+        field: `sampling.stop[${index}]`,
+        description: `must be well-formed text of 1 to ${maxStopCharacters} characters; it has ${stop.length}`,
+      });
+    }
+  }
+  if (sampling.stopTokenIds.length > maxStopTokenIds) {
+    violations.push({
+      field: 'sampling.stop_token_ids',
+      description: `has ${sampling.stopTokenIds.length} ids; the limit is ${maxStopTokenIds}`,
+    });
+  }
+  checkTokenIds('sampling.stop_token_ids', sampling.stopTokenIds, { facts, violations });
+  return violations;
+}
+
+function numberProblem({ value, min, max, minExcluded, integer }: NumberRule): string | undefined {
+  if (value === undefined) {
+    return undefined;
+  }
+  // Written so that NaN, which no comparison holds for, is a problem.
+  const fits = value <= max && (minExcluded === true ? value > min : value >= min);
+  if (fits && (integer !== true || Number.isInteger(value))) {
+    return undefined;
+  }
+  const range = `${minExcluded === true ? 'above' : 'from'} ${min} ${minExcluded === true ? 'and at most' : 'to'} ${max}`;
+  return `must be ${integer === true ? 'a whole number' : 'a number'} ${range}, not ${value}`;
+}

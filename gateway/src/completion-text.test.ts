@@ -1,0 +1,85 @@
+import { join } from 'node:path';
+
+import { loadTokenizer } from '@mimo/tokenizer';
+import * as fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+
+import { CompletionText, type CompletionTextOptions } from './completion-text.ts';
+
+const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
+
+/** Feeds a text's tokens, `step` at a time, and joins what comes out. */
+function relayed(
+  text: string,
+  options: Partial<CompletionTextOptions> = {},
+  step = 1,
+): { text: string; reasoning: string; tokens: number; stop: string | undefined } {
+  const completion = new CompletionText({
+    tokenizer,
+    stop: [],
+    minTokens: 0,
+    splitReasoning: false,
+    ...options,
+  });
+  const tokenIds = tokenizer.encode(text, { allowSpecial: true });
+  const sum = { text: '', reasoning: '', tokens: 0, stop: undefined as string | undefined };
+  for (let at = 0; at < tokenIds.length && sum.stop === undefined; at += step) {
+    const delta = completion.push(tokenIds.slice(at, at + step));
+    sum.text += delta.text;
+    sum.reasoning += delta.reasoning;
+    sum.tokens += delta.tokens;
+    sum.stop = delta.stop;
+  }
+  if (sum.stop === undefined) {
+    const rest = completion.end();
+    sum.text += rest.text;
+    sum.reasoning += rest.reasoning;
+    sum.stop = rest.stop;
+  }
+  return sum;
+}
+
+describe('CompletionText', () => {
+  it('gives the same text however the tokens are grouped', () => {
+    fc.assert(
+      fc.property(fc.string({ unit: 'grapheme' }), fc.integer({ min: 1, max: 5 }), (text, step) => {
+        // The tokenizer reads its text in composed form.
+        expect(relayed(text, {}, step).text).toBe(text.normalize('NFC'));
+      }),
+    );
+  });
+
+  it('cuts at a stop text, and counts the tokens up to the one that completed it', () => {
+    const text = 'The answer is 132. And more.';
+    const cut = relayed(text, { stop: ['132'] });
+    expect(cut).toMatchObject({ text: 'The answer is ', stop: '132' });
+    const upTo = tokenizer.decode(tokenizer.encode(text).slice(0, cut.tokens));
+    expect(upTo).toContain('132');
+    expect(relayed(text, { stop: ['132'] }, 4)).toEqual(cut);
+  });
+
+  it('looks for no stop text before min_tokens', () => {
+    const text = 'no no no yes no';
+    const tokens = tokenizer.encode('no no no').length;
+    const cut = relayed(text, { stop: ['no'], minTokens: tokens });
+    expect(cut).toMatchObject({ text: 'no no no yes ', stop: 'no' });
+  });
+
+  it('tells the thinking from the answer, and leaves both alone where it is not asked to', () => {
+    const text = '<think>\n1 + 1\n</think>\nTwo.';
+    expect(relayed(text, { splitReasoning: true })).toMatchObject({ reasoning: '1 + 1', text: 'Two.' });
+    expect(relayed(text)).toMatchObject({ reasoning: '', text });
+    expect(relayed('<think>\nendless', { splitReasoning: true })).toMatchObject({
+      reasoning: 'endless',
+      text: '',
+    });
+  });
+
+  it('shows no special tokens', () => {
+    expect(relayed('a<|im_end|>b').text).toBe('ab');
+  });
+
+  it('releases at the end what only looked like the beginning of a stop text', () => {
+    expect(relayed('go on an', { stop: ['and'] })).toMatchObject({ text: 'go on an', stop: undefined });
+  });
+});

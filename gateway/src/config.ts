@@ -1,0 +1,72 @@
+// The gateway's settings: one table with the defaults and their reasons, and the checks across fields. Its input is the
+// environment as main.ts hands it over; nothing else reads it.
+
+import {
+  addressSetting,
+  choiceSetting,
+  durationSetting,
+  integerSetting,
+  listSetting,
+  parseConfig,
+  sizeSetting,
+  textSetting,
+  type ConfigOf,
+  type Environment,
+} from '@mimo/core/config';
+import { logLevels } from '@mimo/core/log';
+
+/** The gateway's settings by their variables. */
+export const gatewaySettings = {
+  /** Every interface: a pod is reached from outside itself. */
+  listenAddress: addressSetting('MIMO_GATEWAY_LISTEN', '0.0.0.0:50051'),
+  /** Where Prometheus reads; empty serves no page. */
+  metricsListenAddress: textSetting('MIMO_GATEWAY_METRICS_LISTEN', ''),
+  logLevel: choiceSetting('MIMO_GATEWAY_LOG_LEVEL', logLevels, 'info'),
+  /** `name=directory` of each model that may be asked for; the directory holds config.json and the tokenizer's files. */
+  models: listSetting('MIMO_GATEWAY_MODELS'),
+  /** Comma-separated. Empty: the queue is kept in memory, which is not durable, and `workers` must be given. */
+  natsUrls: listSetting('MIMO_GATEWAY_NATS', ''),
+  /** 1 suits one server; production runs three. */
+  natsReplicas: integerSetting('MIMO_GATEWAY_NATS_REPLICAS', { min: 1, max: 5 }, 1),
+  /** A record that nobody deleted goes after this; longer than any request lives. */
+  recordMaxAgeMs: durationSetting('MIMO_GATEWAY_RECORD_MAX_AGE', '24h'),
+  /** Addresses of group leaders that are asked for their heartbeats directly, for want of NATS. */
+  workers: listSetting('MIMO_GATEWAY_WORKERS', ''),
+  /** JSON file with API keys; empty: everybody is let in as tenant `anonymous`. */
+  keysFile: textSetting('MIMO_GATEWAY_KEYS_FILE', ''),
+  /** How long a request waits for a group that takes it, where its own deadline is not sooner; covers a cold start. */
+  maxWaitMs: durationSetting('MIMO_GATEWAY_MAX_WAIT', '10m'),
+  /** How long a stopping gateway lets its streams run; below Kubernetes' own 30 s. */
+  graceMs: durationSetting('MIMO_GATEWAY_GRACE', '25s'),
+  /** One incoming message; a prompt of a million token ids is about 3 MB. */
+  maxReceiveBytes: sizeSetting('MIMO_GATEWAY_MAX_RECEIVE', '16Mi'),
+  /** Text of one prompt: a million letters without a space take the tokenizer eleven seconds. */
+  promptMaxBytes: sizeSetting('MIMO_GATEWAY_PROMPT_MAX', '1Mi'),
+  /** Beyond this many requests in this gateway, new ones are refused: each holds a stream and its prompt in memory. */
+  maxRequests: integerSetting('MIMO_GATEWAY_MAX_REQUESTS', { min: 1, max: 1_000_000 }, 20_000),
+};
+
+export type GatewayConfig = ConfigOf<typeof gatewaySettings>;
+
+/** Reads the environment; fails with `invalid_argument` listing every problem. */
+export function parseGatewayConfig(env: Environment): GatewayConfig {
+  return parseConfig(
+    {
+      prefix: 'MIMO_GATEWAY_',
+      settings: gatewaySettings,
+      check: (config) => [
+        ...config.models.flatMap((entry) =>
+          /^[^=]+=.+$/.test(entry) ? [] : [`MIMO_GATEWAY_MODELS must hold name=directory, not "${entry}"`],
+        ),
+        ...(config.models.length === 0 ? ['MIMO_GATEWAY_MODELS must name at least one model'] : []),
+        ...(config.natsUrls.length === 0 && config.workers.length === 0
+          ? ['MIMO_GATEWAY_NATS is empty, so MIMO_GATEWAY_WORKERS must name at least one worker']
+          : []),
+        ...(config.natsUrls.length > 0 && config.workers.length > 0
+          ? ['MIMO_GATEWAY_WORKERS is for a queue in memory: with MIMO_GATEWAY_NATS it must be empty']
+          : []),
+      ],
+    },
+    env,
+  );
+}

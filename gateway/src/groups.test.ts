@@ -1,0 +1,44 @@
+import { GroupState, Heartbeat } from '@mimo/proto/worker';
+import { describe, expect, it } from 'vitest';
+
+import { Groups, heartbeatGoneMs } from './groups.ts';
+
+function beat(group: string, sequenceNumber: number, more: Partial<Heartbeat> = {}): Heartbeat {
+  const life = { incarnation: 'one', state: GroupState.READY, model: 'm' };
+  return Heartbeat.fromPartial({ ...life, group, sequenceNumber, ...more });
+}
+
+describe('Groups', () => {
+  it('knows the latest heartbeat of each group of a model', () => {
+    const groups = new Groups();
+    groups.observe(beat('a', 2, { runningSequences: 2 }), 0);
+    groups.observe(beat('a', 1, { runningSequences: 1 }), 1);
+    groups.observe(beat('b', 1, { model: 'other' }), 1);
+    expect(groups.alive('m', 2)).toMatchObject([{ group: 'a', runningSequences: 2 }]);
+    expect(groups.alive('other', 2)).toMatchObject([{ group: 'b' }]);
+  });
+
+  it('takes a new life of a group, whose numbers begin again', () => {
+    const groups = new Groups();
+    groups.observe(beat('a', 90), 0);
+    groups.observe(beat('a', 1, { incarnation: 'two' }), 1);
+    expect(groups.alive('m', 2)).toMatchObject([{ incarnation: 'two' }]);
+  });
+
+  it('forgets a group that is silent, and one that failed at once', () => {
+    const groups = new Groups();
+    groups.observe(beat('a', 1), 0);
+    groups.observe(beat('b', 1), 500);
+    expect(groups.alive('m', heartbeatGoneMs)).toHaveLength(2);
+    expect(groups.alive('m', heartbeatGoneMs + 1)).toMatchObject([{ group: 'b' }]);
+    groups.observe(beat('b', 2, { state: GroupState.FAILED }), 600);
+    expect(groups.alive('m', 601)).toEqual([]);
+  });
+
+  it('calls ready only what takes requests', () => {
+    const groups = new Groups();
+    groups.observe(beat('a', 1, { state: GroupState.DRAINING }), 0);
+    groups.observe(beat('b', 1), 0);
+    expect(groups.ready('m', 1)).toMatchObject([{ group: 'b' }]);
+  });
+});

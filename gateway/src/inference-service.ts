@@ -1,0 +1,276 @@
+// The gRPC door: mimo.inference.v1.InferenceService over admission, the requests' table and the models. Owns who may call,
+// how a stream begins and ends, and the metrics of calls; every check of a request's content is in admission.ts.
+
+import { randomInt, randomUUID } from 'node:crypto';
+
+import type * as grpc from '@grpc/grpc-js';
+
+import { ClusterError } from '@mimo/core/errors';
+import {
+  strictDeserializer,
+  streamHandler,
+  unaryHandler,
+  type CallContext,
+  type ServiceEntry,
+} from '@mimo/core/grpc-server';
+import {
+  CancelRequest,
+  ChatRequest,
+  CountTokensRequest,
+  GenerateRequest,
+  InferenceServiceService,
+  ListModelsRequest,
+  type CancelResponse,
+  type ChatResponse,
+  type CountTokensResponse,
+  type GenerateResponse,
+  type ListModelsResponse,
+} from '@mimo/proto/inference';
+import type { SamplingParams } from '@mimo/proto/sampling';
+
+import {
+  admitRequest,
+  assertNone,
+  checkPrompt,
+  type ModelFacts,
+  type PromptInput,
+  type ReadPrompt,
+} from './admission.ts';
+import { assertMayUse, type Authenticate, type Caller } from './auth.ts';
+import type { Groups } from './groups.ts';
+import type { GatewayMetrics } from './metrics.ts';
+import { factsOf, type ServedModel } from './models.ts';
+import type { Requests } from './requests.ts';
+
+/** What the door works with. `stopping` fires when new requests are to be refused. */
+export interface InferenceServiceParts {
+  readonly gatewayId: string;
+  readonly models: ReadonlyMap<string, ServedModel>;
+  readonly groups: Groups;
+  readonly requests: Requests;
+  readonly authenticate: Authenticate;
+  readonly metrics: GatewayMetrics;
+  readonly promptMaxBytes: number;
+  readonly maxRequests: number;
+  readonly stopping: AbortSignal;
+}
+
+type StreamEvent = NonNullable<ChatResponse['event']>;
+
+interface Completion {
+  readonly model: string;
+  readonly input: PromptInput;
+  readonly sampling: SamplingParams | undefined;
+}
+
+/** The service, ready to be registered with a server. */
+export function createInferenceService(parts: InferenceServiceParts): ServiceEntry {
+  const counted = async <T>(method: string, serve: () => Promise<T>): Promise<T> => {
+    try {
+      const result = await serve();
+      parts.metrics.requests({ method, code: 'ok' });
+      return result;
+    } catch (error) {
+      parts.metrics.requests({ method, code: ClusterError.from(error).code });
+      throw error;
+    }
+  };
+  return {
+    definition: {
+      chat: { ...InferenceServiceService.chat, requestDeserialize: strictDeserializer(ChatRequest) },
+      generate: {
+        ...InferenceServiceService.generate,
+        requestDeserialize: strictDeserializer(GenerateRequest),
+      },
+      cancel: { ...InferenceServiceService.cancel, requestDeserialize: strictDeserializer(CancelRequest) },
+      countTokens: {
+        ...InferenceServiceService.countTokens,
+        requestDeserialize: strictDeserializer(CountTokensRequest),
+      },
+      listModels: {
+        ...InferenceServiceService.listModels,
+        requestDeserialize: strictDeserializer(ListModelsRequest),
+      },
+    },
+    implementation: {
+      chat: streamHandler<ChatRequest, ChatResponse>((request, context, write) =>
+        counted('chat', () => complete(parts, chatOf(request), context, (event) => write({ event }))),
+      ),
+      generate: streamHandler<GenerateRequest, GenerateResponse>((request, context, write) =>
+        counted('generate', () =>
+          complete(parts, generationOf(request), context, (event) => write({ event })),
+        ),
+      ),
+      cancel: unaryHandler<CancelRequest, CancelResponse>((request, context) =>
+        counted('cancel', async () => {
+          const { tenant } = callerOf(parts, context.metadata);
+          return { cancelled: parts.requests.cancel(request.requestId, tenant) };
+        }),
+      ),
+      countTokens: unaryHandler<CountTokensRequest, CountTokensResponse>((request, context) =>
+        counted('countTokens', async () => countTokens(parts, request, context)),
+      ),
+      listModels: unaryHandler<ListModelsRequest, ListModelsResponse>((_request, context) =>
+        counted('listModels', async () => listModels(parts, context)),
+      ),
+    },
+  };
+}
+
+function chatOf({ model, messages, sampling }: ChatRequest): Completion {
+  return { model, input: { kind: 'chat', messages }, sampling };
+}
+
+function generationOf({ model, input, sampling }: GenerateRequest): Completion {
+  if (input === undefined) {
+    return { model, input: { kind: 'none' }, sampling };
+  }
+  return input.$case === 'prompt'
+    ? { model, input: { kind: 'text', text: input.value }, sampling }
+    : { model, input: { kind: 'tokens', tokenIds: input.value.ids }, sampling };
+}
+
+/** Admits a request, sends `started` once it is recorded, and relays it to its end. */
+async function complete(
+  parts: InferenceServiceParts,
+  completion: Completion,
+  context: CallContext,
+  write: (event: StreamEvent) => Promise<void>,
+): Promise<void> {
+  const receivedMs = performance.now();
+  const caller = callerOf(parts, context.metadata);
+  if (parts.stopping.aborted) {
+    throw new ClusterError('unavailable', 'this gateway is stopping', { detail: { retryAfterMs: 500 } });
+  }
+  const { requests } = parts.requests.counts();
+  if (requests >= parts.maxRequests) {
+    const text = `this gateway holds ${requests} requests; the limit is ${parts.maxRequests}`;
+    throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
+  }
+  const model = modelFor(parts, caller, completion.model);
+  const facts = factsOf(model, parts.groups.alive(model.name, performance.now()));
+  const prompt = await readPrompt(completion.input, { model, facts, parts, signal: context.signal });
+  const record = admitRequest(prompt, completion.sampling, {
+    facts,
+    requestId: randomUUID(),
+    tenant: caller.tenant,
+    gatewayId: parts.gatewayId,
+    seed: randomInt(2 ** 32),
+    acceptedUnixMs: Date.now(),
+    deadlineUnixMs: context.deadlineUnixMs,
+  });
+  const { relay, recorded } = parts.requests.open(record, {
+    tokenizer: model.tokenizer,
+    stop: record.sampling?.stop ?? [],
+    minTokens: record.sampling?.minTokens ?? 0,
+    splitReasoning: completion.input.kind === 'chat',
+  });
+  const leave = (): void => {
+    // grpc-js tells of a passed deadline in the same way as of a caller that went away.
+    const late = context.deadlineUnixMs !== undefined && Date.now() >= context.deadlineUnixMs;
+    relay.fail(
+      late ? new ClusterError('deadline_exceeded', 'the deadline passed') : canceled(context.signal),
+    );
+  };
+  context.signal.addEventListener('abort', leave, { once: true });
+  if (context.signal.aborted) {
+    leave();
+  }
+  try {
+    await recorded;
+    const { requestId, promptTokenIds, sampling } = record;
+    const started = {
+      requestId,
+      model: model.name,
+      promptTokens: promptTokenIds.length,
+      seed: sampling?.seed ?? 0,
+    };
+    await write({ $case: 'started', value: started });
+    const labels = { model: model.name };
+    let lastWriteMs: number | undefined;
+    await relay.deliver(async (event) => {
+      await write(event);
+      if (event.$case === 'delta' && event.value.tokenIds.length > 0) {
+        const nowMs = performance.now();
+        if (lastWriteMs === undefined) {
+          parts.metrics.timeToFirstToken(nowMs - receivedMs, labels);
+        } else {
+          parts.metrics.interTokenLatency(nowMs - lastWriteMs, labels);
+        }
+        lastWriteMs = nowMs;
+        parts.metrics.completionTokens(labels, event.value.tokenIds.length);
+      }
+    });
+  } catch (error) {
+    relay.fail(ClusterError.from(error));
+    throw error;
+  } finally {
+    context.signal.removeEventListener('abort', leave);
+  }
+}
+
+/** Checks a prompt and, where it is sound, tokenises it. */
+async function readPrompt(
+  input: PromptInput,
+  by: { model: ServedModel; facts: ModelFacts; parts: InferenceServiceParts; signal: AbortSignal },
+): Promise<ReadPrompt> {
+  const problems = checkPrompt(input, { facts: by.facts, promptMaxBytes: by.parts.promptMaxBytes });
+  const tokenIds = problems.length === 0 ? await by.model.encoder.encode(input, by.signal) : [];
+  return { kind: input.kind, tokenIds, problems };
+}
+
+function canceled(signal: AbortSignal): ClusterError {
+  return ClusterError.from(signal.reason);
+}
+
+async function countTokens(
+  parts: InferenceServiceParts,
+  { request }: CountTokensRequest,
+  { metadata, signal }: CallContext,
+): Promise<CountTokensResponse> {
+  const caller = callerOf(parts, metadata);
+  if (request === undefined) {
+    throw new ClusterError('invalid_argument', 'request must hold chat or generate', {
+      detail: { fieldViolations: [{ field: 'request', description: 'must hold chat or generate' }] },
+    });
+  }
+  const { model: name, input } =
+    request.$case === 'chat' ? chatOf(request.value) : generationOf(request.value);
+  const model = modelFor(parts, caller, name);
+  const facts = factsOf(model, parts.groups.alive(name, performance.now()));
+  const { tokenIds, problems } = await readPrompt(input, { model, facts, parts, signal });
+  assertNone(problems);
+  return { promptTokens: tokenIds.length, maxContextTokens: facts.maxContextTokens };
+}
+
+async function listModels(
+  parts: InferenceServiceParts,
+  { metadata }: CallContext,
+): Promise<ListModelsResponse> {
+  const caller = callerOf(parts, metadata);
+  const nowMs = performance.now();
+  const models = [...parts.models.values()]
+    .filter(({ name }) => caller.models?.has(name) !== false)
+    .map((model) => {
+      const { name, maxContextTokens, draftTokens } = factsOf(model, parts.groups.alive(model.name, nowMs));
+      return { name, maxContextTokens, draftTokens, readyGroups: parts.groups.ready(name, nowMs).length };
+    });
+  return { models };
+}
+
+function callerOf(parts: InferenceServiceParts, metadata: grpc.Metadata): Caller {
+  return parts.authenticate(metadata.get('authorization')[0]?.toString());
+}
+
+function modelFor(parts: InferenceServiceParts, caller: Caller, name: string): ServedModel {
+  const model = parts.models.get(name);
+  if (model === undefined) {
+    const known = [...parts.models.keys()].filter((each) => caller.models?.has(each) !== false).join(', ');
+    throw new ClusterError(
+      'not_found',
+      `model ${JSON.stringify(name.slice(0, 200))} is not served here; there is: ${known}`,
+    );
+  }
+  assertMayUse(caller, name);
+  return model;
+}

@@ -1,0 +1,23 @@
+// The gateway as a process: environment -> configuration -> running gateway; SIGTERM drains it. Nothing else of the
+// gateway reads the environment or ends the process.
+
+import { ClusterError } from '@mimo/core/errors';
+import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { createLog } from '@mimo/core/log';
+
+import { parseGatewayConfig } from './config.ts';
+import { startGateway } from './gateway.ts';
+
+try {
+  const config = parseGatewayConfig(process.env);
+  const log = createLog({ process: 'gateway', level: config.logLevel });
+  const lifecycle = new Lifecycle({ log, graceMs: config.graceMs });
+  stopOnSignals(lifecycle);
+  const gateway = await startGateway(config, log);
+  lifecycle.onDrain('requests', (signal) => gateway.drain(signal));
+  lifecycle.onClose('gateway', () => gateway.close());
+  lifecycle.ready();
+} catch (error) {
+  process.stderr.write(`gateway: ${ClusterError.from(error).message}\n`);
+  process.exit(1);
+}

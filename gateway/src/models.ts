@@ -1,0 +1,87 @@
+// The models that may be asked for. Owns reading a checkpoint's tokenizer and the few figures of config.json that
+// admission needs; the weights are the workers' business. What only a running group knows comes from its heartbeat.
+
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+
+import { z } from 'zod';
+
+import { ClusterError } from '@mimo/core/errors';
+import type { Heartbeat } from '@mimo/proto/worker';
+import type { Tokenizer } from '@mimo/tokenizer';
+
+import type { ModelFacts } from './admission.ts';
+import { loadPromptEncoder, type PromptEncoder } from './prompt-encoder.ts';
+
+/** A model with its tokenizer, loaded. Close its encoder. */
+export interface ServedModel {
+  readonly name: string;
+  readonly tokenizer: Tokenizer;
+  readonly encoder: PromptEncoder;
+  readonly vocabularySize: number;
+  readonly maxContextTokens: number;
+  readonly draftTokens: number;
+}
+
+const checkpointSchema = z.object({
+  vocab_size: z.int().positive(),
+  max_position_embeddings: z.int().positive().default(32_768),
+  num_nextn_predict_layers: z.int().nonnegative().default(0),
+});
+
+/** Loads the models of `name=directory` entries; fails where a directory holds no usable checkpoint, naming it. */
+export async function loadModels(entries: readonly string[]): Promise<ReadonlyMap<string, ServedModel>> {
+  const models = await Promise.all(
+    entries.map((entry) => {
+      const equals = entry.indexOf('=');
+      return loadModel(entry.slice(0, equals), entry.slice(equals + 1));
+    }),
+  );
+  return new Map(models.map((model) => [model.name, model]));
+}
+
+async function loadModel(name: string, directory: string): Promise<ServedModel> {
+  const path = join(directory, 'config.json');
+  const json = await readFile(path, 'utf8').catch((error: unknown) => {
+    throw new ClusterError('failed_precondition', `model ${name}: ${path} cannot be read`, { cause: error });
+  });
+  let config;
+  try {
+    config = checkpointSchema.parse(JSON.parse(json));
+  } catch (error) {
+    throw new ClusterError('failed_precondition', `model ${name}: ${path} is no model configuration`, {
+      cause: error,
+    });
+  }
+  const encoder = await loadPromptEncoder(directory);
+  return {
+    name,
+    tokenizer: encoder.tokenizer,
+    encoder,
+    vocabularySize: config.vocab_size,
+    maxContextTokens: config.max_position_embeddings,
+    // The engine drafts one token a step with the first MTP layer.
+    draftTokens: Math.min(1, config.num_nextn_predict_layers),
+  };
+}
+
+/**
+ * What a request may ask of a model at this moment: the largest context and most drafts of any group that is alive, or
+ * what the checkpoint says while there is none.
+ */
+export function factsOf(model: ServedModel, groups: readonly Heartbeat[]): ModelFacts {
+  const most = (figures: readonly number[], limit: number): number =>
+    groups.length === 0 ? limit : Math.min(limit, Math.max(...figures));
+  return {
+    name: model.name,
+    vocabularySize: model.vocabularySize,
+    maxContextTokens: most(
+      groups.map((group) => group.maxContextTokens),
+      model.maxContextTokens,
+    ),
+    draftTokens: most(
+      groups.map((group) => group.draftTokens),
+      model.draftTokens,
+    ),
+  };
+}

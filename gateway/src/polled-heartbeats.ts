@@ -1,0 +1,35 @@
+// Heartbeats without NATS: asks the leaders named in the configuration for theirs, several times a second, and publishes
+// the answers to the queue in memory as if they had come by themselves.
+
+import * as grpc from '@grpc/grpc-js';
+
+import { pause } from '@mimo/core/abort';
+import { callUnary, channelOptions } from '@mimo/core/grpc-client';
+import type { RequestQueue } from '@mimo/core/queue';
+import { WorkerServiceClient, WorkerServiceService } from '@mimo/proto/worker';
+
+const pollMs = 250;
+const pollTimeoutMs = 1_000;
+const maxReceiveBytes = 4 * 2 ** 20;
+
+/** Polls one leader until the signal fires. A leader that does not answer is simply not heard of. */
+export async function pollHeartbeats(
+  address: string,
+  queue: RequestQueue,
+  signal: AbortSignal,
+): Promise<void> {
+  const credentials = grpc.credentials.createInsecure();
+  const client = new WorkerServiceClient(address, credentials, channelOptions(maxReceiveBytes));
+  try {
+    while (!signal.aborted) {
+      const limits = { request: {}, signal, deadlineUnixMs: Date.now() + pollTimeoutMs };
+      const stats = await callUnary(client, WorkerServiceService.stats, limits).catch(() => undefined);
+      if (stats?.heartbeat !== undefined) {
+        queue.publishHeartbeat(stats.heartbeat);
+      }
+      await pause(pollMs, signal);
+    }
+  } finally {
+    client.close();
+  }
+}

@@ -1,0 +1,193 @@
+// The requests that this gateway has accepted and not yet ended. Owns the durable record of each from publish to its
+// deletion (exactly once, however the request ends), deadlines, the longest wait, and the answers to dispatchers. Knows no
+// gRPC server; what happens to tokens is relay.ts's business.
+
+import { pause } from '@mimo/core/abort';
+import { ClusterError } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
+import type { RequestQueue } from '@mimo/core/queue';
+import {
+  AssignmentOutcome,
+  type Assignment,
+  type AssignmentReply,
+  type RequestRecord,
+} from '@mimo/proto/queue';
+
+import type { CompletionTextOptions } from './completion-text.ts';
+import type { GatewayMetrics } from './metrics.ts';
+import { Relay, type RelayEnd } from './relay.ts';
+import type { Sessions } from './session.ts';
+
+/** What the table works with. */
+export interface RequestsParts {
+  readonly queue: RequestQueue;
+  readonly sessions: Sessions;
+  readonly maxWaitMs: number;
+  readonly metrics: GatewayMetrics;
+  readonly log: Log;
+}
+
+/** An accepted request: its relay, and the promise of its record (rejected where it could not be stored). */
+export interface OpenRequest {
+  readonly relay: Relay;
+  readonly recorded: Promise<number>;
+}
+
+interface HeldRequest extends OpenRequest {
+  readonly record: RequestRecord;
+  readonly deadlineTimer: NodeJS.Timeout | undefined;
+  waitTimer: NodeJS.Timeout | undefined;
+}
+
+// setTimeout's longest delay: a deadline beyond 24 days is as good as none.
+const maxTimerMs = 2 ** 31 - 1;
+
+/** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
+export class Requests {
+  readonly #parts: RequestsParts;
+  readonly #held = new Map<string, HeldRequest>();
+  readonly #deleting = new Set<Promise<void>>();
+  readonly #newestDispatcher = new Map<string, { readonly storeId: string; readonly epoch: number }>();
+
+  constructor(parts: RequestsParts) {
+    this.#parts = parts;
+  }
+
+  /** Requests that have not ended, and records whose deletion is not confirmed yet. */
+  counts(): { readonly requests: number; readonly deletingRecords: number } {
+    return { requests: this.#held.size, deletingRecords: this.#deleting.size };
+  }
+
+  /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
+  open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
+    const { requestId, deadlineUnixMs } = record;
+    const relay = new Relay(record, text, {
+      onRequeued: () => this.#requeued(requestId),
+      onEnded: (end) => this.#ended(requestId, end),
+    });
+    const recorded = this.#parts.queue.publish(record);
+    recorded.catch((error: unknown) => relay.fail(ClusterError.from(error)));
+    const held: HeldRequest = {
+      relay,
+      recorded,
+      record,
+      deadlineTimer:
+        deadlineUnixMs === 0 ? undefined : setTimeout(() => this.#expire(held), delayUntil(deadlineUnixMs)),
+      waitTimer: undefined,
+    };
+    this.#held.set(requestId, held);
+    this.#watchWait(held);
+    return held;
+  }
+
+  /** Answers a dispatcher. Begins an attempt where the request waits. */
+  assign(assignment: Assignment): AssignmentReply {
+    const { requestId, model, dispatcherEpoch } = assignment;
+    const nowhere = { group: '', incarnation: '', epoch: 0 };
+    const { storeId } = this.#parts.queue;
+    const newest = this.#newestDispatcher.get(model);
+    if (newest?.storeId === storeId && dispatcherEpoch < newest.epoch) {
+      return { outcome: AssignmentOutcome.STALE_DISPATCHER, ...nowhere };
+    }
+    this.#newestDispatcher.set(model, { storeId, epoch: dispatcherEpoch });
+    const held = this.#held.get(requestId);
+    if (held === undefined) {
+      return { outcome: AssignmentOutcome.UNKNOWN_REQUEST, ...nowhere };
+    }
+    const { relay } = held;
+    if (relay.place !== undefined) {
+      return { outcome: AssignmentOutcome.ALREADY_ASSIGNED, ...relay.place, epoch: relay.epoch };
+    }
+    clearTimeout(held.waitTimer);
+    if (relay.epoch === 0) {
+      this.#parts.metrics.queueWait(Date.now() - held.record.acceptedUnixMs, { model });
+    }
+    relay.begin(this.#parts.sessions.to(assignment));
+    const { group, incarnation } = assignment;
+    return { outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
+  }
+
+  /** Ends a request of the tenant; false where there is none of that id. */
+  cancel(requestId: string, tenant: string): boolean {
+    const held = this.#held.get(requestId);
+    if (held?.record.tenant !== tenant) {
+      return false;
+    }
+    held.relay.fail(new ClusterError('canceled', 'the request was canceled with Cancel'));
+    return true;
+  }
+
+  /** Ends every request with this error. */
+  failAll(error: ClusterError): void {
+    for (const { relay } of this.#held.values()) {
+      relay.fail(error);
+    }
+  }
+
+  /** Resolves when no request is left and every record is deleted, or the signal fires. */
+  async settled(signal: AbortSignal): Promise<void> {
+    while (!signal.aborted && this.#held.size + this.#deleting.size > 0) {
+      await pause(20, signal);
+    }
+  }
+
+  #requeued(requestId: string): void {
+    const held = this.#held.get(requestId);
+    if (held !== undefined) {
+      const { model } = held.record;
+      this.#parts.metrics.requeues({ model });
+      this.#watchWait(held);
+      this.#parts.queue.publishEnded({ requestId, model, requeued: true });
+    }
+  }
+
+  #ended(requestId: string, end: RelayEnd): void {
+    const held = this.#held.get(requestId);
+    if (held === undefined) {
+      return;
+    }
+    this.#held.delete(requestId);
+    clearTimeout(held.deadlineTimer);
+    clearTimeout(held.waitTimer);
+    const deleting = this.#delete(held).finally(() => this.#deleting.delete(deleting));
+    this.#deleting.add(deleting);
+    if (end.kind === 'error' && end.error.code === 'internal') {
+      this.#parts.log.error({ error: end.error, requestId, model: held.record.model }, 'request failed');
+    }
+  }
+
+  async #delete({ record: { requestId, model }, recorded }: HeldRequest): Promise<void> {
+    try {
+      const sequence = await recorded;
+      await this.#parts.queue.delete(sequence);
+      this.#parts.queue.publishEnded({ requestId, model, requeued: false });
+    } catch (error) {
+      // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.
+      this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'record not deleted');
+    }
+  }
+
+  #watchWait(held: HeldRequest): void {
+    clearTimeout(held.waitTimer);
+    const { maxWaitMs } = this.#parts;
+    held.waitTimer = setTimeout(
+      () => {
+        const text = `no group took the request within ${maxWaitMs} ms`;
+        held.relay.fail(new ClusterError('deadline_exceeded', text, { detail: { retryAfterMs: 5_000 } }));
+      },
+      delayUntil(held.record.acceptedUnixMs + maxWaitMs),
+    );
+  }
+
+  #expire({ relay }: HeldRequest): void {
+    const where =
+      relay.place === undefined
+        ? 'while the request waited for a group'
+        : `after ${relay.completionTokens} completion tokens`;
+    relay.fail(new ClusterError('deadline_exceeded', `the deadline passed ${where}`));
+  }
+}
+
+function delayUntil(unixMs: number): number {
+  return Math.min(Math.max(unixMs - Date.now(), 0), maxTimerMs);
+}

@@ -1,0 +1,240 @@
+// One session with one life of a group: a bidirectional gRPC stream that carries every request between this gateway and
+// that group. Owns slots, the keep-alive and what happens to its sequences when it breaks; knows nothing of clients,
+// text or the queue.
+
+import * as grpc from '@grpc/grpc-js';
+
+import { ClusterError } from '@mimo/core/errors';
+import { channelOptions } from '@mimo/core/grpc-client';
+import { errorFromStatus } from '@mimo/core/grpc-status';
+import type { Log } from '@mimo/core/log';
+import {
+  WorkerServiceClient,
+  type SequenceDelta,
+  type SessionRequest,
+  type SessionResponse,
+  type Submit,
+} from '@mimo/proto/worker';
+
+/** What a session does for one sequence. Both are ignored once the sequence has ended. */
+export interface SequenceHandle {
+  /** Asks the engine to free the sequence; its last delta still comes. */
+  abort(): void;
+  /** Lets it send more tokens. */
+  grant(tokens: number): void;
+}
+
+/** Who hears of a sequence. Nothing is called after a delta with `finish`, nor after `onLost`. */
+export interface SequenceListener {
+  onDelta(delta: SequenceDelta): void;
+  /** The session broke. `begun` false: the group never greeted us, so it cannot have worked on the sequence. */
+  onLost(error: ClusterError, begun: boolean): void;
+}
+
+/** Which life of which group, and where it is reached. */
+export interface SessionTarget {
+  readonly model: string;
+  readonly group: string;
+  readonly incarnation: string;
+  readonly address: string;
+}
+
+const greetTimeoutMs = 5_000;
+const pingIntervalMs = 2_000;
+/** A group that is silent for this long, pings unanswered, is lost: stopped, cut off, or its event loop blocked. */
+const silenceLimitMs = 8_000;
+/** A step frame of a thousand sequences with logprobs stays below it. */
+const maxReceiveBytes = 64 * 2 ** 20;
+
+interface Slot {
+  readonly epoch: number;
+  readonly listener: SequenceListener;
+}
+
+/** A session; it opens at once. Close it, or wait until it breaks: `onEnd` is called once either way. */
+export class Session {
+  readonly target: SessionTarget;
+  readonly #client: WorkerServiceClient;
+  readonly #stream: grpc.ClientDuplexStream<SessionRequest, SessionResponse>;
+  readonly #slots = new Map<number, Slot>();
+  readonly #freeSlots: number[] = [];
+  readonly #log: Log;
+  readonly #onEnd: () => void;
+  readonly #keepAlive: NodeJS.Timeout;
+  readonly #openedMs = performance.now();
+  #heardMs = performance.now();
+  #nextSlot = 0;
+  #nonce = 0;
+  #greeted = false;
+  #ended = false;
+
+  constructor(options: {
+    readonly target: SessionTarget;
+    readonly gatewayId: string;
+    readonly log: Log;
+    readonly onEnd: () => void;
+  }) {
+    const { target, gatewayId } = options;
+    this.target = target;
+    this.#log = options.log.child({ group: target.group, model: target.model });
+    this.#onEnd = options.onEnd;
+    this.#client = new WorkerServiceClient(target.address, grpc.credentials.createInsecure(), {
+      ...channelOptions(maxReceiveBytes),
+      // A connection of its own: sessions do not share each other's flow-control window or fate.
+      'grpc.use_local_subchannel_pool': 1,
+    });
+    this.#stream = this.#client.session();
+    this.#stream.on('data', (response: SessionResponse) => this.#receive(response));
+    this.#stream.on('end', () =>
+      this.#end(new ClusterError('unavailable', `group ${target.group} ended its session`)),
+    );
+    this.#stream.on('error', (error) => {
+      // Whatever the transport calls it (a killed peer may look like CANCELLED): for a request the group is not there.
+      const text = `group ${target.group} lost its session: ${errorFromStatus(error).message}`;
+      this.#end(new ClusterError('unavailable', text, { cause: error }));
+    });
+    this.#send({ $case: 'hello', value: { gatewayId, model: target.model } });
+    this.#keepAlive = setInterval(() => this.#watch(), pingIntervalMs);
+  }
+
+  /** Sequences in it. */
+  get sequences(): number {
+    return this.#slots.size;
+  }
+
+  get ended(): boolean {
+    return this.#ended;
+  }
+
+  /** Begins a sequence. Its listener hears of it from the next turn of the event loop on. */
+  submit(submit: Omit<Submit, 'slot'>, listener: SequenceListener): SequenceHandle {
+    const slot = this.#freeSlots.pop() ?? this.#nextSlot++;
+    const { epoch } = submit;
+    const held: Slot = { epoch, listener };
+    this.#slots.set(slot, held);
+    this.#send({ $case: 'submit', value: { ...submit, slot } });
+    const ifLive = (message: NonNullable<SessionRequest['message']>): void => {
+      if (this.#slots.get(slot) === held) {
+        this.#send(message);
+      }
+    };
+    return {
+      abort: () => ifLive({ $case: 'abort', value: { slot, epoch } }),
+      grant: (tokens) => ifLive({ $case: 'credit', value: { slot, epoch, tokens } }),
+    };
+  }
+
+  /** Ends the session; the group aborts what is left in it. */
+  close(): void {
+    this.#end(new ClusterError('canceled', `the session with group ${this.target.group} was closed`));
+  }
+
+  #send(message: NonNullable<SessionRequest['message']>): void {
+    if (!this.#ended) {
+      this.#stream.write({ message });
+    }
+  }
+
+  #receive({ message }: SessionResponse): void {
+    this.#heardMs = performance.now();
+    if (message?.$case === 'welcome') {
+      this.#greeted = true;
+    } else if (message?.$case === 'frame') {
+      for (const delta of message.value.deltas) {
+        const slot = this.#slots.get(delta.slot);
+        if (slot?.epoch === delta.epoch) {
+          if (delta.finish !== undefined) {
+            this.#slots.delete(delta.slot);
+            this.#freeSlots.push(delta.slot);
+          }
+          slot.listener.onDelta(delta);
+        }
+      }
+    }
+  }
+
+  #watch(): void {
+    const nowMs = performance.now();
+    const { group } = this.target;
+    if (!this.#greeted && nowMs - this.#openedMs > greetTimeoutMs) {
+      this.#end(new ClusterError('unavailable', `group ${group} did not answer within ${greetTimeoutMs} ms`));
+    } else if (nowMs - this.#heardMs > silenceLimitMs) {
+      this.#end(new ClusterError('unavailable', `group ${group} was silent for ${silenceLimitMs} ms`));
+    } else {
+      this.#nonce += 1;
+      this.#send({ $case: 'ping', value: { nonce: this.#nonce } });
+    }
+  }
+
+  #end(error: ClusterError): void {
+    if (this.#ended) {
+      return;
+    }
+    this.#ended = true;
+    clearInterval(this.#keepAlive);
+    if (this.#slots.size > 0) {
+      this.#log.warn({ error, sequences: this.#slots.size }, 'session lost');
+    }
+    // Cancelling is the only way to be sure that nothing more comes; its own error has nobody to hear it.
+    this.#stream.removeAllListeners('error');
+    this.#stream.on('error', () => undefined);
+    this.#stream.cancel();
+    this.#client.close();
+    const lost = [...this.#slots.values()];
+    this.#slots.clear();
+    this.#onEnd();
+    for (const { listener } of lost) {
+      listener.onLost(error, this.#greeted);
+    }
+  }
+}
+
+/** The sessions of this gateway, one for each life of a group. Close it. */
+export class Sessions {
+  readonly #gatewayId: string;
+  readonly #log: Log;
+  readonly #sessions = new Map<string, Session>();
+
+  constructor(gatewayId: string, log: Log) {
+    this.#gatewayId = gatewayId;
+    this.#log = log;
+  }
+
+  get sessionCount(): number {
+    return this.#sessions.size;
+  }
+
+  get sequenceCount(): number {
+    return [...this.#sessions.values()].reduce((sum, session) => sum + session.sequences, 0);
+  }
+
+  /** The session with a group's life, opened where there is none. An earlier life of the group has ended with that. */
+  to(target: SessionTarget): Session {
+    const key = JSON.stringify([target.model, target.group]);
+    const existing = this.#sessions.get(key);
+    if (existing !== undefined) {
+      if (existing.target.incarnation === target.incarnation && existing.target.address === target.address) {
+        return existing;
+      }
+      existing.close();
+    }
+    const session = new Session({
+      target,
+      gatewayId: this.#gatewayId,
+      log: this.#log,
+      onEnd: () => {
+        if (this.#sessions.get(key) === session) {
+          this.#sessions.delete(key);
+        }
+      },
+    });
+    this.#sessions.set(key, session);
+    return session;
+  }
+
+  close(): void {
+    for (const session of this.#sessions.values()) {
+      session.close();
+    }
+  }
+}
