@@ -1,80 +1,379 @@
-// CONTRACT SKETCH (types only): what the worker's main thread sees of the step loop. To be implemented.
+// The engine as its process sees it. Owns the step threads of the ranks that live here, the messages to and from the
+// leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no queue,
+// no gRPC and no Kubernetes.
 
-import type { ClusterError } from '@mimo/core/errors';
+import { Worker } from 'node:worker_threads';
+import { ClusterError } from '@mimo/core/errors';
+import { createInProcessGroup, stopInProcessGroup } from '../collective/in-process.ts';
+import { joinGroup, type PeerConnection } from '../collective/join-group.ts';
+import type { ModelConfig } from '../model/model-config.ts';
+import type { Precision } from '../model/shard.ts';
+import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
+import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
+import { kvBlockTokens } from './kv-cache.ts';
+import type {
+  CollectiveSource,
+  StepThreadOptions,
+  StepThreadRequest,
+  StepThreadResponse,
+} from './step-thread.ts';
 
-/** How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed, position). */
-export interface SequenceSampling {
-  readonly temperature: number;
-  readonly topP: number;
-  /** 0: all. */
-  readonly topK: number;
-  readonly minP: number;
-  readonly repetitionPenalty: number;
-  readonly presencePenalty: number;
-  readonly frequencyPenalty: number;
-  readonly seed: number;
-  readonly stopTokenIds: readonly number[];
-  readonly maxTokens: number;
-  readonly minTokens: number;
-  readonly ignoreEos: boolean;
-  /** -1: none; else that many alternatives beside the chosen token. */
-  readonly logprobs: number;
-  /** 0 or 1. */
+export type * from './engine-api.ts';
+export type { EngineOptions, GroupOptions } from './engine-options.ts';
+
+/** Fixed facts of the loaded model and the engine's limits. */
+export interface EngineInfo {
+  readonly rank: number;
+  readonly worldSize: number;
+  readonly runtime: 'ort-capi' | 'ort-node';
+  readonly shardKey: string;
+  readonly precision: Precision;
+  readonly config: ModelConfig;
+  /** Prompt and completion together. */
+  readonly maxContextTokens: number;
+  /** 1 where the model has an MTP layer, else 0. */
   readonly draftTokens: number;
+  readonly maxSequences: number;
+  readonly kvBlocks: number;
+  /** Positions of one block. */
+  readonly kvBlockTokens: number;
 }
 
-export interface SequenceRequest {
-  /** The caller's number for it, unique among the live ones. */
-  readonly sequenceId: number;
-  /** Prompt, then `resumedTokens` completion tokens. */
-  readonly tokenIds: readonly number[];
-  readonly resumedTokens: number;
-  readonly sampling: SequenceSampling;
-  /** Tokens that may be produced before more credit comes; Infinity: no limit. */
-  readonly creditTokens: number;
+/**
+ * The running engine as its process sees it. On a follower only `info`, `failed` and `close` mean something; `submit`
+ * throws `failed_precondition`.
+ */
+export interface EngineHost {
+  readonly info: EngineInfo;
+  /** Resolves (never rejects) with the reason when the group is lost; every live sequence has then ended with `aborted`. */
+  readonly failed: Promise<ClusterError>;
+  /** Throws `unavailable` while draining or closed. A request that cannot run ends with an `error` delta instead. */
+  submit(request: SequenceRequest): void;
+  /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
+  abort(sequenceId: number): void;
+  /** Unknown or ended ids are ignored. */
+  addCredit(sequenceId: number, tokens: number): void;
+  /** Called once per step with every sequence's new tokens. Returns the way to stop listening. */
+  onFrame(listener: (frame: EngineFrame) => void): () => void;
+  /** As of the last frame. */
+  stats(): EngineStats;
+  /** Takes nothing new and resolves when the last sequence has ended, or rejects with the signal's reason. */
+  drain(signal?: AbortSignal): Promise<void>;
+  /** Ends live sequences with `aborted`, stops the threads, frees the model. Idempotent. */
+  close(): Promise<void>;
 }
 
-export interface TokenLogprob {
-  readonly tokenId: number;
-  readonly logprob: number;
-  readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
+const defaultConnectTimeoutMs = 120_000;
+const defaultPeerTimeoutMs = 10_000;
+/** The leader pings this many times within the peers' patience. */
+const pingsPerTimeout = 5;
+const maxPingMs = 1000;
+/** A step thread that is asked to close ends its step; one that is blocked is stopped after this. */
+const closeGraceMs = 1000;
+
+/**
+ * Loads the shards, joins the group and starts the step loop; resolves when the group is ready. Errors: `invalid_argument`
+ * (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded` (peers did not come),
+ * `canceled` (signal). The caller closes the host.
+ */
+export async function startEngine(options: EngineOptions, signal?: AbortSignal): Promise<EngineHost> {
+  const complete = await completeOptions(options);
+  signal?.throwIfAborted();
+  const ranks = await openGroup(options, complete, signal ?? new AbortController().signal);
+  const engine = new RunningEngine(complete, ranks);
+  try {
+    await engine.ready(signal);
+    return engine;
+  } catch (error) {
+    await engine.close();
+    throw ClusterError.from(error);
+  }
 }
 
-export type SequenceEnd =
-  | { readonly kind: 'stop'; readonly stopTokenId: number }
-  | { readonly kind: 'length' }
-  | { readonly kind: 'aborted' }
-  | { readonly kind: 'error'; readonly code: ClusterError['code']; readonly message: string };
+/** The local ranks' ways to their peers, and how to unblock them all. */
+interface LocalRanks {
+  readonly sources: readonly CollectiveSource[];
+  readonly pingMs: number;
+  stop(): void;
+}
 
-export interface SequenceDelta {
-  readonly sequenceId: number;
-  /** Completion index of the first token here, resumed tokens counted. */
-  readonly index: number;
-  /** Without the token that ended it. */
-  readonly tokenIds: readonly number[];
-  readonly logprobs?: readonly TokenLogprob[];
-  readonly finish?: SequenceEnd & {
-    readonly completionTokens: number;
-    readonly draftedTokens: number;
-    readonly acceptedTokens: number;
+async function openGroup(
+  { group }: EngineOptions,
+  { manifests }: CompleteOptions,
+  signal: AbortSignal,
+): Promise<LocalRanks> {
+  if (group.kind === 'in-process') {
+    if (manifests.length === 1) {
+      return { sources: [{ kind: 'single' }], pingMs: maxPingMs, stop: () => undefined };
+    }
+    const shared = createInProcessGroup(manifests.length);
+    return {
+      sources: manifests.map(({ rank }) => ({ kind: 'in-process', group: shared, rank })),
+      pingMs: maxPingMs,
+      stop: () => stopInProcessGroup(shared),
+    };
+  }
+  const manifest = manifests[0]!;
+  const firstTimeoutMs = group.connectTimeoutMs ?? defaultConnectTimeoutMs;
+  const peerTimeoutMs = group.peerTimeoutMs ?? defaultPeerTimeoutMs;
+  const member = {
+    rank: group.rank,
+    worldSize: group.addresses.length,
+    shardKey: manifest.key,
+    precision: manifest.precision,
+  };
+  const listenAddress = group.listenAddress ?? group.addresses[group.rank]!;
+  const peers: readonly PeerConnection[] = await joinGroup(
+    { member, addresses: group.addresses, listenAddress, token: group.token, timeoutMs: firstTimeoutMs },
+    signal,
+  );
+  const stop = new Int32Array(new SharedArrayBuffer(4));
+  const { rank, worldSize } = member;
+  return {
+    sources: [{ kind: 'network', options: { rank, worldSize, peers, peerTimeoutMs, firstTimeoutMs, stop } }],
+    pingMs: Math.min(maxPingMs, peerTimeoutMs / pingsPerTimeout),
+    stop: () => Atomics.store(stop, 0, 1),
   };
 }
 
-/** What one engine step produced. */
-export interface EngineFrame {
-  readonly step: number;
-  readonly deltas: readonly SequenceDelta[];
-  readonly stats: EngineStats;
+class RunningEngine implements EngineHost {
+  readonly failed: Promise<ClusterError>;
+  readonly #resolveFailed: (error: ClusterError) => void;
+  readonly #complete: CompleteOptions;
+  readonly #ranks: LocalRanks;
+  readonly #threads: readonly Worker[];
+  readonly #exits: readonly Promise<void>[];
+  readonly #listeners = new Set<(frame: EngineFrame) => void>();
+  /** Live sequences, with the completion tokens that each has delivered. */
+  readonly #live = new Map<number, number>();
+  readonly #drained = new Set<() => void>();
+  readonly #ready = Promise.withResolvers<void>();
+  #readyThreads = 0;
+  #runtime: EngineInfo['runtime'] = 'ort-capi';
+  #stats: EngineStats;
+  #state: 'open' | 'draining' | 'closing' | 'failed' = 'open';
+
+  constructor(complete: CompleteOptions, ranks: LocalRanks) {
+    const { promise, resolve } = Promise.withResolvers<ClusterError>();
+    this.failed = promise;
+    this.#resolveFailed = resolve;
+    this.#complete = complete;
+    this.#ranks = ranks;
+    this.#stats = idleStats(complete.limits.kvBlocks);
+    this.#threads = complete.manifests.map((_, i) => this.#startThread(i));
+    this.#exits = this.#threads.map((thread) => new Promise((done) => thread.once('exit', () => done())));
+    this.#ready.promise.catch(() => undefined);
+  }
+
+  get info(): EngineInfo {
+    const { manifests, limits } = this.#complete;
+    const manifest = manifests[0]!;
+    return {
+      rank: manifest.rank,
+      worldSize: manifest.tensorParallel,
+      runtime: this.#runtime,
+      shardKey: manifest.key,
+      precision: manifest.precision,
+      config: manifest.config,
+      maxContextTokens: limits.maxContextTokens,
+      draftTokens: limits.draftTokens,
+      maxSequences: limits.maxSequences,
+      kvBlocks: limits.kvBlocks,
+      kvBlockTokens,
+    };
+  }
+
+  /** Resolves when all local ranks have met the whole group; rejects with the first failure or the signal's reason. */
+  async ready(signal: AbortSignal | undefined): Promise<void> {
+    const { promise, reject } = Promise.withResolvers<never>();
+    const onAbort = (): void => reject(signal?.reason);
+    signal?.addEventListener('abort', onAbort, { once: true });
+    try {
+      await Promise.race([this.#ready.promise, promise]);
+    } finally {
+      signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  submit(request: SequenceRequest): void {
+    if (this.info.rank !== 0) {
+      throw new ClusterError('failed_precondition', `rank ${this.info.rank} follows: submit to rank 0`);
+    }
+    if (this.#state !== 'open') {
+      throw new ClusterError('unavailable', `the engine is ${this.#state}`);
+    }
+    if (this.#live.has(request.sequenceId)) {
+      throw new ClusterError('invalid_argument', `sequenceId: ${request.sequenceId} is live`);
+    }
+    this.#live.set(request.sequenceId, request.resumedTokens);
+    this.#send({ kind: 'submit', request });
+  }
+
+  abort(sequenceId: number): void {
+    if (this.#live.has(sequenceId)) {
+      this.#send({ kind: 'abort', sequenceId });
+    }
+  }
+
+  addCredit(sequenceId: number, tokens: number): void {
+    if (this.#live.has(sequenceId)) {
+      this.#send({ kind: 'credit', sequenceId, tokens });
+    }
+  }
+
+  onFrame(listener: (frame: EngineFrame) => void): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  stats(): EngineStats {
+    return this.#stats;
+  }
+
+  async drain(signal?: AbortSignal): Promise<void> {
+    if (this.#state === 'open') {
+      this.#state = 'draining';
+    }
+    if (this.#live.size === 0) {
+      return;
+    }
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const onAbort = (): void => reject(ClusterError.from(signal?.reason));
+    signal?.addEventListener('abort', onAbort, { once: true });
+    this.#drained.add(resolve);
+    try {
+      signal?.throwIfAborted();
+      await promise;
+    } finally {
+      this.#drained.delete(resolve);
+      signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  async close(): Promise<void> {
+    if (this.#state === 'open' || this.#state === 'draining') {
+      this.#state = 'closing';
+      this.#endLive({ kind: 'aborted' });
+    }
+    if (this.info.rank === 0) {
+      this.#send({ kind: 'close' });
+    } else {
+      this.#ranks.stop();
+    }
+    const timer = setTimeout(() => this.#ranks.stop(), closeGraceMs);
+    await Promise.all(this.#exits);
+    clearTimeout(timer);
+  }
+
+  #startThread(index: number): Worker {
+    const { manifests, directories, runtime, threads, limits } = this.#complete;
+    const workerData: StepThreadOptions = {
+      directory: directories[index]!,
+      manifest: manifests[index]!,
+      // The ranks of one process share one pool: each rank's own thread computes too.
+      runtime: {
+        implementation: runtime,
+        executionProvider: 'cpu',
+        intraOpThreads: 1 + manifests.length * (threads - 1),
+      },
+      collective: this.#ranks.sources[index]!,
+      limits,
+      pingMs: this.#ranks.pingMs,
+    };
+    const thread = new Worker(new URL('step-thread.ts', import.meta.url), {
+      workerData,
+      name: `rank-${manifests[index]!.rank}`,
+    });
+    thread.on('message', (response: StepThreadResponse) => this.#receive(response));
+    thread.on('error', (error) => this.#fail(ClusterError.from(error)));
+    thread.on('exit', () => this.#fail(new ClusterError('unavailable', 'a step thread ended')));
+    return thread;
+  }
+
+  #receive(response: StepThreadResponse): void {
+    switch (response.kind) {
+      case 'ready':
+        this.#runtime = response.runtime;
+        this.#readyThreads += 1;
+        if (this.#readyThreads === this.#threads.length) {
+          this.#ready.resolve();
+        }
+        break;
+      case 'frame':
+        this.#deliver(response.frame);
+        break;
+      case 'ended':
+        this.#fail(new ClusterError('unavailable', 'the leader has dissolved the group'));
+        break;
+      case 'failed':
+        this.#fail(new ClusterError(response.code, response.message));
+        break;
+    }
+  }
+
+  #deliver(frame: EngineFrame): void {
+    if (this.#state === 'closing' || this.#state === 'failed') {
+      return;
+    }
+    this.#stats = frame.stats;
+    for (const { sequenceId, index, tokenIds, finish } of frame.deltas) {
+      if (finish === undefined) {
+        this.#live.set(sequenceId, index + tokenIds.length);
+      } else {
+        this.#live.delete(sequenceId);
+      }
+    }
+    this.#emit(frame);
+  }
+
+  #emit(frame: EngineFrame): void {
+    for (const listener of this.#listeners) {
+      listener(frame);
+    }
+    if (this.#live.size === 0) {
+      this.#drained.forEach((resolve) => resolve());
+    }
+  }
+
+  /** The first failure counts; later ones are its consequences, and none after `close` is one. */
+  #fail(error: ClusterError): void {
+    if (this.#state === 'closing' || this.#state === 'failed') {
+      return;
+    }
+    this.#state = 'failed';
+    this.#ranks.stop();
+    this.#ready.reject(error);
+    this.#endLive({ kind: 'error', code: 'aborted', message: `the group is lost: ${error.message}` });
+    this.#resolveFailed(error);
+  }
+
+  #endLive(end: { kind: 'aborted' } | { kind: 'error'; code: 'aborted'; message: string }): void {
+    const deltas = [...this.#live].map(([sequenceId, completionTokens]): SequenceDelta => ({
+      sequenceId,
+      index: completionTokens,
+      tokenIds: [],
+      finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
+    }));
+    this.#live.clear();
+    this.#stats = { ...this.#stats, runningSequences: 0, waitingSequences: 0, kvBlocksUsed: 0 };
+    this.#emit({ step: this.#stats.steps, deltas, stats: this.#stats });
+  }
+
+  #send(request: StepThreadRequest): void {
+    this.#threads[0]?.postMessage(request);
+  }
 }
 
-export interface EngineStats {
-  readonly steps: number;
-  readonly promptTokens: number;
-  readonly completionTokens: number;
-  readonly draftedTokens: number;
-  readonly acceptedTokens: number;
-  readonly runningSequences: number;
-  readonly waitingSequences: number;
-  readonly kvBlocks: number;
-  readonly kvBlocksUsed: number;
+function idleStats(kvBlocks: number): EngineStats {
+  return {
+    steps: 0,
+    promptTokens: 0,
+    completionTokens: 0,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+    runningSequences: 0,
+    waitingSequences: 0,
+    kvBlocks,
+    kvBlocksUsed: 0,
+  };
 }

@@ -1,0 +1,202 @@
+// `mimo up`: a whole cluster on this machine, from a checkpoint to a door that answers. Owns what is said to the user and
+// the order of preparations (compile, nats-server); the processes are deploy/local's.
+
+import { access } from 'node:fs/promises';
+import { basename, join, resolve } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseArgs } from 'node:util';
+
+import { beforeAbort } from '@mimo/core/abort';
+import { ClusterError } from '@mimo/core/errors';
+import { compile } from '@mimo/worker/model/compile';
+import { createProgressPrinter } from '@mimo/worker/model/compile-command';
+import { shardDirectoryIn } from '@mimo/worker/shards';
+
+import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
+import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { Connection } from './connection.ts';
+import { note, styled } from './terminal.ts';
+
+const defaultModel = resolve(import.meta.dirname, '../../models/mimo-demo');
+const defaultPort = 50_051;
+const precisions = ['fp32', 'int8', 'int4'] as const;
+const runtimes = ['auto', 'ort-capi', 'ort-node'] as const;
+const readyPollMs = 50;
+
+export const upHelp = `mimo up [options]
+  --model DIR              a MiMo checkpoint; default: models/mimo-demo
+  --precision P            ${precisions.join(', ')}; default: int8
+  --tensor-parallel N      ranks of a group, each a process; default: 2
+  --groups N               groups that hold the model; default: 1
+  --runtime R              ${runtimes.join(', ')}; default: auto
+  --threads N              compute threads of a rank; default: 1
+  --port N                 of the gateway on 127.0.0.1; default: ${defaultPort}`;
+
+function choice<const Word extends string>(name: string, words: readonly Word[], value: string): Word {
+  const word = words.find((candidate) => candidate === value);
+  if (word === undefined) {
+    throw new ClusterError(
+      'invalid_argument',
+      `--${name} must be one of ${words.join(', ')}, not '${value}'`,
+    );
+  }
+  return word;
+}
+
+function count(name: string, value: string, max: number): number {
+  const number = Number(value);
+  if (!/^\d+$/.test(value) || number < 1 || number > max) {
+    throw new ClusterError(
+      'invalid_argument',
+      `--${name} must be a whole number from 1 to ${max}, not '${value}'`,
+    );
+  }
+  return number;
+}
+
+interface UpOptions {
+  readonly modelDirectory: string;
+  readonly modelName: string;
+  readonly precision: (typeof precisions)[number];
+  readonly tensorParallel: number;
+  readonly groups: number;
+  readonly runtime: (typeof runtimes)[number];
+  readonly threads: number;
+  readonly port: number;
+}
+
+function parseUpOptions(argv: readonly string[]): UpOptions {
+  const { values } = parseArgs({
+    args: [...argv],
+    options: {
+      model: { type: 'string', default: defaultModel },
+      precision: { type: 'string', default: 'int8' },
+      'tensor-parallel': { type: 'string', default: '2' },
+      groups: { type: 'string', default: '1' },
+      runtime: { type: 'string', default: 'auto' },
+      threads: { type: 'string', default: '1' },
+      port: { type: 'string', default: String(defaultPort) },
+    },
+  });
+  const modelDirectory = resolve(values.model);
+  return {
+    modelDirectory,
+    modelName: basename(modelDirectory),
+    precision: choice('precision', precisions, values.precision),
+    tensorParallel: count('tensor-parallel', values['tensor-parallel'], 8),
+    groups: count('groups', values.groups, 16),
+    runtime: choice('runtime', runtimes, values.runtime),
+    threads: count('threads', values.threads, 256),
+    port: count('port', values.port, 65_535),
+  };
+}
+
+/** Runs the command until the signal fires; resolves with the exit code. */
+export async function runUp(argv: readonly string[], signal: AbortSignal): Promise<number> {
+  const options = parseUpOptions(argv);
+  const begin = performance.now();
+  await access(join(options.modelDirectory, 'config.json')).catch((error: unknown) => {
+    const text = `--model ${options.modelDirectory} holds no config.json`;
+    throw new ClusterError('not_found', text, { cause: error });
+  });
+  const cacheDirectory = cacheDirectoryFrom(process.env);
+  const [natsServerBinary, shardDirectory] = await Promise.all([
+    findNatsServer({ cacheDirectory, signal, onProgress: note }),
+    compileIntoCache(options, cacheDirectory, signal),
+  ]);
+  const ranks = options.groups * options.tensorParallel;
+  note(`starting the queue, the gateway and ${ranks} worker process${ranks === 1 ? '' : 'es'}`);
+  const dataDirectory = join(cacheDirectory, 'local', String(options.port));
+  const cluster = await startLocalCluster({
+    modelName: options.modelName,
+    modelDirectory: options.modelDirectory,
+    shardDirectory,
+    precision: options.precision,
+    tensorParallel: options.tensorParallel,
+    groups: options.groups,
+    gatewayPort: options.port,
+    natsServerBinary,
+    dataDirectory,
+    workerEnv: { MIMO_WORKER_RUNTIME: options.runtime, MIMO_WORKER_THREADS: String(options.threads) },
+    onEvent: note,
+  });
+  try {
+    await Promise.race([waitUntilReady(cluster, options, signal), cluster.givenUp]);
+    announce({ options, cluster, dataDirectory, elapsedMs: performance.now() - begin });
+    const { promise: forever } = Promise.withResolvers<never>();
+    await Promise.race([beforeAbort(forever, signal), cluster.givenUp]);
+    return 0;
+  } catch (error) {
+    if (signal.aborted) {
+      note('stopping ...');
+      return 0;
+    }
+    throw error;
+  } finally {
+    await cluster.close();
+  }
+}
+
+async function compileIntoCache(
+  options: UpOptions,
+  cacheDirectory: string,
+  signal: AbortSignal,
+): Promise<string> {
+  const { modelDirectory, precision, tensorParallel } = options;
+  const outDirectory = await shardDirectoryIn({
+    cacheDirectory,
+    checkpointDirectory: modelDirectory,
+    precision,
+    tensorParallel,
+  });
+  const onProgress = createProgressPrinter(performance.now());
+  await compile({ modelDirectory, outDirectory, tensorParallel, precision, onProgress }, signal);
+  return outDirectory;
+}
+
+/** Asks the gateway, as any client would, until every group takes requests. */
+async function waitUntilReady(cluster: LocalCluster, options: UpOptions, signal: AbortSignal): Promise<void> {
+  const connection = new Connection(cluster.gatewayAddress, undefined);
+  try {
+    for (;;) {
+      const models = await connection.listModels(signal).catch((error: unknown) => {
+        signal.throwIfAborted();
+        if (ClusterError.from(error).code !== 'unavailable') {
+          throw error;
+        }
+        return [];
+      });
+      if (
+        models.some(({ name, readyGroups }) => name === options.modelName && readyGroups === options.groups)
+      ) {
+        return;
+      }
+      await sleep(readyPollMs, undefined, { signal });
+    }
+  } finally {
+    connection.close();
+  }
+}
+
+interface Announcement {
+  readonly options: UpOptions;
+  readonly cluster: LocalCluster;
+  readonly dataDirectory: string;
+  readonly elapsedMs: number;
+}
+
+function announce({ options, cluster, dataDirectory, elapsedMs }: Announcement): void {
+  const { modelName, precision, tensorParallel, groups, port } = options;
+  const address = port === defaultPort ? '' : ` --address ${cluster.gatewayAddress}`;
+  note(
+    [
+      `${styled('green', 'ready')} in ${(elapsedMs / 1000).toFixed(1)} s`,
+      `  model    ${modelName}, ${precision}, ${groups} group${groups === 1 ? '' : 's'} of ${tensorParallel}`,
+      `  gRPC     ${cluster.gatewayAddress}  (reflection and health on)`,
+      `  queue    ${cluster.natsUrl ?? `in the gateway's memory, for want of a nats-server: requests do not survive it`}`,
+      `  logs     ${join(dataDirectory, 'logs')}`,
+      `  try      ${styled('bold', `npm run chat --${address} "What is 47 + 85?"`)}`,
+      '  Ctrl-C stops everything',
+    ].join('\n'),
+  );
+}

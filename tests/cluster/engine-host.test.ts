@@ -1,0 +1,267 @@
+// The engine as its process sees it: threads, messages, credit, draining and what is left behind.
+
+import { mkdtempSync, rmSync } from 'node:fs';
+import { cp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import * as path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterAll, afterEach, describe, expect, it } from 'vitest';
+import {
+  startEngine,
+  type EngineHost,
+  type EngineOptions,
+  type SequenceDelta,
+  type SequenceRequest,
+} from '@mimo/worker/engine/engine-host';
+import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
+import { freeAddresses } from '../harness/engine-ranks.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const name = 'one-to-one';
+const { promptIds, greedyIds } = readExpectedIds(name);
+const fixtures = new CompiledFixtures();
+const scratch = mkdtempSync(path.join(tmpdir(), 'mimo-engine-host-'));
+const hosts: EngineHost[] = [];
+
+afterEach(async () => {
+  await Promise.all(hosts.splice(0).map((host) => host.close()));
+});
+afterAll(() => {
+  fixtures.remove();
+  rmSync(scratch, { recursive: true, force: true });
+});
+
+const compiled = (tensorParallel: number) => fixtures.compile(name, { precision: 'fp32', tensorParallel });
+
+async function start(tensorParallel: number, more: Partial<EngineOptions> = {}): Promise<EngineHost> {
+  const shardDirectories = await compiled(tensorParallel);
+  const host = await startEngine({
+    shardDirectories,
+    group: { kind: 'in-process' },
+    maxSequences: 4,
+    ...more,
+  });
+  hosts.push(host);
+  return host;
+}
+
+type Changes = Partial<Omit<SequenceRequest, 'sampling'>> & {
+  readonly sampling?: Partial<SequenceRequest['sampling']>;
+};
+
+function request(sequenceId: number, more: Changes = {}): SequenceRequest {
+  const sampling = {
+    temperature: 0,
+    topP: 1,
+    topK: 0,
+    minP: 0,
+    repetitionPenalty: 1,
+    presencePenalty: 0,
+    frequencyPenalty: 0,
+    seed: 1,
+    stopTokenIds: [],
+    maxTokens: 64,
+    minTokens: 0,
+    ignoreEos: true,
+    logprobs: -1,
+    draftTokens: 1,
+    ...more.sampling,
+  };
+  return { sequenceId, tokenIds: promptIds, resumedTokens: 0, creditTokens: Infinity, ...more, sampling };
+}
+
+/** Everything a host reports from now on. */
+class Watcher {
+  readonly deltas: SequenceDelta[] = [];
+
+  constructor(host: EngineHost) {
+    host.onFrame((frame) => this.deltas.push(...frame.deltas));
+  }
+
+  completion(sequenceId: number): number[] {
+    return this.deltas.filter((delta) => delta.sequenceId === sequenceId).flatMap(({ tokenIds }) => tokenIds);
+  }
+
+  finish(sequenceId: number): SequenceDelta['finish'] {
+    return this.deltas.findLast((delta) => delta.sequenceId === sequenceId)?.finish;
+  }
+
+  async ended(sequenceId: number): Promise<SequenceDelta['finish']> {
+    await waitFor(`the end of sequence ${sequenceId}`, () => this.finish(sequenceId) !== undefined);
+    return this.finish(sequenceId);
+  }
+}
+
+const ports = (): number => process.getActiveResourcesInfo().filter((kind) => kind === 'MessagePort').length;
+
+const idle = { runningSequences: 0, waitingSequences: 0, kvBlocksUsed: 0 };
+
+describe('startEngine', () => {
+  it.each([1, 2])('serves many sequences over %i ranks and is empty afterwards', async (tensorParallel) => {
+    const host = await start(tensorParallel);
+    expect(host.info).toMatchObject({
+      rank: 0,
+      worldSize: tensorParallel,
+      draftTokens: 1,
+      precision: 'fp32',
+      maxSequences: 4,
+    });
+    const watcher = new Watcher(host);
+    const ids = Array.from({ length: 12 }, (_, i) => i);
+    ids.forEach((id) => host.submit(request(id)));
+    for (const id of ids) {
+      expect(await watcher.ended(id)).toMatchObject({ kind: 'length', completionTokens: 64 });
+      expect(watcher.completion(id)).toEqual(greedyIds.slice(0, 64));
+    }
+    expect(host.stats()).toMatchObject({ ...idle, completionTokens: 12 * 64 });
+    expect(host.stats().acceptedTokens).toBeGreaterThan(0);
+  });
+
+  it('leaves the event loop alone while it computes', async () => {
+    const host = await start(1);
+    const watcher = new Watcher(host);
+    [1, 2, 3, 4].forEach((id) => host.submit(request(id, { sampling: { maxTokens: 2000 } })));
+    let longestMs = 0;
+    for (let lastMs = performance.now(); watcher.finish(4) === undefined;) {
+      await sleep(1);
+      longestMs = Math.max(longestMs, performance.now() - lastMs);
+      lastMs = performance.now();
+    }
+    // A step of this model takes a millisecond; what is long here is the machine's own scheduling.
+    expect(longestMs).toBeLessThan(500);
+    expect(watcher.completion(1)).toHaveLength(2000);
+  });
+
+  it('stops at the credit, keeps the cache, and goes on with more', async () => {
+    const host = await start(1);
+    const watcher = new Watcher(host);
+    host.submit(request(1, { creditTokens: 5 }));
+    await waitFor('five tokens', () => watcher.completion(1).length === 5);
+    host.submit(request(2));
+    await watcher.ended(2);
+    expect(watcher.completion(1)).toEqual(greedyIds.slice(0, 5));
+    expect(host.stats()).toMatchObject({ runningSequences: 1, kvBlocksUsed: 1 });
+    host.addCredit(1, 1000);
+    await watcher.ended(1);
+    expect(watcher.completion(1)).toEqual(greedyIds.slice(0, 64));
+  });
+
+  it('aborts a running, a waiting and an unknown sequence', async () => {
+    const host = await start(1, { maxSequences: 1 });
+    const watcher = new Watcher(host);
+    [1, 2].forEach((id) => host.submit(request(id, { sampling: { maxTokens: 4000 } })));
+    await waitFor('tokens', () => watcher.completion(1).length > 0);
+    [1, 2, 3].forEach((id) => host.abort(id));
+    for (const id of [1, 2]) {
+      expect(await watcher.ended(id)).toMatchObject({
+        kind: 'aborted',
+        completionTokens: watcher.completion(id).length,
+      });
+    }
+    expect(host.stats()).toMatchObject(idle);
+  });
+
+  it('refuses a live id at once and a bad request with its last delta', async () => {
+    const host = await start(1);
+    const watcher = new Watcher(host);
+    host.submit(request(1, { creditTokens: 1 }));
+    expect(() => host.submit(request(1))).toThrow('sequenceId: 1 is live');
+    host.submit(request(2, { tokenIds: [] }));
+    expect(await watcher.ended(2)).toMatchObject({ kind: 'error', code: 'invalid_argument' });
+  });
+
+  it('drains: takes nothing new, ends when the last sequence does', async () => {
+    const host = await start(1);
+    const watcher = new Watcher(host);
+    host.submit(request(1, { creditTokens: 3 }));
+    await expect(host.drain(AbortSignal.timeout(100))).rejects.toMatchObject({ code: 'deadline_exceeded' });
+    expect(() => host.submit(request(2))).toThrow('the engine is draining');
+    host.addCredit(1, 1000);
+    await host.drain();
+    expect(watcher.completion(1)).toHaveLength(64);
+    await host.drain();
+  });
+
+  it('ends what is live when closed, and leaves no thread, whenever that is', async () => {
+    const ports = (): number =>
+      process.getActiveResourcesInfo().filter((kind) => kind === 'MessagePort').length;
+    const portsBefore = ports();
+    for (const afterTokens of [0, 1, 20]) {
+      const host = await start(2);
+      const watcher = new Watcher(host);
+      host.submit(request(1, { sampling: { maxTokens: 4000 } }));
+      await waitFor('tokens', () => watcher.completion(1).length >= afterTokens);
+      await Promise.all([host.close(), host.close()]);
+      expect(watcher.finish(1)).toMatchObject({ kind: 'aborted' });
+      expect(() => host.submit(request(2))).toThrow('the engine is closing');
+      expect(host.stats()).toMatchObject(idle);
+    }
+    expect(ports()).toBe(portsBefore);
+  });
+
+  it('computes the same with keys and values for two sequences only', async () => {
+    const host = await start(2, { kvBlocks: 4, maxSequences: 4 });
+    const watcher = new Watcher(host);
+    const ids = [1, 2, 3, 4, 5];
+    ids.forEach((id) => host.submit(request(id, { sampling: { maxTokens: 140 } })));
+    for (const id of ids) {
+      await watcher.ended(id);
+      expect(watcher.completion(id)).toEqual(greedyIds.slice(0, 140));
+    }
+    expect(host.stats()).toMatchObject({ ...idle, kvBlocks: 4 });
+    expect(host.info.maxContextTokens).toBe(256);
+  });
+
+  it.each<[string, Partial<EngineOptions>, string, RegExp]>([
+    ['no directory', { shardDirectories: [] }, 'invalid_argument', /takes 1 here, has 0/],
+    ['a missing directory', { shardDirectories: ['/nowhere'] }, 'not_found', /\/nowhere/],
+    [
+      'fractions',
+      { maxSequences: 1.5 },
+      'invalid_argument',
+      /maxSequences: must be an integer from 1, is 1.5/,
+    ],
+    [
+      'too few rows',
+      { maxBatchTokens: 3 },
+      'invalid_argument',
+      /maxBatchTokens: must be at least 2 x maxSequences \(8\), is 3/,
+    ],
+    ['no room for a block', { kvBytes: 10 }, 'invalid_argument', /kvBytes: one block takes \d+, are 10/],
+    [
+      'a vocabulary larger than the model',
+      { usableVocab: 68 },
+      'invalid_argument',
+      /usableVocab: must be at most 67, is 68/,
+    ],
+  ])('refuses %s', async (_, wrong, code, message) => {
+    await expect(start(1, wrong)).rejects.toMatchObject({ code, message: expect.stringMatching(message) });
+  });
+
+  it('refuses shards of another rank or group', async () => {
+    const [first, second] = await compiled(2);
+    for (const shardDirectories of [[second!, first!], [first!], [first!, first!]]) {
+      await expect(start(1, { shardDirectories })).rejects.toMatchObject({ code: 'failed_precondition' });
+    }
+  });
+
+  it('fails when a segment cannot be loaded, also on a follower, and stops the other ranks', async () => {
+    const [first, second] = await compiled(2);
+    const broken = path.join(scratch, 'broken');
+    await cp(second!, broken, { recursive: true });
+    await writeFile(path.join(broken, 'layer.1.mlp.onnx'), 'no graph');
+    await expect(start(2, { shardDirectories: [first!, broken] })).rejects.toMatchObject({
+      code: 'data_loss',
+      message: expect.stringContaining('segment layer.1.mlp'),
+    });
+    await rm(broken, { recursive: true });
+  });
+
+  it('can be cancelled while it waits for its group', async () => {
+    const [, second] = await compiled(2);
+    const addresses = await freeAddresses(2);
+    const group = { kind: 'network', rank: 1, addresses, token: 'secret' } as const;
+    const waiting = startEngine({ shardDirectories: [second!], group }, AbortSignal.timeout(300));
+    await expect(waiting).rejects.toMatchObject({ code: 'deadline_exceeded' });
+  });
+});

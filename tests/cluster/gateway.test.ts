@@ -1,0 +1,734 @@
+// The gateway over real gRPC, with a real NATS server and groups that follow a script: what a client sees, and that
+// nothing is left when it has gone.
+
+import { createHash } from 'node:crypto';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import * as grpc from '@grpc/grpc-js';
+import { ClusterError } from '@mimo/core/errors';
+import { callServerStream, callUnary, type CallLimits } from '@mimo/core/grpc-client';
+import { createLog } from '@mimo/core/log';
+import type { RequestQueue } from '@mimo/core/queue';
+import { createNatsQueue } from '@mimo/core/queue-nats';
+import { parseGatewayConfig } from '@mimo/gateway/config';
+import { startGateway, type Gateway } from '@mimo/gateway/gateway';
+import {
+  ChatRequest,
+  GenerateRequest,
+  InferenceServiceClient,
+  InferenceServiceService,
+  Role,
+  type ChatResponse,
+  type GenerateResponse,
+} from '@mimo/proto/inference';
+import { FinishReason } from '@mimo/proto/sampling';
+import { GroupState } from '@mimo/proto/worker';
+import { loadTokenizer, type Tokenizer } from '@mimo/tokenizer';
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
+
+import {
+  cacheDirectoryFrom,
+  findNatsServer,
+  startNatsServer,
+  type NatsServer,
+} from '../../deploy/local/nats-server.ts';
+import {
+  startScriptedGroup,
+  type ScriptedGroup,
+  type ScriptedGroupOptions,
+} from '../harness/scripted-group.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const model = 'mimo-demo';
+const modelDirectory = join(import.meta.dirname, '../../models/mimo-demo');
+const log = createLog({ process: 'test', level: 'silent' });
+
+let directory: string;
+let server: NatsServer;
+let bus: RequestQueue;
+let tokenizer: Tokenizer;
+const gateways: Gateway[] = [];
+const groups: ScriptedGroup[] = [];
+const clients: InferenceServiceClient[] = [];
+
+beforeAll(async () => {
+  directory = await mkdtemp(join(tmpdir(), 'mimo-gateway-'));
+  const binary = await findNatsServer({
+    cacheDirectory: cacheDirectoryFrom(process.env),
+    onProgress: () => undefined,
+    signal: AbortSignal.timeout(170_000),
+  });
+  if (binary === null) {
+    throw new Error('these tests need a nats-server: on the PATH, or a Go toolchain to build one');
+  }
+  server = await startNatsServer({ binary, storeDirectory: join(directory, 'nats'), port: 0 });
+  bus = createNatsQueue({
+    servers: [server.url],
+    clientName: 'test',
+    replicas: 1,
+    recordMaxAgeMs: 3_600_000,
+    log,
+  });
+  tokenizer = await loadTokenizer(modelDirectory);
+  await bus.opened(AbortSignal.timeout(5_000));
+});
+
+afterEach(async () => {
+  for (const client of clients.splice(0)) {
+    client.close();
+  }
+  // Whatever a test did, nothing may be left of it.
+  await waitFor('nothing to be left', async () => {
+    const left = gateways.map((gateway) => gateway.counts());
+    const held = left.map(
+      ({ requests, deletingRecords, sequences }) => requests + deletingRecords + sequences,
+    );
+    const sequences = groups.map((group) => group.sequences);
+    return [...held, ...sequences, (await bus.counts()).records].every((count) => count === 0);
+  });
+  await Promise.all(gateways.splice(0).map((gateway) => gateway.close()));
+  await Promise.all(groups.splice(0).map((group) => group.close()));
+});
+
+afterAll(async () => {
+  await bus.close();
+  await server.close();
+  await rm(directory, { recursive: true, force: true });
+});
+
+async function openGateway(env: Record<string, string> = {}): Promise<Gateway> {
+  const config = parseGatewayConfig({
+    MIMO_GATEWAY_LISTEN: '127.0.0.1:0',
+    MIMO_GATEWAY_MODELS: `${model}=${modelDirectory}`,
+    MIMO_GATEWAY_NATS: server.url,
+    ...env,
+  });
+  const gateway = await startGateway(config, log);
+  gateways.push(gateway);
+  return gateway;
+}
+
+async function openGroup(options: Partial<ScriptedGroupOptions> = {}): Promise<ScriptedGroup> {
+  const group = await startScriptedGroup({ model, group: `g${groups.length}`, queue: bus, ...options });
+  groups.push(group);
+  return group;
+}
+
+function clientOf(gateway: Gateway): InferenceServiceClient {
+  const client = new InferenceServiceClient(gateway.address, grpc.credentials.createInsecure());
+  clients.push(client);
+  return client;
+}
+
+type Sampling = NonNullable<Parameters<typeof GenerateRequest.fromPartial>[0]['sampling']>;
+
+function generation(prompt: string, sampling: Sampling = {}): GenerateRequest {
+  return GenerateRequest.fromPartial({ model, input: { $case: 'prompt', value: prompt }, sampling });
+}
+
+function generate(
+  client: InferenceServiceClient,
+  request: GenerateRequest,
+  limits: CallLimits = {},
+): AsyncGenerator<GenerateResponse, void, undefined> {
+  return callServerStream(client, InferenceServiceService.generate, { request, ...limits });
+}
+
+/** A whole stream, its indices checked. */
+async function collect(stream: AsyncIterable<GenerateResponse | ChatResponse>): Promise<{
+  readonly requestId: string;
+  readonly seed: number;
+  readonly promptTokens: number;
+  readonly tokenIds: number[];
+  readonly text: string;
+  readonly reasoning: string;
+  readonly messages: number;
+  readonly finish:
+    | { reason: FinishReason; matchedStop: string; drafted: number; completionTokens: number }
+    | undefined;
+}> {
+  const events: string[] = [];
+  let started = { requestId: '', seed: 0, promptTokens: 0 };
+  const tokenIds: number[] = [];
+  let text = '';
+  let reasoning = '';
+  let contiguous = true;
+  let finish;
+  for await (const { event } of stream) {
+    events.push(event?.$case ?? 'none');
+    if (event?.$case === 'started') {
+      started = event.value;
+    } else if (event?.$case === 'delta') {
+      contiguous &&= event.value.index === tokenIds.length;
+      tokenIds.push(...event.value.tokenIds);
+      text += event.value.text;
+      reasoning += event.value.reasoning;
+    } else if (event?.$case === 'finish') {
+      const { reason, matchedStop, usage, speculation } = event.value;
+      finish = {
+        reason,
+        matchedStop,
+        drafted: speculation?.draftedTokens ?? -1,
+        completionTokens: usage?.completionTokens ?? -1,
+      };
+    }
+  }
+  expect(contiguous).toBe(true);
+  expect(events[0]).toBe('started');
+  expect(events.indexOf('finish')).toBe(events.length - 1);
+  const { requestId, seed, promptTokens } = started;
+  return { requestId, seed, promptTokens, tokenIds, text, reasoning, messages: events.length, finish };
+}
+
+/** Reads until `count` tokens have come, and leaves the stream open. */
+async function begin(
+  stream: AsyncIterator<GenerateResponse>,
+  count: number,
+): Promise<{ requestId: string; tokens: number }> {
+  let requestId = '';
+  let tokens = 0;
+  while (tokens < count) {
+    const { value } = await stream.next();
+    if (value?.event?.$case === 'started') {
+      requestId = value.event.value.requestId;
+    } else if (value?.event?.$case === 'delta') {
+      tokens += value.event.value.tokenIds.length;
+    }
+  }
+  return { requestId, tokens };
+}
+
+function* endless(): Generator<number> {
+  for (let id = 0; ; id = (id + 1) % 200) {
+    yield 65 + (id % 20);
+  }
+}
+
+function withKey(key: string): CallLimits {
+  const metadata = new grpc.Metadata();
+  metadata.set('authorization', `Bearer ${key}`);
+  return { metadata };
+}
+
+/** Reads what is still on its way. */
+async function drainOf(stream: AsyncIterable<unknown>): Promise<void> {
+  for await (const _ of stream) {
+    // Only the end counts.
+  }
+}
+
+describe('a stream', () => {
+  it('begins with started, carries every token and its text, and ends with one finish', async () => {
+    const gateway = await openGateway();
+    await openGroup();
+    const text = 'What is 47 + 85? — größer 終 🙂';
+    const result = await collect(generate(clientOf(gateway), generation(text, { seed: 9 })));
+    const tokenIds = tokenizer.encode(text);
+    expect(result).toMatchObject({ seed: 9, promptTokens: tokenIds.length, tokenIds, text, reasoning: '' });
+    expect(result.finish).toEqual({
+      reason: FinishReason.STOP,
+      matchedStop: '606',
+      drafted: tokenIds.length,
+      completionTokens: tokenIds.length,
+    });
+  });
+
+  it('of Chat tells the thinking from the answer, and puts an empty system message first', async () => {
+    const gateway = await openGateway();
+    const script = (): number[] => tokenizer.encode('<think>\n47 + 85\n</think>\n\nIt is 132.');
+    const group = await openGroup({ script });
+    const request = ChatRequest.fromPartial({
+      model,
+      messages: [{ role: Role.USER, content: 'What is 47 + 85?' }],
+    });
+    const result = await collect(
+      callServerStream(clientOf(gateway), InferenceServiceService.chat, { request }),
+    );
+    expect(result).toMatchObject({ reasoning: '47 + 85', text: 'It is 132.' });
+    const prompt = tokenizer.decode(group.prompts[0] ?? []);
+    expect(prompt).toContain('<|im_start|>system\n<|im_end|>');
+    expect(prompt).toContain('<|im_start|>user\nWhat is 47 + 85?<|im_end|>');
+    expect(prompt.endsWith('<|im_start|>assistant\n')).toBe(true);
+  });
+
+  it('ends with LENGTH at max_tokens', async () => {
+    const gateway = await openGateway();
+    await openGroup({ script: endless });
+    const result = await collect(generate(clientOf(gateway), generation('x', { maxTokens: 7 })));
+    expect(result.finish).toMatchObject({
+      reason: FinishReason.LENGTH,
+      matchedStop: '',
+      completionTokens: 7,
+    });
+    expect(result.tokenIds).toHaveLength(7);
+  });
+
+  it('ends at a stop text, which is left out, and the engine is told', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ stepMs: 2 });
+    const text = 'one two three four five six seven eight nine ten';
+    const result = await collect(generate(clientOf(gateway), generation(text, { stop: ['nope', 'ee fo'] })));
+    expect(result.text).toBe('one two thr');
+    expect(result.finish).toMatchObject({ reason: FinishReason.STOP, matchedStop: 'ee fo' });
+    expect(result.finish?.drafted).toBeGreaterThan(0);
+    expect(tokenizer.decode(result.tokenIds)).toContain('ee fo');
+    expect(group.aborted).toBe(1);
+  });
+
+  it('ends by itself where a stop text is only begun', async () => {
+    const gateway = await openGateway();
+    await openGroup();
+    const result = await collect(generate(clientOf(gateway), generation('one two thr', { stop: ['three'] })));
+    expect(result).toMatchObject({ text: 'one two thr', finish: { matchedStop: '606' } });
+  });
+
+  it('waits for a slow client: the engine gets ahead by its credit and no further', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ script: endless });
+    const client = clientOf(gateway);
+    // With the likeliest alternatives a token is some 200 bytes, so that the transport's own buffers fill up soon.
+    const stream = generate(client, generation('x', { maxTokens: 2_000, logprobs: 20 }));
+    const { tokens } = await begin(stream, 1);
+    let ahead = -1;
+    while (ahead !== group.tokens) {
+      ahead = group.tokens;
+      await sleep(300);
+    }
+    expect(ahead).toBeLessThan(1_500);
+    let rest = 0;
+    for await (const { event } of stream) {
+      rest += event?.$case === 'delta' ? event.value.tokenIds.length : 0;
+    }
+    expect(tokens + rest).toBe(2_000);
+  });
+
+  it('of one hundred at once gets its own text each', async () => {
+    const gateway = await openGateway();
+    await openGroup({ maxSequences: 16 });
+    await openGroup({ maxSequences: 16 });
+    const client = clientOf(gateway);
+    const texts = Array.from(
+      { length: 100 },
+      (_, index) => `request number ${index} says ${'ab'.repeat(index)}`,
+    );
+    const results = await Promise.all(texts.map((text) => collect(generate(client, generation(text)))));
+    expect(results.map((result) => result.text)).toEqual(texts);
+    expect(new Set(results.map((result) => result.requestId)).size).toBe(100);
+    expect(groups.every((group) => group.begun > 20)).toBe(true);
+  });
+});
+
+describe('a request that is ended early', () => {
+  it('by its client leaving: the engine frees it and the record goes', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ script: endless });
+    const leave = new AbortController();
+    const stream = generate(clientOf(gateway), generation('x'), { signal: leave.signal });
+    await begin(stream, 5);
+    expect(await bus.counts()).toEqual({ records: 1 });
+    leave.abort();
+    await expect(drainOf(stream)).rejects.toMatchObject({ code: 'canceled' });
+    await vi.waitFor(() => expect(group).toMatchObject({ sequences: 0, aborted: 1 }), 2_000);
+  });
+
+  it('by Cancel: its stream ends with CANCELLED', async () => {
+    const gateway = await openGateway();
+    await openGroup({ script: endless });
+    const client = clientOf(gateway);
+    const stream = generate(client, generation('x'));
+    const { requestId } = await begin(stream, 5);
+    const cancel = (id: string): Promise<unknown> =>
+      callUnary(client, InferenceServiceService.cancel, { request: { requestId: id } });
+    expect(await cancel('another')).toEqual({ cancelled: false });
+    expect(await cancel(requestId)).toEqual({ cancelled: true });
+    await expect(drainOf(stream)).rejects.toMatchObject({ code: 'canceled' });
+    expect(await cancel(requestId)).toEqual({ cancelled: false });
+  });
+
+  it('by its deadline while it runs', async () => {
+    const gateway = await openGateway();
+    await openGroup({ script: endless, stepMs: 10 });
+    const stream = generate(clientOf(gateway), generation('x'), { deadlineUnixMs: Date.now() + 500 });
+    await expect(collect(stream)).rejects.toMatchObject({ code: 'deadline_exceeded' });
+  });
+
+  it('by its deadline while it waits: no group ever sees it', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ maxSequences: 1, script: endless });
+    const client = clientOf(gateway);
+    const first = generate(client, generation('first'));
+    await begin(first, 3);
+    const second = generate(client, generation('second'), { deadlineUnixMs: Date.now() + 400 });
+    await expect(collect(second)).rejects.toMatchObject({ code: 'deadline_exceeded' });
+    expect(group.begun).toBe(1);
+    await first.return(undefined);
+  });
+
+  it('by the longest wait, with a hint when to come back', async () => {
+    const gateway = await openGateway({ MIMO_GATEWAY_MAX_WAIT: '300ms' });
+    const waiting = collect(generate(clientOf(gateway), generation('x')));
+    await expect(waiting).rejects.toMatchObject({
+      code: 'deadline_exceeded',
+      message: expect.stringContaining('300 ms') as string,
+      detail: { retryAfterMs: 5_000 },
+    });
+  });
+});
+
+describe('groups', () => {
+  it('that come later take what waits, in order', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const results: Promise<{ text: string }>[] = [];
+    for (const text of ['alpha', 'beta', 'gamma', 'delta']) {
+      results.push(collect(generate(client, generation(text))));
+      await vi.waitFor(async () => expect((await bus.counts()).records).toBe(results.length), 2_000);
+    }
+    const group = await openGroup({ maxSequences: 1 });
+    const texts = await Promise.all(results.map(async (result) => (await result).text));
+    expect(texts).toEqual(['alpha', 'beta', 'gamma', 'delta']);
+    expect(group.prompts.map((prompt) => tokenizer.decode(prompt))).toEqual(texts);
+  });
+
+  it('that refuse are passed over: the request goes to another', async () => {
+    const gateway = await openGateway();
+    const refusing = await openGroup({ group: 'a' });
+    refusing.refuse(new ClusterError('unavailable', 'draining'));
+    await openGroup({ group: 'b' });
+    await vi.waitFor(async () => {
+      const listed = await callUnary(clientOf(gateway), InferenceServiceService.listModels, { request: {} });
+      expect(listed.models).toEqual([
+        expect.objectContaining({ name: model, draftTokens: 1, readyGroups: 2 }),
+      ]);
+    }, 3_000);
+    const result = await collect(generate(clientOf(gateway), generation('hello')));
+    expect(result.text).toBe('hello');
+    expect(refusing.begun).toBe(0);
+  });
+
+  it('that drain get nothing more', async () => {
+    const gateway = await openGateway();
+    const draining = await openGroup({ group: 'a' });
+    draining.become(GroupState.DRAINING);
+    await openGroup({ group: 'b' });
+    const results = Array.from({ length: 5 }, () =>
+      collect(generate(clientOf(gateway), generation('hello'))),
+    );
+    await Promise.all(results);
+    expect(draining.begun).toBe(0);
+  });
+
+  it('that vanish end their running streams with ABORTED, and what they had not begun runs elsewhere', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const doomed = await openGroup({ group: 'a', script: endless, maxSequences: 4 });
+    const running = Array.from({ length: 2 }, () => generate(client, generation('x')));
+    await Promise.all(running.map((stream) => begin(stream, 3)));
+    doomed.stall();
+    const quiet = collect(generate(client, generation('quiet')));
+    await vi.waitFor(() => expect(doomed.begun).toBe(3), 3_000);
+    await openGroup({ group: 'b' });
+    await doomed.vanish();
+    for (const stream of running) {
+      await expect(drainOf(stream)).rejects.toMatchObject({
+        code: 'aborted',
+        message: expect.stringMatching(/lost after \d+ completion tokens/) as string,
+      });
+    }
+    expect((await quiet).text).toBe('quiet');
+    groups.splice(groups.indexOf(doomed), 1);
+  });
+
+  it('that break twice under the same request end it', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const first = await openGroup({ group: 'a' });
+    first.stall();
+    const outcome = collect(generate(client, generation('poison'))).then(
+      () => 'finish',
+      (error: unknown) => ClusterError.from(error).code,
+    );
+    await vi.waitFor(() => expect(first.begun).toBe(1), 3_000);
+    const second = await openGroup({ group: 'b' });
+    second.stall();
+    await first.vanish();
+    await vi.waitFor(() => expect(second.begun).toBe(1), 5_000);
+    await second.vanish();
+    expect(await outcome).toBe('aborted');
+    groups.length = 0;
+  });
+
+  it('that fall silent without closing are given up', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ script: endless });
+    const stream = generate(clientOf(gateway), generation('x', { maxTokens: 50 }));
+    await begin(stream, 1);
+    group.stall();
+    // A stalled engine answers pings, so the stream stays; it ends when the engine goes on.
+    await sleep(300);
+    group.resume();
+    expect(gateway.counts().sequences).toBe(1);
+    await drainOf(stream);
+  });
+});
+
+describe('gateways', () => {
+  it('share the groups: two of them, each with its own clients', async () => {
+    const [one, two] = [await openGateway(), await openGateway()];
+    await openGroup({ maxSequences: 2 });
+    const texts = Array.from({ length: 20 }, (_, index) => `text ${index}`);
+    const results = await Promise.all(
+      texts.map((text, index) => collect(generate(clientOf(index % 2 === 0 ? one : two), generation(text)))),
+    );
+    expect(results.map((result) => result.text)).toEqual(texts);
+  });
+
+  it('take over dispatching when the one that did it is closed', async () => {
+    const first = await openGateway();
+    await openGroup();
+    await collect(generate(clientOf(first), generation('before')));
+    const second = await openGateway();
+    const waiting = collect(generate(clientOf(second), generation('between')));
+    expect((await waiting).text).toBe('between');
+    await first.close();
+    gateways.splice(gateways.indexOf(first), 1);
+    expect((await collect(generate(clientOf(second), generation('after')))).text).toBe('after');
+  });
+
+  it('that drain refuse new requests, finish the running ones, and then close', async () => {
+    const gateway = await openGateway();
+    await openGroup({ stepMs: 5 });
+    const client = clientOf(gateway);
+    const running = generate(client, generation('a rather long prompt that takes its time to be said again'));
+    await begin(running, 2);
+    const draining = gateway.drain(AbortSignal.timeout(10_000));
+    await expect(collect(generate(client, generation('new')))).rejects.toMatchObject({ code: 'unavailable' });
+    let finished = false;
+    for await (const { event } of running) {
+      finished ||= event?.$case === 'finish';
+    }
+    expect(finished).toBe(true);
+    await draining;
+    expect(gateway.counts()).toMatchObject({ requests: 0, deletingRecords: 0 });
+  });
+
+  it('that close end what still runs with UNAVAILABLE', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ script: endless });
+    const stream = generate(clientOf(gateway), generation('x'));
+    await begin(stream, 2);
+    const ended = drainOf(stream).then(
+      () => 'finish',
+      (error: unknown) => ClusterError.from(error).code,
+    );
+    await gateway.close();
+    expect(await ended).toBe('unavailable');
+    gateways.length = 0;
+    await vi.waitFor(() => expect(group.sequences).toBe(0), 2_000);
+  });
+
+  it('without a NATS server refuse at once, and go on when it is back; running streams do not notice', async () => {
+    const own = await startNatsServer({
+      binary: await binaryOf(),
+      storeDirectory: join(directory, 'own'),
+      port: 0,
+    });
+    const queue = createNatsQueue({
+      servers: [own.url],
+      clientName: 'own',
+      replicas: 1,
+      recordMaxAgeMs: 3_600_000,
+      log,
+    });
+    const gateway = await openGateway({ MIMO_GATEWAY_NATS: own.url });
+    await openGroup({ queue, script: endless, stepMs: 5 });
+    const client = clientOf(gateway);
+    const running = generate(client, generation('x', { maxTokens: 600 }));
+    const { tokens } = await begin(running, 3);
+    own.child.kill();
+    await own.child.exited;
+    await vi.waitFor(
+      () =>
+        expect(collect(generate(client, generation('refused')))).rejects.toMatchObject({
+          code: 'unavailable',
+          detail: { retryAfterMs: 1_000 },
+        }),
+      5_000,
+    );
+    let more = 0;
+    for await (const { event } of running) {
+      more += event?.$case === 'delta' ? event.value.tokenIds.length : 0;
+    }
+    expect(tokens + more).toBe(600);
+    expect(gateway.counts()).toMatchObject({ requests: 0, deletingRecords: 1 });
+    const again = await startNatsServer({
+      binary: await binaryOf(),
+      storeDirectory: join(directory, 'own'),
+      port: own.port,
+    });
+    await vi.waitFor(() => expect(gateway.counts().deletingRecords).toBe(0), 10_000);
+    const result = await collect(generate(client, generation('back', { maxTokens: 2 })));
+    expect(result.finish?.completionTokens).toBe(2);
+    await gateway.close();
+    gateways.splice(gateways.indexOf(gateway), 1);
+    await queue.close();
+    await again.close();
+  });
+
+  it('go on when the NATS server comes back without its data', async () => {
+    const storeDirectory = join(directory, 'emptied');
+    const own = await startNatsServer({ binary: await binaryOf(), storeDirectory, port: 0 });
+    const options = { servers: [own.url], clientName: 'own', replicas: 1, recordMaxAgeMs: 3_600_000, log };
+    const queue = createNatsQueue(options);
+    const gateway = await openGateway({ MIMO_GATEWAY_NATS: own.url });
+    await openGroup({ queue });
+    const client = clientOf(gateway);
+    for (const text of ['one', 'two', 'three']) {
+      expect((await collect(generate(client, generation(text)))).text).toBe(text);
+    }
+    own.child.kill();
+    await own.child.exited;
+    await rm(storeDirectory, { recursive: true });
+    const again = await startNatsServer({ binary: await binaryOf(), storeDirectory, port: own.port });
+    await waitFor('the gateway to serve again', async () => {
+      const result = await collect(
+        generate(client, generation('four'), { deadlineUnixMs: Date.now() + 10_000 }),
+      );
+      return result.text === 'four';
+    });
+    await gateway.close();
+    gateways.splice(gateways.indexOf(gateway), 1);
+    await queue.close();
+    await again.close();
+  });
+
+  it('work without NATS: one gateway, its queue in memory, leaders asked for their heartbeats', async () => {
+    const group = await openGroup({ queue: undefined });
+    const gateway = await openGateway({ MIMO_GATEWAY_NATS: '', MIMO_GATEWAY_WORKERS: group.address });
+    expect(gateway.queueKind).toBe('memory');
+    const texts = Array.from({ length: 20 }, (_, index) => `text ${index}`);
+    const client = clientOf(gateway);
+    const results = await Promise.all(texts.map((text) => collect(generate(client, generation(text)))));
+    expect(results.map((result) => result.text)).toEqual(texts);
+  });
+
+  it('delete the records of a gateway that died', async () => {
+    const gateway = await openGateway();
+    const { RequestRecord } = await import('@mimo/proto/queue');
+    await bus.publish(
+      RequestRecord.fromPartial({
+        requestId: 'left-behind',
+        model,
+        gatewayId: 'gone',
+        acceptedUnixMs: Date.now() - 60_000,
+        deadlineUnixMs: Date.now() - 40_000,
+        promptTokenIds: [1],
+      }),
+    );
+    await vi.waitFor(async () => expect(await bus.counts()).toEqual({ records: 0 }), 5_000);
+    expect(gateway.counts().requests).toBe(0);
+  });
+});
+
+describe('the door', () => {
+  it('says all that is wrong with a request, with field, limit and value', async () => {
+    const gateway = await openGateway();
+    const request = GenerateRequest.fromPartial({
+      model,
+      sampling: { temperature: -1, topP: 0, stop: [''], logprobs: 21 },
+    });
+    const failure = await collect(generate(clientOf(gateway), request)).then(
+      () => undefined,
+      (error: unknown) => ClusterError.from(error),
+    );
+    expect(failure?.code).toBe('invalid_argument');
+    expect(failure?.detail.fieldViolations?.map(({ field }) => field).toSorted()).toEqual([
+      'input',
+      'sampling.logprobs',
+      'sampling.stop[0]',
+      'sampling.temperature',
+      'sampling.top_p',
+    ]);
+    const unknown = GenerateRequest.fromPartial({ ...generation('x'), model: 'nope' });
+    await expect(collect(generate(clientOf(gateway), unknown))).rejects.toMatchObject({ code: 'not_found' });
+  });
+
+  it('refuses text that is not UTF-8 and bytes that are no message', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const send = async (bytes: Buffer): Promise<void> => {
+      const { path, responseDeserialize } = InferenceServiceService.generate;
+      const raw = client.makeServerStreamRequest(path, (value: Buffer) => value, responseDeserialize, bytes);
+      for await (const _ of raw) {
+        throw new Error('an answer to garbage');
+      }
+    };
+    const good = Buffer.from(GenerateRequest.encode(generation('abcdef')).finish());
+    const at = good.indexOf('abcdef');
+    const bad = Buffer.from(good);
+    bad.set([0xff, 0xfe], at);
+    await expect(send(bad)).rejects.toMatchObject({ code: grpc.status.INVALID_ARGUMENT, details: /UTF-8/ });
+    await expect(send(good.subarray(0, good.length - 3))).rejects.toMatchObject({
+      code: grpc.status.INVALID_ARGUMENT,
+    });
+    expect(gateway.counts().requests).toBe(0);
+  });
+
+  it('refuses a message over the limit and says both figures', async () => {
+    const gateway = await openGateway({ MIMO_GATEWAY_MAX_RECEIVE: '64Ki' });
+    const failure = collect(generate(clientOf(gateway), generation('x'.repeat(100_000))));
+    await expect(failure).rejects.toMatchObject({
+      code: 'resource_exhausted',
+      message: expect.stringMatching(/65536/) as string,
+    });
+  });
+
+  it('lets in who has a key, for the models of that key', async () => {
+    const keysFile = join(directory, 'keys.json');
+    const sha256 = createHash('sha256').update('secret-of-b').digest('hex');
+    const keys = [
+      { key: 'secret-of-a', tenant: 'a' },
+      { sha256, tenant: 'b', models: ['another'] },
+    ];
+    await writeFile(keysFile, JSON.stringify({ keys }));
+    const gateway = await openGateway({ MIMO_GATEWAY_KEYS_FILE: keysFile });
+    await openGroup({ script: endless });
+    const client = clientOf(gateway);
+    const ask = (limits: CallLimits): Promise<unknown> =>
+      collect(generate(client, generation('x', { maxTokens: 2 }), limits));
+    await expect(ask({})).rejects.toMatchObject({ code: 'unauthenticated' });
+    await expect(ask(withKey('guessed'))).rejects.toMatchObject({ code: 'unauthenticated' });
+    await expect(ask(withKey('secret-of-b'))).rejects.toMatchObject({ code: 'permission_denied' });
+    await ask(withKey('secret-of-a'));
+    const stream = generate(client, generation('x'), withKey('secret-of-a'));
+    const { requestId } = await begin(stream, 1);
+    const cancel = { request: { requestId }, ...withKey('secret-of-b') };
+    expect(await callUnary(client, InferenceServiceService.cancel, cancel)).toEqual({ cancelled: false });
+    await stream.return(undefined);
+  });
+
+  it('counts tokens as the model would read them', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const text = 'What is 47 + 85?';
+    const counted = await callUnary(client, InferenceServiceService.countTokens, {
+      request: { request: { $case: 'generate', value: generation(text) } },
+    });
+    expect(counted.promptTokens).toBe(tokenizer.encode(text).length);
+  });
+});
+
+async function binaryOf(): Promise<string> {
+  const binary = await findNatsServer({
+    cacheDirectory: cacheDirectoryFrom(process.env),
+    onProgress: () => undefined,
+    signal: AbortSignal.timeout(170_000),
+  });
+  if (binary === null) {
+    throw new Error('these tests need a nats-server: on the PATH, or a Go toolchain to build one');
+  }
+  return binary;
+}

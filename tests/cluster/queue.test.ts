@@ -1,0 +1,440 @@
+// The promises of RequestQueue, kept by both implementations: the same suite runs on the in-memory queue and on a real
+// nats-server. What only a server can do (die, come back, come back empty) follows after it.
+
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import { createLog } from '@mimo/core/log';
+import { leaseTtlMs, type QueuedRecord, type RequestQueue } from '@mimo/core/queue';
+import { createMemoryQueue, MemoryBroker } from '@mimo/core/queue-memory';
+import { createNatsQueue } from '@mimo/core/queue-nats';
+import { Assignment, AssignmentOutcome, RequestRecord } from '@mimo/proto/queue';
+import { Heartbeat } from '@mimo/proto/worker';
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
+
+import {
+  cacheDirectoryFrom,
+  findNatsServer,
+  startNatsServer,
+  type NatsServer,
+} from '../../deploy/local/nats-server.ts';
+
+const model = 'XiaomiMiMo/MiMo-7B-RL.v2';
+const log = createLog({ process: 'test', level: 'silent' });
+
+function record(requestId: string, overrides: Partial<RequestRecord> = {}): RequestRecord {
+  return RequestRecord.fromPartial({
+    requestId,
+    model,
+    gatewayId: 'g1',
+    promptTokenIds: [1, 2, 3],
+    ...overrides,
+  });
+}
+
+/** Takes the first values of an iteration, then leaves it. */
+async function take<T>(values: AsyncIterable<T>, count: number): Promise<T[]> {
+  const taken: T[] = [];
+  for await (const value of values) {
+    taken.push(value);
+    if (taken.length === count) {
+      break;
+    }
+  }
+  return taken;
+}
+
+/** Gathers an iteration in the background. */
+function gather<T>(values: AsyncIterable<T>): { readonly values: T[]; readonly done: Promise<void> } {
+  const gathered: T[] = [];
+  const run = async (): Promise<void> => {
+    for await (const value of values) {
+      gathered.push(value);
+    }
+  };
+  return { values: gathered, done: run() };
+}
+
+interface Backend {
+  open(): Promise<RequestQueue>;
+  close(): Promise<void>;
+}
+
+let server: NatsServer;
+let storeDirectory: string;
+
+function openNats(name: string, port: number = server.port): RequestQueue {
+  const servers = [`127.0.0.1:${port}`];
+  return createNatsQueue({ servers, clientName: name, replicas: 1, recordMaxAgeMs: 3_600_000, log });
+}
+
+async function startServer(port: number, directory: string): Promise<NatsServer> {
+  const binary = await findNatsServer({
+    cacheDirectory: cacheDirectoryFrom(process.env),
+    onProgress: () => undefined,
+    signal: AbortSignal.timeout(170_000),
+  });
+  if (binary === null) {
+    throw new Error('these tests need a nats-server: on the PATH, or a Go toolchain to build one');
+  }
+  return startNatsServer({ binary, storeDirectory: directory, port });
+}
+
+beforeAll(async () => {
+  storeDirectory = await mkdtemp(join(tmpdir(), 'mimo-queue-'));
+  server = await startServer(0, storeDirectory);
+});
+
+afterAll(async () => {
+  await server.close();
+  await rm(storeDirectory, { recursive: true, force: true });
+});
+
+const backends: Readonly<Record<string, () => Backend>> = {
+  'the in-memory queue': () => {
+    const broker = new MemoryBroker();
+    return { open: async () => createMemoryQueue(broker), close: async () => undefined };
+  },
+  'the NATS queue': () => {
+    const opened: RequestQueue[] = [];
+    return {
+      open: async () => {
+        const queue = openNats(`test-${opened.length}`);
+        opened.push(queue);
+        await vi.waitFor(() => expect(queue.connected).toBe(true), 5_000);
+        return queue;
+      },
+      close: async () => undefined,
+    };
+  },
+};
+
+describe.each(Object.keys(backends))('%s', (name) => {
+  const opened: RequestQueue[] = [];
+  let backend: Backend;
+  const open = async (): Promise<RequestQueue> => {
+    const queue = await backend.open();
+    opened.push(queue);
+    return queue;
+  };
+  const abort = new AbortController();
+  const never = abort.signal;
+
+  beforeAll(() => {
+    const create = backends[name];
+    if (create === undefined) {
+      throw new Error(`no backend ${name}`);
+    }
+    backend = create();
+  });
+  afterEach(async () => {
+    const [queue] = opened;
+    if (queue?.connected === true && (await queue.counts()).records > 0) {
+      const live: QueuedRecord[] = [];
+      for (const of of [model, 'other']) {
+        const stop = AbortSignal.timeout(300);
+        live.push(...(await take(queue.follow(of, stop), Number.POSITIVE_INFINITY)));
+      }
+      await Promise.all(live.map(({ sequence }) => queue.delete(sequence)));
+    }
+    await Promise.all(opened.map((each) => each.close()));
+    opened.length = 0;
+  });
+
+  it('replays the live records of a model in order, then follows new ones', async () => {
+    const queue = await open();
+    const first = await queue.publish(record('a'));
+    const second = await queue.publish(record('b', { model: 'other' }));
+    const third = await queue.publish(record('c'));
+    expect([first < second, second < third]).toEqual([true, true]);
+    const values = queue.follow(model, never)[Symbol.asyncIterator]();
+    expect((await values.next()).value).toEqual({ sequence: first, record: record('a') });
+    expect((await values.next()).value).toEqual({ sequence: third, record: record('c') });
+    const next = values.next();
+    const fourth = await queue.publish(record('d'));
+    expect((await next).value).toEqual({ sequence: fourth, record: record('d') });
+    await values.return?.();
+  });
+
+  it('keeps every field of a record', async () => {
+    const queue = await open();
+    const full = record('full', {
+      tenant: 'acme',
+      acceptedUnixMs: 1_790_000_000_000,
+      deadlineUnixMs: 1_790_000_060_000,
+      promptTokenIds: [0, 151_643, 151_679],
+      sampling: {
+        stop: ['\n\n', '終'],
+        stopTokenIds: [7],
+        temperature: 0,
+        topP: 1,
+        seed: 0xffffffff,
+        logprobs: 0,
+      },
+    });
+    await queue.publish(full);
+    const [queued] = await take(queue.follow(model, never), 1);
+    expect(queued?.record).toEqual(full);
+  });
+
+  it('deletes a record once', async () => {
+    const queue = await open();
+    const sequence = await queue.publish(record('a'));
+    expect(await queue.counts()).toEqual({ records: 1 });
+    expect(await queue.delete(sequence)).toBe(true);
+    expect(await queue.delete(sequence)).toBe(false);
+    expect(await queue.delete(9_999_999)).toBe(false);
+    expect(await queue.counts()).toEqual({ records: 0 });
+    const kept = await queue.publish(record('b'));
+    expect((await take(queue.follow(model, never), 1))[0]?.sequence).toBe(kept);
+  });
+
+  it('ends an iteration when its signal fires, or the queue is closed', async () => {
+    const queue = await open();
+    const stop = new AbortController();
+    const followed = [
+      gather(queue.follow(model, stop.signal)),
+      gather(queue.followHeartbeats(stop.signal)),
+      gather(queue.followEnded(model, stop.signal)),
+    ];
+    const rest = [gather(queue.follow(model, never)), gather(queue.followState(model, never))];
+    stop.abort();
+    await Promise.all(followed.map((each) => each.done));
+    await queue.close();
+    await Promise.all(rest.map((each) => each.done));
+    await expect(queue.publish(record('late'))).rejects.toMatchObject({ code: 'unavailable' });
+  });
+
+  it('gives the lease of a model to one holder at a time, with a growing epoch', async () => {
+    const [one, two] = [await open(), await open()];
+    const first = await one.acquireLease(model, 'one', never);
+    const other = await two.acquireLease('other', 'two', never);
+    const waiting = two.acquireLease(model, 'two', never);
+    const early = await Promise.race([waiting, sleep(200)]);
+    expect(early).toBeUndefined();
+    await first.release();
+    expect(first.lost.aborted).toBe(true);
+    const second = await waiting;
+    expect(second.epoch).toBeGreaterThan(first.epoch);
+    expect(second.lost.aborted).toBe(false);
+    expect(other.lost.aborted).toBe(false);
+    await second.release();
+    await other.release();
+  });
+
+  it('gives up waiting for a lease when the signal fires', async () => {
+    const queue = await open();
+    const lease = await queue.acquireLease(model, 'one', never);
+    const waiting = queue.acquireLease(model, 'two', AbortSignal.timeout(50));
+    await expect(waiting).rejects.toMatchObject({ name: 'TimeoutError' });
+    await lease.release();
+  });
+
+  it('frees the leases of a queue that is closed', async () => {
+    const [one, two] = [await open(), await open()];
+    const lease = await one.acquireLease(model, 'one', never);
+    await one.close();
+    expect(lease.lost.aborted).toBe(true);
+    const next = await two.acquireLease(model, 'two', never);
+    expect(next.epoch).toBeGreaterThan(lease.epoch);
+  });
+
+  it('carries assignments to the owning gateway and its answer back', async () => {
+    const [dispatcher, gateway] = [await open(), await open()];
+    const assignment = Assignment.fromPartial({ requestId: 'r', model, group: 'g', dispatcherEpoch: 7 });
+    await expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' });
+    const seen: Assignment[] = [];
+    const served = gateway.serveAssignments('gw.1', (each) => {
+      seen.push(each);
+      return { outcome: AssignmentOutcome.ACCEPTED, group: each.group, incarnation: '', epoch: 3 };
+    });
+    const reply = await vi.waitFor(() => dispatcher.assign('gw.1', assignment), 2_000);
+    expect(reply).toEqual({ outcome: AssignmentOutcome.ACCEPTED, group: 'g', incarnation: '', epoch: 3 });
+    expect(seen.at(-1)).toEqual(assignment);
+    await served.close();
+    await vi.waitFor(
+      () => expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' }),
+      2_000,
+    );
+  });
+
+  it('carries heartbeats, ends and states to those who follow', async () => {
+    const [sender, follower] = [await open(), await open()];
+    const stop = new AbortController();
+    const heartbeats = gather(follower.followHeartbeats(stop.signal));
+    const ended = gather(follower.followEnded(model, stop.signal));
+    const states = gather(follower.followState(model, stop.signal));
+    const heartbeat = Heartbeat.fromPartial({
+      model,
+      group: 'g0',
+      sequenceNumber: 1,
+      running: [{ requestId: 'r' }],
+    });
+    const state = {
+      model,
+      atUnixMs: 1,
+      dispatcherEpoch: 2,
+      waitingRequests: 3,
+      runningRequests: 4,
+      waitingTokens: 5,
+      oldestWaitingMs: 6,
+      readyGroups: 7,
+    };
+    await vi.waitFor(() => {
+      sender.publishHeartbeat(heartbeat);
+      sender.publishEnded({ requestId: 'other', model: 'other', requeued: false });
+      sender.publishEnded({ requestId: 'r', model, requeued: true });
+      sender.publishState(state);
+      expect(heartbeats.values[0]).toEqual(heartbeat);
+      expect(ended.values[0]).toEqual({ requestId: 'r', model, requeued: true });
+      expect(states.values[0]).toEqual(state);
+    }, 2_000);
+    expect(ended.values.every((each) => each.model === model)).toBe(true);
+    stop.abort();
+    await Promise.all([heartbeats.done, ended.done, states.done]);
+  });
+
+  it('replays 5,000 records in order, each once', async () => {
+    const [writer, reader] = [await open(), await open()];
+    const total = 5_000;
+    const sequences: number[] = [];
+    for (let at = 0; at < total; at += 500) {
+      const batch = Array.from({ length: 500 }, (_, offset) => writer.publish(record(`r${at + offset}`)));
+      sequences.push(...(await Promise.all(batch)));
+    }
+    const startMs = performance.now();
+    const replayed = await take(reader.follow(model, never), total);
+    const replayMs = performance.now() - startMs;
+    expect(replayed.map((each) => each.sequence)).toEqual(sequences.toSorted((a, b) => a - b));
+    expect(new Set(replayed.map((each) => each.record.requestId)).size).toBe(total);
+    expect(replayMs).toBeLessThan(10_000);
+    const deleted = await Promise.all(sequences.map((sequence) => writer.delete(sequence)));
+    expect(deleted.every(Boolean)).toBe(true);
+    expect(await reader.counts()).toEqual({ records: 0 });
+  });
+});
+
+describe('the NATS queue, when its server', () => {
+  let directory: string;
+  let own: NatsServer;
+  const queues: RequestQueue[] = [];
+  const abort = new AbortController();
+  const open = async (name: string): Promise<RequestQueue> => {
+    const queue = openNats(name, own.port);
+    queues.push(queue);
+    await vi.waitFor(() => expect(queue.connected).toBe(true), 5_000);
+    return queue;
+  };
+  beforeAll(async () => {
+    directory = await mkdtemp(join(tmpdir(), 'mimo-queue-'));
+    own = await startServer(0, directory);
+  });
+  afterEach(async () => {
+    await Promise.all(queues.map((queue) => queue.close()));
+    queues.length = 0;
+  });
+  afterAll(async () => {
+    abort.abort();
+    await own.close();
+    await rm(directory, { recursive: true, force: true });
+  });
+
+  /** kill -9, then the same port again. */
+  const restart = async (options: { emptied: boolean; whileDown: () => Promise<void> }): Promise<void> => {
+    own.child.kill();
+    await own.child.exited;
+    await options.whileDown();
+    if (options.emptied) {
+      await rm(directory, { recursive: true, force: true });
+    }
+    own = await startServer(own.port, directory);
+  };
+
+  it('dies: refuses new records, keeps the old ones, and goes on following', async () => {
+    const queue = await open('survivor');
+    const kept = await queue.publish(record('kept'));
+    const doomed = await queue.publish(record('doomed'));
+    const followed = gather(queue.follow(model, abort.signal));
+    await vi.waitFor(() => expect(followed.values).toHaveLength(2), 5_000);
+    let deleting: Promise<boolean> | undefined;
+    await restart({
+      emptied: false,
+      whileDown: async () => {
+        await vi.waitFor(() => expect(queue.connected).toBe(false), 5_000);
+        const refused = queue.publish(record('refused'));
+        await expect(refused).rejects.toMatchObject({ code: 'unavailable', detail: { retryAfterMs: 1_000 } });
+        deleting = queue.delete(doomed);
+      },
+    });
+    await vi.waitFor(() => expect(queue.connected).toBe(true), 10_000);
+    expect(await deleting).toBe(true);
+    const after = await queue.publish(record('after'));
+    await vi.waitFor(
+      () => expect(followed.values.map((each) => each.sequence)).toEqual([kept, doomed, after]),
+      40_000,
+    );
+    expect(await queue.counts()).toEqual({ records: 2 });
+    await Promise.all([queue.delete(kept), queue.delete(after)]);
+  });
+
+  it('dies for longer than a lease lives: the holder knows, and another takes over', async () => {
+    const [one, two] = [await open('one'), await open('two')];
+    const first = await one.acquireLease(model, 'one', abort.signal);
+    await restart({
+      emptied: false,
+      whileDown: async () => {
+        await vi.waitFor(() => expect(first.lost.aborted).toBe(true), leaseTtlMs + 1_000);
+      },
+    });
+    const second = await two.acquireLease(model, 'two', AbortSignal.timeout(20_000));
+    expect(second.epoch).toBeGreaterThan(first.epoch);
+  });
+
+  it('comes back empty: makes its stream again, and all that follow it begin from the beginning', async () => {
+    const [one, two] = [await open('one'), await open('two')];
+    await one.publish(record('lost'));
+    await one.publish(record('lost too'));
+    const storeId = one.storeId;
+    expect(two.storeId).toBe(storeId);
+    const followed = [gather(one.follow(model, abort.signal)), gather(two.follow(model, abort.signal))];
+    await vi.waitFor(() => expect(followed.every((each) => each.values.length === 2)).toBe(true), 5_000);
+    await restart({ emptied: true, whileDown: async () => undefined });
+    await vi.waitFor(() => {
+      expect([one.connected, two.connected]).toEqual([true, true]);
+      expect(one.storeId).not.toBe(storeId);
+      expect(two.storeId).toBe(one.storeId);
+    }, 10_000);
+    await one.publish(record('fresh'));
+    await vi.waitFor(() => {
+      expect(followed.map((each) => each.values.at(-1)?.record.requestId)).toEqual(['fresh', 'fresh']);
+    }, 10_000);
+  });
+
+  it('is not there yet: opens at once and connects when it comes', async () => {
+    own.child.kill();
+    await own.child.exited;
+    const queue = openNats('early', own.port);
+    queues.push(queue);
+    await expect(queue.publish(record('early'))).rejects.toMatchObject({ code: 'unavailable' });
+    own = await startServer(own.port, directory);
+    await vi.waitFor(() => expect(queue.connected).toBe(true), 10_000);
+    const sequence = await queue.publish(record('in time'));
+    expect(await queue.delete(sequence)).toBe(true);
+  });
+
+  it('is never there: closes without waiting for it', async () => {
+    const queue = openNats('alone', 1);
+    await queue.close();
+    expect(queue.connected).toBe(false);
+  });
+
+  it('has a limit: refuses a record that is over it', async () => {
+    const queue = await open('large');
+    const promptTokenIds = Array.from({ length: 600_000 }, () => 150_000);
+    await expect(queue.publish(record('large', { promptTokenIds }))).rejects.toMatchObject({
+      code: 'invalid_argument',
+    });
+  });
+});

@@ -1,0 +1,164 @@
+// A tensor-parallel group of real processes: it computes what the oracle computes, refuses members that do not fit, and
+// notices at once when one dies and in time when one falls silent.
+
+import { afterAll, afterEach, describe, expect, it } from 'vitest';
+import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engine/engine-host';
+import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
+import { freeAddresses, RankProcess } from '../harness/engine-ranks.ts';
+
+const name = 'two-to-one-sharded';
+const { promptIds, greedyIds } = readExpectedIds(name);
+const fixtures = new CompiledFixtures();
+const ranks: RankProcess[] = [];
+
+afterEach(async () => {
+  await Promise.all(ranks.splice(0).map((rank) => rank.kill()));
+});
+afterAll(() => fixtures.remove());
+
+const peerTimeoutMs = 1500;
+
+function request(sequenceId: number, maxTokens: number): SequenceRequest {
+  const sampling = {
+    temperature: 0,
+    topP: 1,
+    topK: 0,
+    minP: 0,
+    repetitionPenalty: 1,
+    presencePenalty: 0,
+    frequencyPenalty: 0,
+    seed: 1,
+    stopTokenIds: [],
+    maxTokens,
+    minTokens: 0,
+    ignoreEos: true,
+    logprobs: -1,
+    draftTokens: 1,
+  };
+  return { sequenceId, tokenIds: promptIds, resumedTokens: 0, sampling, creditTokens: 1e9 };
+}
+
+type Network = Extract<GroupOptions, { kind: 'network' }>;
+
+/** Starts one process per entry; entries say what is different about it. */
+async function startRanks(
+  worldSize: number,
+  members: readonly {
+    rank: number;
+    group?: Partial<Network>;
+    shards?: Parameters<CompiledFixtures['compile']>[1];
+  }[],
+): Promise<RankProcess[]> {
+  const addresses = await freeAddresses(worldSize);
+  const started = await Promise.all(
+    members.map(async ({ rank, group, shards }) => {
+      const directories = await fixtures.compile(
+        name,
+        shards ?? { precision: 'fp32', tensorParallel: worldSize },
+      );
+      const options: EngineOptions = {
+        shardDirectories: [directories[rank]!],
+        group: {
+          kind: 'network',
+          rank,
+          addresses,
+          token: 'secret',
+          connectTimeoutMs: 8000,
+          peerTimeoutMs,
+          ...group,
+        },
+        maxSequences: 8,
+      };
+      return new RankProcess(options);
+    }),
+  );
+  ranks.push(...started);
+  return started;
+}
+
+async function startGroup(worldSize: number): Promise<RankProcess[]> {
+  const group = await startRanks(
+    worldSize,
+    Array.from({ length: worldSize }, (_, rank) => ({ rank })),
+  );
+  await Promise.all(group.map((rank) => rank.response('ready')));
+  return group;
+}
+
+describe('a network group', () => {
+  it.each([2, 4])(
+    'of %i processes continues as the oracle does, and ends when its leader closes',
+    async (worldSize) => {
+      const [leader, ...followers] = await startGroup(worldSize);
+      leader!.submit(request(1, greedyIds.length));
+      const deltas = await leader!.ended(1);
+      expect(deltas.flatMap(({ tokenIds }) => tokenIds)).toEqual(greedyIds);
+      leader!.send({ kind: 'close' });
+      for (const follower of followers) {
+        expect(await follower.response('failed')).toMatchObject({
+          message: 'the leader has dissolved the group',
+        });
+      }
+    },
+  );
+
+  it('loses a follower that is killed at once, while idle and in the middle of sequences', async () => {
+    for (const isBusy of [false, true]) {
+      const [leader, follower] = await startGroup(2);
+      const live = isBusy ? [1, 2, 3] : [];
+      live.forEach((id) => leader!.submit(request(id, 20_000)));
+      if (isBusy) {
+        await leader!.response('frame');
+      }
+      const killedMs = performance.now();
+      follower!.process.kill('SIGKILL');
+      expect(await leader!.response('failed')).toMatchObject({
+        code: 'unavailable',
+        message: /^rank 1 is lost/,
+      });
+      // An idle leader looks after its followers five times within the timeout; a busy one at every sum.
+      expect(performance.now() - killedMs).toBeLessThan(peerTimeoutMs);
+      for (const id of live) {
+        const deltas = await leader!.ended(id);
+        expect(deltas.at(-1)!.finish).toMatchObject({ kind: 'error', code: 'aborted' });
+        const completion = deltas.flatMap(({ tokenIds }) => tokenIds);
+        expect(deltas.at(-1)!.finish).toMatchObject({ completionTokens: completion.length });
+        expect(completion.slice(0, greedyIds.length)).toEqual(greedyIds.slice(0, completion.length));
+      }
+    }
+  });
+
+  it('ends on the follower when the leader is killed', async () => {
+    const [leader, follower] = await startGroup(2);
+    leader!.process.kill('SIGKILL');
+    expect(await follower!.response('failed')).toMatchObject({
+      code: 'unavailable',
+      message: /^rank 0 is lost/,
+    });
+  });
+
+  it.each([
+    ['follower', 1],
+    ['leader', 0],
+  ])('gives a stopped %s up after the timeout', async (_, stopped) => {
+    const group = await startGroup(2);
+    const stoppedMs = performance.now();
+    group[stopped]!.process.kill('SIGSTOP');
+    const lost = await group[1 - stopped]!.response('failed');
+    expect(lost).toMatchObject({
+      code: 'deadline_exceeded',
+      message: new RegExp(`^rank ${stopped} is lost: silent`),
+    });
+    expect(performance.now() - stoppedMs).toBeGreaterThan(peerTimeoutMs / 2);
+  });
+
+  it('refuses another model on both sides, naming both values', async () => {
+    const shards = { precision: 'fp32', tensorParallel: 2, mtpHidden: 'post-norm' } as const;
+    for (const rank of await startRanks(2, [{ rank: 0 }, { rank: 1, shards }])) {
+      expect(await rank.response('rejected')).toMatchObject({
+        code: 'failed_precondition',
+        message: expect.stringMatching(/shardKey: rank \d has [0-9a-f]{64}, rank \d has [0-9a-f]{64}/),
+      });
+    }
+  });
+});

@@ -1,0 +1,176 @@
+// A tensor-parallel group for tests and benches that look at logits: rank 0 runs passes in the caller's own thread, the
+// others are the engine's ordinary step threads. Owns their start and end.
+
+import { once } from 'node:events';
+import { Worker } from 'node:worker_threads';
+import { createSingleRankCollective, type Collective } from '@mimo/worker/collective/collective';
+import { createInProcessCollective, createInProcessGroup } from '@mimo/worker/collective/in-process';
+import type { EngineLimits, PassExecutor } from '@mimo/worker/engine/engine';
+import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
+import { ShardRunner } from '@mimo/worker/engine/shard-runner';
+import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engine/step-plan';
+import { readShardManifest, type ShardManifest } from '@mimo/worker/model/shard';
+import { createRuntime, type RuntimeImplementation } from '@mimo/worker/runtime/runtime';
+
+const defaultKvBlocks = 64;
+
+export interface LocalGroupOptions {
+  /** Compiled shards of all ranks, in rank order. */
+  readonly directories: readonly string[];
+  readonly implementation: RuntimeImplementation;
+  /** Of all ranks together; default: one a rank. */
+  readonly threads?: number;
+  /** Rows of a pass, and those that may get logits; default 256. */
+  readonly maxRows?: number;
+  readonly kvBlocks?: number;
+}
+
+/** Runs passes over all ranks. `close` ends the threads. */
+export interface LocalGroup extends PassExecutor {
+  readonly manifest: ShardManifest;
+  close(): Promise<void>;
+}
+
+/** Loads the shards and starts the follower threads. The caller closes it. */
+export async function openLocalGroup({
+  directories,
+  implementation,
+  threads = 1,
+  maxRows = 256,
+  kvBlocks = defaultKvBlocks,
+}: LocalGroupOptions): Promise<LocalGroup> {
+  const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
+  const manifest = manifests[0]!;
+  const worldSize = directories.length;
+  const shared = createInProcessGroup(worldSize);
+  const runtimeOptions = { implementation, executionProvider: 'cpu', intraOpThreads: threads } as const;
+  const followers = directories.slice(1).map(
+    (directory, i) =>
+      new Worker(new URL('../../worker/src/engine/step-thread.ts', import.meta.url), {
+        workerData: {
+          directory,
+          manifest: manifests[i + 1],
+          runtime: runtimeOptions,
+          collective: { kind: 'in-process', group: shared, rank: i + 1 },
+          limits: testLimits(manifest),
+          pingMs: 1000,
+        },
+      }),
+  );
+  const exits = followers.map((follower) => once(follower, 'exit'));
+  const collective: Collective =
+    worldSize === 1 ? createSingleRankCollective() : createInProcessCollective(shared, 0);
+  const runtime = await createRuntime(runtimeOptions);
+  const runner = new ShardRunner({ runtime, directory: directories[0]!, manifest, collective });
+  const configure = { kind: 'configure', kvBlocks, maxRows, maxHeadRows: maxRows } as const;
+  collective.broadcast(encodeStepPlan(configure));
+  runner.configure(configure, kvBlockTokens);
+  collective.allReduce(new Float32Array(1));
+  return {
+    manifest,
+    run: (plan: PassPlan): Float32Array => {
+      collective.broadcast(encodeStepPlan(plan));
+      return runner.run(plan);
+    },
+    close: async () => {
+      collective.broadcast(encodeStepPlan({ kind: 'stop' }));
+      runner.close();
+      runtime.close();
+      await Promise.all(exits);
+      collective.close();
+    },
+  };
+}
+
+/** Engine limits that fit a local group. */
+export function testLimits(
+  { config, maxPositions }: ShardManifest,
+  more: Partial<EngineLimits> = {},
+): EngineLimits {
+  return {
+    maxSequences: 8,
+    maxBatchTokens: 64,
+    prefillChunkTokens: 32,
+    kvBlocks: defaultKvBlocks,
+    maxContextTokens: Math.min(maxPositions, defaultKvBlocks * kvBlockTokens),
+    vocabSize: config.vocabSize,
+    usableVocab: config.vocabSize,
+    eosTokenIds: config.eosTokenIds,
+    draftTokens: Math.min(1, config.mtpLayers),
+    maxSpeculatingSequences: Infinity,
+    ...more,
+  };
+}
+
+/** Logits of every position, and of every MTP slot, of the given prompts. */
+export interface PromptLogits {
+  readonly backbone: readonly Float32Array[];
+  readonly mtp: readonly Float32Array[];
+}
+
+/**
+ * Runs prompts together, each `chunkTokens` rows at a time. MTP slot s has the hidden state of position s and token s+1,
+ * so the last position has none.
+ */
+export function promptLogits(
+  group: LocalGroup,
+  prompts: readonly (readonly number[])[],
+  chunkTokens: number,
+): readonly PromptLogits[] {
+  const results = prompts.map(() => ({ backbone: [] as Float32Array[], mtp: [] as Float32Array[] }));
+  const longest = Math.max(...prompts.map((prompt) => prompt.length));
+  for (let start = 0; start < longest; start += chunkTokens) {
+    const live = prompts.map((prompt, slot) => ({
+      slot,
+      ids: prompt.slice(start, start + chunkTokens),
+      prompt,
+    }));
+    const forward = live.filter(({ ids }) => ids.length > 0);
+    const run = (kind: PassPlan['kind'], spans: readonly RowSpan[], tokenIds: readonly number[]): void => {
+      const logits = group.run({ kind, releasedSlots: [], spans, tokenIds: Int32Array.from(tokenIds) });
+      const width = group.manifest.config.vocabSize;
+      let row = 0;
+      for (const span of spans) {
+        for (let i = 0; i < span.rows; i++, row++) {
+          const target = results[span.slot]![kind === 'forward' ? 'backbone' : 'mtp'];
+          target.push(logits.slice(row * width, (row + 1) * width));
+        }
+      }
+    };
+    const span = (slot: number, rows: number, hiddenRow: number): RowSpan => ({
+      slot,
+      start,
+      rows,
+      headRows: rows,
+      hiddenRow,
+      capacityTokens: Math.max(16, start + chunkTokens + 1),
+    });
+    run(
+      'forward',
+      forward.map(({ slot, ids }) => span(slot, ids.length, 0)),
+      forward.flatMap(({ ids }) => ids),
+    );
+    let hiddenRow = 0;
+    const drafts = forward.map(({ slot, ids, prompt }) => {
+      const next = prompt.slice(start + 1, start + 1 + ids.length);
+      const draft = { span: span(slot, next.length, hiddenRow), next };
+      hiddenRow += ids.length;
+      return draft;
+    });
+    const kept = drafts.filter(({ next }) => next.length > 0);
+    if (group.manifest.config.mtpLayers > 0 && kept.length > 0) {
+      run(
+        'draft',
+        kept.map((draft) => draft.span),
+        kept.flatMap(({ next }) => next),
+      );
+    }
+  }
+  group.run({
+    kind: 'forward',
+    releasedSlots: prompts.map((_, slot) => slot),
+    spans: [],
+    tokenIds: new Int32Array(0),
+  });
+  return results;
+}

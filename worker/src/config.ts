@@ -1,0 +1,114 @@
+// The settings of one rank's process: environment variables MIMO_WORKER_* -> one frozen configuration. Owns the table of
+// settings with its defaults and their reasons, and the checks across them. Knows nothing of what they are used for.
+
+import {
+  addressSetting,
+  choiceSetting,
+  durationSetting,
+  integerSetting,
+  listSetting,
+  parseConfig,
+  secretSetting,
+  sizeSetting,
+  textSetting,
+  type ConfigOf,
+  type Environment,
+} from '@mimo/core/config';
+import { logLevels } from '@mimo/core/log';
+
+const maxPort = 65_535;
+
+export const workerSettings = {
+  /** The name under which the group serves, e.g. `mimo-demo`. */
+  model: textSetting('MIMO_WORKER_MODEL'),
+  /** The group's name, the same on all its ranks. */
+  group: textSetting('MIMO_WORKER_GROUP', 'group-0'),
+  /** Hash of the spec that the group was started from; only handed on in heartbeats. */
+  revision: textSetting('MIMO_WORKER_REVISION', ''),
+
+  /** A Hugging Face checkpoint directory, compiled into the cache at the first start ... */
+  checkpointDirectory: textSetting('MIMO_WORKER_CHECKPOINT_DIRECTORY', ''),
+  /** ... or what `mimo compile` wrote: the directory that holds `rank-0`, `rank-1`, ... */
+  shardDirectory: textSetting('MIMO_WORKER_SHARD_DIRECTORY', ''),
+  cacheDirectory: textSetting('MIMO_WORKER_CACHE_DIRECTORY', ''),
+  /** int8 gives the same tokens whatever else is in the batch, at half the memory of bf16. */
+  precision: choiceSetting('MIMO_WORKER_PRECISION', ['fp32', 'int8', 'int4'], 'int8'),
+
+  tensorParallel: integerSetting('MIMO_WORKER_TENSOR_PARALLEL', { min: 1, max: 8 }, 1),
+  rank: integerSetting('MIMO_WORKER_RANK', { min: 0, max: 7 }, 0),
+  /** Where the ranks reach one another for collectives: `host:port` by rank. Not needed by a group of one. */
+  peers: listSetting('MIMO_WORKER_PEERS', ''),
+  /** Where this rank listens for its peers; default: its entry of `peers`. */
+  peerListen: textSetting('MIMO_WORKER_PEER_LISTEN', ''),
+  /** Shared by the ranks of one life of the group, so that a rank of an earlier life is turned away. */
+  groupToken: secretSetting('MIMO_WORKER_GROUP_TOKEN', 'unset'),
+  /** Loading 8 GB of weights from a slow volume takes minutes, and ranks start apart. */
+  peerConnectTimeoutMs: durationSetting('MIMO_WORKER_PEER_CONNECT_TIMEOUT', '10m'),
+  peerTimeoutMs: durationSetting('MIMO_WORKER_PEER_TIMEOUT', '10s'),
+
+  /** The WorkerService on a leader, health on every rank. */
+  listen: addressSetting('MIMO_WORKER_LISTEN', '0.0.0.0:50052'),
+  /** What gateways dial, `host:port`; default: the address listened on. */
+  advertise: textSetting('MIMO_WORKER_ADVERTISE', ''),
+  /** Where Prometheus reads a leader's metrics, `host:port`; empty serves no page. */
+  metricsListen: textSetting('MIMO_WORKER_METRICS_LISTEN', ''),
+  /** Without it no heartbeats are sent: whoever started the group asks its Stats. */
+  natsUrl: textSetting('MIMO_WORKER_NATS_URL', ''),
+  /** A dispatcher takes a group for gone after three missing ones. */
+  heartbeatIntervalMs: durationSetting('MIMO_WORKER_HEARTBEAT_INTERVAL', '250ms'),
+
+  runtime: choiceSetting('MIMO_WORKER_RUNTIME', ['auto', 'ort-capi', 'ort-node'], 'auto'),
+  /** Compute threads of this rank. */
+  threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
+  maxSequences: integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 }, 16),
+  kvBytes: sizeSetting('MIMO_WORKER_KV_BYTES', '1Gi'),
+  maxBatchTokens: integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 }, 128),
+  prefillChunkTokens: integerSetting('MIMO_WORKER_PREFILL_CHUNK_TOKENS', { min: 1, max: 65_536 }, 64),
+
+  /** Kubernetes gives a pod 30 s by default between SIGTERM and SIGKILL. */
+  drainGraceMs: durationSetting('MIMO_WORKER_DRAIN_GRACE', '25s'),
+  logLevel: choiceSetting('MIMO_WORKER_LOG_LEVEL', logLevels, 'info'),
+} as const;
+
+/** The configuration of one rank. Times in milliseconds, sizes in bytes; '' where an optional text was not given. */
+export type WorkerConfig = ConfigOf<typeof workerSettings>;
+
+function checkWorkerConfig(config: WorkerConfig): string[] {
+  const problems: string[] = [];
+  if ((config.checkpointDirectory === '') === (config.shardDirectory === '')) {
+    problems.push(
+      'exactly one of MIMO_WORKER_CHECKPOINT_DIRECTORY and MIMO_WORKER_SHARD_DIRECTORY must be given',
+    );
+  }
+  if (config.checkpointDirectory !== '' && config.cacheDirectory === '') {
+    problems.push('MIMO_WORKER_CACHE_DIRECTORY must be given where a checkpoint has to be compiled');
+  }
+  if (config.rank >= config.tensorParallel) {
+    problems.push(
+      `MIMO_WORKER_RANK must be below MIMO_WORKER_TENSOR_PARALLEL (${config.tensorParallel}), not ${config.rank}`,
+    );
+  }
+  if (config.tensorParallel > 1 && config.peers.length !== config.tensorParallel) {
+    problems.push(
+      `MIMO_WORKER_PEERS must name ${config.tensorParallel} addresses, one a rank, not ${config.peers.length}`,
+    );
+  }
+  const listenHost = config.listen.slice(0, config.listen.lastIndexOf(':'));
+  if (config.natsUrl !== '' && config.advertise === '' && ['0.0.0.0', '[::]'].includes(listenHost)) {
+    problems.push(
+      `MIMO_WORKER_ADVERTISE must be given where MIMO_WORKER_LISTEN is every address (${config.listen})`,
+    );
+  }
+  for (const peer of config.peers) {
+    const port = Number(peer.slice(peer.lastIndexOf(':') + 1));
+    if (!peer.includes(':') || !(port > 0 && port <= maxPort)) {
+      problems.push(`MIMO_WORKER_PEERS entries must be host:port, not ${JSON.stringify(peer)}`);
+    }
+  }
+  return problems;
+}
+
+/** Reads a rank's environment; fails with `invalid_argument` listing every problem. */
+export function parseWorkerConfig(env: Environment): WorkerConfig {
+  return parseConfig({ prefix: 'MIMO_WORKER_', settings: workerSettings, check: checkWorkerConfig }, env);
+}

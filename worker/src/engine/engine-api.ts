@@ -1,0 +1,81 @@
+// What goes into the engine and what comes out of it: requests, frames, figures. Types only; plain data that crosses
+// threads. Knows no text, no session of a gateway and no tensor.
+
+import type { ErrorCode } from '@mimo/core/errors';
+
+/** How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed, position). */
+export interface SequenceSampling {
+  readonly temperature: number;
+  readonly topP: number;
+  /** 0: all. */
+  readonly topK: number;
+  readonly minP: number;
+  readonly repetitionPenalty: number;
+  readonly presencePenalty: number;
+  readonly frequencyPenalty: number;
+  readonly seed: number;
+  readonly stopTokenIds: readonly number[];
+  readonly maxTokens: number;
+  readonly minTokens: number;
+  readonly ignoreEos: boolean;
+  /** -1: none; else that many alternatives beside the chosen token. */
+  readonly logprobs: number;
+  /** 0 or 1. */
+  readonly draftTokens: number;
+}
+
+export interface SequenceRequest {
+  /** The caller's number for it, unique among the live ones. */
+  readonly sequenceId: number;
+  /** Prompt, then `resumedTokens` completion tokens. */
+  readonly tokenIds: readonly number[];
+  readonly resumedTokens: number;
+  readonly sampling: SequenceSampling;
+  /** Tokens that may be produced before more credit comes; Infinity: no limit. */
+  readonly creditTokens: number;
+}
+
+export interface TokenLogprob {
+  readonly tokenId: number;
+  readonly logprob: number;
+  readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
+}
+
+export type SequenceEnd =
+  | { readonly kind: 'stop'; readonly stopTokenId: number }
+  | { readonly kind: 'length' }
+  | { readonly kind: 'aborted' }
+  | { readonly kind: 'error'; readonly code: ErrorCode; readonly message: string };
+
+export interface SequenceDelta {
+  readonly sequenceId: number;
+  /** Completion index of the first token here, resumed tokens counted. */
+  readonly index: number;
+  /** Without the token that ended it. */
+  readonly tokenIds: readonly number[];
+  readonly logprobs?: readonly TokenLogprob[];
+  readonly finish?: SequenceEnd & {
+    readonly completionTokens: number;
+    readonly draftedTokens: number;
+    readonly acceptedTokens: number;
+  };
+}
+
+/** What one engine step produced. */
+export interface EngineFrame {
+  readonly step: number;
+  readonly deltas: readonly SequenceDelta[];
+  readonly stats: EngineStats;
+}
+
+export interface EngineStats {
+  readonly steps: number;
+  readonly promptTokens: number;
+  readonly completionTokens: number;
+  readonly draftedTokens: number;
+  readonly acceptedTokens: number;
+  readonly runningSequences: number;
+  readonly waitingSequences: number;
+  readonly kvBlocks: number;
+  readonly kvBlocksUsed: number;
+}

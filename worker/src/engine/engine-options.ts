@@ -1,0 +1,174 @@
+// The options of an engine: from what the worker passes to a complete, checked set. Owns the defaults, their reasons and
+// the limits that follow from the shards. Reads manifests, and nothing else from disk.
+
+import { ClusterError } from '@mimo/core/errors';
+import { readShardManifest, type Precision, type ShardManifest } from '../model/shard.ts';
+import type { RuntimeImplementation } from '../runtime/runtime.ts';
+import type { EngineLimits } from './engine.ts';
+import { blocksFor, kvBlockTokens } from './kv-cache.ts';
+
+/** Where the other ranks of the group are. */
+export type GroupOptions =
+  /** All ranks are threads of this process; one shard directory per rank. A single directory is a group of one. */
+  | { readonly kind: 'in-process' }
+  /** One rank per process, joined by TCP; one shard directory, this rank's. */
+  | {
+      readonly kind: 'network';
+      readonly rank: number;
+      /** `host:port` of every rank by rank, this one's included (others reach it there). Higher ranks dial lower ones. */
+      readonly addresses: readonly string[];
+      /** Where this rank listens, `host:port`; default: its entry of `addresses`. */
+      readonly listenAddress?: string;
+      /** Shared secret of the group; a peer with another one is turned away. */
+      readonly token: string;
+      /** The whole group must have met and loaded within this time. Default 120 s. */
+      readonly connectTimeoutMs?: number;
+      /** A peer that is silent for this long in a step, or while idle, is lost. Default 10 s. */
+      readonly peerTimeoutMs?: number;
+    };
+
+export interface EngineOptions {
+  /** Compiled shards: every rank's in order for an in-process group, this rank's alone for a network group. */
+  readonly shardDirectories: readonly string[];
+  readonly group: GroupOptions;
+  readonly runtime?: 'ort-capi' | 'ort-node' | 'auto';
+  /** Compute threads per rank. Default 1. */
+  readonly threads?: number;
+  /** Sequences that hold KV cache at a time. Default 16. */
+  readonly maxSequences?: number;
+  /** KV cache of one rank in bytes; the leader's value counts. Default 1 GiB. */
+  readonly kvBytes?: number;
+  /** The same in blocks of 64 positions; wins over kvBytes. */
+  readonly kvBlocks?: number;
+  /** Rows of one step, all sequences together. Default 128. */
+  readonly maxBatchTokens?: number;
+  /** Rows of one sequence's prefill in one step. Default 64. */
+  readonly prefillChunkTokens?: number;
+  /** Ids at or above this are padding and are never chosen. Default: the model's vocabulary. */
+  readonly usableVocab?: number;
+  /** Draft only where verifying pays (few sequences); false: always draft. Default true. */
+  readonly adaptiveSpeculation?: boolean;
+}
+
+/** Options in full, with the manifests of the ranks that live in this process. */
+export interface CompleteOptions {
+  readonly manifests: readonly ShardManifest[];
+  readonly directories: readonly string[];
+  readonly runtime: RuntimeImplementation | 'auto';
+  readonly threads: number;
+  readonly limits: EngineLimits;
+}
+
+const defaults = {
+  maxSequences: 16,
+  // 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
+  prefillChunkTokens: 64,
+  maxBatchTokens: 128,
+  kvBytes: 2 ** 30,
+} as const;
+
+/**
+ * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
+ * arithmetic (reference, section MTP: about 4 rows with int4, 6 with int8).
+ */
+const speculatingSequences: Readonly<Record<Precision, number>> = { int4: 4, int8: 6, fp32: 8 };
+
+/**
+ * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
+ * `failed_precondition` where the shards are not those of the group.
+ */
+export async function completeOptions(options: EngineOptions): Promise<CompleteOptions> {
+  const { group, shardDirectories: directories } = options;
+  const problems: string[] = [];
+  const count = (name: keyof EngineOptions, fallback: number): number => {
+    const value = (options[name] ?? fallback) as number;
+    if (!Number.isInteger(value) || value < 1) {
+      problems.push(`${name}: must be an integer from 1, is ${value}`);
+    }
+    return value;
+  };
+  const maxSequences = count('maxSequences', defaults.maxSequences);
+  const maxBatchTokens = count('maxBatchTokens', Math.max(defaults.maxBatchTokens, 2 * maxSequences));
+  const prefillChunkTokens = count(
+    'prefillChunkTokens',
+    Math.min(defaults.prefillChunkTokens, maxBatchTokens),
+  );
+  const threads = count('threads', 1);
+  const kvBytes = count('kvBytes', defaults.kvBytes);
+  if (maxBatchTokens < 2 * maxSequences) {
+    problems.push(
+      `maxBatchTokens: must be at least 2 x maxSequences (${2 * maxSequences}), is ${maxBatchTokens}`,
+    );
+  }
+  const local = group.kind === 'network' ? 1 : Math.max(1, directories.length);
+  if (directories.length !== local) {
+    problems.push(`shardDirectories: a ${group.kind} group takes ${local} here, has ${directories.length}`);
+  }
+  if (problems.length > 0) {
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+
+  const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
+  assertGroupShards(manifests, options);
+  const manifest = manifests[0]!;
+  const { config } = manifest;
+  const contextBlocks = Math.ceil(manifest.maxPositions / kvBlockTokens);
+  const wantedBlocks =
+    options.kvBlocks === undefined ? Math.floor(kvBytes / kvBlockBytes(manifest)) : count('kvBlocks', 1);
+  const kvBlocks = Math.min(wantedBlocks, maxSequences * blocksFor(manifest.maxPositions, contextBlocks));
+  if (!(kvBlocks >= 1)) {
+    throw new ClusterError(
+      'invalid_argument',
+      `kvBytes: one block takes ${kvBlockBytes(manifest)}, are ${kvBytes}`,
+    );
+  }
+  const usableVocab = count('usableVocab', config.vocabSize);
+  if (problems.length > 0 || usableVocab > config.vocabSize) {
+    problems.push(`usableVocab: must be at most ${config.vocabSize}, is ${usableVocab}`);
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+  return {
+    manifests,
+    directories,
+    runtime: options.runtime ?? 'auto',
+    threads,
+    limits: {
+      maxSequences,
+      maxBatchTokens,
+      prefillChunkTokens,
+      kvBlocks,
+      maxContextTokens: Math.min(manifest.maxPositions, kvBlocks * kvBlockTokens),
+      vocabSize: config.vocabSize,
+      usableVocab,
+      eosTokenIds: config.eosTokenIds,
+      draftTokens: Math.min(1, config.mtpLayers),
+      maxSpeculatingSequences:
+        options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
+    },
+  };
+}
+
+/** Bytes that one block takes on one rank: float32 keys and values of every layer, the MTP layer included. */
+function kvBlockBytes({ config, tensorParallel }: ShardManifest): number {
+  const layers = config.layers + Math.min(1, config.mtpLayers);
+  return 4 * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;
+}
+
+function assertGroupShards(
+  manifests: readonly ShardManifest[],
+  { group, shardDirectories }: EngineOptions,
+): void {
+  const worldSize = group.kind === 'network' ? group.addresses.length : manifests.length;
+  const firstRank = group.kind === 'network' ? group.rank : 0;
+  for (const [i, manifest] of manifests.entries()) {
+    const expected = { rank: firstRank + i, tensorParallel: worldSize, key: manifests[0]!.key };
+    for (const field of ['tensorParallel', 'rank', 'key'] as const) {
+      if (manifest[field] !== expected[field]) {
+        throw new ClusterError(
+          'failed_precondition',
+          `${shardDirectories[i]}: ${field} must be ${expected[field]}, is ${manifest[field]}`,
+        );
+      }
+    }
+  }
+}

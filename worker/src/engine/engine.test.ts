@@ -1,0 +1,391 @@
+import assert from 'node:assert/strict';
+import * as fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import type { SequenceDelta, SequenceRequest, SequenceSampling } from './engine-api.ts';
+import { Engine, type EngineLimits, type PassExecutor } from './engine.ts';
+import { kvBlockTokens } from './kv-cache.ts';
+import { drawToken, keyedUniform } from './sampler.ts';
+import type { PassPlan } from './step-plan.ts';
+
+const vocabSize = 50;
+const eosTokenId = 49;
+
+const greedy: SequenceSampling = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  minP: 0,
+  repetitionPenalty: 1,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  seed: 7,
+  stopTokenIds: [],
+  maxTokens: 20,
+  minTokens: 0,
+  ignoreEos: false,
+  logprobs: -1,
+  draftTokens: 1,
+};
+
+const limits: EngineLimits = {
+  maxSequences: 4,
+  maxBatchTokens: 24,
+  prefillChunkTokens: 16,
+  kvBlocks: 8,
+  maxContextTokens: 8 * kvBlockTokens,
+  vocabSize,
+  usableVocab: vocabSize,
+  eosTokenIds: [eosTokenId],
+  draftTokens: 1,
+  maxSpeculatingSequences: 4,
+};
+
+/** The logits of a language model that is a hash of the whole prefix. */
+function hashLogits(prefix: readonly number[]): Float32Array {
+  const state = prefix.reduce((hash, id, i) => Math.imul(hash ^ (id + 31 * i), 0x9e3779b1) >>> 0, 17);
+  // The end-of-text token is made rare, so that sequences have some length.
+  return Float32Array.from(
+    { length: vocabSize },
+    (_, id) => 8 * keyedUniform(state, 0, id) - (id === eosTokenId ? 3 : 0),
+  );
+}
+
+/**
+ * That model behind the pass interface: it keeps what each slot's cache would hold, checks every span against it, and
+ * drafts the right token about two times in three.
+ */
+class HashModel implements PassExecutor {
+  readonly #slots = new Map<number, { backbone: number[]; mtp: number[] }>();
+  #rows: { slot: number; position: number }[] = [];
+
+  run(plan: PassPlan): Float32Array {
+    plan.releasedSlots.forEach((slot) => this.#slots.delete(slot));
+    const rows: { slot: number; position: number }[] = [];
+    const logits: Float32Array[] = [];
+    for (const span of plan.spans) {
+      const slot = this.#slots.get(span.slot) ?? { backbone: [], mtp: [] };
+      this.#slots.set(span.slot, slot);
+      const cache = plan.kind === 'forward' ? slot.backbone : slot.mtp;
+      assert.ok(span.start <= cache.length, 'a span starts where the cache ends');
+      assert.ok(span.start + Math.max(2, span.rows) <= span.capacityTokens);
+      cache.length = span.start;
+      for (let i = 0; i < span.rows; i++) {
+        cache.push(plan.tokenIds[rows.length]!);
+        if (plan.kind === 'draft') {
+          const position = span.start + i;
+          const hidden = this.#rows[span.hiddenRow + i];
+          assert.deepEqual(hidden, { slot: span.slot, position }, 'a draft row follows its hidden state');
+        }
+        rows.push({ slot: span.slot, position: span.start + i });
+      }
+      if (plan.kind === 'forward' && slot.mtp.length > 0) {
+        const ahead = slot.backbone.slice(1, span.start + 1);
+        assert.deepEqual(slot.mtp, ahead, 'the MTP cache is as long, and one token ahead');
+      }
+      for (let i = span.rows - span.headRows; i < span.rows; i++) {
+        const end = span.start + i + 1;
+        logits.push(plan.kind === 'forward' ? hashLogits(cache.slice(0, end)) : this.#draft(slot, end));
+      }
+    }
+    assert.equal(rows.length, plan.tokenIds.length);
+    if (plan.kind === 'forward') {
+      this.#rows = rows;
+    }
+    return Float32Array.from(logits.flatMap((row) => Array.from(row)));
+  }
+
+  #draft(slot: { backbone: number[]; mtp: number[] }, slots: number): Float32Array {
+    const guess = hashLogits([slot.backbone[0]!, ...slot.mtp.slice(0, slots)]);
+    return keyedUniform(slots, slot.mtp[slots - 1]!, 3) < 0.66 ? guess : guess.map((value) => -value);
+  }
+}
+
+/** The obviously right way: one sequence, one token at a time, no cache. */
+function generateAlone({ sampling, tokenIds: given, resumedTokens }: SequenceRequest): number[] {
+  const tokenIds = [...given];
+  const promptTokens = tokenIds.length - resumedTokens;
+  const stopIds = [...(sampling.ignoreEos ? [] : [eosTokenId]), ...sampling.stopTokenIds];
+  while (tokenIds.length - promptTokens < sampling.maxTokens && tokenIds.length < limits.maxContextTokens) {
+    const seen = new Map(
+      tokenIds.map((id) => [id, tokenIds.filter((other, i) => other === id && i >= promptTokens).length]),
+    );
+    const forbidden = tokenIds.length - promptTokens < sampling.minTokens ? stopIds : [];
+    const { tokenId } = drawToken(hashLogits(tokenIds), {
+      sampling,
+      position: tokenIds.length,
+      seen,
+      forbidden,
+    });
+    if (stopIds.includes(tokenId)) {
+      break;
+    }
+    tokenIds.push(tokenId);
+  }
+  return tokenIds.slice(promptTokens);
+}
+
+/** Steps until nothing can run; returns every delta. */
+function runOut(engine: Engine, maxSteps = 5000): SequenceDelta[] {
+  const deltas: SequenceDelta[] = [];
+  for (let steps = 0; ; steps++) {
+    expect(steps, 'the engine comes to rest').toBeLessThan(maxSteps);
+    const frame = engine.step();
+    engine.checkIntegrity();
+    if (frame === undefined) {
+      return deltas;
+    }
+    deltas.push(...frame.deltas);
+  }
+}
+
+function completionOf(
+  deltas: readonly SequenceDelta[],
+  sequenceId: number,
+  resumed: readonly number[] = [],
+): number[] {
+  const ids = [...resumed];
+  for (const delta of deltas.filter((each) => each.sequenceId === sequenceId)) {
+    expect(delta.index, 'indices are contiguous').toBe(ids.length);
+    ids.push(...delta.tokenIds);
+  }
+  return ids;
+}
+
+function request(
+  sequenceId: number,
+  tokenIds: readonly number[],
+  more: Partial<SequenceRequest> = {},
+): SequenceRequest {
+  return { sequenceId, tokenIds, resumedTokens: 0, sampling: greedy, creditTokens: Infinity, ...more };
+}
+
+const samplings = fc.record({
+  temperature: fc.constantFrom(0, 0.6, 1.5),
+  topP: fc.constantFrom(1, 0.9, 0.3),
+  topK: fc.constantFrom(0, 1, 5),
+  minP: fc.constantFrom(0, 0.1),
+  repetitionPenalty: fc.constantFrom(1, 1.3),
+  presencePenalty: fc.constantFrom(0, 0.5),
+  frequencyPenalty: fc.constantFrom(0, 0.2),
+  seed: fc.nat(),
+  stopTokenIds: fc.constantFrom([], [3, 4]),
+  maxTokens: fc.integer({ min: 1, max: 90 }),
+  minTokens: fc.constantFrom(0, 5),
+  ignoreEos: fc.boolean(),
+  logprobs: fc.constant(-1),
+  draftTokens: fc.constantFrom(0, 1),
+});
+
+const prompts = fc.array(fc.nat(vocabSize - 1), { minLength: 1, maxLength: 100 });
+
+describe('Engine', () => {
+  it('gives every sequence the tokens it would get alone: batched, chunked, preempted and speculated', () => {
+    fc.assert(
+      fc.property(
+        fc.array(fc.record({ tokenIds: prompts, sampling: samplings }), { minLength: 1, maxLength: 8 }),
+        fc.integer({ min: 3, max: 8 }),
+        fc.constantFrom(0, 2, Infinity),
+        (cases, kvBlocks, maxSpeculatingSequences) => {
+          const maxContextTokens = kvBlocks * kvBlockTokens;
+          const engine = new Engine(new HashModel(), {
+            ...limits,
+            kvBlocks,
+            maxContextTokens,
+            maxSpeculatingSequences,
+          });
+          const requests = cases.map(({ tokenIds, sampling }, id) => request(id, tokenIds, { sampling }));
+          requests.forEach((each) => engine.submit(each));
+          const deltas = runOut(engine);
+          for (const each of requests) {
+            const alone = generateAlone(each).slice(0, maxContextTokens - each.tokenIds.length);
+            expect(completionOf(deltas, each.sequenceId)).toEqual(alone);
+            expect(
+              deltas.filter((d) => d.sequenceId === each.sequenceId && d.finish !== undefined),
+            ).toHaveLength(1);
+          }
+          expect(engine.stats()).toMatchObject({ runningSequences: 0, waitingSequences: 0, kvBlocksUsed: 0 });
+        },
+      ),
+      { numRuns: 150 },
+    );
+  });
+
+  it('resumes a completion at any token as if it had never stopped', () => {
+    fc.assert(
+      fc.property(prompts, samplings, fc.nat(90), (tokenIds, sampling, cut) => {
+        const whole = generateAlone(request(1, tokenIds, { sampling }));
+        const resumed = whole.slice(0, Math.min(cut, whole.length));
+        const engine = new Engine(new HashModel(), limits);
+        engine.submit(request(1, [...tokenIds, ...resumed], { sampling, resumedTokens: resumed.length }));
+        expect(completionOf(runOut(engine), 1, resumed)).toEqual(whole);
+      }),
+    );
+  });
+
+  it('frees everything at whatever step a sequence is aborted, and produces no more than its credit', () => {
+    fc.assert(
+      fc.property(
+        fc.array(fc.record({ tokenIds: prompts, sampling: samplings, credit: fc.nat(12) }), {
+          minLength: 1,
+          maxLength: 8,
+        }),
+        fc.array(fc.record({ id: fc.nat(7), steps: fc.nat(6), credit: fc.nat(9) }), { maxLength: 12 }),
+        (cases, events) => {
+          const engine = new Engine(new HashModel(), {
+            ...limits,
+            kvBlocks: 4,
+            maxContextTokens: 4 * kvBlockTokens,
+          });
+          const credit = new Map<number, number>();
+          const produced = new Map<number, number>();
+          const stepOnce = (): boolean => {
+            const frame = engine.step();
+            engine.checkIntegrity();
+            for (const { sequenceId, tokenIds } of frame?.deltas ?? []) {
+              produced.set(sequenceId, (produced.get(sequenceId) ?? 0) + tokenIds.length);
+              expect(produced.get(sequenceId)).toBeLessThanOrEqual(credit.get(sequenceId)!);
+            }
+            return frame !== undefined;
+          };
+          for (const [id, { tokenIds, sampling, credit: creditTokens }] of cases.entries()) {
+            credit.set(id, creditTokens);
+            engine.submit(request(id, tokenIds, { sampling, creditTokens }));
+          }
+          for (const { id, steps, credit: more } of events) {
+            for (let i = 0; i < steps; i++) {
+              stepOnce();
+            }
+            if (more === 0) {
+              engine.abort(id);
+            } else {
+              credit.set(id, (credit.get(id) ?? 0) + more);
+              engine.addCredit(id, more);
+            }
+            engine.checkIntegrity();
+          }
+          for (let steps = 0; stepOnce(); steps++) {
+            expect(steps).toBeLessThan(5000);
+          }
+          cases.forEach((_, id) => engine.abort(id));
+          expect(engine.stats()).toMatchObject({ runningSequences: 0, waitingSequences: 0, kvBlocksUsed: 0 });
+        },
+      ),
+      { numRuns: 150 },
+    );
+  });
+
+  it('counts drafts, and produces two tokens in a step where one was accepted', () => {
+    const engine = new Engine(new HashModel(), limits);
+    engine.submit(request(1, [1, 2, 3], { sampling: { ...greedy, maxTokens: 60, ignoreEos: true } }));
+    const deltas = runOut(engine);
+    const { draftedTokens, acceptedTokens, steps } = engine.stats();
+    expect(acceptedTokens).toBeGreaterThan(0);
+    expect(acceptedTokens).toBeLessThan(draftedTokens);
+    expect(steps).toBe(60 - acceptedTokens);
+    expect(deltas.at(-1)?.finish).toEqual({
+      kind: 'length',
+      completionTokens: 60,
+      draftedTokens,
+      acceptedTokens,
+    });
+    expect(deltas.filter(({ tokenIds }) => tokenIds.length === 2)).toHaveLength(acceptedTokens);
+  });
+
+  it('does not touch the MTP layer for a sequence that does not draft', () => {
+    const kinds: string[] = [];
+    const model = new HashModel();
+    const engine = new Engine({ run: (plan) => (kinds.push(plan.kind), model.run(plan)) }, limits);
+    engine.submit(request(1, [1, 2, 3], { sampling: { ...greedy, draftTokens: 0 } }));
+    runOut(engine);
+    expect(new Set(kinds)).toEqual(new Set(['forward']));
+  });
+
+  it.each<[string, Partial<SequenceRequest>, RegExp]>([
+    ['an empty prompt', { tokenIds: [] }, /prompt must have at least 1 token, has 0/],
+    ['a prompt that is all resumed', { resumedTokens: 3 }, /prompt must have at least 1 token, has 0/],
+    [
+      'a negative count of resumed tokens',
+      { resumedTokens: -1 },
+      /resumedTokens: must be an integer from 0, is -1/,
+    ],
+    ['an id out of the vocabulary', { tokenIds: [1, 50] }, /tokenIds\[1\]: must be in \[0, 50\), is 50/],
+    ['a fraction as id', { tokenIds: [0.5] }, /tokenIds\[0\]: must be in/],
+    [
+      'a prompt over the context',
+      { tokenIds: Array.from({ length: 512 }, () => 1) },
+      /context of 512 tokens, are 512/,
+    ],
+    [
+      'a negative temperature',
+      { sampling: { ...greedy, temperature: -1 } },
+      /temperature: must be in \[0, 2\], is -1/,
+    ],
+    [
+      'temperature NaN',
+      { sampling: { ...greedy, temperature: NaN } },
+      /temperature: must be in \[0, 2\], is NaN/,
+    ],
+    ['top_p zero', { sampling: { ...greedy, topP: 0 } }, /topP: must be in \(0, 1\], is 0/],
+    ['a negative top_k', { sampling: { ...greedy, topK: -1 } }, /topK: must be an integer from 0, is -1/],
+    [
+      'no tokens to produce',
+      { sampling: { ...greedy, maxTokens: 0 } },
+      /maxTokens: must be an integer from 1, is 0/,
+    ],
+    [
+      'too many logprobs',
+      { sampling: { ...greedy, logprobs: 21 } },
+      /logprobs: must be in \[-1, 20\], is 21/,
+    ],
+    ['negative credit', { creditTokens: -1 }, /creditTokens: must be at least 0, is -1/],
+  ])('ends %s with invalid_argument and goes on', (_, wrong, message) => {
+    const engine = new Engine(new HashModel(), limits);
+    engine.submit(request(1, [1, 2, 3], wrong));
+    engine.submit(request(2, [1, 2, 3]));
+    const deltas = runOut(engine);
+    expect(deltas.find(({ sequenceId }) => sequenceId === 1)?.finish).toMatchObject({
+      kind: 'error',
+      code: 'invalid_argument',
+      message: expect.stringMatching(message),
+    });
+    expect(completionOf(deltas, 2)).toEqual(generateAlone(request(2, [1, 2, 3])));
+  });
+
+  it('ends a sequence that was complete when resumed with length, and reports an abort once', () => {
+    const engine = new Engine(new HashModel(), limits);
+    engine.submit(request(1, [1, 2, 3, 4], { resumedTokens: 2, sampling: { ...greedy, maxTokens: 2 } }));
+    engine.submit(request(2, [1, 2, 3]));
+    engine.abort(2);
+    engine.abort(2);
+    const finishes = runOut(engine).map(({ sequenceId, finish }) => [sequenceId, finish?.kind]);
+    expect(finishes).toEqual([
+      [1, 'length'],
+      [2, 'aborted'],
+    ]);
+  });
+
+  it('ends a sequence whose logits are no numbers, and only that one', () => {
+    const model = new HashModel();
+    const executor = {
+      run: (plan: PassPlan): Float32Array => {
+        const logits = model.run(plan);
+        return plan.tokenIds[0] === 13 ? logits.fill(NaN, 0, vocabSize) : logits;
+      },
+    };
+    const engine = new Engine(executor, limits);
+    engine.submit(request(1, [13]));
+    engine.submit(request(2, [1, 2, 3]));
+    const deltas = runOut(engine);
+    const message = 'the model gives no finite logit for position 1';
+    expect(deltas[0]!.finish).toMatchObject({ kind: 'error', code: 'data_loss', message });
+    expect(completionOf(deltas, 2)).toEqual(generateAlone(request(2, [1, 2, 3])));
+  });
+
+  it('never draws a padding id', () => {
+    const engine = new Engine(new HashModel(), { ...limits, usableVocab: 5 });
+    engine.submit(
+      request(1, [1, 2, 3], { sampling: { ...greedy, temperature: 2, maxTokens: 200, ignoreEos: true } }),
+    );
+    expect(Math.max(...completionOf(runOut(engine), 1))).toBeLessThan(5);
+  });
+});

@@ -1,0 +1,356 @@
+// The leader's step: decide, run the backbone, choose tokens, verify drafts, run the MTP layer, report. Owns the
+// sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank: passes
+// go through a PassExecutor (leader.ts over the group, or a model of the test's own).
+//
+// Speculation with one draft token (reference mimo-architecture.md §3.5, written so that no hidden state is carried over):
+// after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next prompt
+// token, for the last row the chosen one. So the MTP layer runs for exactly the surviving rows in the same step; slot s
+// pairs the hidden state of row s with token s+1, and the MTP cache is as long as the backbone's. A draft is accepted iff
+// the token drawn for its row equals it, so text with and without speculation is the same. A rejected draft's row is
+// undone by not counting it: the next step overwrites its keys and values.
+
+import { ClusterError } from '@mimo/core/errors';
+import type { EngineFrame, EngineStats, SequenceDelta, SequenceEnd, SequenceRequest } from './engine-api.ts';
+import { kvBlockTokens, KvCache } from './kv-cache.ts';
+import { argmax, drawToken } from './sampler.ts';
+import {
+  capacityTokens,
+  planStep,
+  type ScheduledRows,
+  type SchedulerLimits,
+  type SchedulerSequence,
+} from './scheduler.ts';
+import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
+import type { PassPlan, RowSpan } from './step-plan.ts';
+
+/** Runs a pass over the group; returns the logits of the spans' head rows, [headRows, vocabSize], valid until the next pass. */
+export interface PassExecutor {
+  run(plan: PassPlan): Float32Array;
+}
+
+export interface EngineLimits {
+  readonly maxSequences: number;
+  readonly maxBatchTokens: number;
+  readonly prefillChunkTokens: number;
+  readonly kvBlocks: number;
+  /** Longest prompt and completion together. */
+  readonly maxContextTokens: number;
+  readonly vocabSize: number;
+  /** Ids at or above are never drawn. */
+  readonly usableVocab: number;
+  readonly eosTokenIds: readonly number[];
+  /** 0 where the model has no MTP layer. */
+  readonly draftTokens: number;
+  /** With more sequences decoding than this, verifying costs more than it gives. */
+  readonly maxSpeculatingSequences: number;
+}
+
+/** A sequence's rows of the step, with what the MTP pass needs of them. */
+interface StepRows {
+  readonly sequence: Sequence;
+  readonly scheduled: ScheduledRows;
+  readonly span: RowSpan;
+  /** First row of the forward pass. */
+  readonly firstRow: number;
+}
+
+/** The step loop's state. `step` until `hasWork` is false. */
+export class Engine {
+  readonly #executor: PassExecutor;
+  readonly #limits: EngineLimits;
+  readonly #schedulerLimits: SchedulerLimits;
+  readonly #sequenceLimits: SequenceLimits;
+  readonly #kv: KvCache;
+  /** Live sequences by id, in order of arrival: the older is the earlier. */
+  readonly #sequences = new Map<number, Sequence>();
+  /** Ids of those that hold KV cache. */
+  readonly #running = new Set<number>();
+  /** Slots to give back with the next pass. */
+  #releasedSlots: number[] = [];
+  /** Ended outside of a step: refused or aborted. */
+  #ended: SequenceDelta[] = [];
+  #counters = { steps: 0, promptTokens: 0, completionTokens: 0, draftedTokens: 0, acceptedTokens: 0 };
+
+  constructor(executor: PassExecutor, limits: EngineLimits) {
+    this.#executor = executor;
+    this.#limits = limits;
+    this.#sequenceLimits = limits;
+    this.#schedulerLimits = {
+      maxSequences: limits.maxSequences,
+      maxBatchTokens: limits.maxBatchTokens,
+      prefillChunkTokens: limits.prefillChunkTokens,
+      maxSequenceBlocks: Math.ceil(limits.maxContextTokens / kvBlockTokens),
+    };
+    this.#kv = new KvCache({ blocks: limits.kvBlocks, slots: limits.maxSequences });
+  }
+
+  /** Queues a sequence. One that cannot run ends with an `error` delta in the next step. */
+  submit(request: SequenceRequest): void {
+    try {
+      if (this.#sequences.has(request.sequenceId)) {
+        throw new ClusterError('invalid_argument', `sequenceId: ${request.sequenceId} is live`);
+      }
+      validateRequest(request, this.#sequenceLimits);
+    } catch (error) {
+      const { code, message } = ClusterError.from(error);
+      this.#ended.push(refusedDelta(request, { kind: 'error', code, message }));
+      return;
+    }
+    const sequence = new Sequence(request, this.#sequenceLimits);
+    if (sequence.end === undefined) {
+      this.#sequences.set(sequence.id, sequence);
+    } else {
+      this.#ended.push(sequence.takeDelta()!);
+    }
+  }
+
+  /** Frees the sequence; its `aborted` delta comes with the next step. */
+  abort(sequenceId: number): void {
+    const sequence = this.#sequences.get(sequenceId);
+    if (sequence !== undefined) {
+      sequence.end = { kind: 'aborted' };
+      this.#ended.push(sequence.takeDelta()!);
+      this.#free(sequence);
+    }
+  }
+
+  addCredit(sequenceId: number, tokens: number): void {
+    const sequence = this.#sequences.get(sequenceId);
+    if (sequence !== undefined && tokens > 0) {
+      sequence.creditTokens += tokens;
+    }
+  }
+
+  /**
+   * One step of everything that can run, and the report of what has ended since the last; undefined where there is
+   * neither. Throws what the executor throws: the group is then lost.
+   */
+  step(): EngineFrame | undefined {
+    const rows = this.#schedule();
+    if (rows.length === 0 && this.#ended.length === 0) {
+      return undefined;
+    }
+    if (rows.length > 0) {
+      this.#counters.steps += 1;
+      const logits = this.#executor.run(this.#forwardPlan(rows));
+      const surviving = this.#drawTokens(rows, logits);
+      this.#makeDrafts(rows, surviving);
+    }
+    const deltas = [...this.#ended];
+    this.#ended = [];
+    for (const { sequence } of rows) {
+      const delta = sequence.takeDelta();
+      if (delta !== undefined) {
+        deltas.push(delta);
+        this.#counters.completionTokens += delta.tokenIds.length;
+      }
+      if (sequence.end !== undefined) {
+        this.#free(sequence);
+      }
+    }
+    return { step: this.#counters.steps, deltas, stats: this.stats() };
+  }
+
+  stats(): EngineStats {
+    return {
+      ...this.#counters,
+      runningSequences: this.#running.size,
+      waitingSequences: this.#sequences.size - this.#running.size,
+      kvBlocks: this.#kv.totalBlocks,
+      kvBlocksUsed: this.#kv.usedBlocks,
+    };
+  }
+
+  /** Throws `internal` where bookkeeping and sequences disagree. Tests call it after each step. */
+  checkIntegrity(): void {
+    this.#kv.checkIntegrity();
+    for (const sequence of this.#sequences.values()) {
+      const blocks = this.#kv.grantOf(sequence.id)?.blocks;
+      const isRunning = this.#running.has(sequence.id);
+      if (isRunning !== (blocks !== undefined) || sequence.end !== undefined) {
+        throw new ClusterError('internal', `sequence ${sequence.id}: running ${isRunning}, blocks ${blocks}`);
+      }
+      if (sequence.kvTokens > capacityTokens(blocks ?? 0) || sequence.pendingTokens < 1) {
+        throw new ClusterError(
+          'internal',
+          `sequence ${sequence.id}: ${sequence.kvTokens} of ${sequence.tokenIds.length} tokens in ${blocks} blocks`,
+        );
+      }
+    }
+    if (this.#sequences.size === 0 && this.#kv.usedBlocks !== 0) {
+      throw new ClusterError('internal', `${this.#kv.usedBlocks} KV blocks are used by nobody`);
+    }
+  }
+
+  #schedule(): StepRows[] {
+    const running: SchedulerSequence[] = [];
+    const waiting: SchedulerSequence[] = [];
+    for (const sequence of this.#sequences.values()) {
+      (this.#running.has(sequence.id) ? running : waiting).push(this.#view(sequence));
+    }
+    const decision = planStep({ running, waiting, freeBlocks: this.#kv.freeBlocks }, this.#schedulerLimits);
+    for (const id of decision.preempted) {
+      this.#preempt(this.#sequences.get(id)!);
+    }
+    for (const id of decision.admitted) {
+      this.#running.add(id);
+    }
+    let firstRow = 0;
+    return decision.rows.map((scheduled) => {
+      const sequence = this.#sequences.get(scheduled.sequenceId)!;
+      const { slot, blocks } = this.#kv.grant(sequence.id, scheduled.blocks);
+      const rows = scheduled.pendingRows + (scheduled.withDraft ? 1 : 0);
+      const isLast = scheduled.pendingRows === sequence.pendingTokens;
+      const span: RowSpan = {
+        slot,
+        start: sequence.kvTokens,
+        rows,
+        headRows: isLast ? rows - scheduled.pendingRows + 1 : 0,
+        hiddenRow: 0,
+        capacityTokens: capacityTokens(blocks),
+      };
+      const stepRows = { sequence, scheduled, span, firstRow };
+      firstRow += rows;
+      return stepRows;
+    });
+  }
+
+  #view(sequence: Sequence): SchedulerSequence {
+    return {
+      sequenceId: sequence.id,
+      pendingTokens: sequence.pendingTokens,
+      kvTokens: sequence.kvTokens,
+      blocks: this.#kv.grantOf(sequence.id)?.blocks ?? 0,
+      creditTokens: sequence.creditTokens,
+      hasDraft: sequence.draft >= 0 && sequence.allowance >= 2,
+    };
+  }
+
+  #forwardPlan(rows: readonly StepRows[]): PassPlan {
+    const tokenIds = rows.flatMap(({ sequence, scheduled, span }) => [
+      ...sequence.tokenIds.slice(span.start, span.start + scheduled.pendingRows),
+      ...(scheduled.withDraft ? [sequence.draft] : []),
+    ]);
+    return {
+      kind: 'forward',
+      releasedSlots: this.#takeReleasedSlots(),
+      spans: rows.map(({ span }) => span),
+      tokenIds: Int32Array.from(tokenIds),
+    };
+  }
+
+  /** Chooses the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
+  #drawTokens(rows: readonly StepRows[], logits: Float32Array): number[] {
+    let headRow = 0;
+    return rows.map(({ sequence, scheduled, span }) => {
+      const firstHeadRow = headRow;
+      headRow += span.headRows;
+      const computedBefore = Math.min(sequence.promptTokens, span.start);
+      let survivors = scheduled.pendingRows;
+      if (span.headRows > 0) {
+        this.#draw(sequence, firstHeadRow, logits);
+      }
+      if (scheduled.withDraft) {
+        sequence.draftedTokens += 1;
+        this.#counters.draftedTokens += 1;
+        if (sequence.end === undefined && sequence.tokenIds.at(-1) === sequence.draft) {
+          sequence.acceptedTokens += 1;
+          this.#counters.acceptedTokens += 1;
+          survivors += 1;
+          this.#draw(sequence, firstHeadRow + 1, logits);
+        }
+      }
+      sequence.draft = -1;
+      sequence.kvTokens += survivors;
+      this.#counters.promptTokens += Math.min(sequence.promptTokens, sequence.kvTokens) - computedBefore;
+      return survivors;
+    });
+  }
+
+  #draw(sequence: Sequence, headRow: number, logits: Float32Array): void {
+    const { sampling, seen, forbidden } = sequence;
+    const position = sequence.tokenIds.length;
+    const row = this.#row(logits, headRow);
+    const drawn = drawToken(row, { sampling, position, seen, forbidden });
+    if (Number.isFinite(row[drawn.tokenId])) {
+      sequence.append(drawn);
+    } else {
+      const message = `the model gives no finite logit for position ${position}`;
+      sequence.end = { kind: 'error', code: 'data_loss', message };
+    }
+  }
+
+  /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
+  #makeDrafts(rows: readonly StepRows[], surviving: readonly number[]): void {
+    const drafting = rows
+      .map((row, i) => ({ ...row, survivors: surviving[i]! }))
+      .filter(
+        ({ sequence }) => this.#limits.draftTokens > 0 && sequence.drafts && sequence.end === undefined,
+      );
+    if (drafting.length === 0) {
+      return;
+    }
+    const decoding = [...this.#running].filter((id) => this.#sequences.get(id)!.pendingTokens === 1).length;
+    const pays = decoding <= this.#limits.maxSpeculatingSequences;
+    const spans = drafting.map(({ sequence, span, firstRow, survivors }): RowSpan => {
+      const wantsDraft = pays && sequence.pendingTokens === 1 && sequence.allowance >= 2;
+      return { ...span, rows: survivors, headRows: wantsDraft ? 1 : 0, hiddenRow: firstRow };
+    });
+    const tokenIds = drafting.flatMap(({ sequence, span, survivors }) =>
+      sequence.tokenIds.slice(span.start + 1, span.start + 1 + survivors),
+    );
+    const logits = this.#executor.run({
+      kind: 'draft',
+      releasedSlots: [],
+      spans,
+      tokenIds: Int32Array.from(tokenIds),
+    });
+    let headRow = 0;
+    for (const [i, { sequence }] of drafting.entries()) {
+      if (spans[i]!.headRows > 0) {
+        sequence.draft = argmax(this.#row(logits, headRow++));
+      }
+    }
+  }
+
+  /** One head row's logits without the padding ids. */
+  #row(logits: Float32Array, headRow: number): Float32Array {
+    const start = headRow * this.#limits.vocabSize;
+    return logits.subarray(start, start + this.#limits.usableVocab);
+  }
+
+  #preempt(sequence: Sequence): void {
+    this.#releaseKv(sequence);
+    sequence.kvTokens = 0;
+    sequence.draft = -1;
+  }
+
+  #free(sequence: Sequence): void {
+    this.#releaseKv(sequence);
+    this.#sequences.delete(sequence.id);
+  }
+
+  #releaseKv(sequence: Sequence): void {
+    this.#running.delete(sequence.id);
+    const slot = this.#kv.release(sequence.id);
+    if (slot !== undefined) {
+      this.#releasedSlots.push(slot);
+    }
+  }
+
+  #takeReleasedSlots(): number[] {
+    const slots = this.#releasedSlots;
+    this.#releasedSlots = [];
+    return slots;
+  }
+}
+
+function refusedDelta(request: SequenceRequest, end: SequenceEnd): SequenceDelta {
+  const completionTokens = Math.max(0, Math.trunc(request.resumedTokens) || 0);
+  return {
+    sequenceId: request.sequenceId,
+    index: completionTokens,
+    tokenIds: [],
+    finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
+  };
+}

@@ -1,0 +1,177 @@
+// One sequence inside the engine: its tokens, how far they are computed, its credit and its draft. Owns when a sequence
+// ends and what its request may say; knows no KV slot, no batch and no logits.
+
+import { ClusterError } from '@mimo/core/errors';
+import type {
+  SequenceDelta,
+  SequenceEnd,
+  SequenceRequest,
+  SequenceSampling,
+  TokenLogprob,
+} from './engine-api.ts';
+import { hasPenalties, type DrawnToken } from './sampler.ts';
+
+/** What a request is checked against. */
+export interface SequenceLimits {
+  readonly vocabSize: number;
+  readonly maxContextTokens: number;
+  readonly eosTokenIds: readonly number[];
+}
+
+const maxLogprobs = 20;
+
+/** Throws `invalid_argument` that lists every problem with its field, limit and value. */
+export function validateRequest(request: SequenceRequest, limits: SequenceLimits): void {
+  const problems: string[] = [];
+  const check = (holds: boolean, problem: string): void => {
+    if (!holds) {
+      problems.push(problem);
+    }
+  };
+  const { tokenIds, resumedTokens, sampling } = request;
+  const promptTokens = tokenIds.length - resumedTokens;
+  check(atLeast(resumedTokens, 0), `resumedTokens: must be an integer from 0, is ${resumedTokens}`);
+  check(promptTokens >= 1, `tokenIds: the prompt must have at least 1 token, has ${promptTokens}`);
+  check(
+    tokenIds.length < limits.maxContextTokens,
+    `tokenIds: prompt and resumed tokens must be fewer than the context of ${limits.maxContextTokens} tokens, are ${tokenIds.length}`,
+  );
+  const strange = tokenIds.findIndex((id) => !Number.isInteger(id) || id < 0 || id >= limits.vocabSize);
+  check(strange < 0, `tokenIds[${strange}]: must be in [0, ${limits.vocabSize}), is ${tokenIds[strange]}`);
+  check(request.creditTokens >= 0, `creditTokens: must be at least 0, is ${request.creditTokens}`);
+
+  const inRange = (field: keyof SequenceSampling, min: number, max: number): void => {
+    const value = sampling[field] as number;
+    check(value >= min && value <= max, `sampling.${field}: must be in [${min}, ${max}], is ${value}`);
+  };
+  const above = (field: keyof SequenceSampling, max: number): void => {
+    const value = sampling[field] as number;
+    check(value > 0 && value <= max, `sampling.${field}: must be in (0, ${max}], is ${value}`);
+  };
+  inRange('temperature', 0, 2);
+  above('topP', 1);
+  inRange('minP', 0, 1);
+  above('repetitionPenalty', 2);
+  inRange('presencePenalty', -2, 2);
+  inRange('frequencyPenalty', -2, 2);
+  inRange('logprobs', -1, maxLogprobs);
+  inRange('draftTokens', 0, 1);
+  check(atLeast(sampling.topK, 0), `sampling.topK: must be an integer from 0, is ${sampling.topK}`);
+  check(
+    atLeast(sampling.maxTokens, 1),
+    `sampling.maxTokens: must be an integer from 1, is ${sampling.maxTokens}`,
+  );
+  check(
+    atLeast(sampling.minTokens, 0),
+    `sampling.minTokens: must be an integer from 0, is ${sampling.minTokens}`,
+  );
+  check(Number.isInteger(sampling.seed), `sampling.seed: must be an integer, is ${sampling.seed}`);
+  if (problems.length > 0) {
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+}
+
+function atLeast(value: number, limit: number): boolean {
+  return Number.isInteger(value) && value >= limit;
+}
+
+/** Lives from submit to its last delta. */
+export class Sequence {
+  readonly id: number;
+  readonly sampling: SequenceSampling;
+  readonly promptTokens: number;
+  readonly maxContextTokens: number;
+  /** Prompt, then completion. */
+  readonly tokenIds: number[];
+  /** Tokens whose keys and values are in the cache; MTP's cache holds as many where the sequence drafts. */
+  kvTokens = 0;
+  creditTokens: number;
+  /** The guess for the token after the last, or -1. */
+  draft = -1;
+  draftedTokens = 0;
+  acceptedTokens = 0;
+  end: SequenceEnd | undefined;
+  /** Completion occurrences by id, prompt tokens with 0; empty where no penalty needs it. */
+  readonly seen = new Map<number, number>();
+  readonly #stopIds: ReadonlySet<number>;
+  #undelivered: { tokenId: number; logprob: TokenLogprob | undefined }[] = [];
+
+  constructor(request: SequenceRequest, limits: SequenceLimits) {
+    const { sampling } = request;
+    this.id = request.sequenceId;
+    this.sampling = sampling;
+    this.promptTokens = request.tokenIds.length - request.resumedTokens;
+    this.maxContextTokens = limits.maxContextTokens;
+    this.tokenIds = [...request.tokenIds];
+    this.creditTokens = request.creditTokens;
+    this.#stopIds = new Set([...(sampling.ignoreEos ? [] : limits.eosTokenIds), ...sampling.stopTokenIds]);
+    this.tokenIds.forEach((tokenId, i) => this.#see(tokenId, i));
+    if (request.resumedTokens >= sampling.maxTokens) {
+      this.end = { kind: 'length' };
+    }
+  }
+
+  get pendingTokens(): number {
+    return this.tokenIds.length - this.kvTokens;
+  }
+
+  get completionTokens(): number {
+    return this.tokenIds.length - this.promptTokens;
+  }
+
+  /** Completion tokens that it may still produce: by length, by context, by credit. */
+  get allowance(): number {
+    const byLength = this.sampling.maxTokens - this.completionTokens;
+    const byContext = this.maxContextTokens - this.tokenIds.length;
+    return Math.min(byLength, byContext, this.creditTokens);
+  }
+
+  /** Does it keep MTP keys and values? Where it does not once, it cannot later. */
+  get drafts(): boolean {
+    return this.sampling.draftTokens > 0;
+  }
+
+  /** Ids that may not be drawn next: those that would end it before `minTokens`. */
+  get forbidden(): readonly number[] {
+    return this.completionTokens < this.sampling.minTokens ? [...this.#stopIds] : [];
+  }
+
+  /** Takes the next token: appends it, or ends at it. */
+  append(drawn: DrawnToken): void {
+    if (this.#stopIds.has(drawn.tokenId)) {
+      this.end = { kind: 'stop', stopTokenId: drawn.tokenId };
+      return;
+    }
+    this.tokenIds.push(drawn.tokenId);
+    this.#see(drawn.tokenId, this.tokenIds.length - 1);
+    this.#undelivered.push({ tokenId: drawn.tokenId, logprob: drawn.logprob });
+    this.creditTokens -= 1;
+    if (this.completionTokens >= this.sampling.maxTokens || this.tokenIds.length >= this.maxContextTokens) {
+      this.end = { kind: 'length' };
+    }
+  }
+
+  /** The tokens since the last call, in the shape of a delta, and the end if there is one; undefined if neither. */
+  takeDelta(): SequenceDelta | undefined {
+    const fresh = this.#undelivered;
+    if (fresh.length === 0 && this.end === undefined) {
+      return undefined;
+    }
+    this.#undelivered = [];
+    const { completionTokens, draftedTokens, acceptedTokens, end } = this;
+    return {
+      sequenceId: this.id,
+      index: completionTokens - fresh.length,
+      tokenIds: fresh.map(({ tokenId }) => tokenId),
+      ...(this.sampling.logprobs >= 0 && { logprobs: fresh.flatMap(({ logprob }) => logprob ?? []) }),
+      ...(end !== undefined && { finish: { ...end, completionTokens, draftedTokens, acceptedTokens } }),
+    };
+  }
+
+  #see(tokenId: number, index: number): void {
+    if (hasPenalties(this.sampling)) {
+      const more = index >= this.promptTokens ? 1 : 0;
+      this.seen.set(tokenId, (this.seen.get(tokenId) ?? 0) + more);
+    }
+  }
+}

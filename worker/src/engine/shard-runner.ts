@@ -1,0 +1,270 @@
+// One rank's execution of passes: the loaded segments, the scratch rows and the KV buffers, and the sums with the other
+// ranks. Owns the forward pass; knows no sequence, no sampling and no schedule. Plans come from rank 0 (step-plan.ts).
+// Source: reference mimo-architecture.md §2 and §3.2; segment signatures are in model/shard.ts.
+//
+// H hidden size; T worldSize; D head dim; Q = queryHeads/T * D; W = (queryHeads + 2 kvHeads)/T * D; V vocabulary.
+
+import * as path from 'node:path';
+import { ClusterError } from '@mimo/core/errors';
+import type { Collective } from '../collective/collective.ts';
+import { planShards } from '../model/shard-plan.ts';
+import type { ShardManifest } from '../model/shard.ts';
+import type { Runtime, Segment } from '../runtime/runtime.ts';
+import { KvBuffers } from './kv-buffers.ts';
+import { copyRows, createScratch, type Rows, type Scratch } from './scratch.ts';
+import { countHeadRows, type ConfigurePlan, type PassPlan, type RowSpan } from './step-plan.ts';
+
+export interface ShardRunnerOptions {
+  readonly runtime: Runtime;
+  /** Of one rank, as `compile` wrote it. */
+  readonly directory: string;
+  readonly manifest: ShardManifest;
+  readonly collective: Collective;
+}
+
+/** What a configured shard computes in. */
+interface Memory extends Scratch {
+  readonly kv: KvBuffers;
+}
+
+interface Block {
+  readonly qkv: Segment;
+  readonly o: Segment;
+  readonly mlp: Segment;
+}
+
+/** Holds the loaded shard. `configure` before the first pass; `close` frees buffers (the runtime is the caller's). */
+export class ShardRunner {
+  readonly manifest: ShardManifest;
+  readonly #runtime: Runtime;
+  readonly #collective: Collective;
+  readonly #embed: Segment;
+  readonly #attention: Segment;
+  readonly #blocks: readonly Block[];
+  readonly #final: Segment;
+  readonly #head: Segment;
+  /** The first MTP layer; further ones draft further ahead, which this engine does not. */
+  readonly #mtp: { readonly input: Segment; readonly block: Block; readonly final: Segment } | undefined;
+  readonly #rankVocabulary: readonly number[];
+  #memory: Memory | undefined;
+
+  constructor(options: ShardRunnerOptions) {
+    const { runtime, directory, manifest, collective } = options;
+    this.manifest = manifest;
+    this.#runtime = runtime;
+    this.#collective = collective;
+    const entries = new Map(manifest.segments.map((entry) => [entry.name, entry]));
+    const load = (name: string): Segment => {
+      const entry = entries.get(name);
+      if (entry === undefined) {
+        throw new ClusterError('data_loss', `${directory}: the manifest has no segment ${name}`);
+      }
+      return runtime.loadSegment({ ...entry, path: path.join(directory, entry.file) });
+    };
+    const loadBlock = (prefix: string): Block => ({
+      qkv: load(`${prefix}.qkv`),
+      o: load(`${prefix}.o`),
+      mlp: load(`${prefix}.mlp`),
+    });
+    const { config, tensorParallel, precision } = manifest;
+    this.#embed = load('embed');
+    this.#attention = load('attention');
+    this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
+    this.#final = load('final');
+    this.#head = load('head');
+    this.#mtp =
+      config.mtpLayers > 0
+        ? { input: load('mtp.0.input'), block: loadBlock('mtp.0'), final: load('mtp.0.final') }
+        : undefined;
+    this.#rankVocabulary = planShards(config, tensorParallel, precision).map(
+      ({ vocabulary }) => vocabulary.end - vocabulary.start,
+    );
+  }
+
+  /** Allocates scratch rows and the KV pool. */
+  configure(plan: ConfigurePlan, blockTokens: number): void {
+    const { config, tensorParallel, vocabRows } = this.manifest;
+    const leads = this.#collective.rank === 0;
+    const scratch = createScratch(this.#runtime, {
+      maxRows: plan.maxRows,
+      maxHeadRows: plan.maxHeadRows,
+      hidden: config.hiddenSize,
+      attended: (config.queryHeads / tensorParallel) * config.headDim,
+      qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
+      vocabulary: vocabRows,
+      gathered: leads ? this.#rankVocabulary : [],
+    });
+    const kv = new KvBuffers(this.#runtime, {
+      layers: config.layers + (this.#mtp === undefined ? 0 : 1),
+      kvHeads: config.kvHeads / tensorParallel,
+      headDim: config.headDim,
+      budgetTokens: plan.kvBlocks * blockTokens,
+    });
+    this.#memory = { ...scratch, kv };
+  }
+
+  /**
+   * Runs one pass with the other ranks. Rank 0 gets the logits of the spans' head rows in order, [headRows, V], in
+   * memory that the next pass overwrites; other ranks get none.
+   */
+  run(plan: PassPlan): Float32Array {
+    const memory = this.#memory;
+    if (memory === undefined) {
+      throw new ClusterError('internal', 'the shard is not configured');
+    }
+    assertFits(plan, memory);
+    for (const slot of plan.releasedSlots) {
+      memory.kv.release(slot);
+    }
+    if (plan.spans.length === 0) {
+      return new Float32Array(0);
+    }
+    for (const span of plan.spans) {
+      memory.kv.reserve(span.slot, span.capacityTokens, span.start);
+    }
+    return plan.kind === 'forward' ? this.#forward(plan, memory) : this.#draft(plan, memory);
+  }
+
+  close(): void {
+    this.#memory?.kv.close();
+    this.#memory = undefined;
+  }
+
+  #forward(plan: PassPlan, memory: Memory): Float32Array {
+    const rows = plan.tokenIds.length;
+    this.#embedInto(plan.tokenIds, memory.residual, memory); // [rows, H]
+    memory.delta.firstValues(rows).fill(0);
+    for (const [layer, block] of this.#blocks.entries()) {
+      this.#runBlock(block, layer, plan.spans, memory);
+    }
+    this.#runtime.run(
+      this.#final,
+      [memory.residual.first(rows), memory.delta.first(rows)],
+      [memory.hidden.first(rows), memory.normed.first(rows)],
+    );
+    return this.#runHead(plan, memory.normed, memory);
+  }
+
+  #draft(plan: PassPlan, memory: Memory): Float32Array {
+    if (this.#mtp === undefined) {
+      throw new ClusterError('internal', 'draft pass: the model has no MTP layer');
+    }
+    const rows = plan.tokenIds.length;
+    const source = this.manifest.mtpHidden === 'pre-norm' ? memory.hidden : memory.normed;
+    let row = 0;
+    for (const span of plan.spans) {
+      copyRows(source, memory.draftHidden, { from: span.hiddenRow, to: row, count: span.rows }); // [span.rows, H]
+      row += span.rows;
+    }
+    this.#embedInto(plan.tokenIds, memory.residualNext, memory); // [rows, H]
+    this.#runtime.run(
+      this.#mtp.input,
+      [memory.draftHidden.first(rows), memory.residualNext.first(rows)],
+      [memory.residual.first(rows)],
+    );
+    memory.delta.firstValues(rows).fill(0);
+    this.#runBlock(this.#mtp.block, this.#blocks.length, plan.spans, memory);
+    this.#runtime.run(
+      this.#mtp.final,
+      [memory.residual.first(rows), memory.delta.first(rows)],
+      [memory.residualNext.first(rows), memory.draftNormed.first(rows)],
+    );
+    return this.#runHead(plan, memory.draftNormed, memory);
+  }
+
+  #embedInto(tokenIds: Int32Array, target: Rows, memory: Memory): void {
+    for (const [i, tokenId] of tokenIds.entries()) {
+      memory.tokenIds.data[i] = BigInt(tokenId);
+    }
+    this.#runtime.run(this.#embed, [memory.tokenIds.first(tokenIds.length)], [target.first(tokenIds.length)]);
+  }
+
+  /** `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. */
+  #runBlock(block: Block, layer: number, spans: readonly RowSpan[], memory: Memory): void {
+    const runtime = this.#runtime;
+    const rows = spans.reduce((sum, span) => sum + span.rows, 0);
+    const residual = memory.residual.first(rows);
+    const residualNext = memory.residualNext.first(rows);
+    const delta = memory.delta.first(rows);
+    const deltaNext = memory.deltaNext.first(rows);
+    runtime.run(block.qkv, [residual, delta], [residualNext, memory.qkv.first(rows)]); // [rows, W]
+    let row = 0;
+    for (const [i, span] of spans.entries()) {
+      // One run a sequence: the kernel refuses a batch of several with more than one row and a past.
+      const { key, value } = memory.kv.layer(span.slot, layer); // [1, kvHeads/T, capacity, D]
+      const attendedRows = attentionRows(span.rows);
+      const scalars = memory.spanScalars[i]!;
+      scalars.lastPosition[0] = span.start + attendedRows - 1;
+      scalars.total[0] = span.start + attendedRows;
+      runtime.run(
+        this.#attention,
+        [memory.qkv.batch(row, attendedRows), key, value, scalars.lastPositionTensor, scalars.totalTensor],
+        [memory.attended.batch(row, attendedRows), key, value], // [1, attendedRows, Q]
+      );
+      row += span.rows;
+    }
+    runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
+    this.#collective.allReduce(memory.deltaNext.firstValues(rows));
+    runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
+    this.#collective.allReduce(memory.delta.firstValues(rows));
+  }
+
+  #runHead(plan: PassPlan, normed: Rows, memory: Memory): Float32Array {
+    const headRows = countHeadRows(plan);
+    if (headRows === 0) {
+      return new Float32Array(0);
+    }
+    let row = 0;
+    let headRow = 0;
+    for (const span of plan.spans) {
+      row += span.rows;
+      copyRows(normed, memory.headInput, { from: row - span.headRows, to: headRow, count: span.headRows });
+      headRow += span.headRows;
+    }
+    const output = memory.headOutput.first(headRows); // [headRows, this rank's vocabulary]
+    this.#runtime.run(this.#head, [memory.headInput.first(headRows)], [output]);
+    return this.#gatherLogits(headRows, memory);
+  }
+
+  /** Rank 0: [headRows, V]; other ranks: nothing. */
+  #gatherLogits(headRows: number, memory: Memory): Float32Array {
+    const local = memory.headOutput.firstValues(headRows);
+    if (this.#collective.worldSize === 1) {
+      return local;
+    }
+    const lengths = this.#rankVocabulary.map((count) => headRows * count);
+    const parts = memory.gathered.map((part, r) => part.subarray(0, lengths[r]));
+    this.#collective.gather(local, lengths, parts);
+    let column = 0;
+    for (const [r, part] of parts.entries()) {
+      const width = this.#rankVocabulary[r]!;
+      for (let row = 0; row < headRows; row++) {
+        const logits = part.subarray(row * width, (row + 1) * width);
+        memory.logits.set(logits, row * this.manifest.config.vocabSize + column);
+      }
+      column += width;
+    }
+    return memory.logits.subarray(0, parts.length === 0 ? 0 : headRows * column);
+  }
+}
+
+function assertFits(plan: PassPlan, { maxRows, maxHeadRows }: Scratch): void {
+  const rows = plan.tokenIds.length;
+  const headRows = countHeadRows(plan);
+  if (rows > maxRows || headRows > maxHeadRows) {
+    throw new ClusterError(
+      'internal',
+      `pass: at most ${maxRows} rows and ${maxHeadRows} head rows, has ${rows} and ${headRows}`,
+    );
+  }
+}
+
+/**
+ * Rows that attention computes for a span. The kernel adds in another order for one row than for more, and int8 rounding
+ * makes 0.05 of logit out of that last bit; so a single row gets a neighbour, whatever stands there, and every row's
+ * result is the same to the bit alone, in a chunk or beside a draft. The neighbour's output and its place in the cache are
+ * overwritten by those to whom they belong. Measured: 2 rows cost 1.4 times one at 512 positions (Zen 4, 2026-11).
+ */
+function attentionRows(rows: number): number {
+  return Math.max(2, rows);
+}

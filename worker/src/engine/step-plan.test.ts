@@ -1,0 +1,51 @@
+import * as fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { decodeStepPlan, encodeStepPlan, type StepPlan } from './step-plan.ts';
+
+const spans = fc.record({
+  slot: fc.nat(100),
+  start: fc.nat(40_000),
+  rows: fc.nat(5),
+  headRows: fc.nat(5),
+  hiddenRow: fc.nat(200),
+  capacityTokens: fc.nat(40_000),
+});
+
+const passes = fc
+  .tuple(
+    fc.constantFrom('forward' as const, 'draft' as const),
+    fc.array(fc.nat(100), { maxLength: 5 }),
+    fc.array(spans, { maxLength: 6 }),
+  )
+  .map(([kind, releasedSlots, allSpans]): StepPlan => {
+    const rows = allSpans.reduce((sum, span) => sum + span.rows, 0);
+    const tokenIds = Int32Array.from({ length: rows }, (_, i) => i * 31);
+    return { kind, releasedSlots, spans: allSpans, tokenIds };
+  });
+
+describe('step plans', () => {
+  it('come out of a frame as they went in', () => {
+    const others: StepPlan[] = [
+      { kind: 'ping' },
+      { kind: 'stop' },
+      { kind: 'configure', kvBlocks: 7, maxRows: 128, maxHeadRows: 32 },
+    ];
+    others.forEach((plan) => expect(decodeStepPlan(encodeStepPlan(plan))).toEqual(plan));
+    fc.assert(
+      fc.property(passes, (plan) => {
+        expect(decodeStepPlan(encodeStepPlan(plan))).toEqual(plan);
+      }),
+    );
+  });
+
+  it('are refused when cut, lengthened or of an unknown kind', () => {
+    fc.assert(
+      fc.property(passes, fc.nat(60), (plan, cut) => {
+        const frame = encodeStepPlan(plan);
+        const wrong = cut < frame.length ? frame.slice(0, cut) : Int32Array.of(...frame, 1);
+        expect(() => decodeStepPlan(wrong)).toThrow(/step plan: /);
+      }),
+    );
+    expect(() => decodeStepPlan(Int32Array.of(9))).toThrow('step plan: unknown kind 9');
+  });
+});

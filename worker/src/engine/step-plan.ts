@@ -1,0 +1,115 @@
+// What rank 0 tells the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
+//
+//   configure  [1, kvBlocks, maxRows, maxHeadRows]
+//   forward    [2, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)..., tokenIds...]
+//   draft      [3, the same]
+//   ping       [4]
+//   stop       [5]
+
+import { ClusterError } from '@mimo/core/errors';
+
+/** Consecutive rows of one sequence in a pass. */
+export interface RowSpan {
+  /** Which KV buffers. */
+  readonly slot: number;
+  /** Positions already in the KV cache; row i stands at position start + i. */
+  readonly start: number;
+  readonly rows: number;
+  /** The last so many rows get logits. */
+  readonly headRows: number;
+  /** Draft pass: the forward pass's row whose hidden state the first row here continues. Forward pass: unused. */
+  readonly hiddenRow: number;
+  /** Positions that the slot's KV buffers must hold; they grow where smaller. */
+  readonly capacityTokens: number;
+}
+
+/** One pass over the group: the backbone (`forward`) or the MTP layer (`draft`). */
+export interface PassPlan {
+  readonly kind: 'forward' | 'draft';
+  /** Slots whose KV buffers go back to the pool before the pass. */
+  readonly releasedSlots: readonly number[];
+  readonly spans: readonly RowSpan[];
+  /** [rows of all spans]. Draft pass: the token after each row's position. */
+  readonly tokenIds: Int32Array;
+}
+
+export interface ConfigurePlan {
+  readonly kind: 'configure';
+  readonly kvBlocks: number;
+  readonly maxRows: number;
+  readonly maxHeadRows: number;
+}
+
+export type StepPlan = PassPlan | ConfigurePlan | { readonly kind: 'ping' } | { readonly kind: 'stop' };
+
+const kinds = ['configure', 'forward', 'draft', 'ping', 'stop'] as const;
+const spanWords = 6;
+
+/** Rows of the pass that get logits, all spans together. */
+export function countHeadRows(plan: PassPlan): number {
+  return plan.spans.reduce((sum, span) => sum + span.headRows, 0);
+}
+
+export function encodeStepPlan(plan: StepPlan): Int32Array {
+  const kind = kinds.indexOf(plan.kind) + 1;
+  if (plan.kind === 'ping' || plan.kind === 'stop') {
+    return Int32Array.of(kind);
+  }
+  if (plan.kind === 'configure') {
+    return Int32Array.of(kind, plan.kvBlocks, plan.maxRows, plan.maxHeadRows);
+  }
+  const { releasedSlots, spans, tokenIds } = plan;
+  const header = 3 + releasedSlots.length + spanWords * spans.length;
+  const frame = new Int32Array(header + tokenIds.length);
+  frame[0] = kind;
+  frame[1] = releasedSlots.length;
+  frame.set(releasedSlots, 2);
+  let at = 2 + releasedSlots.length;
+  frame[at++] = spans.length;
+  for (const span of spans) {
+    frame[at++] = span.slot;
+    frame[at++] = span.start;
+    frame[at++] = span.rows;
+    frame[at++] = span.headRows;
+    frame[at++] = span.hiddenRow;
+    frame[at++] = span.capacityTokens;
+  }
+  frame.set(tokenIds, header);
+  return frame;
+}
+
+/** Throws `data_loss` for a frame that no `encodeStepPlan` made. */
+export function decodeStepPlan(frame: Int32Array): StepPlan {
+  let at = 0;
+  const next = (): number => {
+    const word = frame[at++];
+    if (word === undefined) {
+      throw new ClusterError('data_loss', `step plan: ends after ${frame.length} words`);
+    }
+    return word;
+  };
+  const kind = kinds[next() - 1];
+  if (kind === undefined) {
+    throw new ClusterError('data_loss', `step plan: unknown kind ${frame[0]}`);
+  }
+  if (kind === 'ping' || kind === 'stop') {
+    return { kind };
+  }
+  if (kind === 'configure') {
+    return { kind, kvBlocks: next(), maxRows: next(), maxHeadRows: next() };
+  }
+  const releasedSlots = Array.from({ length: next() }, next);
+  const spans = Array.from({ length: next() }, () => ({
+    slot: next(),
+    start: next(),
+    rows: next(),
+    headRows: next(),
+    hiddenRow: next(),
+    capacityTokens: next(),
+  }));
+  const rows = spans.reduce((sum, span) => sum + span.rows, 0);
+  if (frame.length - at !== rows) {
+    throw new ClusterError('data_loss', `step plan: ${rows} rows, but ${frame.length - at} token ids`);
+  }
+  return { kind, releasedSlots, spans, tokenIds: frame.slice(at) };
+}

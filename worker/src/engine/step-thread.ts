@@ -1,0 +1,214 @@
+// The thread that computes: entry point of a worker_thread that runs one rank, leader or follower. Owns the loop and the
+// order of messages; all work is synchronous, and the event loop turns only while there is nothing to do.
+// Started and stopped by engine-host.ts; talks to it through `parentPort`.
+
+import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from 'node:worker_threads';
+import { ClusterError } from '@mimo/core/errors';
+import { createSingleRankCollective, type Collective } from '../collective/collective.ts';
+import { createInProcessCollective, type InProcessGroup } from '../collective/in-process.ts';
+import { createNetworkCollective, type NetworkOptions } from '../collective/network.ts';
+import type { ShardManifest } from '../model/shard.ts';
+import { createRuntime, type RuntimeOptions } from '../runtime/runtime.ts';
+import { Engine, type EngineLimits } from './engine.ts';
+import type { EngineFrame, SequenceRequest } from './engine-api.ts';
+import { kvBlockTokens } from './kv-cache.ts';
+import { ShardRunner } from './shard-runner.ts';
+import { decodeStepPlan, encodeStepPlan, type PassPlan } from './step-plan.ts';
+
+/** How this rank reaches the others. */
+export type CollectiveSource =
+  | { readonly kind: 'single' }
+  | { readonly kind: 'in-process'; readonly group: InProcessGroup; readonly rank: number }
+  | { readonly kind: 'network'; readonly options: NetworkOptions };
+
+/** `workerData` of the thread. */
+export interface StepThreadOptions {
+  readonly directory: string;
+  readonly manifest: ShardManifest;
+  readonly runtime: RuntimeOptions;
+  readonly collective: CollectiveSource;
+  /** The leader's; followers are told what they need. */
+  readonly limits: EngineLimits;
+  /** The leader shows signs of life at this interval while idle. */
+  readonly pingMs: number;
+}
+
+/** From the main thread. */
+export type StepThreadRequest =
+  | { readonly kind: 'submit'; readonly request: SequenceRequest }
+  | { readonly kind: 'abort'; readonly sequenceId: number }
+  | { readonly kind: 'credit'; readonly sequenceId: number; readonly tokens: number }
+  | { readonly kind: 'close' };
+
+/** To the main thread. `ended`: the leader has dissolved the group. */
+export type StepThreadResponse =
+  | { readonly kind: 'ready'; readonly runtime: 'ort-capi' | 'ort-node' }
+  | { readonly kind: 'frame'; readonly frame: EngineFrame }
+  | { readonly kind: 'ended' }
+  | { readonly kind: 'failed'; readonly code: ClusterError['code']; readonly message: string };
+
+function openCollective(source: CollectiveSource): Collective {
+  if (source.kind === 'single') {
+    return createSingleRankCollective();
+  }
+  return source.kind === 'network'
+    ? createNetworkCollective(source.options)
+    : createInProcessCollective(source.group, source.rank);
+}
+
+async function runRank(options: StepThreadOptions, port: MessagePort): Promise<void> {
+  const respond = (response: StepThreadResponse): void => port.postMessage(response);
+  // The connections are taken over first: whatever fails below closes them, and the peers know at once.
+  const collective = openCollective(options.collective);
+  try {
+    const runtime = await createRuntime(options.runtime);
+    try {
+      const { directory, manifest, limits, pingMs } = options;
+      const runner = new ShardRunner({ runtime, directory, manifest, collective });
+      const onReady = (): void => respond({ kind: 'ready', runtime: runtime.implementation });
+      if (collective.rank === 0) {
+        await lead({ limits, pingMs, runner, collective, port, onReady });
+      } else {
+        follow(runner, collective, onReady);
+        respond({ kind: 'ended' });
+      }
+      runner.close();
+    } finally {
+      runtime.close();
+    }
+  } finally {
+    collective.close();
+  }
+}
+
+interface Leading {
+  readonly limits: EngineLimits;
+  readonly pingMs: number;
+  readonly runner: ShardRunner;
+  readonly collective: Collective;
+  readonly port: MessagePort;
+  readonly onReady: () => void;
+}
+
+/** Returns when asked to close, after telling the others. */
+async function lead({ runner, collective, port, limits, pingMs, onReady }: Leading): Promise<void> {
+  const configure = {
+    kind: 'configure',
+    kvBlocks: limits.kvBlocks,
+    maxRows: limits.maxBatchTokens,
+    maxHeadRows: 2 * limits.maxSequences,
+  } as const;
+  collective.broadcast(encodeStepPlan(configure));
+  runner.configure(configure, kvBlockTokens);
+  meet(collective);
+  onReady();
+
+  const executor = {
+    run: (plan: PassPlan): Float32Array => {
+      collective.broadcast(encodeStepPlan(plan));
+      return runner.run(plan);
+    },
+  };
+  const engine = new Engine(executor, limits);
+  const inbox = new Inbox(port);
+  for (;;) {
+    for (let request = inbox.next(); request !== undefined; request = inbox.next()) {
+      if (request.kind === 'close') {
+        collective.broadcast(encodeStepPlan({ kind: 'stop' }));
+        return;
+      }
+      apply(engine, request);
+    }
+    const frame = engine.step();
+    if (frame !== undefined) {
+      port.postMessage({ kind: 'frame', frame } satisfies StepThreadResponse);
+    } else if (!(await inbox.wait(pingMs))) {
+      collective.broadcast(encodeStepPlan({ kind: 'ping' }));
+      meet(collective);
+    }
+  }
+}
+
+/** Returns when the leader dissolves the group. */
+function follow(runner: ShardRunner, collective: Collective, onReady: () => void): void {
+  for (;;) {
+    const plan = decodeStepPlan(collective.receive());
+    switch (plan.kind) {
+      case 'configure':
+        runner.configure(plan, kvBlockTokens);
+        meet(collective);
+        onReady();
+        break;
+      case 'forward':
+      case 'draft':
+        runner.run(plan);
+        break;
+      case 'ping':
+        meet(collective);
+        break;
+      case 'stop':
+        return;
+    }
+  }
+}
+
+/** Everybody learns that everybody is alive. */
+function meet(collective: Collective): void {
+  collective.allReduce(new Float32Array(1));
+}
+
+function apply(engine: Engine, request: Exclude<StepThreadRequest, { kind: 'close' }>): void {
+  switch (request.kind) {
+    case 'submit':
+      engine.submit(request.request);
+      break;
+    case 'abort':
+      engine.abort(request.sequenceId);
+      break;
+    case 'credit':
+      engine.addCredit(request.sequenceId, request.tokens);
+      break;
+  }
+}
+
+/** The port's messages, in order: taken without the event loop while there is work, awaited where there is none. */
+class Inbox {
+  readonly #port: MessagePort;
+  readonly #arrived: StepThreadRequest[] = [];
+  #wake: (() => void) | undefined;
+
+  constructor(port: MessagePort) {
+    this.#port = port;
+    port.on('message', (request: StepThreadRequest) => {
+      this.#arrived.push(request);
+      this.#wake?.();
+    });
+  }
+
+  next(): StepThreadRequest | undefined {
+    return (
+      this.#arrived.shift() ?? (receiveMessageOnPort(this.#port)?.message as StepThreadRequest | undefined)
+    );
+  }
+
+  /** False when nothing came within `timeoutMs`. */
+  async wait(timeoutMs: number): Promise<boolean> {
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    const timer = setTimeout(() => resolve(false), timeoutMs);
+    this.#wake = () => resolve(true);
+    const came = await promise;
+    clearTimeout(timer);
+    this.#wake = undefined;
+    return came || this.#arrived.length > 0;
+  }
+}
+
+if (parentPort !== null) {
+  const port = parentPort;
+  runRank(workerData as StepThreadOptions, port)
+    .catch((error: unknown) => {
+      const { code, message } = ClusterError.from(error);
+      port.postMessage({ kind: 'failed', code, message } satisfies StepThreadResponse);
+    })
+    .finally(() => port.close());
+}

@@ -1,0 +1,204 @@
+// Rank 0 of a replica group: the engine that schedules and samples, the WorkerService in front of it, and the heartbeats
+// that say so. Owns the group's state as others see it and the order of its end; knows no model and no tensors.
+//
+// starting -> ready -> draining -> gone; from any of them -> failed, where every sequence ends with `aborted`, a last
+// heartbeat says FAILED, and the process ends: a group lives and dies whole.
+
+import { randomUUID } from 'node:crypto';
+
+import { ClusterError } from '@mimo/core/errors';
+import { startGrpcServer } from '@mimo/core/grpc-server';
+import type { Lifecycle } from '@mimo/core/lifecycle';
+import type { Log } from '@mimo/core/log';
+import { startMetrics } from '@mimo/core/metrics';
+import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
+
+import type { WorkerConfig } from './config.ts';
+import type { EngineHost, EngineStats } from './engine/engine-host.ts';
+import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
+import { createEngineMetrics } from './metrics.ts';
+import { Sessions } from './sessions.ts';
+import { createWorkerService } from './worker-service.ts';
+
+/** A submit holds a prompt of at most some hundred thousand token ids of up to five bytes each. */
+const maxReceiveBytes = 16 * 2 ** 20;
+/** For sessions' last messages to leave. */
+const closeSessionsMs = 1_000;
+
+const nothingYet: EngineStats = {
+  steps: 0,
+  promptTokens: 0,
+  completionTokens: 0,
+  draftedTokens: 0,
+  acceptedTokens: 0,
+  runningSequences: 0,
+  waitingSequences: 0,
+  kvBlocks: 0,
+  kvBlocksUsed: 0,
+};
+
+/** What a rank's process is started with. */
+export interface RankParts {
+  readonly config: WorkerConfig;
+  readonly log: Log;
+  readonly lifecycle: Lifecycle;
+  /** Loads the shards and joins the group; called once. */
+  readonly startEngine: (signal: AbortSignal) => Promise<EngineHost>;
+}
+
+/**
+ * Starts the leader; resolves when the group serves. What is opened is closed by the lifecycle. Resolves `lost` with the
+ * reason when the group is lost: the caller stops the lifecycle and exits with a failure.
+ */
+export async function startLeader(parts: RankParts): Promise<{ readonly lost: Promise<ClusterError> }> {
+  const { config, log, lifecycle } = parts;
+  const view = new GroupView(config);
+  const heartbeats: HeartbeatSender | undefined =
+    config.natsUrl === ''
+      ? undefined
+      : startHeartbeats({
+          natsUrl: config.natsUrl,
+          clientName: `worker ${config.model} ${config.group}`,
+          intervalMs: config.heartbeatIntervalMs,
+          read: () => view.heartbeat(),
+          log,
+        });
+  lifecycle.onClose('heartbeats', () => heartbeats?.close());
+
+  const engine = await parts.startEngine(lifecycle.draining);
+  lifecycle.onClose('engine', () => engine.close());
+  const { maxContextTokens, draftTokens } = engine.info;
+  const sessions = new Sessions(engine, {
+    group: config.group,
+    model: config.model,
+    maxContextTokens,
+    draftTokens,
+  });
+  const metrics = await startMetrics({
+    process: 'worker',
+    listenAddress: config.metricsListen === '' ? undefined : config.metricsListen,
+  });
+  lifecycle.onClose('metrics', () => metrics.close());
+  const measure = createEngineMetrics(metrics, () => engine.stats());
+  engine.onFrame((frame) => {
+    sessions.onFrame(frame);
+    measure(frame.stats);
+  });
+
+  const drain = async (signal: AbortSignal): Promise<number> => {
+    const before = sessions.sequenceCount;
+    sessions.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
+    view.become(GroupState.DRAINING);
+    heartbeats?.beat();
+    await engine.drain(signal);
+    return before;
+  };
+  const server = await startGrpcServer({
+    listenAddress: config.listen,
+    services: [createWorkerService({ sessions, drain, stats: () => view.stats() })],
+    maxReceiveBytes,
+  });
+  lifecycle.onClose('gRPC server', () => server.close(AbortSignal.timeout(closeSessionsMs)));
+  lifecycle.onClose('sessions', () =>
+    sessions.fail(new ClusterError('unavailable', `group ${config.group} has ended`)),
+  );
+  lifecycle.onDrain('sequences', async (signal) => {
+    server.health.set('', false);
+    await drain(signal);
+  });
+
+  view.serve({ engine, sessions, boundAddress: server.address });
+  server.health.set('', true);
+  heartbeats?.beat();
+  lifecycle.ready();
+  log.info({ address: server.address, engine: summaryOf(engine) }, 'serving');
+
+  const lost = engine.failed.then((error) => {
+    view.become(GroupState.FAILED);
+    server.health.set('', false);
+    sessions.fail(
+      new ClusterError('aborted', `group ${config.group} was lost: ${error.message}`, { cause: error }),
+    );
+    heartbeats?.beat();
+    return error;
+  });
+  return { lost };
+}
+
+function summaryOf({ info }: EngineHost): Readonly<Record<string, unknown>> {
+  const { config, ...rest } = info;
+  return { ...rest, layers: config.layers, hiddenSize: config.hiddenSize };
+}
+
+/** What the group says of itself. */
+class GroupView {
+  readonly #config: WorkerConfig;
+  readonly #incarnation = randomUUID();
+  readonly #throughput = new Throughput();
+  #state: GroupState = GroupState.STARTING;
+  #sequenceNumber = 0;
+  #serving:
+    | { readonly engine: EngineHost; readonly sessions: Sessions; readonly boundAddress: string }
+    | undefined;
+
+  constructor(config: WorkerConfig) {
+    this.#config = config;
+  }
+
+  /** A failed group stays failed. */
+  become(state: GroupState): void {
+    if (this.#state !== GroupState.FAILED) {
+      this.#state = state;
+    }
+  }
+
+  serve(serving: {
+    readonly engine: EngineHost;
+    readonly sessions: Sessions;
+    readonly boundAddress: string;
+  }): void {
+    this.#serving = serving;
+    this.become(GroupState.READY);
+  }
+
+  heartbeat(): Heartbeat {
+    const config = this.#config;
+    const info = this.#serving?.engine.info;
+    const stats = this.#serving?.engine.stats() ?? nothingYet;
+    this.#sequenceNumber += 1;
+    this.#throughput.observe(stats, Date.now());
+    return {
+      model: config.model,
+      group: config.group,
+      address: config.advertise || (this.#serving?.boundAddress ?? config.listen),
+      revision: config.revision,
+      state: this.#state,
+      sequenceNumber: this.#sequenceNumber,
+      incarnation: this.#incarnation,
+      worldSize: config.tensorParallel,
+      maxSequences: info?.maxSequences ?? 0,
+      runningSequences: stats.runningSequences,
+      waitingSequences: stats.waitingSequences,
+      kvBlocks: info?.kvBlocks ?? 0,
+      kvBlocksUsed: stats.kvBlocksUsed,
+      maxContextTokens: info?.maxContextTokens ?? 0,
+      draftTokens: info?.draftTokens ?? 0,
+      completionTokensPerSecond: this.#throughput.completionTokensPerSecond,
+      running: this.#serving?.sessions.running() ?? [],
+      precision: config.precision,
+    };
+  }
+
+  stats(): StatsResponse {
+    const stats = this.#serving?.engine.stats() ?? nothingYet;
+    return {
+      heartbeat: this.heartbeat(),
+      sessions: this.#serving?.sessions.sessionCount ?? 0,
+      steps: stats.steps,
+      promptTokens: stats.promptTokens,
+      completionTokens: stats.completionTokens,
+      draftedTokens: stats.draftedTokens,
+      acceptedTokens: stats.acceptedTokens,
+    };
+  }
+}

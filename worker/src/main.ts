@@ -1,0 +1,52 @@
+// The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Owns the exit code: 0 after
+// a drain that was asked for, 1 where the rank could not start or its group was lost.
+
+import { ClusterError } from '@mimo/core/errors';
+import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { createLog } from '@mimo/core/log';
+
+import { parseWorkerConfig } from './config.ts';
+import { startEngine } from './engine/engine-host.ts';
+import { startFollower } from './follower.ts';
+import { startLeader } from './leader.ts';
+import { engineOptionsFrom, prepareShard } from './shards.ts';
+
+async function run(): Promise<void> {
+  const config = parseWorkerConfig(process.env);
+  const log = createLog({ process: 'worker', level: config.logLevel }).child({
+    model: config.model,
+    group: config.group,
+    rank: config.rank,
+  });
+  const lifecycle = new Lifecycle({ log, graceMs: config.drainGraceMs });
+  stopOnSignals(lifecycle);
+  const exitWith = async (error: ClusterError, message: string): Promise<void> => {
+    if (lifecycle.draining.aborted) {
+      // Its end was asked for; whoever asked waits for the exit that follows.
+      return;
+    }
+    log.error({ error }, message);
+    await lifecycle.stop(message);
+    process.exit(1);
+  };
+  try {
+    const start = config.rank === 0 ? startLeader : startFollower;
+    const { lost } = await start({
+      config,
+      log,
+      lifecycle,
+      startEngine: async (signal) =>
+        startEngine(engineOptionsFrom(config, await prepareShard(config, log, signal)), signal),
+    });
+    await exitWith(await lost, 'the group was lost');
+  } catch (error) {
+    await exitWith(ClusterError.from(error), 'the rank could not start');
+  }
+}
+
+try {
+  await run();
+} catch (error) {
+  console.error(ClusterError.from(error).message);
+  process.exitCode = 2;
+}

@@ -1,0 +1,38 @@
+// A leader's metrics: what the engine counts, as Prometheus reads it. Knows the engine by its statistics alone.
+
+import type { Metrics } from '@mimo/core/metrics';
+
+import type { EngineStats } from './engine/engine-host.ts';
+
+const counters = {
+  engine_steps_total: ['steps', 'Forward passes over the group'],
+  engine_prompt_tokens_total: ['promptTokens', 'Prompt tokens read'],
+  engine_completion_tokens_total: ['completionTokens', 'Completion tokens produced'],
+  engine_draft_tokens_total: ['draftedTokens', 'Tokens that the MTP layer proposed'],
+  engine_accepted_tokens_total: ['acceptedTokens', 'Proposed tokens that were right'],
+} as const;
+
+/** Makes the instruments; feed it the statistics of each frame. `read` is asked when the page is. */
+export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): (stats: EngineStats) => void {
+  metrics.gauge('engine_running_sequences', 'Sequences that hold KV cache', () => [
+    [read().runningSequences, {}],
+  ]);
+  metrics.gauge('engine_waiting_sequences', 'Sequences that wait for it', () => [
+    [read().waitingSequences, {}],
+  ]);
+  metrics.gauge('engine_kv_cache_used_ratio', 'KV blocks in use, 0 to 1', () => {
+    const { kvBlocks, kvBlocksUsed } = read();
+    return kvBlocks === 0 ? [] : [[kvBlocksUsed / kvBlocks, {}]];
+  });
+  const instruments = Object.entries(counters).map(([name, [field, description]]) => ({
+    add: metrics.counter(name, description),
+    field,
+    counted: 0,
+  }));
+  return (stats) => {
+    for (const instrument of instruments) {
+      instrument.add({}, stats[instrument.field] - instrument.counted);
+      instrument.counted = stats[instrument.field];
+    }
+  };
+}

@@ -1,0 +1,100 @@
+// What the engine says of a sequence -> what its gateway reads. Pure but for the index that a sequence carries along. Owns
+// how an end is told: an abort that the gateway asked for is one, any other is an error with its code.
+
+import type { ClusterError } from '@mimo/core/errors';
+import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
+import { FinishKind, type SequenceDelta as WireDelta, type SequenceFinish } from '@mimo/proto/worker';
+
+import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engine/engine-host.ts';
+
+/** A sequence as its session names it. */
+export interface SequenceOnWire {
+  readonly slot: number;
+  readonly epoch: number;
+  /** Completion index of the next token. */
+  nextIndex: number;
+  /** Why this side aborted it. The engine's `aborted` for no reason of ours is the loss of the group. */
+  abortedFor: 'gateway' | 'deadline' | undefined;
+}
+
+const finishKinds = {
+  stop: FinishKind.STOP,
+  length: FinishKind.LENGTH,
+  aborted: FinishKind.ABORTED,
+  error: FinishKind.ERROR,
+} as const;
+
+/** Writes what a step gave a sequence, and moves its index on. */
+export function deltaToWire(sequence: SequenceOnWire, delta: SequenceDelta): WireDelta {
+  sequence.nextIndex = delta.index + delta.tokenIds.length;
+  return {
+    slot: sequence.slot,
+    epoch: sequence.epoch,
+    index: delta.index,
+    tokenIds: [...delta.tokenIds],
+    logprobs: delta.logprobs === undefined ? [] : logprobsToWire(delta.logprobs),
+    finish: delta.finish === undefined ? undefined : finishToWire(sequence, delta.finish),
+  };
+}
+
+function finishToWire(
+  sequence: SequenceOnWire,
+  finish: NonNullable<SequenceDelta['finish']>,
+): SequenceFinish {
+  const error = errorOf(sequence, finish);
+  return {
+    kind: error === undefined ? finishKinds[finish.kind] : FinishKind.ERROR,
+    stopTokenId: finish.kind === 'stop' ? finish.stopTokenId : 0,
+    errorCode: error?.code ?? '',
+    errorMessage: error?.message ?? '',
+    completionTokens: finish.completionTokens,
+    draftedTokens: finish.draftedTokens,
+    acceptedTokens: finish.acceptedTokens,
+  };
+}
+
+function errorOf(
+  sequence: SequenceOnWire,
+  finish: SequenceEnd,
+): Pick<ClusterError, 'code' | 'message'> | undefined {
+  if (finish.kind === 'error') {
+    return finish;
+  }
+  if (finish.kind !== 'aborted' || sequence.abortedFor === 'gateway') {
+    return undefined;
+  }
+  return sequence.abortedFor === 'deadline'
+    ? { code: 'deadline_exceeded', message: 'the deadline passed while the sequence ran' }
+    : { code: 'aborted', message: 'the group ended in mid-sequence' };
+}
+
+/** The last delta of a sequence that the engine does not speak for. */
+export function failedDelta(sequence: SequenceOnWire, error: ClusterError): WireDelta {
+  return {
+    slot: sequence.slot,
+    epoch: sequence.epoch,
+    index: sequence.nextIndex,
+    tokenIds: [],
+    logprobs: [],
+    finish: {
+      kind: FinishKind.ERROR,
+      stopTokenId: 0,
+      errorCode: error.code,
+      errorMessage: error.message,
+      completionTokens: sequence.nextIndex,
+      draftedTokens: 0,
+      acceptedTokens: 0,
+    },
+  };
+}
+
+/** Adds a later delta of the same sequence to one that has not been sent yet. */
+export function mergeDelta(waiting: WireDelta, later: WireDelta): void {
+  waiting.tokenIds.push(...later.tokenIds);
+  waiting.logprobs.push(...later.logprobs);
+  waiting.finish = later.finish;
+}
+
+function logprobsToWire(logprobs: readonly TokenLogprob[]): WireLogprob[] {
+  return logprobs.map(({ tokenId, logprob, top }) => ({ tokenId, logprob, top: [...top] }));
+}

@@ -1,0 +1,332 @@
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
+
+import { ClusterError } from '@mimo/core/errors';
+import { SamplingParams } from '@mimo/proto/sampling';
+import {
+  FinishKind,
+  Submit,
+  type SessionRequest,
+  type SessionResponse,
+  type StepFrame,
+} from '@mimo/proto/worker';
+
+import type { EngineStats, SequenceDelta, SequenceRequest } from './engine/engine-host.ts';
+import { Sessions, type Session } from './sessions.ts';
+
+const stats: EngineStats = {
+  steps: 0,
+  promptTokens: 0,
+  completionTokens: 0,
+  draftedTokens: 0,
+  acceptedTokens: 0,
+  runningSequences: 0,
+  waitingSequences: 0,
+  kvBlocks: 0,
+  kvBlocksUsed: 0,
+};
+const completeSampling = SamplingParams.fromPartial({
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  minP: 0,
+  repetitionPenalty: 1,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  seed: 1,
+  maxTokens: 10,
+  draftTokens: 1,
+});
+const counts = { completionTokens: 0, draftedTokens: 0, acceptedTokens: 0 };
+
+/** What the sessions asked of the engine, in order. */
+class RecordingEngine {
+  readonly submitted: SequenceRequest[] = [];
+  readonly aborted: number[] = [];
+  readonly credited: (readonly [number, number])[] = [];
+  submit(request: SequenceRequest): void {
+    this.submitted.push(request);
+  }
+  abort(sequenceId: number): void {
+    this.aborted.push(sequenceId);
+  }
+  addCredit(sequenceId: number, tokens: number): void {
+    this.credited.push([sequenceId, tokens]);
+  }
+}
+
+/** A gateway's end of a session: what it received, and how the stream ended. */
+class Peer {
+  readonly received: NonNullable<SessionResponse['message']>[] = [];
+  full = false;
+  ended: { readonly error: ClusterError | undefined } | undefined;
+  send(response: SessionResponse): boolean {
+    if (response.message !== undefined) {
+      this.received.push(response.message);
+    }
+    return !this.full;
+  }
+  end(error?: ClusterError): void {
+    this.ended = { error };
+  }
+  get frames(): StepFrame[] {
+    return this.received.flatMap((message) => (message.$case === 'frame' ? [message.value] : []));
+  }
+}
+
+function submitMessage(slot: number, fields: Partial<Submit> = {}): SessionRequest {
+  const submit = Submit.fromPartial({
+    slot,
+    requestId: `request-${slot}`,
+    epoch: 1,
+    tokenIds: [5, 6],
+    creditTokens: 8,
+    sampling: completeSampling,
+  });
+  return { message: { $case: 'submit', value: { ...submit, ...fields } } };
+}
+
+describe('Sessions', () => {
+  let engine: RecordingEngine;
+  let sessions: Sessions;
+  beforeEach(() => {
+    vi.useFakeTimers();
+    engine = new RecordingEngine();
+    sessions = new Sessions(engine, { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 });
+  });
+  afterEach(() => {
+    vi.useRealTimers();
+  });
+
+  function open(): { peer: Peer; session: Session } {
+    const peer = new Peer();
+    const session = sessions.open(peer);
+    session.receive({ message: { $case: 'hello', value: { gatewayId: 'gw', model: 'm' } } });
+    return { peer, session };
+  }
+  function step(number: number, deltas: readonly SequenceDelta[]): void {
+    sessions.onFrame({ step: number, deltas, stats });
+  }
+
+  it('welcomes a gateway, and turns away one that asks for another model', () => {
+    const { peer } = open();
+    expect(peer.received).toEqual([
+      { $case: 'welcome', value: { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 } },
+    ]);
+    const stranger = new Peer();
+    sessions
+      .open(stranger)
+      .receive({ message: { $case: 'hello', value: { gatewayId: 'x', model: 'other' } } });
+    expect(stranger.ended?.error).toMatchObject({
+      code: 'not_found',
+      message: 'this group holds m, not other',
+    });
+    expect(sessions.sessionCount).toBe(1);
+  });
+
+  it('sends each session one frame a step with its own sequences only', () => {
+    const one = open();
+    const two = open();
+    one.session.receive(submitMessage(1));
+    one.session.receive(submitMessage(2, { epoch: 4 }));
+    two.session.receive(submitMessage(1));
+    expect(engine.submitted.map(({ sequenceId }) => sequenceId)).toEqual([1, 2, 3]);
+    step(9, [
+      { sequenceId: 1, index: 0, tokenIds: [10] },
+      { sequenceId: 2, index: 0, tokenIds: [20, 21] },
+      { sequenceId: 3, index: 0, tokenIds: [30] },
+    ]);
+    expect(one.peer.frames).toMatchObject([
+      {
+        step: 9,
+        deltas: [
+          { slot: 1, epoch: 1, tokenIds: [10], finish: undefined },
+          { slot: 2, epoch: 4, tokenIds: [20, 21], finish: undefined },
+        ],
+      },
+    ]);
+    expect(two.peer.frames).toMatchObject([{ deltas: [{ slot: 1, tokenIds: [30] }] }]);
+  });
+
+  it('frees the slot with the last delta, so that it can be used again at once', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    step(1, [
+      { sequenceId: 1, index: 0, tokenIds: [7], finish: { kind: 'stop', stopTokenId: 2, ...counts } },
+    ]);
+    expect(peer.frames[0]?.deltas[0]?.finish).toMatchObject({ kind: FinishKind.STOP, stopTokenId: 2 });
+    expect(sessions.sequenceCount).toBe(0);
+    session.receive(submitMessage(1, { epoch: 2 }));
+    expect(engine.submitted.at(-1)?.sequenceId).toBe(2);
+    expect(peer.ended).toBeUndefined();
+  });
+
+  it('tells an abort that the gateway asked for from the loss of the group', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    session.receive(submitMessage(2));
+    session.receive({ message: { $case: 'abort', value: { slot: 1, epoch: 1 } } });
+    expect(engine.aborted).toEqual([1]);
+    step(1, [
+      { sequenceId: 1, index: 0, tokenIds: [], finish: { kind: 'aborted', ...counts } },
+      { sequenceId: 2, index: 0, tokenIds: [], finish: { kind: 'aborted', ...counts } },
+    ]);
+    expect(peer.frames[0]?.deltas.map(({ finish }) => [finish?.kind, finish?.errorCode])).toEqual([
+      [FinishKind.ABORTED, ''],
+      [FinishKind.ERROR, 'aborted'],
+    ]);
+  });
+
+  it('ignores aborts and credit for another epoch or for what has ended', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1, { epoch: 3 }));
+    session.receive({ message: { $case: 'abort', value: { slot: 1, epoch: 2 } } });
+    session.receive({ message: { $case: 'credit', value: { slot: 1, epoch: 2, tokens: 5 } } });
+    session.receive({ message: { $case: 'abort', value: { slot: 9, epoch: 3 } } });
+    session.receive({ message: { $case: 'credit', value: { slot: 1, epoch: 3, tokens: 5 } } });
+    expect(engine.aborted).toEqual([]);
+    expect(engine.credited).toEqual([[1, 5]]);
+    expect(peer.ended).toBeUndefined();
+  });
+
+  it('ends a sequence at its deadline with deadline_exceeded', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + 1_000 }));
+    vi.advanceTimersByTime(999);
+    expect(engine.aborted).toEqual([]);
+    vi.advanceTimersByTime(1);
+    expect(engine.aborted).toEqual([1]);
+    step(3, [{ sequenceId: 1, index: 2, tokenIds: [], finish: { kind: 'aborted', ...counts } }]);
+    expect(peer.frames[0]?.deltas[0]?.finish).toMatchObject({
+      kind: FinishKind.ERROR,
+      errorCode: 'deadline_exceeded',
+    });
+    expect(vi.getTimerCount()).toBe(0);
+  });
+
+  it('waits through deadlines beyond the longest timer', () => {
+    const { session } = open();
+    const leftMs = 2 ** 31 + 5_000;
+    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + leftMs }));
+    vi.advanceTimersByTime(leftMs - 1);
+    expect(engine.aborted).toEqual([]);
+    vi.advanceTimersByTime(1);
+    expect(engine.aborted).toEqual([1]);
+  });
+
+  it('frees every sequence of a session that goes away, and drops what the engine still sends', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + 60_000 }));
+    session.receive(submitMessage(2));
+    session.close();
+    session.close();
+    expect(engine.aborted).toEqual([1, 2]);
+    expect([sessions.sessionCount, sessions.sequenceCount, vi.getTimerCount()]).toEqual([0, 0, 0]);
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [1] }]);
+    expect(peer.frames).toEqual([]);
+    session.receive(submitMessage(3));
+    expect(engine.submitted).toHaveLength(2);
+  });
+
+  it('merges what a full stream cannot take, without losing or repeating an index', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    session.receive(submitMessage(2));
+    peer.full = true;
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [10] }]);
+    for (let at = 2; at < 50; at++) {
+      step(at, [
+        { sequenceId: 1, index: at - 1, tokenIds: [10 + at] },
+        { sequenceId: 2, index: at - 2, tokenIds: [90 + at] },
+      ]);
+    }
+    step(50, [{ sequenceId: 2, index: 48, tokenIds: [], finish: { kind: 'length', ...counts } }]);
+    expect(peer.frames).toHaveLength(1);
+    peer.full = false;
+    session.drained();
+    expect(peer.frames).toHaveLength(2);
+    const [first, second] = peer.frames[1]?.deltas ?? [];
+    expect([peer.frames[1]?.step, first?.index, first?.tokenIds.length]).toEqual([50, 1, 48]);
+    expect([second?.index, second?.tokenIds.length, second?.finish?.kind]).toEqual([
+      0,
+      48,
+      FinishKind.LENGTH,
+    ]);
+  });
+
+  it('never merges the end of one sequence with the beginning of the next in its slot', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    peer.full = true;
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [1] }]);
+    step(2, [{ sequenceId: 1, index: 1, tokenIds: [2], finish: { kind: 'length', ...counts } }]);
+    // The gateway uses a slot again only once it has seen the end, so this is a message in the wrong order.
+    session.receive(submitMessage(1, { epoch: 2 }));
+    step(3, [{ sequenceId: 2, index: 0, tokenIds: [3] }]);
+    peer.full = false;
+    session.drained();
+    expect(peer.frames[1]?.deltas.map(({ epoch, tokenIds }) => [epoch, tokenIds])).toEqual([
+      [1, [2]],
+      [2, [3]],
+    ]);
+  });
+
+  it('ends incomplete sampling and everything while refusing with an error delta, not with the session', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1, { sampling: SamplingParams.fromPartial({ temperature: 1 }) }));
+    sessions.refuse(new ClusterError('unavailable', 'group g is draining'));
+    session.receive(submitMessage(2, { resumedTokens: 1 }));
+    expect(peer.frames.flatMap(({ deltas }) => deltas)).toMatchObject([
+      { slot: 1, finish: { kind: FinishKind.ERROR, errorCode: 'invalid_argument' } },
+      { slot: 2, index: 1, finish: { kind: FinishKind.ERROR, errorCode: 'unavailable' } },
+    ]);
+    expect(engine.submitted).toEqual([]);
+    expect(peer.ended).toBeUndefined();
+  });
+
+  it.each([
+    ['a submit before hello', [submitMessage(1)], 'failed_precondition'],
+    ['a message without content', [{ message: undefined }], 'invalid_argument'],
+    [
+      'a slot in use',
+      [
+        { message: { $case: 'hello', value: { gatewayId: 'gw', model: 'm' } } },
+        submitMessage(1),
+        submitMessage(1, { epoch: 2 }),
+      ],
+      'failed_precondition',
+    ],
+  ] satisfies [string, SessionRequest[], string][])(
+    'ends a session for %s, and frees its sequences',
+    (_, messages, code) => {
+      const peer = new Peer();
+      const session = sessions.open(peer);
+      for (const message of messages) {
+        session.receive(message);
+      }
+      expect(peer.ended?.error?.code).toBe(code);
+      expect([sessions.sessionCount, sessions.sequenceCount]).toEqual([0, 0]);
+      expect(engine.aborted).toHaveLength(engine.submitted.length);
+    },
+  );
+
+  it('fails as a whole: each sequence gets its last delta, then each session its status', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    session.receive(submitMessage(2));
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [4, 5] }]);
+    peer.full = true;
+    sessions.fail(new ClusterError('aborted', 'group g was lost'));
+    expect(peer.frames.at(-1)?.deltas).toMatchObject([
+      { slot: 1, index: 2, finish: { kind: FinishKind.ERROR, errorCode: 'aborted', completionTokens: 2 } },
+      { slot: 2, index: 0, finish: { kind: FinishKind.ERROR, errorCode: 'aborted' } },
+    ]);
+    expect(peer.ended?.error?.code).toBe('aborted');
+    expect([sessions.sessionCount, sessions.sequenceCount]).toEqual([0, 0]);
+  });
+
+  it('answers pings', () => {
+    const { peer, session } = open();
+    session.receive({ message: { $case: 'ping', value: { nonce: 7 } } });
+    expect(peer.received.at(-1)).toEqual({ $case: 'pong', value: { nonce: 7 } });
+  });
+});

@@ -1,0 +1,60 @@
+// The gRPC face of a leader: WorkerService's handlers over `Sessions` and the engine. Owns how a grpc-js stream becomes a
+// session; knows no queue and no tokens.
+
+import type { ServerDuplexStream } from '@grpc/grpc-js';
+
+import type { ServiceEntry } from '@mimo/core/grpc-server';
+import { unaryHandler } from '@mimo/core/grpc-server';
+import { statusFromError } from '@mimo/core/grpc-status';
+import {
+  WorkerServiceService,
+  type DrainRequest,
+  type DrainResponse,
+  type SessionRequest,
+  type SessionResponse,
+  type StatsRequest,
+  type StatsResponse,
+} from '@mimo/proto/worker';
+
+import type { Sessions } from './sessions.ts';
+
+export interface WorkerServiceParts {
+  readonly sessions: Sessions;
+  /** Stops taking sequences; resolves, with how many ended meanwhile, when the last has ended. */
+  readonly drain: (signal: AbortSignal) => Promise<number>;
+  readonly stats: () => StatsResponse;
+}
+
+/** The service, ready to be registered with a server; sessions end when their streams do. */
+export function createWorkerService({ sessions, drain, stats }: WorkerServiceParts): ServiceEntry {
+  return {
+    definition: WorkerServiceService,
+    implementation: {
+      session: (call: ServerDuplexStream<SessionRequest, SessionResponse>) => serveSession(sessions, call),
+      drain: unaryHandler<DrainRequest, DrainResponse>(async (_request, { signal }) => ({
+        finishedSequences: await drain(signal),
+      })),
+      stats: unaryHandler<StatsRequest, StatsResponse>(() => Promise.resolve(stats())),
+    },
+  };
+}
+
+function serveSession(sessions: Sessions, call: ServerDuplexStream<SessionRequest, SessionResponse>): void {
+  const session = sessions.open({
+    send: (response) => call.write(response),
+    end: (error) => {
+      if (error === undefined) {
+        call.end();
+      } else {
+        call.emit('error', statusFromError(error));
+      }
+    },
+  });
+  call.on('data', (request: SessionRequest) => session.receive(request));
+  call.on('drain', () => session.drained());
+  // A gateway that half-closes has no more to say and waits for nothing: its sequences are aborted like those of one
+  // that vanished.
+  call.on('end', () => session.end());
+  call.on('cancelled', () => session.close());
+  call.on('error', () => session.close());
+}
