@@ -117,6 +117,7 @@ describe('settings', () => {
     [booleanSetting('X'), 'true', true],
     [booleanSetting('X'), 'false', false],
     [addressSetting('X'), '[::1]:0', '[::1]:0'],
+    [addressSetting('X', ''), '', ''],
     [listSetting('X'), 'a, b', ['a', 'b']],
     [textSetting('X'), 'any text', 'any text'],
   ];
@@ -133,6 +134,7 @@ describe('settings', () => {
     [booleanSetting('X'), 'yes'],
     [addressSetting('X'), 'host:65536'],
     [addressSetting('X'), 'host'],
+    [addressSetting('X'), ''],
     [addressSetting('X'), '::1:80'],
     [listSetting('X'), 'a,,b'],
   ];

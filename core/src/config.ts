@@ -183,9 +183,15 @@ export function sizeSetting(variable: string, fallback?: string): Setting<number
   });
 }
 
-/** `host:port` to listen on or to connect to; port 0 takes a free one. IPv6 hosts stand in brackets. */
+/**
+ * `host:port` to listen on or to connect to; port 0 takes a free one. IPv6 hosts stand in brackets. With the fallback `''`
+ * it is optional.
+ */
 export function addressSetting(variable: string, fallback?: string): Setting<string> {
   return createSetting(variable, fallback, (text) => {
+    if (text === '' && fallback === '') {
+      return '';
+    }
     const [, port] = /^(?:\[[0-9a-fA-F:.]+\]|[^\s:[\]]+):(\d{1,5})$/.exec(text) ?? [];
     if (port === undefined || Number(port) > 65_535) {
       throw expected('host:port with a port from 0 to 65535');

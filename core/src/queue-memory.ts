@@ -7,7 +7,7 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { beforeAbort } from './abort.ts';
 import { Channel, channelUntil } from './channel.ts';
 import { ClusterError } from './errors.ts';
-import type { Closeable, Lease, QueuedRecord, QueueState, RequestQueue } from './queue.ts';
+import type { Closeable, Lease, QueuedRecord, QueueState, RecordPlace, RequestQueue } from './queue.ts';
 
 /** One topic: values to everybody who listens at that moment. */
 class Topic<T> {
@@ -75,20 +75,25 @@ class MemoryQueue implements RequestQueue {
     this.#assertOpen();
   }
 
-  async publish(record: RequestRecord): Promise<number> {
+  async publish(record: RequestRecord): Promise<RecordPlace> {
     this.#assertOpen();
     const sequence = this.#broker.nextSequence();
     this.#broker.records.set(sequence, record);
-    this.#broker.arrivals.publish({ sequence, record });
-    return sequence;
+    const place = { storeId: this.storeId, sequence };
+    this.#broker.arrivals.publish({ ...place, record });
+    return place;
   }
 
-  async delete(sequence: number): Promise<boolean> {
+  async delete({ sequence }: RecordPlace): Promise<boolean> {
     return this.#broker.records.delete(sequence);
   }
 
   async *follow(model: string, signal: AbortSignal): AsyncGenerator<QueuedRecord, void, undefined> {
-    const live = [...this.#broker.records].map(([sequence, record]) => ({ sequence, record }));
+    const live = [...this.#broker.records].map(([sequence, record]) => ({
+      storeId: this.storeId,
+      sequence,
+      record,
+    }));
     for await (const queued of this.#broker.arrivals.follow(this.#until(signal), live)) {
       if (queued.record.model === model && this.#broker.records.has(queued.sequence)) {
         yield queued;

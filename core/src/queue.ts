@@ -6,9 +6,14 @@
 import type { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
 import type { Heartbeat } from '@mimo/proto/worker';
 
-/** A live record and its place in the stream: sequences only grow, so they are also the order of arrival. */
-export interface QueuedRecord {
+/** Where a record lies: sequences only grow within a store, so they are also the order of arrival. */
+export interface RecordPlace {
+  readonly storeId: string;
   readonly sequence: number;
+}
+
+/** A live record. */
+export interface QueuedRecord extends RecordPlace {
   readonly record: RequestRecord;
 }
 
@@ -54,12 +59,14 @@ export interface RequestQueue extends Closeable {
   opened(signal: AbortSignal): Promise<void>;
 
   /**
-   * Writes a record and waits until it is stored. Returns its sequence. A record too large for the server fails with
-   * `invalid_argument`.
+   * Writes a record and waits until it is stored. A record too large for the server fails with `invalid_argument`.
    */
-  publish(record: RequestRecord): Promise<number>;
-  /** Deletes a record. True where this call deleted it, false where it was gone. Waits through disconnections. */
-  delete(sequence: number): Promise<boolean>;
+  publish(record: RequestRecord): Promise<RecordPlace>;
+  /**
+   * Deletes a record. True where this call deleted it, false where it was gone, perhaps with its whole store. Waits
+   * through disconnections.
+   */
+  delete(place: RecordPlace): Promise<boolean>;
   /** Replays the live records of a model in order, then follows new ones; each record once. */
   follow(model: string, signal: AbortSignal): AsyncIterable<QueuedRecord>;
   /** Live records of every model, counted by the server. */

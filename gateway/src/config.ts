@@ -20,7 +20,7 @@ export const gatewaySettings = {
   /** Every interface: a pod is reached from outside itself. */
   listenAddress: addressSetting('MIMO_GATEWAY_LISTEN', '0.0.0.0:50051'),
   /** Where Prometheus reads; empty serves no page. */
-  metricsListenAddress: textSetting('MIMO_GATEWAY_METRICS_LISTEN', ''),
+  metricsListenAddress: addressSetting('MIMO_GATEWAY_METRICS_LISTEN', ''),
   logLevel: choiceSetting('MIMO_GATEWAY_LOG_LEVEL', logLevels, 'info'),
   /** `name=directory` of each model that may be asked for; the directory holds config.json and the tokenizer's files. */
   models: listSetting('MIMO_GATEWAY_MODELS'),

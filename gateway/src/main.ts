@@ -1,16 +1,18 @@
 // The gateway as a process: environment -> configuration -> running gateway; SIGTERM drains it. Nothing else of the
 // gateway reads the environment or ends the process.
 
+import { printableConfig } from '@mimo/core/config';
 import { ClusterError } from '@mimo/core/errors';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
 import { createLog } from '@mimo/core/log';
 
-import { parseGatewayConfig } from './config.ts';
+import { gatewaySettings, parseGatewayConfig } from './config.ts';
 import { startGateway } from './gateway.ts';
 
 try {
   const config = parseGatewayConfig(process.env);
   const log = createLog({ process: 'gateway', level: config.logLevel });
+  log.info({ config: printableConfig(gatewaySettings, config), node: process.version }, 'starting');
   const lifecycle = new Lifecycle({ log, graceMs: config.graceMs });
   stopOnSignals(lifecycle);
   const gateway = await startGateway(config, log);

@@ -115,6 +115,13 @@ describe('Relay', () => {
     expect(rig.attempts[0]?.aborts).toBe(1);
   });
 
+  it('fails alone where a token is none of the tokenizer’s', () => {
+    const rig = new Rig();
+    const { listener } = rig.begin();
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: [1.5] }));
+    expect(rig.ends).toMatchObject([{ kind: 'error', error: { code: 'internal' } }]);
+  });
+
   it('at a stop text: asks the engine to stop, ignores what it still says, and finishes with its figures', async () => {
     const rig = new Rig(['two']);
     const { listener } = rig.begin();

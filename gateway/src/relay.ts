@@ -95,8 +95,13 @@ export class Relay {
     const current = (): boolean => this.#attempt?.epoch === epoch;
     const listener: SequenceListener = {
       onDelta: (delta) => {
-        if (current()) {
-          this.#receive(delta);
+        try {
+          if (current()) {
+            this.#receive(delta);
+          }
+        } catch (error) {
+          // Such as a token that the tokenizer does not know: this request's trouble, not the whole session's.
+          this.fail(new ClusterError('internal', 'a frame could not be relayed', { cause: error }));
         }
       },
       onLost: (error, begun) => {

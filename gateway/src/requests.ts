@@ -5,7 +5,7 @@
 import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
-import type { RequestQueue } from '@mimo/core/queue';
+import type { RecordPlace, RequestQueue } from '@mimo/core/queue';
 import {
   AssignmentOutcome,
   type Assignment,
@@ -30,7 +30,7 @@ export interface RequestsParts {
 /** An accepted request: its relay, and the promise of its record (rejected where it could not be stored). */
 export interface OpenRequest {
   readonly relay: Relay;
-  readonly recorded: Promise<number>;
+  readonly recorded: Promise<RecordPlace>;
 }
 
 interface HeldRequest extends OpenRequest {
@@ -102,7 +102,12 @@ export class Requests {
     if (relay.epoch === 0) {
       this.#parts.metrics.queueWait(Date.now() - held.record.acceptedUnixMs, { model });
     }
-    relay.begin(this.#parts.sessions.to(assignment));
+    try {
+      relay.begin(this.#parts.sessions.to(assignment));
+    } catch (error) {
+      // Such as an address that is none: whoever waits learns of it, and the dispatcher has nothing to try again.
+      relay.fail(ClusterError.from(error));
+    }
     const { group, incarnation } = assignment;
     return { outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
   }
@@ -158,8 +163,7 @@ export class Requests {
 
   async #delete({ record: { requestId, model }, recorded }: HeldRequest): Promise<void> {
     try {
-      const sequence = await recorded;
-      await this.#parts.queue.delete(sequence);
+      await this.#parts.queue.delete(await recorded);
       this.#parts.queue.publishEnded({ requestId, model, requeued: false });
     } catch (error) {
       // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.

@@ -183,8 +183,6 @@ describe('startEngine', () => {
   });
 
   it('ends what is live when closed, and leaves no thread, whenever that is', async () => {
-    const ports = (): number =>
-      process.getActiveResourcesInfo().filter((kind) => kind === 'MessagePort').length;
     const portsBefore = ports();
     for (const afterTokens of [0, 1, 20]) {
       const host = await start(2);

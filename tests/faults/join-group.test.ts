@@ -90,6 +90,22 @@ describe('joinGroup', () => {
     expect(await leader).toMatchObject([{ status: 'fulfilled' }]);
   });
 
+  it('lets a rank dial again whose connection broke in the middle of the handshake', async () => {
+    const options = await members(2);
+    const leader = joinAll([options[0]!]);
+    const [host, port] = options[0]!.listenAddress.split(':');
+    const { member, token } = options[1]!;
+    const hello = Buffer.from(JSON.stringify({ kind: 'hello', protocolVersion: 1, token, ...member }));
+    const length = Buffer.alloc(4);
+    length.writeUInt32LE(hello.length);
+    const socket = net.connect(Number(port), host);
+    socket.write(Buffer.concat([length, hello]));
+    await once(socket, 'data');
+    socket.destroy();
+    expect(await joinAll([options[1]!])).toMatchObject([{ status: 'fulfilled' }]);
+    expect(await leader).toMatchObject([{ status: 'fulfilled' }]);
+  });
+
   it('says who did not come, and stops when asked', async () => {
     const options = await members(3);
     const alone = { ...options[0]!, timeoutMs: 300 };

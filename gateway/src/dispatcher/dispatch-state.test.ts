@@ -16,7 +16,7 @@ function stateOf(...requestIds: readonly string[]): DispatchState {
       promptTokenIds: [1, 2, 3],
       sampling: { maxTokens: 10 },
     });
-    state.add({ sequence: index + 1, record });
+    state.add({ storeId: 's', sequence: index + 1, record });
   }
   return state;
 }

@@ -170,7 +170,7 @@ class Dispatcher {
         this.#stop.abort();
       } else if (reply.outcome !== AssignmentOutcome.ACCEPTED) {
         this.#state.remove(requestId);
-        await queue.delete(queued.sequence);
+        await queue.delete(queued);
       }
     } catch (error) {
       if (this.#until.aborted) {
@@ -192,7 +192,7 @@ class Dispatcher {
       this.#state.remove(requestId);
       metrics.orphans({ model });
       log.warn({ requestId, gatewayId: queued.record.gatewayId }, 'orphaned record deleted');
-      queue.delete(queued.sequence).catch((error: unknown) => {
+      queue.delete(queued).catch((error: unknown) => {
         log.debug({ error: ClusterError.from(error), requestId }, 'orphaned record not deleted');
       });
     }

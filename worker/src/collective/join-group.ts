@@ -11,16 +11,16 @@ import { createHash, timingSafeEqual } from 'node:crypto';
 import * as net from 'node:net';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { ClusterError } from '@mimo/core/errors';
-import { closeDescriptor, duplicate, writeSome } from './libc.ts';
-
-/** What both ends of a connection must agree on, and who they are. */
-export interface GroupMember {
-  readonly rank: number;
-  readonly worldSize: number;
-  /** Of the compiled shards: equal on all ranks of a group. */
-  readonly shardKey: string;
-  readonly precision: string;
-}
+import {
+  connect,
+  encodeMessage,
+  HandshakeEnd,
+  parseAddress,
+  type GroupMember,
+  type Hello,
+  type Message,
+} from './handshake.ts';
+import { closeDescriptor, writeSome } from './libc.ts';
 
 export interface JoinOptions {
   readonly member: GroupMember;
@@ -39,20 +39,7 @@ export interface PeerConnection {
   readonly dialled: boolean;
 }
 
-interface Hello extends GroupMember {
-  readonly kind: 'hello';
-  readonly protocolVersion: number;
-  readonly token: string;
-}
-
-type Message =
-  | Hello
-  | { readonly kind: 'accepted' }
-  | { readonly kind: 'refusal'; readonly code: string; readonly message: string };
-
 const protocolVersion = 1;
-const maxMessageBytes = 4096;
-const handshakeTimeoutMs = 5000;
 const redialMs = 100;
 const goByte = Uint8Array.of(1);
 
@@ -167,12 +154,18 @@ async function receiveDialler(
     throw problem;
   }
   come.add(theirs.rank);
-  end.send(hello(options));
-  const verdict = await end.read();
-  if (verdict.kind !== 'accepted') {
-    throw refusalError(verdict, theirs.rank);
+  try {
+    end.send(hello(options));
+    const verdict = await end.read();
+    if (verdict.kind !== 'accepted') {
+      throw refusalError(verdict, theirs.rank);
+    }
+    return { rank: theirs.rank, fd: end.detach(), dialled: false };
+  } catch (error) {
+    // Its connection broke in between: it may dial again.
+    come.delete(theirs.rank);
+    throw error;
   }
-  return { rank: theirs.rank, fd: end.detach(), dialled: false };
 }
 
 /** Dials a lower rank until it answers. */
@@ -277,134 +270,4 @@ function isWorthRedialling(error: unknown): boolean {
 
 function countLower(connections: ReadonlyMap<number, PeerConnection>, rank: number): number {
   return [...connections.keys()].filter((other) => other < rank).length;
-}
-
-/** One connection during its handshake. */
-class HandshakeEnd {
-  readonly #socket: net.Socket;
-  readonly #messages: AsyncIterator<Message>;
-  readonly #signal: AbortSignal;
-
-  constructor(socket: net.Socket, signal: AbortSignal) {
-    this.#socket = socket;
-    this.#signal = signal;
-    this.#messages = readMessages(socket);
-    socket.setTimeout(handshakeTimeoutMs, () => socket.destroy());
-    socket.on('error', () => undefined);
-    signal.addEventListener('abort', this.#onAbort, { once: true });
-    socket.once('close', () => signal.removeEventListener('abort', this.#onAbort));
-  }
-
-  readonly #onAbort = (): void => {
-    this.#socket.destroy();
-  };
-
-  async read(): Promise<Message> {
-    try {
-      const next = await this.#messages.next();
-      if (next.done !== true) {
-        return next.value;
-      }
-    } catch (error) {
-      this.#signal.throwIfAborted();
-      if (error instanceof ClusterError) {
-        throw error;
-      }
-      throw new ClusterError('unavailable', `handshake: ${ClusterError.from(error).message}`, {
-        cause: error,
-      });
-    }
-    this.#signal.throwIfAborted();
-    throw new ClusterError('unavailable', 'handshake: the peer closed the connection');
-  }
-
-  send(message: Message): void {
-    this.#socket.write(encodeMessage(message));
-  }
-
-  /** The connection as a descriptor of its own; the event loop has nothing more to do with it. */
-  detach(): number {
-    const handle: unknown = Reflect.get(this.#socket, '_handle');
-    const fd: unknown = typeof handle === 'object' && handle !== null ? Reflect.get(handle, 'fd') : undefined;
-    if (typeof fd !== 'number' || fd < 0) {
-      throw new ClusterError('failed_precondition', `sockets have no descriptors on ${process.platform}`);
-    }
-    const copy = duplicate(fd);
-    this.#socket.destroy();
-    return copy;
-  }
-
-  destroy(): void {
-    this.#socket.destroy();
-  }
-}
-
-/** Undefined where nobody listens there yet. */
-async function connect(address: string, signal: AbortSignal): Promise<HandshakeEnd | undefined> {
-  const { promise, resolve } = Promise.withResolvers<net.Socket | undefined>();
-  const socket = net.connect({ ...parseAddress(address), noDelay: true });
-  const onAbort = (): void => {
-    socket.destroy();
-    resolve(undefined);
-  };
-  signal.addEventListener('abort', onAbort, { once: true });
-  socket.once('connect', () => resolve(socket));
-  socket.once('error', () => resolve(undefined));
-  socket.setTimeout(handshakeTimeoutMs, onAbort);
-  const connected = await promise;
-  signal.removeEventListener('abort', onAbort);
-  signal.throwIfAborted();
-  return connected === undefined ? undefined : new HandshakeEnd(connected, signal);
-}
-
-async function* readMessages(socket: net.Socket): AsyncGenerator<Message> {
-  let pending = Buffer.alloc(0);
-  for await (const chunk of socket) {
-    pending = Buffer.concat([pending, chunk as Buffer]);
-    while (pending.length >= 4) {
-      const bytes = pending.readUInt32LE(0);
-      if (bytes > maxMessageBytes) {
-        throw new ClusterError(
-          'data_loss',
-          `handshake: a message of at most ${maxMessageBytes} bytes is due, ${bytes} come`,
-        );
-      }
-      if (pending.length < 4 + bytes) {
-        break;
-      }
-      const text = pending.toString('utf8', 4, 4 + bytes);
-      pending = pending.subarray(4 + bytes);
-      yield parseMessage(text);
-    }
-  }
-}
-
-function parseMessage(text: string): Message {
-  try {
-    const message: unknown = JSON.parse(text);
-    if (typeof message === 'object' && message !== null && 'kind' in message) {
-      return message as Message;
-    }
-  } catch {
-    // Told like any other text that is no message.
-  }
-  throw new ClusterError('data_loss', 'handshake: the peer does not speak this protocol');
-}
-
-function encodeMessage(message: Message): Buffer {
-  const text = Buffer.from(JSON.stringify(message));
-  const length = Buffer.alloc(4);
-  length.writeUInt32LE(text.length);
-  return Buffer.concat([length, text]);
-}
-
-/** Splits `host:port`; IPv6 hosts stand in brackets. Throws `invalid_argument`. */
-export function parseAddress(address: string): { readonly host: string; readonly port: number } {
-  const match = /^(?:\[(?<v6>[^\]]+)\]|(?<name>[^:]+)):(?<port>\d+)$/.exec(address);
-  const host = match?.groups?.['v6'] ?? match?.groups?.['name'];
-  const port = Number(match?.groups?.['port']);
-  if (host === undefined || port > 65_535) {
-    throw new ClusterError('invalid_argument', `address: must be host:port, is ${address}`);
-  }
-  return { host, port };
 }

@@ -4,19 +4,13 @@
 
 import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/errors';
-import { createInProcessGroup, stopInProcessGroup } from '../collective/in-process.ts';
-import { joinGroup, type PeerConnection } from '../collective/join-group.ts';
 import type { ModelConfig } from '../model/model-config.ts';
 import type { Precision } from '../model/shard.ts';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
 import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
 import { kvBlockTokens } from './kv-cache.ts';
-import type {
-  CollectiveSource,
-  StepThreadOptions,
-  StepThreadRequest,
-  StepThreadResponse,
-} from './step-thread.ts';
+import { openGroup, type LocalRanks } from './local-ranks.ts';
+import type { StepThreadOptions, StepThreadRequest, StepThreadResponse } from './step-thread.ts';
 
 export type * from './engine-api.ts';
 export type { EngineOptions, GroupOptions } from './engine-options.ts';
@@ -63,11 +57,6 @@ export interface EngineHost {
   close(): Promise<void>;
 }
 
-const defaultConnectTimeoutMs = 120_000;
-const defaultPeerTimeoutMs = 10_000;
-/** The leader pings this many times within the peers' patience. */
-const pingsPerTimeout = 5;
-const maxPingMs = 1000;
 /** A step thread that is asked to close ends its step; one that is blocked is stopped after this. */
 const closeGraceMs = 1000;
 
@@ -78,7 +67,6 @@ const closeGraceMs = 1000;
  */
 export async function startEngine(options: EngineOptions, signal?: AbortSignal): Promise<EngineHost> {
   const complete = await completeOptions(options);
-  signal?.throwIfAborted();
   const ranks = await openGroup(options, complete, signal ?? new AbortController().signal);
   const engine = new RunningEngine(complete, ranks);
   try {
@@ -88,52 +76,6 @@ export async function startEngine(options: EngineOptions, signal?: AbortSignal):
     await engine.close();
     throw ClusterError.from(error);
   }
-}
-
-/** The local ranks' ways to their peers, and how to unblock them all. */
-interface LocalRanks {
-  readonly sources: readonly CollectiveSource[];
-  readonly pingMs: number;
-  stop(): void;
-}
-
-async function openGroup(
-  { group }: EngineOptions,
-  { manifests }: CompleteOptions,
-  signal: AbortSignal,
-): Promise<LocalRanks> {
-  if (group.kind === 'in-process') {
-    if (manifests.length === 1) {
-      return { sources: [{ kind: 'single' }], pingMs: maxPingMs, stop: () => undefined };
-    }
-    const shared = createInProcessGroup(manifests.length);
-    return {
-      sources: manifests.map(({ rank }) => ({ kind: 'in-process', group: shared, rank })),
-      pingMs: maxPingMs,
-      stop: () => stopInProcessGroup(shared),
-    };
-  }
-  const manifest = manifests[0]!;
-  const firstTimeoutMs = group.connectTimeoutMs ?? defaultConnectTimeoutMs;
-  const peerTimeoutMs = group.peerTimeoutMs ?? defaultPeerTimeoutMs;
-  const member = {
-    rank: group.rank,
-    worldSize: group.addresses.length,
-    shardKey: manifest.key,
-    precision: manifest.precision,
-  };
-  const listenAddress = group.listenAddress ?? group.addresses[group.rank]!;
-  const peers: readonly PeerConnection[] = await joinGroup(
-    { member, addresses: group.addresses, listenAddress, token: group.token, timeoutMs: firstTimeoutMs },
-    signal,
-  );
-  const stop = new Int32Array(new SharedArrayBuffer(4));
-  const { rank, worldSize } = member;
-  return {
-    sources: [{ kind: 'network', options: { rank, worldSize, peers, peerTimeoutMs, firstTimeoutMs, stop } }],
-    pingMs: Math.min(maxPingMs, peerTimeoutMs / pingsPerTimeout),
-    stop: () => Atomics.store(stop, 0, 1),
-  };
 }
 
 class RunningEngine implements EngineHost {
@@ -189,6 +131,7 @@ class RunningEngine implements EngineHost {
     const onAbort = (): void => reject(signal?.reason);
     signal?.addEventListener('abort', onAbort, { once: true });
     try {
+      signal?.throwIfAborted();
       await Promise.race([this.#ready.promise, promise]);
     } finally {
       signal?.removeEventListener('abort', onAbort);
@@ -306,7 +249,10 @@ class RunningEngine implements EngineHost {
         this.#fail(new ClusterError('unavailable', 'the leader has dissolved the group'));
         break;
       case 'failed':
-        this.#fail(new ClusterError(response.code, response.message));
+        // A rank that was stopped tells nothing new: what stopped the group is told by another, or is `close`.
+        if (response.code !== 'canceled') {
+          this.#fail(new ClusterError(response.code, response.message));
+        }
         break;
     }
   }

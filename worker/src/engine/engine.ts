@@ -222,7 +222,7 @@ export class Engine {
       kvTokens: sequence.kvTokens,
       blocks: this.#kv.grantOf(sequence.id)?.blocks ?? 0,
       creditTokens: sequence.creditTokens,
-      hasDraft: sequence.draft >= 0 && sequence.allowance >= 2,
+      hasDraft: sequence.draft >= 0,
     };
   }
 
@@ -322,7 +322,6 @@ export class Engine {
   #preempt(sequence: Sequence): void {
     this.#releaseKv(sequence);
     sequence.kvTokens = 0;
-    sequence.draft = -1;
   }
 
   #free(sequence: Sequence): void {

@@ -8,7 +8,7 @@ import { createSingleRankCollective, type Collective } from '../collective/colle
 import { createInProcessCollective, type InProcessGroup } from '../collective/in-process.ts';
 import { createNetworkCollective, type NetworkOptions } from '../collective/network.ts';
 import type { ShardManifest } from '../model/shard.ts';
-import { createRuntime, type RuntimeOptions } from '../runtime/runtime.ts';
+import { createRuntime, type Runtime, type RuntimeOptions } from '../runtime/runtime.ts';
 import { Engine, type EngineLimits } from './engine.ts';
 import type { EngineFrame, SequenceRequest } from './engine-api.ts';
 import { kvBlockTokens } from './kv-cache.ts';
@@ -56,28 +56,34 @@ function openCollective(source: CollectiveSource): Collective {
     : createInProcessCollective(source.group, source.rank);
 }
 
+/** Runs one rank to its end; tells the main thread how it ended. */
 async function runRank(options: StepThreadOptions, port: MessagePort): Promise<void> {
   const respond = (response: StepThreadResponse): void => port.postMessage(response);
-  // The connections are taken over first: whatever fails below closes them, and the peers know at once.
-  const collective = openCollective(options.collective);
+  let collective: Collective | undefined;
+  let runtime: Runtime | undefined;
   try {
-    const runtime = await createRuntime(options.runtime);
-    try {
-      const { directory, manifest, limits, pingMs } = options;
-      const runner = new ShardRunner({ runtime, directory, manifest, collective });
-      const onReady = (): void => respond({ kind: 'ready', runtime: runtime.implementation });
-      if (collective.rank === 0) {
-        await lead({ limits, pingMs, runner, collective, port, onReady });
-      } else {
-        follow(runner, collective, onReady);
-        respond({ kind: 'ended' });
-      }
-      runner.close();
-    } finally {
-      runtime.close();
+    // Connections are taken over first: whatever fails below closes them, and the peers know at once.
+    collective = openCollective(options.collective);
+    runtime = await createRuntime(options.runtime);
+    const { directory, manifest, limits, pingMs } = options;
+    const { implementation } = runtime;
+    const runner = new ShardRunner({ runtime, directory, manifest, collective });
+    const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
+    if (collective.rank === 0) {
+      await lead({ limits, pingMs, runner, collective, port, onReady });
+    } else {
+      follow(runner, collective, onReady);
+      respond({ kind: 'ended' });
     }
+    runner.close();
+  } catch (error) {
+    // Before the group is left, so that the cause is told before its consequences on other ranks.
+    const { code, message } = ClusterError.from(error);
+    respond({ kind: 'failed', code, message });
   } finally {
-    collective.close();
+    collective?.close();
+    runtime?.close();
+    port.close();
   }
 }
 
@@ -204,11 +210,5 @@ class Inbox {
 }
 
 if (parentPort !== null) {
-  const port = parentPort;
-  runRank(workerData as StepThreadOptions, port)
-    .catch((error: unknown) => {
-      const { code, message } = ClusterError.from(error);
-      port.postMessage({ kind: 'failed', code, message } satisfies StepThreadResponse);
-    })
-    .finally(() => port.close());
+  void runRank(workerData as StepThreadOptions, parentPort);
 }

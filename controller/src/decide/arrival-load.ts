@@ -1,0 +1,152 @@
+// What the autoscaler remembers of the load: tokens that arrived, in bins of two seconds, and how fast full groups retire
+// them. Pure. Fed with the queue's cumulative counters, so that a missed reading loses nothing. autoscale.ts decides.
+
+/** The queue as the dispatcher reports it. Tokens are prompt plus permitted completion: what is known in advance. */
+export interface QueueReading {
+  readonly waitingRequests: number;
+  readonly waitingTokens: number;
+  readonly inFlightRequests: number;
+  readonly inFlightTokens: number;
+  /** Sequences that the ready groups can run at once. */
+  readonly slots: number;
+  readonly oldestWaitingMs: number;
+  /** Tokens of all requests that arrived, and that ended, since the counters began. */
+  readonly arrivedTokens: number;
+  readonly endedTokens: number;
+  /** Changes when the counters begin again at zero. */
+  readonly countersEpoch: number;
+}
+
+export interface LoadMemory {
+  readonly lastQueue: QueueReading | undefined;
+  readonly lastReadMs: number;
+  /** Tokens that arrived in each bin, oldest first; the last bin, which began at lastBinMs, still fills. */
+  readonly arrivals: readonly number[];
+  readonly lastBinMs: number;
+  /** Tokens retired, and seconds of full groups it took; both fade. */
+  readonly retiredTokens: number;
+  readonly fullGroupSeconds: number;
+}
+
+const binMs = 2000;
+/** Over how long the present rate is taken: a few requests of the largest kind should not make one. */
+const rateBins = 10;
+/** Part of the recent tokens that may have waited longer than the target. */
+const lateRatio = 0.05;
+/** Below half the slots a step's fixed cost hides how fast a full group would be. */
+const measurableSlotsRatio = 0.5;
+/** The mix of requests changes over the day; and the first guess weighs as much as this many seconds of one group. */
+const speedFadeMs = 900_000;
+const guessSeconds = 30;
+
+export function createLoadMemory(nowMs: number): LoadMemory {
+  return {
+    lastQueue: undefined,
+    lastReadMs: nowMs,
+    arrivals: [0],
+    lastBinMs: nowMs,
+    retiredTokens: 0,
+    fullGroupSeconds: 0,
+  };
+}
+
+interface LoadReading {
+  readonly queue: QueueReading;
+  readonly readyGroups: number;
+  readonly memoryMs: number;
+  readonly nowMs: number;
+}
+
+/** Adds a reading. Arrivals of a gap between readings are spread over it; counters that began again count from zero. */
+export function observeLoad(
+  before: LoadMemory,
+  { queue, readyGroups, memoryMs, nowMs }: LoadReading,
+): LoadMemory {
+  const last = before.lastQueue;
+  const known = last !== undefined && last.countersEpoch === queue.countersEpoch;
+  const arrivedTokens = last === undefined ? 0 : queue.arrivedTokens - (known ? last.arrivedTokens : 0);
+
+  const newBins = Math.max(0, Math.floor((nowMs - before.lastBinMs) / binMs));
+  const keptBins = Math.max(1, Math.ceil(memoryMs / binMs));
+  const arrivals = before.arrivals.slice(Math.max(0, before.arrivals.length + newBins - keptBins));
+  const share = arrivedTokens / Math.max(1, newBins);
+  if (newBins === 0) {
+    arrivals.push((arrivals.pop() ?? 0) + arrivedTokens);
+  }
+  for (let bin = 0; bin < Math.min(newBins, keptBins); bin++) {
+    arrivals.push(share);
+  }
+
+  let { retiredTokens, fullGroupSeconds } = before;
+  const usedRatio = queue.slots === 0 ? 0 : Math.min(1, queue.inFlightRequests / queue.slots);
+  if (known && readyGroups > 0 && usedRatio >= measurableSlotsRatio) {
+    const elapsedMs = nowMs - before.lastReadMs;
+    const keep = Math.exp(-elapsedMs / speedFadeMs);
+    // Requests in flight are half done on average, so that bursts are not judged by their beginning, when none has ended.
+    const begunTokens = (queue.inFlightTokens - last.inFlightTokens) / 2;
+    retiredTokens = Math.max(0, retiredTokens * keep + queue.endedTokens - last.endedTokens + begunTokens);
+    fullGroupSeconds = fullGroupSeconds * keep + (readyGroups * usedRatio * elapsedMs) / 1000;
+  }
+  return {
+    lastQueue: queue,
+    lastReadMs: nowMs,
+    arrivals,
+    lastBinMs: before.lastBinMs + newBins * binMs,
+    retiredTokens,
+    fullGroupSeconds,
+  };
+}
+
+/** Tokens that a full group retires a second: measured, mixed with the first guess while little has been seen. */
+export function groupSpeed(memory: LoadMemory, guessPerSecond: number): number {
+  const seen = memory.retiredTokens + guessPerSecond * guessSeconds;
+  return Math.max(1, seen / (memory.fullGroupSeconds + guessSeconds));
+}
+
+/** Tokens that arrived a second, of late. */
+export function arrivalRate(memory: LoadMemory): number {
+  const recent = memory.arrivals.slice(-rateBins);
+  return recent.reduce((sum, tokens) => sum + tokens, 0) / ((recent.length * binMs) / 1000);
+}
+
+interface ReplayRule {
+  readonly perSecond: number;
+  readonly targetMs: number;
+  readonly maxGroups: number;
+}
+
+/**
+ * The fewest groups (at most maxGroups) through which the remembered arrivals, replayed as a fluid in order of arrival,
+ * wait no longer than the target, except for a twentieth of the tokens. 0 where nothing arrived.
+ */
+export function groupsForRecent(memory: LoadMemory, { perSecond, targetMs, maxGroups }: ReplayRule): number {
+  const { arrivals } = memory;
+  const total = arrivals.reduce((sum, tokens) => sum + tokens, 0);
+  if (total === 0) {
+    return 0;
+  }
+  const suffices = (groups: number): boolean => {
+    const perBin = (groups * perSecond * binMs) / 1000;
+    const withinTarget = (groups * perSecond * targetMs) / 1000;
+    let waiting = 0;
+    let late = 0;
+    for (const tokens of arrivals) {
+      waiting += tokens;
+      late += waiting - tokens / 2 > withinTarget ? tokens : 0;
+      waiting = Math.max(0, waiting - perBin);
+    }
+    return late <= lateRatio * total;
+  };
+  let enough = maxGroups;
+  // Fewer than the mean would only push the work past the end of the memory.
+  let least = Math.min(maxGroups, Math.ceil(total / ((arrivals.length * binMs * perSecond) / 1000)));
+  while (least < enough) {
+    const middle = Math.floor((least + enough) / 2);
+    if (suffices(middle)) {
+      enough = middle;
+    } else {
+      least = middle + 1;
+    }
+  }
+  return enough;
+}

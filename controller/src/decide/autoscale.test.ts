@@ -1,0 +1,265 @@
+import * as fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+
+import type { ScalingSpec } from '../resources.ts';
+import type { QueueReading } from './arrival-load.ts';
+import { createScaleMemory, decideScale, type ScaleMemory, type ScaleObservation } from './autoscale.ts';
+
+const spec: ScalingSpec = {
+  min: 0,
+  max: 8,
+  targetWaitSeconds: 10,
+  groupTokensPerSecond: 1000,
+  startUpSeconds: 60,
+  scaleToZeroAfterSeconds: 300,
+};
+
+const emptyQueue: QueueReading = {
+  waitingRequests: 0,
+  waitingTokens: 0,
+  inFlightRequests: 0,
+  inFlightTokens: 0,
+  slots: 0,
+  oldestWaitingMs: 0,
+  arrivedTokens: 0,
+  endedTokens: 0,
+  countersEpoch: 1,
+};
+
+function seenWith(queue: Partial<QueueReading>, groups: Partial<ScaleObservation> = {}): ScaleObservation {
+  return {
+    queue: { ...emptyQueue, ...queue },
+    readyGroups: 0,
+    startingReadyInMs: [],
+    startUpMs: undefined,
+    ...groups,
+  };
+}
+
+/** A steady load through `readyGroups` groups, read every two seconds. */
+function runSteady(
+  memory: ScaleMemory,
+  load: { readonly seconds: number; readonly tokensPerSecond: number; readonly fromMs: number },
+): { readonly counts: readonly number[]; readonly memory: ScaleMemory } {
+  const counts: number[] = [];
+  let current = memory;
+  for (let at = 2; at <= load.seconds; at += 2) {
+    const nowMs = load.fromMs + at * 1000;
+    const tokens = load.tokensPerSecond * (nowMs / 1000);
+    const busy = load.tokensPerSecond > 0;
+    const seen = seenWith(
+      {
+        arrivedTokens: tokens,
+        endedTokens: tokens,
+        inFlightRequests: busy ? 3 : 0,
+        slots: current.wanted * 16,
+      },
+      { readyGroups: current.wanted },
+    );
+    const result = decideScale(spec, seen, current, nowMs);
+    current = result.memory;
+    counts.push(current.wanted);
+  }
+  return { counts, memory: current };
+}
+
+describe('decideScale', () => {
+  it('goes from zero to as many as the waiting tokens need, in one decision', () => {
+    const seen = seenWith({
+      waitingRequests: 40,
+      waitingTokens: 40 * 1000,
+      arrivedTokens: 40_000,
+      oldestWaitingMs: 50,
+    });
+    const { decision } = decideScale(spec, seen, createScaleMemory(0, 0), 2000);
+    expect(decision).toMatchObject({ wanted: 4, before: 0, reason: 'Backlog', clamps: [] });
+    expect(decision.formula).toContain('backlog ceil(40000 / (1000 * 10 s)) = 4');
+    expect(decision.message).toBe('0 -> 4: more waits than the groups at hand would work off in time');
+  });
+
+  it('does not ask again for what starts already', () => {
+    const first = decideScale(
+      spec,
+      seenWith({ waitingRequests: 40, waitingTokens: 40_000, arrivedTokens: 40_000 }),
+      createScaleMemory(0, 0),
+      2000,
+    );
+    const starting = { startingReadyInMs: [58_000, 58_000, 58_000, 58_000] };
+    const again = decideScale(
+      spec,
+      seenWith(
+        { waitingRequests: 40, waitingTokens: 40_000, arrivedTokens: 40_000, oldestWaitingMs: 2000 },
+        starting,
+      ),
+      first.memory,
+      4000,
+    );
+    expect(again.decision.wanted).toBe(4);
+  });
+
+  it('says which limit changed the result', () => {
+    const seen = seenWith({ waitingRequests: 500, waitingTokens: 500_000 });
+    const { decision } = decideScale(spec, seen, createScaleMemory(0, 0), 2000);
+    expect(decision).toMatchObject({ wanted: 8, clamps: ['max 8 instead of 50'] });
+    expect(decision.message).toContain('(max 8 instead of 50)');
+    const floor = decideScale({ ...spec, min: 2 }, seenWith({}), createScaleMemory(0, 0), 2000);
+    expect(floor.decision).toMatchObject({ wanted: 2, reason: 'Idle', clamps: ['min 2 instead of 0'] });
+  });
+
+  it('holds the count while the queue is unknown, for as long as that lasts', () => {
+    let memory = createScaleMemory(3, 0);
+    for (let nowMs = 0; nowMs < 3_600_000; nowMs += 60_000) {
+      const result = decideScale(spec, { ...seenWith({}), queue: 'unknown', readyGroups: 3 }, memory, nowMs);
+      expect(result.decision).toMatchObject({ wanted: 3, reason: 'QueueUnknown', formula: 'hold 3' });
+      expect(result.decision.inputs.waitingRequests).toBeUndefined();
+      memory = result.memory;
+    }
+    const known = decideScale(spec, seenWith({}, { readyGroups: 3 }), memory, 3_600_000);
+    expect(known.decision.wanted).toBeGreaterThanOrEqual(2);
+  });
+
+  it('keeps an unknown queue within changed limits', () => {
+    const seen = { ...seenWith({}), queue: 'unknown' as const, readyGroups: 3 };
+    expect(decideScale({ ...spec, max: 2 }, seen, createScaleMemory(3, 0), 0).decision.wanted).toBe(2);
+  });
+
+  it('goes down one group a decision, after it has learnt the load, and then keeps still', () => {
+    const learning = runSteady(createScaleMemory(6, 0), { seconds: 298, tokensPerSecond: 1500, fromMs: 0 });
+    expect(new Set(learning.counts)).toEqual(new Set([6]));
+    const { counts } = runSteady(learning.memory, { seconds: 1800, tokensPerSecond: 1500, fromMs: 298_000 });
+    const steps = counts.map((count, index) => count - (counts[index - 1] ?? 6));
+    expect(Math.min(...steps)).toBe(-1);
+    expect(Math.max(...steps)).toBe(0);
+    // 1,500 tokens a second need 1.5 groups, and the margin on the way down another half.
+    expect(counts.at(-1)).toBe(2);
+  });
+
+  it('keeps the last group for scaleToZeroAfterSeconds and lets it go then', () => {
+    const busy = runSteady(createScaleMemory(1, 0), { seconds: 600, tokensPerSecond: 500, fromMs: 0 });
+    expect(busy.counts.at(-1)).toBe(1);
+    let memory = busy.memory;
+    const arrivedTokens = 500 * 600;
+    const counts = [290, 298, 302, 310].map((seconds) => {
+      const seen = seenWith({ arrivedTokens, endedTokens: arrivedTokens }, { readyGroups: memory.wanted });
+      const result = decideScale(spec, seen, memory, 600_000 + seconds * 1000);
+      memory = result.memory;
+      return [result.decision.wanted, result.decision.reason];
+    });
+    expect(counts[0]?.[0]).toBe(1);
+    expect(counts[1]?.[0]).toBe(1);
+    expect(counts[2]).toEqual([0, 'Idle']);
+    expect(counts[3]).toEqual([0, 'Idle']);
+  });
+
+  it('adds a group when the oldest waits on although the tokens say otherwise', () => {
+    const memory = createScaleMemory(2, 0);
+    const seen = seenWith(
+      { waitingRequests: 1, waitingTokens: 10, inFlightRequests: 32, slots: 32, oldestWaitingMs: 21_000 },
+      { readyGroups: 2 },
+    );
+    expect(decideScale(spec, seen, memory, 2000).decision).toMatchObject({ wanted: 3, reason: 'Oldest' });
+    const starting = { ...seen, startingReadyInMs: [30_000] };
+    expect(decideScale(spec, starting, { ...memory, wanted: 3 }, 4000).decision.wanted).toBe(3);
+  });
+
+  it('carries what keeps groups from starting', () => {
+    const blocker = '0/3 nodes are available: 3 Insufficient nvidia.com/gpu';
+    const seen = { ...seenWith({ waitingRequests: 1, waitingTokens: 10 }), blocker };
+    expect(decideScale(spec, seen, createScaleMemory(1, 0), 0).decision.blocker).toBe(blocker);
+  });
+
+  it('measures the speed of full groups and needs fewer of them than guessed', () => {
+    // One group retires 4,000 tokens a second, four times the guess.
+    let memory = createScaleMemory(1, 0);
+    let speed = 0;
+    for (let at = 2; at <= 600; at += 2) {
+      const seen = seenWith(
+        {
+          waitingRequests: 5,
+          waitingTokens: 2000,
+          inFlightRequests: 16,
+          inFlightTokens: 30_000,
+          slots: 16,
+          arrivedTokens: 4000 * at,
+          endedTokens: 4000 * at,
+        },
+        { readyGroups: 1 },
+      );
+      const result = decideScale(spec, seen, memory, at * 1000);
+      memory = result.memory;
+      speed = result.decision.inputs.groupTokensPerSecond;
+    }
+    expect(speed).toBeGreaterThan(3500);
+    expect(speed).toBeLessThanOrEqual(4000);
+  });
+
+  it('stays within its limits and explains itself, whatever it sees', () => {
+    const amount = fc.integer({ min: 0, max: 10_000_000 });
+    const reading = fc.record({
+      waitingRequests: fc.integer({ min: 0, max: 100_000 }),
+      waitingTokens: amount,
+      inFlightRequests: fc.integer({ min: 0, max: 5000 }),
+      inFlightTokens: amount,
+      slots: fc.integer({ min: 0, max: 5000 }),
+      oldestWaitingMs: amount,
+      arrivedTokens: amount,
+      endedTokens: amount,
+      countersEpoch: fc.integer({ min: 1, max: 3 }),
+    });
+    const observation = fc.record({
+      queue: fc.oneof(
+        { weight: 4, arbitrary: reading },
+        { weight: 1, arbitrary: fc.constant('unknown' as const) },
+      ),
+      readyGroups: fc.integer({ min: 0, max: 20 }),
+      startingReadyInMs: fc.array(fc.integer({ min: 0, max: 600_000 }), { maxLength: 10 }),
+      startUpMs: fc.option(fc.integer({ min: 0, max: 600_000 }), { nil: undefined }),
+    });
+    const steps = fc.array(fc.tuple(observation, fc.integer({ min: 0, max: 120_000 })), { maxLength: 30 });
+    const limits = fc.tuple(fc.integer({ min: 0, max: 5 }), fc.integer({ min: 5, max: 30 }));
+    fc.assert(
+      fc.property(steps, limits, (observations, [min, max]) => {
+        let memory = createScaleMemory(min, 0);
+        let nowMs = 0;
+        for (const [seen, elapsedMs] of observations) {
+          nowMs += elapsedMs;
+          const before = memory.wanted;
+          const result = decideScale({ ...spec, min, max }, seen, memory, nowMs);
+          const { decision } = result;
+          expect(decision.wanted).toBeGreaterThanOrEqual(min);
+          expect(decision.wanted).toBeLessThanOrEqual(max);
+          expect(decision.message.length * decision.formula.length).toBeGreaterThan(0);
+          expect(seen.queue === 'unknown' ? decision.wanted : before).toBe(before);
+          // Nothing is given up faster than a group a decision but what serves nobody yet.
+          expect(before - decision.wanted).toBeLessThanOrEqual(Math.max(1, seen.startingReadyInMs.length));
+          expect(decideScale({ ...spec, min, max }, seen, memory, nowMs)).toEqual(result);
+          memory = result.memory;
+        }
+      }),
+      { numRuns: 200 },
+    );
+  });
+
+  it('decides for 200 groups within 5 ms', () => {
+    const large = { ...spec, max: 1000, memorySeconds: 7200 };
+    let memory = createScaleMemory(200, 0);
+    for (let at = 0; at < 7200; at += 2) {
+      memory = decideScale(
+        large,
+        seenWith({ arrivedTokens: at * 150_000 }, { readyGroups: 200 }),
+        memory,
+        at * 1000,
+      ).memory;
+    }
+    const seen = seenWith(
+      { arrivedTokens: 7202 * 150_000, waitingRequests: 900, waitingTokens: 9e6 },
+      { readyGroups: 200 },
+    );
+    const durations = Array.from({ length: 20 }, () => {
+      const begin = performance.now();
+      decideScale(large, seen, memory, 7_202_000);
+      return performance.now() - begin;
+    });
+    expect(Math.min(...durations)).toBeLessThan(5);
+  });
+});

@@ -1,0 +1,309 @@
+// How many replica groups a model needs. Pure: time and memory are arguments. Reads the queue in tokens (prompt plus
+// permitted completion), because requests differ a thousandfold; knows no pods. Its result explains itself (status.ts).
+//
+//   speed    tokens that a full group retires a second, measured while at least half the slots run (arrival-load.ts)
+//   T        targetWaitSeconds;  D  start-up time, measured;  M  memory: 120 s + 3 D, what starts slowly is kept longer
+//   reserve  5 % of the speed, and 3 % for each minute of D: nobody helps out sooner
+//
+// wanted is the largest of
+//   recent   the fewest groups through which the arrivals of the last M, replayed, wait at most T (the worst twentieth of the
+//            tokens excepted) at `speed` less `reserve`; smoothed over M / 3
+//   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + D)), where `rate` is that of the last
+//            20 s and `left` is what waits after another D, starting groups helping from when they are ready.
+//            From nothing: waiting / (speed T), all at once
+//   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
+// clamped to [min, max]. Up: in one step, also from zero. Down: only with little waiting; groups that still start are taken
+// back at once, ready ones one a decision, from D + T after the last step up, and not below recent / 0.9. The last group
+// stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
+//
+// The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
+// INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
+
+import type { ScalingSpec } from '../resources.ts';
+import type { ScaleDecision, ScaleReason } from '../status.ts';
+import {
+  arrivalRate,
+  createLoadMemory,
+  groupSpeed,
+  groupsForRecent,
+  observeLoad,
+  type LoadMemory,
+  type QueueReading,
+} from './arrival-load.ts';
+
+/** What the decision is made from. */
+export interface ScaleObservation {
+  readonly queue: QueueReading | 'unknown';
+  readonly readyGroups: number;
+  /** For each group that starts: when it will be ready, going by what start-ups take; 0 where it is overdue. */
+  readonly startingReadyInMs: readonly number[];
+  /** How long a start-up takes, measured; undefined before the first one. */
+  readonly startUpMs: number | undefined;
+  /** Why groups that should start cannot, in the scheduler's words. */
+  readonly blocker?: string | undefined;
+}
+
+/** What one decision leaves for the next. Kept in the controller's memory; after a restart it begins again. */
+export interface ScaleMemory {
+  readonly beganMs: number;
+  readonly wanted: number;
+  readonly load: LoadMemory;
+  /** `recent` before rounding, smoothed. */
+  readonly recentGroups: number;
+  readonly decidedMs: number;
+  readonly lastWorkMs: number;
+  readonly lastUpMs: number;
+}
+
+export interface ScaleResult {
+  readonly decision: ScaleDecision;
+  readonly memory: ScaleMemory;
+}
+
+/** A count is lowered only to what would do for groups this much slower: it keeps the count from flapping. */
+const downMarginRatio = 0.9;
+/** Half of the target may be spent waiting before it counts as a backlog, a fifth before it forbids going down. */
+const backlogRatio = 0.5;
+const calmRatio = 0.2;
+/** A fraction of a group this small is not worth one. */
+const roundingGroups = 0.25;
+
+/** A memory that knows nothing; `wanted` is the count that exists. */
+export function createScaleMemory(wanted: number, nowMs: number): ScaleMemory {
+  return {
+    beganMs: nowMs,
+    wanted,
+    load: createLoadMemory(nowMs),
+    recentGroups: wanted,
+    decidedMs: nowMs,
+    lastWorkMs: nowMs,
+    lastUpMs: Number.NEGATIVE_INFINITY,
+  };
+}
+
+/** The three terms of the rule, and what they were computed from. */
+interface Terms {
+  readonly recent: number;
+  readonly backlog: number;
+  readonly oldest: number;
+  readonly rate: number;
+  readonly calm: boolean;
+  readonly formula: string;
+}
+
+interface Durations {
+  readonly targetMs: number;
+  readonly startUpMs: number;
+  readonly memoryMs: number;
+}
+
+/** Decides the count. Call it every few seconds and when the queue changes; the same arguments give the same result. */
+export function decideScale(
+  spec: ScalingSpec,
+  seen: ScaleObservation,
+  before: ScaleMemory,
+  nowMs: number,
+): ScaleResult {
+  const startUpMs = seen.startUpMs ?? spec.startUpSeconds * 1000;
+  const memoryMs = spec.memorySeconds === undefined ? 120_000 + 3 * startUpMs : spec.memorySeconds * 1000;
+  const durations = { targetMs: spec.targetWaitSeconds * 1000, startUpMs, memoryMs };
+  const existing = seen.readyGroups + seen.startingReadyInMs.length;
+
+  if (seen.queue === 'unknown') {
+    const decided = explain({
+      spec,
+      seen,
+      before: before.wanted,
+      asked: before.wanted,
+      reason: 'QueueUnknown',
+      terms: undefined,
+      startUpMs,
+      perSecond: groupSpeed(before.load, spec.groupTokensPerSecond),
+    });
+    return { decision: decided, memory: { ...before, wanted: decided.wanted, decidedMs: nowMs } };
+  }
+
+  const queue = seen.queue;
+  const load = observeLoad(before.load, { queue, readyGroups: seen.readyGroups, memoryMs, nowMs });
+  const busy = queue.waitingRequests + queue.inFlightRequests > 0;
+  const lastWorkMs = busy ? nowMs : before.lastWorkMs;
+  const idle = nowMs - lastWorkMs >= spec.scaleToZeroAfterSeconds * 1000;
+
+  const perSecond = groupSpeed(load, spec.groupTokensPerSecond);
+  const reserveRatio = Math.min(0.5, 0.05 + (0.03 * startUpMs) / 60_000);
+  const replayed = groupsForRecent(load, {
+    perSecond: perSecond * (1 - reserveRatio),
+    targetMs: durations.targetMs,
+    maxGroups: spec.max,
+  });
+  const weight = 1 - Math.exp((-3 * (nowMs - before.decidedMs)) / memoryMs);
+  const recentGroups = before.recentGroups + (replayed - before.recentGroups) * weight;
+
+  const terms = computeTerms({ ...seen, queue }, load, { ...durations, perSecond, recentGroups });
+  const asked = Math.max(idle ? 0 : terms.recent, terms.backlog, terms.oldest);
+
+  let wanted = asked;
+  let reason: ScaleReason =
+    asked === terms.oldest && terms.oldest > terms.recent
+      ? 'Oldest'
+      : asked === terms.backlog && terms.backlog > terms.recent
+        ? 'Backlog'
+        : 'RecentLoad';
+  if (asked < before.wanted) {
+    const floor = Math.max(asked, idle ? 0 : Math.ceil(recentGroups / downMarginRatio - roundingGroups));
+    const settled = nowMs - before.lastUpMs >= startUpMs + durations.targetMs;
+    const starting = seen.startingReadyInMs.length;
+    if (!idle && nowMs - before.beganMs < memoryMs) {
+      wanted = before.wanted;
+      reason = 'Learning';
+    } else if (!terms.calm || floor >= before.wanted || (starting === 0 && !settled)) {
+      wanted = before.wanted;
+      reason = 'Stabilising';
+    } else {
+      wanted = Math.max(floor, before.wanted - Math.max(1, starting));
+    }
+  }
+  if (wanted === 0) {
+    // A group that serves or starts outlives short silences; what is at zero stays there without work.
+    wanted = !idle && existing > 0 && before.wanted > 0 ? 1 : 0;
+    reason = wanted === 0 ? 'Idle' : 'KeepWarm';
+  }
+
+  const decision = explain({
+    spec,
+    seen,
+    before: before.wanted,
+    asked: wanted,
+    reason,
+    terms,
+    startUpMs,
+    perSecond,
+  });
+  return {
+    decision,
+    memory: {
+      beganMs: before.beganMs,
+      wanted: decision.wanted,
+      load,
+      recentGroups,
+      decidedMs: nowMs,
+      lastWorkMs,
+      lastUpMs: decision.wanted > before.wanted ? nowMs : before.lastUpMs,
+    },
+  };
+}
+
+function computeTerms(
+  seen: ScaleObservation & { readonly queue: QueueReading },
+  load: LoadMemory,
+  rule: Durations & { readonly perSecond: number; readonly recentGroups: number },
+): Terms {
+  const { queue, readyGroups, startingReadyInMs } = seen;
+  const { perSecond, targetMs, startUpMs, recentGroups } = rule;
+  const existing = readyGroups + startingReadyInMs.length;
+  const perMs = perSecond / 1000;
+  const rate = arrivalRate(load);
+  const withinTarget = Math.max(1, existing) * perMs * targetMs;
+
+  const recent = Math.ceil(recentGroups - roundingGroups);
+  const parts = [`recent ${recent}`];
+  let backlog = 0;
+  if (existing === 0) {
+    backlog = Math.ceil(queue.waitingTokens / (perMs * targetMs));
+    parts.push(
+      `backlog ceil(${queue.waitingTokens} / (${Math.round(perSecond)} * ${targetMs / 1000} s)) = ${backlog}`,
+    );
+  } else if (queue.waitingTokens > backlogRatio * withinTarget) {
+    const servedMs = startingReadyInMs.reduce(
+      (sum, readyInMs) => sum + Math.max(0, startUpMs - readyInMs),
+      readyGroups * startUpMs,
+    );
+    const left = Math.max(0, queue.waitingTokens + (rate / 1000) * startUpMs - servedMs * perMs);
+    backlog = Math.ceil(rate / perSecond + left / (perMs * (targetMs + startUpMs)));
+    const seconds = (targetMs + startUpMs) / 1000;
+    parts.push(
+      `backlog ceil(${Math.round(rate)} / ${Math.round(perSecond)} + ` +
+        `${Math.round(left)} / (${Math.round(perSecond)} * ${seconds.toFixed(0)} s)) = ${backlog}`,
+    );
+  }
+  const overdue = queue.oldestWaitingMs > 2 * targetMs && startingReadyInMs.length === 0;
+  const oldest = overdue ? existing + 1 : 0;
+  if (overdue) {
+    parts.push(`oldest ${existing} + 1 = ${oldest}`);
+  }
+  return {
+    recent,
+    backlog,
+    oldest,
+    rate,
+    calm: queue.waitingTokens <= calmRatio * withinTarget,
+    formula: `max(${parts.join(', ')})`,
+  };
+}
+
+interface Explained {
+  readonly spec: ScalingSpec;
+  readonly seen: ScaleObservation;
+  readonly before: number;
+  readonly asked: number;
+  readonly reason: ScaleReason;
+  readonly terms: Terms | undefined;
+  readonly startUpMs: number;
+  readonly perSecond: number;
+}
+
+const reasonTexts: Readonly<Record<ScaleReason, string>> = {
+  QueueUnknown: 'the queue cannot be read, so the count is held',
+  Oldest: 'the oldest request has waited twice the target and nothing starts',
+  Backlog: 'more waits than the groups at hand would work off in time',
+  RecentLoad: 'the recent arrivals need it',
+  Learning: 'too little has been seen since the controller started to go down',
+  Stabilising: 'fewer would do, but not for long enough or not with a margin',
+  KeepWarm: 'the last group stays for scaleToZeroAfterSeconds after the last work',
+  Idle: 'there is nothing to do',
+};
+
+/** Clamps the count and says why it is what it is. */
+function explain({
+  spec,
+  seen,
+  before,
+  asked,
+  reason,
+  terms,
+  startUpMs,
+  perSecond,
+}: Explained): ScaleDecision {
+  const wanted = Math.min(spec.max, Math.max(spec.min, asked));
+  const clamps: string[] = [];
+  if (wanted !== asked) {
+    const limit = wanted > asked ? 'min' : 'max';
+    clamps.push(`${limit} ${wanted} instead of ${asked}`);
+  }
+  const change = wanted === before ? `${wanted} held` : `${before} -> ${wanted}`;
+  const queue = seen.queue === 'unknown' ? undefined : seen.queue;
+  return {
+    wanted,
+    before,
+    reason,
+    message: `${change}: ${reasonTexts[reason]}${clamps.length === 0 ? '' : ` (${clamps.join(', ')})`}`,
+    formula: terms?.formula ?? `hold ${before}`,
+    clamps,
+    ...(seen.blocker === undefined ? {} : { blocker: seen.blocker }),
+    inputs: {
+      readyGroups: seen.readyGroups,
+      startingGroups: seen.startingReadyInMs.length,
+      ...(queue === undefined
+        ? {}
+        : {
+            waitingRequests: queue.waitingRequests,
+            waitingTokens: Math.round(queue.waitingTokens),
+            inFlightTokens: Math.round(queue.inFlightTokens),
+            oldestWaitingSeconds: Math.round(queue.oldestWaitingMs / 1000),
+          }),
+      ...(terms === undefined ? {} : { arrivalTokensPerSecond: Math.round(terms.rate) }),
+      groupTokensPerSecond: Math.round(perSecond),
+      startUpSeconds: Math.round(startUpMs / 1000),
+    },
+  };
+}

@@ -1,0 +1,106 @@
+// Observed pods -> replica groups and their states. Pure. A group is a whole: with one rank lost it is broken, and the
+// ranks that are left are of no use. Knows the names of groups and pods; knows no spec.
+
+/** What is known of one pod: its labels, its state, and what the dispatcher says of its group. */
+export interface ObservedPod {
+  readonly name: string;
+  readonly uid: string;
+  readonly group: string;
+  readonly revision: string;
+  readonly index: number;
+  readonly rank: number;
+  /** Pods of its group, by the label it was created with: another revision may have another size. */
+  readonly groupPods: number;
+  readonly phase: 'Pending' | 'Running' | 'Succeeded' | 'Failed';
+  /** The Ready condition, readiness gate included: the dispatcher holds a live channel to the whole group. */
+  readonly ready: boolean;
+  readonly deleting: boolean;
+  readonly createdMs: number;
+  /** The drain mark, set by the controller. */
+  readonly drainingSinceMs: number | undefined;
+  /** The scheduler's words where the pod cannot be placed. */
+  readonly blocker: string | undefined;
+  /** The last words of a container that failed. */
+  readonly failure: string | undefined;
+  /** The readiness gate as it is set: whether the dispatcher was last known to reach the whole group. */
+  readonly routable: boolean;
+}
+
+/** What the dispatcher reports of a group. Absent where it knows nothing of it. */
+export interface GroupLoad {
+  /** The dispatcher holds a live channel to the whole group. */
+  readonly routable: boolean;
+  readonly inFlightRequests: number;
+  readonly inFlightTokens: number;
+}
+
+/**
+ * starting: complete, not ready yet; ready: serves; draining: takes nothing new; broken: a rank is missing, over or being
+ * deleted while others are there; ending: every pod is being deleted.
+ */
+export type GroupState = 'starting' | 'ready' | 'draining' | 'broken' | 'ending';
+
+export interface ReplicaGroup {
+  readonly name: string;
+  readonly revision: string;
+  readonly index: number;
+  readonly state: GroupState;
+  readonly ready: boolean;
+  readonly pods: readonly ObservedPod[];
+  readonly createdMs: number;
+  readonly drainingSinceMs: number | undefined;
+  readonly blocker: string | undefined;
+  readonly failure: string | undefined;
+  readonly load: GroupLoad | undefined;
+}
+
+export function groupName(service: string, revision: string, index: number): string {
+  return `${service}-${revision}-${index}`;
+}
+
+export function podName(group: string, rank: number): string {
+  return `${group}-${rank}`;
+}
+
+/** Groups in order of name; each pod is in exactly one. */
+export function groupsFromPods(
+  pods: readonly ObservedPod[],
+  loads: ReadonlyMap<string, GroupLoad>,
+): readonly ReplicaGroup[] {
+  return [...Map.groupBy(pods, ({ group }) => group)]
+    .toSorted(([a], [b]) => (a < b ? -1 : 1))
+    .map(([name, unsorted]) => {
+      const members = unsorted.toSorted((a, b) => a.rank - b.rank);
+      const first = members[0] as ObservedPod;
+      const drainingSinceMs = members.find((pod) => pod.drainingSinceMs !== undefined)?.drainingSinceMs;
+      const ready = members.length === first.groupPods && members.every((pod) => pod.ready);
+      return {
+        name,
+        revision: first.revision,
+        index: first.index,
+        state: stateOf(members, ready, drainingSinceMs !== undefined),
+        ready,
+        pods: members,
+        createdMs: Math.min(...members.map(({ createdMs }) => createdMs)),
+        drainingSinceMs,
+        blocker: members.find(({ blocker }) => blocker !== undefined)?.blocker,
+        failure: members.find(({ failure }) => failure !== undefined)?.failure,
+        load: loads.get(name),
+      };
+    });
+}
+
+function stateOf(pods: readonly ObservedPod[], ready: boolean, draining: boolean): GroupState {
+  if (pods.every(({ deleting }) => deleting)) {
+    return 'ending';
+  }
+  const over = pods.some(({ phase, deleting }) => deleting || phase === 'Failed' || phase === 'Succeeded');
+  const ranks = new Set(pods.map(({ rank }) => rank)).size;
+  if (over || ranks !== pods[0]?.groupPods) {
+    return 'broken';
+  }
+  if (draining) {
+    return 'draining';
+  }
+  return ready ? 'ready' : 'starting';
+}

@@ -1,0 +1,163 @@
+// What is to be done for one ModelService: observation -> ordered actions. Pure; act.ts will carry them out, and whatever
+// fails is planned again from the next observation. Owns the order and the life of groups; rollout.ts counts them,
+// drain.ts chooses among them, conditions.ts words the status.
+//
+// In this order:
+//   finalizer   before anything is created; taken away when the service is being deleted and no pod is left
+//   gate        the readiness gate of each pod follows what the dispatcher says of its group
+//   delete      broken groups, whole; draining groups that are done; groups that have to go and serve nobody
+//   drain       the mark on groups that have to go and serve: nothing is assigned to them any more
+//   resume      the mark off again
+//   create      whole groups, at the lowest free indexes: a group that still ends keeps its name until it is gone
+//   status      last, from what was observed
+//
+// Nothing is planned but the status while own writes have not come back in the observation (`settled`): a second look at old
+// pods would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
+// INVARIANT: an observation that is what the plan wants gives an empty plan.
+
+import type { ModelService } from '../resources.ts';
+import type { ModelServiceStatus } from '../status.ts';
+import { planStatus, type StatusInput } from './conditions.ts';
+import { drainEnd } from './drain.ts';
+import { countFailures, retryAtMs, type FailureMemory } from './failures.ts';
+import { groupName, groupsFromPods, type GroupLoad, type ObservedPod, type ReplicaGroup } from './groups.ts';
+import { planRollout } from './rollout.ts';
+
+/** Keeps a ModelService until its groups have drained. */
+export const drainFinalizer = 'mimo-cluster.dev/drain';
+
+export interface PodRef {
+  readonly name: string;
+  readonly uid: string;
+}
+
+export type Action =
+  | { readonly kind: 'addFinalizer' }
+  | { readonly kind: 'removeFinalizer' }
+  | { readonly kind: 'setRoutable'; readonly pod: PodRef; readonly routable: boolean }
+  | {
+      readonly kind: 'deleteGroup';
+      readonly group: string;
+      readonly pods: readonly PodRef[];
+      readonly reason: string;
+    }
+  | {
+      readonly kind: 'drainGroup';
+      readonly group: string;
+      readonly pods: readonly PodRef[];
+      readonly reason: string;
+    }
+  | { readonly kind: 'resumeGroup'; readonly group: string; readonly pods: readonly PodRef[] }
+  | {
+      readonly kind: 'createGroup';
+      readonly group: string;
+      readonly revision: string;
+      readonly index: number;
+    }
+  | { readonly kind: 'patchStatus'; readonly status: ModelServiceStatus };
+
+export interface PlanInput extends Pick<StatusInput, 'decision' | 'queue' | 'previous'> {
+  readonly service: ModelService;
+  readonly revision: string;
+  readonly pods: readonly ObservedPod[];
+  readonly loads: ReadonlyMap<string, GroupLoad>;
+  /** False while writes of ours have not been observed yet. */
+  readonly settled: boolean;
+  readonly failures: FailureMemory;
+  readonly nowMs: number;
+}
+
+export interface Plan {
+  readonly actions: readonly Action[];
+  readonly failures: FailureMemory;
+}
+
+/** Plans one service. The same input always gives the same plan. */
+export function planService(input: PlanInput): Plan {
+  const { service, revision, pods, loads, settled, nowMs } = input;
+  const groups = groupsFromPods(pods, loads);
+  const failures = countFailures(input.failures, groups, revision, nowMs);
+  const status = planStatus({ ...input, groups, failures });
+  const patch: Action[] = status === undefined ? [] : [{ kind: 'patchStatus', status }];
+  if (!settled) {
+    return { actions: patch, failures };
+  }
+
+  const deleting = service.metadata.deletionTimestamp !== undefined;
+  const held = service.metadata.finalizers.includes(drainFinalizer);
+  if (deleting && pods.length === 0) {
+    return { actions: held ? [{ kind: 'removeFinalizer' }] : [], failures };
+  }
+  const rollout = planRollout(groups, {
+    wanted: deleting ? 0 : input.decision.wanted,
+    revision,
+    maxSurge: service.spec.rollout.maxSurge,
+    maxUnavailable: service.spec.rollout.maxUnavailable,
+  });
+  const mayCreate = !deleting && nowMs >= retryAtMs(failures);
+  return {
+    actions: [
+      ...(deleting || held ? [] : [{ kind: 'addFinalizer' } as const]),
+      ...planGates(groups, loads),
+      ...planDeletions(groups, service.spec.drainSeconds * 1000, nowMs),
+      ...rollout.drain.map(({ group, reason }) => ({
+        kind: group.ready ? ('drainGroup' as const) : ('deleteGroup' as const),
+        group: group.name,
+        pods: refsOf(group),
+        reason,
+      })),
+      ...rollout.resume.map((group) => ({
+        kind: 'resumeGroup' as const,
+        group: group.name,
+        pods: refsOf(group),
+      })),
+      ...(mayCreate ? planCreations(service.metadata.name, groups, revision, rollout.create) : []),
+      ...patch,
+    ],
+    failures,
+  };
+}
+
+function planGates(groups: readonly ReplicaGroup[], loads: ReadonlyMap<string, GroupLoad>): Action[] {
+  return groups.flatMap((group) => {
+    const routable = loads.get(group.name)?.routable ?? false;
+    return group.pods
+      .filter((pod) => !pod.deleting && pod.routable !== routable)
+      .map(({ name, uid }) => ({ kind: 'setRoutable' as const, pod: { name, uid }, routable }));
+  });
+}
+
+function planDeletions(groups: readonly ReplicaGroup[], drainMs: number, nowMs: number): Action[] {
+  return groups.flatMap((group) => {
+    const reason =
+      group.state === 'broken'
+        ? `broken: ${group.failure ?? 'a rank is missing or over'}`
+        : group.state === 'draining'
+          ? drainEnd(group, drainMs, nowMs)
+          : undefined;
+    return reason === undefined
+      ? []
+      : [{ kind: 'deleteGroup' as const, group: group.name, pods: refsOf(group), reason }];
+  });
+}
+
+function planCreations(
+  service: string,
+  groups: readonly ReplicaGroup[],
+  revision: string,
+  count: number,
+): Action[] {
+  const taken = new Set(groups.filter((group) => group.revision === revision).map(({ index }) => index));
+  const actions: Action[] = [];
+  for (let index = 0; actions.length < count; index++) {
+    if (!taken.has(index)) {
+      actions.push({ kind: 'createGroup', group: groupName(service, revision, index), revision, index });
+    }
+  }
+  return actions;
+}
+
+/** The pods of a group that are not being deleted already. */
+function refsOf(group: ReplicaGroup): readonly PodRef[] {
+  return group.pods.filter(({ deleting }) => !deleting).map(({ name, uid }) => ({ name, uid }));
+}

@@ -1,0 +1,27 @@
+// The revision of a ModelService: a hash of what shapes its pods. Two specs of one revision give the same pods, so a
+// change of scaling, rollout or drain replaces nothing, and going back to an earlier spec finds its groups again.
+
+import { createHash } from 'node:crypto';
+
+import type { ModelServiceSpec } from './resources.ts';
+
+/** Eight hex digits. Fields that only say how many pods there are and how they are replaced take no part. */
+export function revisionOf(spec: ModelServiceSpec): string {
+  const { model, tensorParallel, speculation, engine, resources, placement, template } = spec;
+  const shape = { model, tensorParallel, speculation, engine, resources, placement, template };
+  return createHash('sha256').update(canonicalJson(shape)).digest('hex').slice(0, 8);
+}
+
+/** JSON with the keys of every object in order, without absent values. */
+function canonicalJson(value: unknown): string {
+  if (Array.isArray(value)) {
+    return `[${value.map(canonicalJson).join(',')}]`;
+  }
+  if (typeof value === 'object' && value !== null) {
+    const entries = Object.entries(value)
+      .filter(([, field]) => field !== undefined)
+      .toSorted(([a], [b]) => (a < b ? -1 : 1));
+    return `{${entries.map(([key, field]) => `${JSON.stringify(key)}:${canonicalJson(field)}`).join(',')}}`;
+  }
+  return JSON.stringify(value);
+}

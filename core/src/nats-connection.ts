@@ -1,0 +1,187 @@
+// The connection of queue-nats: connecting, connecting again for ever, and making the stream and the bucket where they are
+// missing, also after a server came back empty. Knows their settings, not what is kept in them. Uses no feature that an
+// older server (2.10 and later) would ignore.
+
+import {
+  DiscardPolicy,
+  jetstream,
+  JetStreamApiError,
+  RetentionPolicy,
+  StorageType,
+  type JetStreamClient,
+  type JetStreamManager,
+} from '@nats-io/jetstream';
+import { Kvm, type KV } from '@nats-io/kv';
+import { connect, nanos, type NatsConnection } from '@nats-io/transport-node';
+
+import { beforeAbort, pause } from './abort.ts';
+import { ClusterError } from './errors.ts';
+import type { Log } from './log.ts';
+import { leaseTtlMs } from './queue.ts';
+import { leaseBucket, requestStream, subjects } from './subjects.ts';
+
+/** What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. */
+export interface NatsOptions {
+  readonly servers: readonly string[];
+  /** Shown by the server's own tools. */
+  readonly clientName: string;
+  readonly replicas: number;
+  readonly recordMaxAgeMs: number;
+  readonly log: Log;
+}
+
+/** The client's objects; they survive reconnections. */
+export interface NatsSession {
+  readonly connection: NatsConnection;
+  readonly stream: JetStreamClient;
+  readonly manager: JetStreamManager;
+  readonly leases: KV;
+}
+
+/** How long the server has to answer a JetStream request. */
+const requestTimeoutMs = 5_000;
+const retryMs = 500;
+const streamNotFoundCode = 10059;
+
+/** The error while there is no connection, or no answer. */
+export function unavailable(message: string, cause?: unknown): ClusterError {
+  return new ClusterError('unavailable', message, { cause, detail: { retryAfterMs: 1_000 } });
+}
+
+/** A connection that is made in the background. Close it. */
+export class NatsLink {
+  readonly #options: NatsOptions;
+  readonly #closing = new AbortController();
+  readonly #ended: Promise<void>;
+  readonly #opened = Promise.withResolvers<NatsSession>();
+  #connected = false;
+  #storeId = '';
+  #store = new AbortController();
+
+  constructor(options: NatsOptions) {
+    this.#options = options;
+    this.#opened.promise.catch(() => undefined);
+    this.#ended = this.#run().catch((error: unknown) => {
+      this.#opened.reject(error);
+      if (!this.#closing.signal.aborted) {
+        options.log.error({ error: ClusterError.from(error) }, 'queue connection ended');
+      }
+    });
+  }
+
+  /** The stream and the bucket can be used at this moment. */
+  get connected(): boolean {
+    return this.#connected;
+  }
+
+  /** When the stream was made: another time is another stream. Empty until the first connection. */
+  get storeId(): string {
+    return this.#storeId;
+  }
+
+  /** Fires when the stream is another one: its sequences begin anew, so whoever follows it must too. */
+  get storeReplaced(): AbortSignal {
+    return this.#store.signal;
+  }
+
+  /** Fires when `close` is called. */
+  get closing(): AbortSignal {
+    return this.#closing.signal;
+  }
+
+  /** The session once there is one; rejects when the signal fires first. */
+  opened(signal: AbortSignal): Promise<NatsSession> {
+    return beforeAbort(this.#opened.promise, signal);
+  }
+
+  /** The session if it is connected; else fails with `unavailable`. */
+  async session(): Promise<NatsSession> {
+    if (!this.#connected) {
+      throw unavailable('the queue is not connected');
+    }
+    return this.#opened.promise;
+  }
+
+  /** Fires `closing`, waits for what is to be done first, and leaves the server. */
+  async close(before: () => Promise<void>): Promise<void> {
+    if (!this.#closing.signal.aborted) {
+      this.#closing.abort(new ClusterError('canceled', 'the queue is closed'));
+      this.#connected = false;
+      await before();
+      await this.#opened.promise.then(({ connection }) => connection.close()).catch(() => undefined);
+    }
+    await this.#ended;
+  }
+
+  async #run(): Promise<void> {
+    const connecting = connect({
+      servers: [...this.#options.servers],
+      name: this.#options.clientName,
+      waitOnFirstConnect: true,
+      maxReconnectAttempts: -1,
+      reconnectTimeWait: 250,
+      reconnectJitter: 250,
+      // A server that stopped answering is noticed within 15 s, where the default takes minutes.
+      pingInterval: 5_000,
+      maxPingOut: 2,
+    });
+    const connection = await beforeAbort(connecting, this.#closing.signal).catch((error: unknown) => {
+      // A connection that comes after the queue was closed has no other owner.
+      void connecting.then((late) => late.close()).catch(() => undefined);
+      throw error;
+    });
+    this.#opened.resolve(await this.#prepareUntilDone(connection));
+    this.#options.log.info({ server: connection.getServer() }, 'queue connected');
+    for await (const status of connection.status()) {
+      if (status.type === 'disconnect') {
+        this.#connected = false;
+        this.#options.log.warn('queue disconnected');
+      } else if (status.type === 'reconnect') {
+        await this.#prepareUntilDone(connection);
+        this.#options.log.info({ server: connection.getServer() }, 'queue connected again');
+      }
+    }
+  }
+
+  async #prepareUntilDone(connection: NatsConnection): Promise<NatsSession> {
+    for (;;) {
+      this.#closing.signal.throwIfAborted();
+      try {
+        const session = await this.#prepare(connection);
+        this.#connected = !this.#closing.signal.aborted;
+        return session;
+      } catch (error) {
+        this.#options.log.warn({ error: ClusterError.from(error) }, 'queue not ready');
+        await pause(retryMs, this.#closing.signal);
+      }
+    }
+  }
+
+  async #prepare(connection: NatsConnection): Promise<NatsSession> {
+    const { replicas, recordMaxAgeMs } = this.#options;
+    const stream = jetstream(connection, { timeout: requestTimeoutMs });
+    const manager = await stream.jetstreamManager();
+    const { created } = await manager.streams.info(requestStream).catch((error: unknown) => {
+      if (error instanceof JetStreamApiError && error.code === streamNotFoundCode) {
+        return manager.streams.add({
+          name: requestStream,
+          subjects: [subjects.allRequests],
+          retention: RetentionPolicy.Limits,
+          storage: StorageType.File,
+          discard: DiscardPolicy.New,
+          max_age: nanos(recordMaxAgeMs),
+          num_replicas: replicas,
+          allow_direct: true,
+        });
+      }
+      throw error;
+    });
+    if (this.#storeId !== created) {
+      this.#storeId = created;
+      this.#store.abort();
+      this.#store = new AbortController();
+    }
+    const leases = await new Kvm(stream).create(leaseBucket, { ttl: leaseTtlMs, history: 1, replicas });
+    return { connection, stream, manager, leases };
+  }
+}

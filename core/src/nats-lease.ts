@@ -1,0 +1,133 @@
+// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
+// back by deleting it. The revision at which it was created is the lease's epoch. Which lease is wanted is the caller's
+// business; time is the process's own clock, which only ever makes a lease shorter.
+
+import { JetStreamApiError } from '@nats-io/jetstream';
+import type { KV } from '@nats-io/kv';
+
+import { beforeAbort, pause } from './abort.ts';
+import { ClusterError } from './errors.ts';
+import type { Log } from './log.ts';
+import type { NatsLink } from './nats-connection.ts';
+import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
+import { tokenFromName } from './subjects.ts';
+
+// The server's codes for "the last sequence of this key is another": somebody holds it.
+const wrongLastSequenceCodes = new Set([10071, 10164]);
+
+function isTaken(error: unknown): boolean {
+  return error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code);
+}
+
+interface Held {
+  readonly leases: KV;
+  readonly key: string;
+  readonly value: string;
+  /** Of the creation. */
+  readonly epoch: number;
+  /** When the creation was asked for: the server counts from no earlier. */
+  readonly askedMs: number;
+}
+
+/** The leases of one connection. `releaseAll` gives them back before the connection is closed. */
+export class NatsLeases {
+  readonly #link: NatsLink;
+  readonly #log: Log;
+  readonly #held = new Set<Lease>();
+  readonly #givingBack = new Set<Promise<void>>();
+
+  constructor(link: NatsLink, log: Log) {
+    this.#link = link;
+    this.#log = log;
+  }
+
+  /** Waits until a name's lease is free and takes it; rejects when the signal fires first. */
+  async acquire(name: string, holder: string, signal: AbortSignal): Promise<Lease> {
+    const key = tokenFromName(name);
+    const value = JSON.stringify({ holder });
+    const { leases } = await this.#link.opened(signal);
+    for (;;) {
+      signal.throwIfAborted();
+      const askedMs = performance.now();
+      try {
+        const epoch = await this.#create({ leases, key, value }, signal);
+        const lease = hold({ leases, key, value, epoch, askedMs }, () => this.#held.delete(lease));
+        this.#held.add(lease);
+        return lease;
+      } catch (error) {
+        signal.throwIfAborted();
+        if (!isTaken(error) && this.#link.connected) {
+          this.#log.warn({ error: ClusterError.from(error), model: name }, 'lease not taken');
+        }
+      }
+      await pause(leaseRenewMs, signal);
+    }
+  }
+
+  async releaseAll(): Promise<void> {
+    await Promise.all([...[...this.#held].map((lease) => lease.release()), ...this.#givingBack]);
+  }
+
+  async #create(
+    { leases, key, value }: Pick<Held, 'leases' | 'key' | 'value'>,
+    signal: AbortSignal,
+  ): Promise<number> {
+    const creating = leases.create(key, value);
+    try {
+      return await beforeAbort(creating, signal);
+    } catch (error) {
+      // Taken for nobody where the answer comes after the signal.
+      const givingBack = creating
+        .then((late) => leases.delete(key, { previousSeq: late }))
+        .catch(() => undefined)
+        .finally(() => this.#givingBack.delete(givingBack));
+      this.#givingBack.add(givingBack);
+      throw error;
+    }
+  }
+}
+
+/** Renews until the lease is lost or released. */
+function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: () => void): Lease {
+  const lost = new AbortController();
+  let revision = epoch;
+  let renewedMs = askedMs;
+  const renew = async (): Promise<void> => {
+    while (!lost.signal.aborted) {
+      await pause(leaseRenewMs, lost.signal);
+      const nowMs = performance.now();
+      try {
+        revision = await leases.update(key, value, revision, leaseRenewMs);
+        renewedMs = nowMs;
+      } catch (error) {
+        if (isTaken(error)) {
+          break;
+        }
+      }
+      // Given up before the server's own expiry, so that two holders do not overlap.
+      if (performance.now() - renewedMs > leaseTtlMs - leaseRenewMs) {
+        break;
+      }
+    }
+    lost.abort();
+  };
+  const renewing = renew();
+  const release = async (): Promise<void> => {
+    const holding = !lost.signal.aborted;
+    lost.abort();
+    await renewing;
+    if (holding) {
+      await leases.delete(key, { previousSeq: revision }).catch(() => undefined);
+    }
+    onReleased();
+  };
+  let released: Promise<void> | undefined;
+  return {
+    epoch,
+    lost: lost.signal,
+    release: () => {
+      released ??= release();
+      return released;
+    },
+  };
+}

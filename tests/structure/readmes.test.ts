@@ -1,0 +1,62 @@
+// Each package's README names every source file of the package, names none that is missing, and answers the same
+// five questions; generated code is what the generator writes.
+
+import { execFileSync } from 'node:child_process';
+import { existsSync, globSync, readFileSync } from 'node:fs';
+import { basename, join } from 'node:path';
+
+import { describe, expect, it } from 'vitest';
+
+const root = join(import.meta.dirname, '../..');
+const packages = ['core', 'tokenizer', 'gateway', 'worker', 'controller', 'cli'];
+const headings = ['Owns', 'Does not own', 'Flow by file', 'When it fails', 'How to test'];
+
+describe.each(packages)('the README of %s', (name) => {
+  const text = readFileSync(join(root, name, 'README.md'), 'utf8');
+  const files = globSync('src/**/*.ts', { cwd: join(root, name) }).filter(
+    (file) => !file.endsWith('.test.ts') && !file.includes('/gen/'),
+  );
+
+  it('has the five headings', () => {
+    const found = [...text.matchAll(/^## (.+)$/gm)].map((match) => match[1]);
+    expect(found).toEqual(headings);
+  });
+
+  it('names every file', () => {
+    const missing = files.filter((file) => !text.includes(basename(file, '.ts')));
+    expect(missing).toEqual([]);
+  });
+
+  it('names only files that exist', () => {
+    const named = [...text.matchAll(/`((?:[\w-]+\/)*[\w-]+\.ts)`/g)].map((match) => match[1] ?? '');
+    const absent = named.filter(
+      (file) => !existsSync(join(root, name, file)) && !files.some((path) => path.endsWith(`/${file}`)),
+    );
+    expect(absent).toEqual([]);
+  });
+});
+
+describe('generated code', () => {
+  it('is what the protos give', () => {
+    execFileSync(process.execPath, [join(root, 'proto/generate.ts')], { stdio: 'pipe' });
+    const changed = execFileSync('git', ['status', '--porcelain', '--', 'proto/src/gen'], {
+      cwd: root,
+      encoding: 'utf8',
+    });
+    expect(changed).toBe('');
+  }, 60_000);
+});
+
+describe('the glossary', () => {
+  it('forbids what the code does not say', () => {
+    const forbidden = /\b\w*(?:Manager|Helper|Util)\b(?!s?['"`])/;
+    const guilty = globSync('{core,tokenizer,gateway,worker,controller,cli}/src/**/*.ts', { cwd: root }).filter((file) =>
+      readFileSync(join(root, file), 'utf8')
+        .split('\n')
+        .some(
+          (line) => /^\s*export (?:class|interface|type|function|const) /.test(line) && forbidden.test(line),
+        ),
+    );
+    expect(guilty).toEqual([]);
+  });
+});
