@@ -50,7 +50,9 @@ describe('generated code', () => {
 describe('the glossary', () => {
   it('forbids what the code does not say', () => {
     const forbidden = /\b\w*(?:Manager|Helper|Util)\b(?!s?['"`])/;
-    const guilty = globSync('{core,tokenizer,gateway,worker,controller,cli}/src/**/*.ts', { cwd: root }).filter((file) =>
+    const guilty = globSync('{core,tokenizer,gateway,worker,controller,cli}/src/**/*.ts', {
+      cwd: root,
+    }).filter((file) =>
       readFileSync(join(root, file), 'utf8')
         .split('\n')
         .some(
