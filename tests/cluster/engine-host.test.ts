@@ -121,14 +121,12 @@ describe('startEngine', () => {
     const host = await start(1);
     const watcher = new Watcher(host);
     [1, 2, 3, 4].forEach((id) => host.submit(request(id, { sampling: { maxTokens: 2000 } })));
-    let longestMs = 0;
-    for (let lastMs = performance.now(); watcher.finish(4) === undefined;) {
+    let turns = 0;
+    for (; watcher.finish(4) === undefined; turns++) {
       await sleep(1);
-      longestMs = Math.max(longestMs, performance.now() - lastMs);
-      lastMs = performance.now();
     }
-    // A step of this model takes a millisecond; what is long here is the machine's own scheduling.
-    expect(longestMs).toBeLessThan(500);
+    // Computing on this thread would leave it a turn or two before the last token.
+    expect(turns).toBeGreaterThan(50);
     expect(watcher.completion(1)).toHaveLength(2000);
   });
 

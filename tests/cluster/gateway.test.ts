@@ -670,7 +670,10 @@ describe('the door', () => {
     const at = good.indexOf('abcdef');
     const bad = Buffer.from(good);
     bad.set([0xff, 0xfe], at);
-    await expect(send(bad)).rejects.toMatchObject({ code: grpc.status.INVALID_ARGUMENT, details: /UTF-8/ });
+    await expect(send(bad)).rejects.toMatchObject({
+      code: grpc.status.INVALID_ARGUMENT,
+      details: expect.stringContaining('UTF-8'),
+    });
     await expect(send(good.subarray(0, good.length - 3))).rejects.toMatchObject({
       code: grpc.status.INVALID_ARGUMENT,
     });

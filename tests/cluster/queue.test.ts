@@ -304,13 +304,10 @@ describe.each(Object.keys(backends))('%s', (name) => {
       const batch = Array.from({ length: 500 }, (_, offset) => writer.publish(record(`r${at + offset}`)));
       places.push(...(await Promise.all(batch)));
     }
-    const startMs = performance.now();
     const replayed = await take(reader.follow(model, never), total);
-    const replayMs = performance.now() - startMs;
     const sequences = places.map((place) => place.sequence).toSorted((a, b) => a - b);
     expect(replayed.map((each) => each.sequence)).toEqual(sequences);
     expect(new Set(replayed.map((each) => each.record.requestId)).size).toBe(total);
-    expect(replayMs).toBeLessThan(10_000);
     const deleted = await Promise.all(places.map((place) => writer.delete(place)));
     expect(deleted.every(Boolean)).toBe(true);
     expect(await reader.counts()).toEqual({ records: 0 });
