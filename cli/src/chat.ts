@@ -133,6 +133,7 @@ async function ask(talk: Talk, question: string, signal: AbortSignal): Promise<v
   const begin = performance.now();
   let firstTokenMs: number | undefined;
   let answer = '';
+  let thinking = '';
   let isThinking = false;
   for await (const { event } of connection.chat({ model, messages, sampling }, signal)) {
     if (event?.$case === 'delta') {
@@ -140,6 +141,7 @@ async function ask(talk: Talk, question: string, signal: AbortSignal): Promise<v
       const { reasoning, text: answerText } = event.value;
       if (reasoning !== '') {
         isThinking = true;
+        thinking += reasoning;
         process.stderr.write(styled('dim', printable(reasoning)));
       }
       if (answerText !== '') {
@@ -155,15 +157,17 @@ async function ask(talk: Talk, question: string, signal: AbortSignal): Promise<v
       note(styled('dim', figures(event.value, firstTokenMs ?? 0, performance.now() - begin)));
     }
   }
-  history.push({ role: Role.USER, content: question }, { role: Role.ASSISTANT, content: answer });
+  // MiMo's template keeps earlier reasoning, so the model is used to seeing it.
+  const content = thinking === '' ? answer : `<think>\n${thinking}\n</think>\n${answer}`;
+  history.push({ role: Role.USER, content: question }, { role: Role.ASSISTANT, content });
 }
 
-/** The closing line: count, speed after the first token, time to it, and how many drafts were right. */
+/** The closing line: count, speed over the whole time, time to the first token, and how many drafts were right. */
 export function figures(finish: Finish, firstTokenMs: number, totalMs: number): string {
   const tokens = finish.usage?.completionTokens ?? 0;
   const parts = [`${tokens} token${tokens === 1 ? '' : 's'}`];
-  if (tokens > 1 && totalMs > firstTokenMs) {
-    parts.push(`${(((tokens - 1) * 1000) / (totalMs - firstTokenMs)).toFixed(0)} tokens/s`);
+  if (totalMs > 0) {
+    parts.push(`${((tokens * 1000) / totalMs).toFixed(0)} tokens/s`);
   }
   parts.push(`first token after ${(firstTokenMs / 1000).toFixed(2)} s`);
   const { draftedTokens, acceptedTokens } = finish.speculation ?? { draftedTokens: 0, acceptedTokens: 0 };
