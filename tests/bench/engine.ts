@@ -12,7 +12,6 @@ import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
-import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
 import { Engine, type PassExecutor } from '@mimo/worker/engine/engine';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { PassPlan } from '@mimo/worker/engine/step-plan';
@@ -21,6 +20,7 @@ import type { ModelConfig } from '@mimo/worker/model/model-config';
 import { writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
 import { openLocalGroup, testLimits, type LocalGroup } from '../harness/local-group.ts';
+import { greedySampling } from '../harness/greedy-sampling.ts';
 
 /** MiMo's proportions at 0.54 B parameters. */
 const model: ModelConfig = {
@@ -162,22 +162,7 @@ function measure({ group, batch, promptTokens, tokens, speculation, known }: Run
       maxContextTokens: 32 * kvBlockTokens,
     }),
   );
-  const sampling: SequenceSampling = {
-    temperature: 0,
-    topP: 1,
-    topK: 0,
-    minP: 0,
-    repetitionPenalty: 1,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    seed: 1,
-    stopTokenIds: [],
-    maxTokens: tokens,
-    minTokens: 0,
-    ignoreEos: true,
-    logprobs: -1,
-    draftTokens: speculation === 'off' ? 0 : 1,
-  };
+  const sampling = greedySampling({ maxTokens: tokens, draftTokens: speculation === 'off' ? 0 : 1 });
   const tokenIds = Array.from({ length: promptTokens }, (_, i) => (i * 7919) % model.vocabSize);
   for (let sequenceId = 0; sequenceId < batch; sequenceId++) {
     // With credit for one token all sequences wait for the last to be read, and then decode together.

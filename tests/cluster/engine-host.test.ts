@@ -15,6 +15,7 @@ import {
 } from '@mimo/worker/engine/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
 import { freeAddresses } from '../harness/engine-ranks.ts';
+import { greedySampling } from '../harness/greedy-sampling.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const name = 'one-to-one';
@@ -50,23 +51,7 @@ type Changes = Partial<Omit<SequenceRequest, 'sampling'>> & {
 };
 
 function request(sequenceId: number, more: Changes = {}): SequenceRequest {
-  const sampling = {
-    temperature: 0,
-    topP: 1,
-    topK: 0,
-    minP: 0,
-    repetitionPenalty: 1,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    seed: 1,
-    stopTokenIds: [],
-    maxTokens: 64,
-    minTokens: 0,
-    ignoreEos: true,
-    logprobs: -1,
-    draftTokens: 1,
-    ...more.sampling,
-  };
+  const sampling = greedySampling(more.sampling);
   return { sequenceId, tokenIds: promptIds, resumedTokens: 0, creditTokens: Infinity, ...more, sampling };
 }
 

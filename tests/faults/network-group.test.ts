@@ -5,6 +5,7 @@ import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engine/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
 import { freeAddresses, RankProcess } from '../harness/engine-ranks.ts';
+import { greedySampling } from '../harness/greedy-sampling.ts';
 
 const name = 'two-to-one-sharded';
 const { promptIds, greedyIds } = readExpectedIds(name);
@@ -19,22 +20,7 @@ afterAll(() => fixtures.remove());
 const peerTimeoutMs = 1500;
 
 function request(sequenceId: number, maxTokens: number): SequenceRequest {
-  const sampling = {
-    temperature: 0,
-    topP: 1,
-    topK: 0,
-    minP: 0,
-    repetitionPenalty: 1,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    seed: 1,
-    stopTokenIds: [],
-    maxTokens,
-    minTokens: 0,
-    ignoreEos: true,
-    logprobs: -1,
-    draftTokens: 1,
-  };
+  const sampling = greedySampling({ maxTokens });
   return { sequenceId, tokenIds: promptIds, resumedTokens: 0, sampling, creditTokens: 1e9 };
 }
 

@@ -15,26 +15,12 @@ import {
   type FixtureName,
 } from './fixture.ts';
 import { openLocalGroup, promptLogits, testLimits, type LocalGroup } from '../harness/local-group.ts';
+import { greedySampling } from '../harness/greedy-sampling.ts';
 
 /** float32 on both sides, sums in another order. */
 const floatTolerance = 1e-4;
 
-const greedy: SequenceSampling = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  minP: 0,
-  repetitionPenalty: 1,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  seed: 1,
-  stopTokenIds: [],
-  maxTokens: 256,
-  minTokens: 0,
-  ignoreEos: true,
-  logprobs: -1,
-  draftTokens: 1,
-};
+const greedy = greedySampling({ maxTokens: 256 });
 
 const sampled: SequenceSampling = { ...greedy, temperature: 0.6, topP: 0.95, maxTokens: 64 };
 

@@ -14,7 +14,7 @@ import { startMetrics } from '@mimo/core/metrics';
 import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
 
 import type { WorkerConfig } from './config.ts';
-import type { EngineHost, EngineStats } from './engine/engine-host.ts';
+import { idleStats, type EngineHost } from './engine/engine-host.ts';
 import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
 import { createEngineMetrics } from './metrics.ts';
 import { Sessions } from './sessions.ts';
@@ -24,18 +24,6 @@ import { createWorkerService } from './worker-service.ts';
 const maxReceiveBytes = 16 * 2 ** 20;
 /** For sessions' last messages to leave. */
 const closeSessionsMs = 1_000;
-
-const nothingYet: EngineStats = {
-  steps: 0,
-  promptTokens: 0,
-  completionTokens: 0,
-  draftedTokens: 0,
-  acceptedTokens: 0,
-  runningSequences: 0,
-  waitingSequences: 0,
-  kvBlocks: 0,
-  kvBlocksUsed: 0,
-};
 
 /** What a rank's process is started with. */
 export interface RankParts {
@@ -164,7 +152,7 @@ class GroupView {
   heartbeat(): Heartbeat {
     const config = this.#config;
     const info = this.#serving?.engine.info;
-    const stats = this.#serving?.engine.stats() ?? nothingYet;
+    const stats = this.#serving?.engine.stats() ?? idleStats(0);
     this.#sequenceNumber += 1;
     this.#throughput.observe(stats, Date.now());
     return {
@@ -190,7 +178,7 @@ class GroupView {
   }
 
   stats(): StatsResponse {
-    const stats = this.#serving?.engine.stats() ?? nothingYet;
+    const stats = this.#serving?.engine.stats() ?? idleStats(0);
     return {
       heartbeat: this.heartbeat(),
       sessions: this.#serving?.sessions.sessionCount ?? 0,

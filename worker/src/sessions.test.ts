@@ -10,20 +10,10 @@ import {
   type StepFrame,
 } from '@mimo/proto/worker';
 
-import type { EngineStats, SequenceDelta, SequenceRequest } from './engine/engine-host.ts';
+import { idleStats, type SequenceDelta, type SequenceRequest } from './engine/engine-host.ts';
 import { Sessions, type Session } from './sessions.ts';
 
-const stats: EngineStats = {
-  steps: 0,
-  promptTokens: 0,
-  completionTokens: 0,
-  draftedTokens: 0,
-  acceptedTokens: 0,
-  runningSequences: 0,
-  waitingSequences: 0,
-  kvBlocks: 0,
-  kvBlocksUsed: 0,
-};
+const stats = idleStats(0);
 const completeSampling = SamplingParams.fromPartial({
   temperature: 0,
   topP: 1,
