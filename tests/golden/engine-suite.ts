@@ -72,9 +72,9 @@ export function describeEngine(implementation: RuntimeImplementation): void {
     readExpectedIds(name).tensorParallel.map((tensorParallel) => ({ name, tensorParallel })),
   );
 
-  const drafting = worlds.filter(({ name }) => name !== 'four-to-one-no-mtp');
+  const draftingWorlds = worlds.filter(({ name }) => name !== 'four-to-one-no-mtp');
 
-  it.each(drafting)(
+  it.each(draftingWorlds)(
     'gives the draft logits of the oracle at every slot: $name over $tensorParallel ranks, fp32',
     ({ name, tensorParallel }) =>
       withGroup(name, { precision: 'fp32', tensorParallel }, (group) => {

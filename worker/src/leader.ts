@@ -70,7 +70,7 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   const measure = createEngineMetrics(metrics, () => engine.stats());
   engine.onFrame((frame) => {
     sessions.onFrame(frame);
-    measure(frame.stats);
+    measure(frame);
   });
 
   const drain = async (signal: AbortSignal): Promise<number> => {

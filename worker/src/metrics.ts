@@ -2,7 +2,7 @@
 
 import type { Metrics } from '@mimo/core/metrics';
 
-import type { EngineStats } from './engine/engine-host.ts';
+import type { EngineFrame, EngineStats } from './engine/engine-host.ts';
 
 const counters = {
   engine_steps_total: ['steps', 'Forward passes over the group'],
@@ -12,8 +12,8 @@ const counters = {
   engine_accepted_tokens_total: ['acceptedTokens', 'Proposed tokens that were right'],
 } as const;
 
-/** Makes the instruments; feed it the statistics of each frame. `read` is asked when the page is. */
-export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): (stats: EngineStats) => void {
+/** Makes the instruments; feed it each frame. `read` is asked when the page is. */
+export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): (frame: EngineFrame) => void {
   metrics.gauge('engine_running_sequences', 'Sequences that hold KV cache', () => [
     [read().runningSequences, {}],
   ]);
@@ -29,7 +29,16 @@ export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): 
     field,
     counted: 0,
   }));
-  return (stats) => {
+  const step = metrics.duration(
+    'engine_step_seconds',
+    'Wall time of a step; prefill where it read prompt tokens',
+  );
+  let promptTokens = 0;
+  return ({ stats, stepMs }) => {
+    if (stepMs !== undefined) {
+      step(stepMs, { phase: stats.promptTokens > promptTokens ? 'prefill' : 'decode' });
+    }
+    promptTokens = stats.promptTokens;
     for (const instrument of instruments) {
       instrument.add({}, stats[instrument.field] - instrument.counted);
       instrument.counted = stats[instrument.field];

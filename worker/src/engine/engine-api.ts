@@ -66,6 +66,8 @@ export interface EngineFrame {
   readonly step: number;
   readonly deltas: readonly SequenceDelta[];
   readonly stats: EngineStats;
+  /** Wall time of the step; absent where the engine ran in no step thread. */
+  readonly stepMs?: number;
 }
 
 export interface EngineStats {

@@ -125,9 +125,11 @@ async function lead({ runner, collective, port, limits, pingMs, onReady }: Leadi
       }
       apply(engine, request);
     }
+    const startedMs = performance.now();
     const frame = engine.step();
     if (frame !== undefined) {
-      port.postMessage({ kind: 'frame', frame } satisfies StepThreadResponse);
+      const stepMs = performance.now() - startedMs;
+      port.postMessage({ kind: 'frame', frame: { ...frame, stepMs } } satisfies StepThreadResponse);
     } else if (!(await inbox.wait(pingMs))) {
       collective.broadcast(encodeStepPlan({ kind: 'ping' }));
       meet(collective);
