@@ -9,10 +9,10 @@ describe('createEngineMetrics', () => {
   it('counts what each frame added, and times steps by what they read', async () => {
     const metrics = await startMetrics({ process: 'worker', listenAddress: '127.0.0.1:0' });
     try {
-      let stats = { ...idleStats(8), kvBlocksUsed: 2 };
+      const stats = { ...idleStats(8), kvBlocksUsed: 2 };
       const measure = createEngineMetrics(metrics, () => stats);
       for (const change of [{ promptTokens: 5 }, { completionTokens: 1 }, { completionTokens: 3 }]) {
-        stats = { ...stats, ...change, steps: stats.steps + 1 };
+        Object.assign(stats, change, { steps: stats.steps + 1 });
         measure({ step: stats.steps, deltas: [], stats, stepMs: 2_000 });
       }
       const page = await (await fetch(`http://${metrics.address}/metrics`)).text();
