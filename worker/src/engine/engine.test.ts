@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import type { SequenceDelta, SequenceRequest, SequenceSampling } from './engine-api.ts';
 import { Engine, type EngineLimits, type PassExecutor } from './engine.ts';
 import { kvBlockTokens } from './kv-cache.ts';
-import { drawToken, keyedUniform } from './sampler.ts';
+import { argmax, drawToken, keyedUniform } from './sampler.ts';
 import type { PassPlan } from './step-plan.ts';
 
 const vocabSize = 50;
@@ -289,6 +289,38 @@ describe('Engine', () => {
       acceptedTokens,
     });
     expect(deltas.filter(({ tokenIds }) => tokenIds.length === 2)).toHaveLength(acceptedTokens);
+  });
+
+  it('counts every right draft, also the one that ends the sequence', () => {
+    const truth = generateAlone(
+      request(1, [1, 2, 3], { sampling: { ...greedy, maxTokens: 60, ignoreEos: true } }),
+    );
+    let endedByDraft = 0;
+    for (const stopTokenId of truth) {
+      const right: boolean[] = [];
+      const model = new HashModel();
+      const run = (plan: PassPlan): Float32Array => {
+        const logits = model.run(plan);
+        if (plan.kind === 'draft' && plan.spans[0]!.headRows > 0) {
+          const { start, rows } = plan.spans[0]!;
+          // Slot s drafts the token at position s + 2; the prompt has three.
+          right.push(argmax(logits) === truth[start + rows - 1 + 2 - 3]);
+        }
+        return logits;
+      };
+      const engine = new Engine({ run }, limits);
+      const sampling = { ...greedy, maxTokens: 60, ignoreEos: true, stopTokenIds: [stopTokenId] };
+      engine.submit(request(1, [1, 2, 3], { sampling }));
+      const deltas = runOut(engine);
+      const completion = deltas.flatMap(({ tokenIds }) => tokenIds);
+      expect(completion).toEqual(truth.slice(0, truth.indexOf(stopTokenId)));
+      expect(engine.stats()).toMatchObject({
+        draftedTokens: right.length,
+        acceptedTokens: right.filter(Boolean).length,
+      });
+      endedByDraft += right.at(-1) === true && deltas.at(-1)?.tokenIds.length === 0 ? 1 : 0;
+    }
+    expect(endedByDraft).toBeGreaterThan(0);
   });
 
   it('does not touch the MTP layer for a sequence that does not draft', () => {

@@ -247,17 +247,18 @@ export class Engine {
       headRow += span.headRows;
       const computedBefore = Math.min(sequence.promptTokens, span.start);
       let survivors = scheduled.pendingRows;
-      if (span.headRows > 0) {
-        this.#draw(sequence, firstHeadRow, logits);
-      }
+      const tokenId = span.headRows > 0 ? this.#draw(sequence, firstHeadRow, logits) : undefined;
       if (scheduled.withDraft) {
         sequence.draftedTokens += 1;
         this.#counters.draftedTokens += 1;
-        if (sequence.end === undefined && sequence.tokenIds.at(-1) === sequence.draft) {
+        if (tokenId === sequence.draft) {
           sequence.acceptedTokens += 1;
           this.#counters.acceptedTokens += 1;
-          survivors += 1;
-          this.#draw(sequence, firstHeadRow + 1, logits);
+          // A right draft may be the token that ends the sequence.
+          if (sequence.end === undefined) {
+            survivors += 1;
+            this.#draw(sequence, firstHeadRow + 1, logits);
+          }
         }
       }
       sequence.draft = -1;
@@ -267,7 +268,8 @@ export class Engine {
     });
   }
 
-  #draw(sequence: Sequence, headRow: number, logits: Float32Array): void {
+  /** Chooses the sequence's next token from a head row, and returns it, whether it goes on or ends there. */
+  #draw(sequence: Sequence, headRow: number, logits: Float32Array): number {
     const { sampling, seen, forbidden } = sequence;
     const position = sequence.tokenIds.length;
     const row = this.#row(logits, headRow);
@@ -278,6 +280,7 @@ export class Engine {
       const message = `the model gives no finite logit for position ${position}`;
       sequence.end = { kind: 'error', code: 'data_loss', message };
     }
+    return drawn.tokenId;
   }
 
   /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
