@@ -2,6 +2,7 @@
 // with two threads and two ranks with one, speculation off, on, and with drafts that are made right.
 //
 //   npm run bench -- engine [--precision int8] [--tokens 24] [--prompt 256] [--directory DIR]
+//   npm run bench -- engine --model mimo-7b --tokens 8 --prompt 32     the full size: minutes, 30 GB of disk, 15 GB of memory
 //
 // Random weights accept no drafts, so "speculation on" shows its cost. The synthetic mode knows the completion from a run
 // without speculation and overwrites the draft logits with it for a share of the drafts; everything else is computed.
@@ -17,13 +18,13 @@ import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { PassPlan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
 import type { ModelConfig } from '@mimo/worker/model/model-config';
-import { writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
+import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
 import { openLocalGroup, testLimits, type LocalGroup } from '../harness/local-group.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 
 /** MiMo's proportions at 0.54 B parameters. */
-const model: ModelConfig = {
+const half: ModelConfig = {
   hiddenSize: 2048,
   layers: 8,
   queryHeads: 16,
@@ -40,7 +41,12 @@ const model: ModelConfig = {
   eosTokenIds: [],
 };
 
-const batches = [1, 8];
+/** What may be measured. The batches of the full size keep its run within minutes. */
+const models = {
+  half: { config: half, parameters: 0.54e9, ranks: [1, 2], batches: [1, 8] },
+  'mimo-7b': { config: mimo7b, parameters: 7.83e9, ranks: [2], batches: [1] },
+} as const;
+
 /** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
 const syntheticAcceptance = 0.85;
 const prefillChunkTokens = 64;
@@ -73,6 +79,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     args: [...args],
     options: {
       precision: { type: 'string', default: 'int8' },
+      model: { type: 'string', default: 'half' },
       tokens: { type: 'string', default: '24' },
       prompt: { type: 'string', default: '256' },
       directory: { type: 'string', default: tmpdir() },
@@ -87,11 +94,18 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       `--tokens: from 4, --prompt: from 1, are ${tokens} and ${promptTokens}`,
     );
   }
+  const chosen = models[values.model as keyof typeof models];
+  if (chosen === undefined) {
+    throw new ClusterError(
+      'invalid_argument',
+      `--model must be one of ${Object.keys(models).join(', ')}, is ${values.model}`,
+    );
+  }
   const directory = await mkdtemp(join(values.directory, 'mimo-bench-engine-'));
   const results: Record<string, unknown>[] = [];
   try {
-    await writeRandomCheckpoint({ directory, config: model, seed: 1 }, signal);
-    for (const tensorParallel of [1, 2]) {
+    await writeRandomCheckpoint({ directory, config: chosen.config, seed: 1 }, signal);
+    for (const tensorParallel of chosen.ranks) {
       const outDirectory = join(directory, `tp-${tensorParallel}`);
       const { rankDirectories } = await compile(
         { modelDirectory: directory, outDirectory, precision, tensorParallel },
@@ -105,7 +119,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
         kvBlocks: 256,
       });
       try {
-        for (const batch of batches) {
+        for (const batch of chosen.batches) {
           let known: readonly number[] = [];
           for (const speculation of ['off', 'on', 'synthetic'] as const) {
             signal.throwIfAborted();
@@ -126,7 +140,8 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   const machine = { cores: availableParallelism(), cpu: cpus()[0]?.model };
   const summary = {
     bench: 'engine',
-    parameters: 0.54e9,
+    model: values.model,
+    parameters: chosen.parameters,
     precision,
     promptTokens,
     tokens,
@@ -163,7 +178,10 @@ function measure({ group, batch, promptTokens, tokens, speculation, known }: Run
     }),
   );
   const sampling = greedySampling({ maxTokens: tokens, draftTokens: speculation === 'off' ? 0 : 1 });
-  const tokenIds = Array.from({ length: promptTokens }, (_, i) => (i * 7919) % model.vocabSize);
+  const tokenIds = Array.from(
+    { length: promptTokens },
+    (_, i) => (i * 7919) % group.manifest.config.vocabSize,
+  );
   for (let sequenceId = 0; sequenceId < batch; sequenceId++) {
     // With credit for one token all sequences wait for the last to be read, and then decode together.
     engine.submit({ sequenceId, tokenIds, resumedTokens: 0, sampling, creditTokens: 1 });
@@ -218,6 +236,7 @@ function withKnownDrafts(
   group: LocalGroup,
   { promptTokens, known }: { readonly promptTokens: number; readonly known: readonly number[] },
 ): PassExecutor {
+  const { vocabSize } = group.manifest.config;
   let drafts = 0;
   return {
     run: (plan: PassPlan): Float32Array => {
@@ -227,7 +246,7 @@ function withKnownDrafts(
         for (const span of plan.spans.filter(({ headRows }) => headRows > 0)) {
           const next = known[span.start + span.rows + 1 - promptTokens] ?? 0;
           const isRight = (drafts * syntheticAcceptance) % 1 < syntheticAcceptance;
-          logits[row * model.vocabSize + (isRight ? next : (next + 1) % model.vocabSize)] = Infinity;
+          logits[row * vocabSize + (isRight ? next : (next + 1) % vocabSize)] = Infinity;
           row += 1;
           drafts += 1;
         }
