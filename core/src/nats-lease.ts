@@ -87,28 +87,37 @@ export class NatsLeases {
   }
 }
 
+/** A lease counts as lost this long after its last renewal was asked for: before the server lets another have it. */
+const holdMs = 0.9 * leaseTtlMs;
+/** After a renewal that failed; one that worked is repeated after `leaseRenewMs`. */
+const retryMs = 250;
+
 /** Renews until the lease is lost or released. */
 function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: () => void): Lease {
   const lost = new AbortController();
   let revision = epoch;
-  let renewedMs = askedMs;
+  // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
+  const expireFrom = (fromMs: number): NodeJS.Timeout =>
+    setTimeout(() => lost.abort(), fromMs + holdMs - performance.now());
+  let expiry = expireFrom(askedMs);
   const renew = async (): Promise<void> => {
+    let pauseMs = leaseRenewMs;
     while (!lost.signal.aborted) {
-      await pause(leaseRenewMs, lost.signal);
+      await pause(pauseMs, lost.signal);
       const nowMs = performance.now();
       try {
         revision = await leases.update(key, value, revision, leaseRenewMs);
-        renewedMs = nowMs;
+        clearTimeout(expiry);
+        expiry = expireFrom(nowMs);
+        pauseMs = leaseRenewMs;
       } catch (error) {
         if (isTaken(error)) {
           break;
         }
-      }
-      // Given up before the server's own expiry, so that two holders do not overlap.
-      if (performance.now() - renewedMs > leaseTtlMs - leaseRenewMs) {
-        break;
+        pauseMs = retryMs;
       }
     }
+    clearTimeout(expiry);
     lost.abort();
   };
   const renewing = renew();
