@@ -10,6 +10,7 @@ import { beforeAbort } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import { compile } from '@mimo/worker/model/compile';
 import { createProgressPrinter } from '@mimo/worker/model/compile-command';
+import { precisions } from '@mimo/worker/model/shard';
 import { shardDirectoryIn } from '@mimo/worker/shards';
 
 import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
@@ -19,7 +20,6 @@ import { note, styled } from './terminal.ts';
 
 const defaultModel = resolve(import.meta.dirname, '../../models/mimo-demo');
 const defaultPort = 50_051;
-const precisions = ['fp32', 'int8', 'int4'] as const;
 const runtimes = ['auto', 'ort-capi', 'ort-node'] as const;
 const readyPollMs = 50;
 

@@ -102,7 +102,7 @@ const model = withRules(
         .describe('The name that clients ask for. Immutable: requests are queued under it.'),
       source,
       precision: z
-        .enum(['fp32', 'int8', 'int4'])
+        .enum(['fp32', 'fp16', 'bf16', 'int8', 'int4'])
         .default('int8')
         .describe('int8 gives the same tokens whatever else is in the batch, at half the memory of bf16.'),
     })

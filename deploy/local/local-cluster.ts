@@ -25,7 +25,7 @@ export interface LocalClusterOptions {
   readonly modelDirectory: string;
   /** What `compile` wrote: the folder of `rank-0`, `rank-1`, ... */
   readonly shardDirectory: string;
-  readonly precision: 'fp32' | 'int8' | 'int4';
+  readonly precision: 'fp32' | 'fp16' | 'bf16' | 'int8' | 'int4';
   readonly tensorParallel: number;
   readonly groups: number;
   /** On 127.0.0.1; 0: any free one. */

@@ -19,6 +19,8 @@ import { greedySampling } from '../harness/greedy-sampling.ts';
 
 /** float32 on both sides, sums in another order. */
 const floatTolerance = 1e-4;
+/** Weights, activations, keys and values rounded to 11 bits. */
+const halfTolerance = 1e-2;
 
 const greedy = greedySampling({ maxTokens: 256 });
 
@@ -151,6 +153,25 @@ export function describeEngine(implementation: RuntimeImplementation): void {
       });
     }
   });
+
+  it.runIf(implementation === 'ort-capi').each(worlds)(
+    'gives the logits of the oracle for $name over $tensorParallel ranks in fp16, within its rounding',
+    ({ name, tensorParallel }) =>
+      withGroup(name, { precision: 'fp16', tensorParallel }, (group) => {
+        const { promptIds } = readExpectedIds(name);
+        for (const chunkTokens of [promptIds.length, 7, 1]) {
+          const [, second] = promptLogits(group, [promptIds.toReversed(), promptIds], chunkTokens);
+          expect(relativeError(second!.backbone, readExpectedMatrix(name, 'logits'))).toBeLessThan(
+            halfTolerance,
+          );
+          const mtpError =
+            group.manifest.config.mtpLayers > 0
+              ? relativeError(second!.mtp, readExpectedMatrix(name, 'mtp_logits'))
+              : 0;
+          expect(mtpError).toBeLessThan(halfTolerance);
+        }
+      }),
+  );
 
   describe.each(['int8', 'int4'] as const)('%s', (precision) => {
     const { promptIds } = readExpectedIds('quantised');

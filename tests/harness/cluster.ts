@@ -23,6 +23,7 @@ import {
 import { SamplingParams, type TokenLogprob } from '@mimo/proto/sampling';
 import { WorkerServiceClient, WorkerServiceService, type StatsResponse } from '@mimo/proto/worker';
 import { compile } from '@mimo/worker/model/compile';
+import type { Precision } from '@mimo/worker/model/shard';
 import { shardDirectoryIn } from '@mimo/worker/shards';
 
 import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
@@ -35,7 +36,7 @@ const maxReceiveBytes = 16 * 2 ** 20;
 /** What may differ from one group of two int8 ranks of models/mimo-demo. */
 export interface TestClusterOptions {
   readonly modelDirectory?: string;
-  readonly precision?: 'fp32' | 'int8' | 'int4';
+  readonly precision?: Precision;
   readonly tensorParallel?: number;
   readonly groups?: number;
   /** False: no nats-server, the queue is in the gateway's memory. */

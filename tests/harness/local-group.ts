@@ -10,7 +10,7 @@ import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import { ShardRunner } from '@mimo/worker/engine/shard-runner';
 import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engine/step-plan';
 import { readShardManifest, type ShardManifest } from '@mimo/worker/model/shard';
-import { createRuntime, type RuntimeImplementation } from '@mimo/worker/runtime/runtime';
+import { createRuntime, type RuntimeImplementation, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
 
 const defaultKvBlocks = 64;
 
@@ -18,10 +18,14 @@ export interface LocalGroupOptions {
   /** Compiled shards of all ranks, in rank order. */
   readonly directories: readonly string[];
   readonly implementation: RuntimeImplementation;
+  /** Default: the CPU. */
+  readonly device?: Pick<RuntimeOptions, 'executionProvider' | 'libraryPath'>;
   /** Of all ranks together; default: one a rank. */
   readonly threads?: number;
   /** Rows of a pass, and those that may get logits; default 256. */
   readonly maxRows?: number;
+  /** Default: as many. */
+  readonly maxHeadRows?: number;
   readonly kvBlocks?: number;
 }
 
@@ -35,15 +39,17 @@ export interface LocalGroup extends PassExecutor {
 export async function openLocalGroup({
   directories,
   implementation,
+  device = { executionProvider: 'cpu' },
   threads = 1,
   maxRows = 256,
+  maxHeadRows = maxRows,
   kvBlocks = defaultKvBlocks,
 }: LocalGroupOptions): Promise<LocalGroup> {
   const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
   const manifest = manifests[0]!;
   const worldSize = directories.length;
   const shared = createInProcessGroup(worldSize);
-  const runtimeOptions = { implementation, executionProvider: 'cpu', intraOpThreads: threads } as const;
+  const runtimeOptions = { implementation, ...device, intraOpThreads: threads };
   const followers = directories.slice(1).map(
     (directory, i) =>
       new Worker(new URL('../../worker/src/engine/step-thread.ts', import.meta.url), {
@@ -62,7 +68,7 @@ export async function openLocalGroup({
     worldSize === 1 ? createSingleRankCollective() : createInProcessCollective(shared, 0);
   const runtime = await createRuntime(runtimeOptions);
   const runner = new ShardRunner({ runtime, directory: directories[0]!, manifest, collective });
-  const configure = { kind: 'configure', kvBlocks, maxRows, maxHeadRows: maxRows } as const;
+  const configure = { kind: 'configure', kvBlocks, maxRows, maxHeadRows } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);
   collective.allReduce(new Float32Array(1));

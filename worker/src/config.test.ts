@@ -37,7 +37,7 @@ describe('parseWorkerConfig', () => {
       'entries must be host:port, not "b"',
     ],
     ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be given'],
-    ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, int8, int4'],
+    ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, fp16, bf16, int8, int4'],
     [
       'an unknown setting',
       { MIMO_WORKER_TENSOR_PARALEL: '2' },

@@ -15,6 +15,8 @@ import {
   type Environment,
 } from '@mimo/core/config';
 import { logLevels } from '@mimo/core/log';
+import { precisions } from './model/shard.ts';
+import { executionProviders } from './runtime/runtime.ts';
 
 const maxPort = 65_535;
 
@@ -32,7 +34,7 @@ export const workerSettings = {
   shardDirectory: textSetting('MIMO_WORKER_SHARD_DIRECTORY', ''),
   cacheDirectory: textSetting('MIMO_WORKER_CACHE_DIRECTORY', ''),
   /** int8 gives the same tokens whatever else is in the batch, at half the memory of bf16. */
-  precision: choiceSetting('MIMO_WORKER_PRECISION', ['fp32', 'int8', 'int4'], 'int8'),
+  precision: choiceSetting('MIMO_WORKER_PRECISION', precisions, 'int8'),
 
   tensorParallel: integerSetting('MIMO_WORKER_TENSOR_PARALLEL', { min: 1, max: 8 }, 1),
   rank: integerSetting('MIMO_WORKER_RANK', { min: 0, max: 7 }, 0),
@@ -58,6 +60,10 @@ export const workerSettings = {
   heartbeatIntervalMs: durationSetting('MIMO_WORKER_HEARTBEAT_INTERVAL', '250ms'),
 
   runtime: choiceSetting('MIMO_WORKER_RUNTIME', ['auto', 'ort-capi', 'ort-node'], 'auto'),
+  /** `cuda` computes on the GPU that the pod is given; it takes precision fp16 or bf16 ... */
+  executionProvider: choiceSetting('MIMO_WORKER_EXECUTION_PROVIDER', executionProviders, 'cpu'),
+  /** ... and the libonnxruntime of onnxruntime-gpu with its CUDA provider beside it; default: the bundled library. */
+  runtimeLibrary: textSetting('MIMO_WORKER_RUNTIME_LIBRARY', ''),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
   maxSequences: integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 }, 16),

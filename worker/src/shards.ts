@@ -79,6 +79,8 @@ export function engineOptionsFrom(config: WorkerConfig, shardDirectory: string):
             peerTimeoutMs: config.peerTimeoutMs,
           },
     runtime: config.runtime,
+    executionProvider: config.executionProvider,
+    ...(config.runtimeLibrary === '' ? {} : { runtimeLibrary: config.runtimeLibrary }),
     threads: config.threads,
     maxSequences: config.maxSequences,
     kvBytes: config.kvBytes,

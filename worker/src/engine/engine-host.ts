@@ -214,11 +214,7 @@ class RunningEngine implements EngineHost {
       directory: directories[index]!,
       manifest: manifests[index]!,
       // The ranks of one process share one pool: each rank's own thread computes too.
-      runtime: {
-        implementation: runtime,
-        executionProvider: 'cpu',
-        intraOpThreads: 1 + manifests.length * (threads - 1),
-      },
+      runtime: { ...runtime, intraOpThreads: 1 + manifests.length * (threads - 1) },
       collective: this.#ranks.sources[index]!,
       limits,
       pingMs: this.#ranks.pingMs,

@@ -2,8 +2,9 @@
 // the limits that follow from the shards. Reads manifests, and nothing else from disk.
 
 import { ClusterError } from '@mimo/core/errors';
-import { readShardManifest, type Precision, type ShardManifest } from '../model/shard.ts';
-import type { RuntimeImplementation } from '../runtime/runtime.ts';
+import { activationType, readShardManifest, type Precision, type ShardManifest } from '../model/shard.ts';
+import { elementBytes } from '../runtime/element-type.ts';
+import type { ExecutionProvider, RuntimeOptions } from '../runtime/runtime.ts';
 import type { EngineLimits } from './engine.ts';
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
@@ -32,6 +33,10 @@ export interface EngineOptions {
   readonly shardDirectories: readonly string[];
   readonly group: GroupOptions;
   readonly runtime?: 'ort-capi' | 'ort-node' | 'auto';
+  /** Where ranks compute. Default `cpu`. */
+  readonly executionProvider?: ExecutionProvider;
+  /** libonnxruntime to load; default: the one that onnxruntime-node bundles. `cuda` needs another. */
+  readonly runtimeLibrary?: string;
   /** Compute threads per rank. Default 1. */
   readonly threads?: number;
   /** Sequences that hold KV cache at a time. Default 16. */
@@ -54,7 +59,7 @@ export interface EngineOptions {
 export interface CompleteOptions {
   readonly manifests: readonly ShardManifest[];
   readonly directories: readonly string[];
-  readonly runtime: RuntimeImplementation | 'auto';
+  readonly runtime: Omit<RuntimeOptions, 'intraOpThreads'>;
   readonly threads: number;
   readonly limits: EngineLimits;
 }
@@ -71,7 +76,14 @@ const defaults = {
  * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
  * arithmetic (reference, section MTP: about 4 rows with int4, 6 with int8).
  */
-const speculatingSequences: Readonly<Record<Precision, number>> = { int4: 4, int8: 6, fp32: 8 };
+const speculatingSequences: Readonly<Record<Precision, number>> = {
+  int4: 4,
+  int8: 6,
+  fp32: 8,
+  // Reading the weights takes as long as computing some 300 rows on the GPUs that these are for.
+  fp16: 64,
+  bf16: 64,
+};
 
 /**
  * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
@@ -130,7 +142,11 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
   return {
     manifests,
     directories,
-    runtime: options.runtime ?? 'auto',
+    runtime: {
+      implementation: options.runtime ?? 'auto',
+      executionProvider: options.executionProvider ?? 'cpu',
+      ...(options.runtimeLibrary === undefined ? {} : { libraryPath: options.runtimeLibrary }),
+    },
     threads,
     limits: {
       maxSequences,
@@ -148,10 +164,11 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
   };
 }
 
-/** Bytes that one block takes on one rank: float32 keys and values of every layer, the MTP layer included. */
-function kvBlockBytes({ config, tensorParallel }: ShardManifest): number {
+/** Bytes that one block takes on one rank: keys and values of every layer, the MTP layer included. */
+function kvBlockBytes({ config, tensorParallel, precision }: ShardManifest): number {
   const layers = config.layers + Math.min(1, config.mtpLayers);
-  return 4 * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;
+  const bytes = elementBytes[activationType(precision)];
+  return bytes * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;
 }
 
 function assertGroupShards(

@@ -5,7 +5,7 @@ import { KvBuffers, type KvShape } from './kv-buffers.ts';
 const runtime = await createRuntime({ implementation: 'auto', executionProvider: 'cpu', intraOpThreads: 1 });
 afterAll(() => runtime.close());
 
-const shape: KvShape = { layers: 2, kvHeads: 2, headDim: 4, budgetTokens: 64 };
+const shape: KvShape = { floatType: 'float', layers: 2, kvHeads: 2, headDim: 4, budgetTokens: 64 };
 
 const floats = ({ data }: RuntimeTensor): Float32Array => data as Float32Array;
 

@@ -1,11 +1,13 @@
-// One rank's key and value memory: per slot and layer a K and a V buffer, float32 [1, kvHeads, capacity, headDim], as
+// One rank's key and value memory: per slot and layer a K and a V buffer, [1, kvHeads, capacity, headDim], as
 // GroupQueryAttention wants them. Owns allocation, growth and reuse; which slot may hold how much is the leader's
 // decision (kv-cache.ts), which arrives as a capacity per pass.
 
 import { ClusterError } from '@mimo/core/errors';
-import type { Runtime, RuntimeTensor } from '../runtime/runtime.ts';
+import type { FloatType } from '../runtime/element-type.ts';
+import type { Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
 
 export interface KvShape {
+  readonly floatType: FloatType;
   /** Layers that keep keys and values, the MTP layer included. */
   readonly layers: number;
   /** This rank's. */
@@ -16,7 +18,7 @@ export interface KvShape {
 }
 
 interface Buffer {
-  readonly data: Float32Array;
+  readonly memory: RuntimeMemory;
   readonly tensor: RuntimeTensor;
 }
 
@@ -54,7 +56,7 @@ export class KvBuffers {
     const grow = (old: Buffer | undefined): Buffer => {
       const buffer = this.#take(capacity);
       if (old !== undefined && current !== undefined) {
-        this.#copyRows(old.data, buffer.data, { from: current.capacity, to: capacity, rows: keepTokens });
+        this.#copyRows(old.memory, buffer.memory, { from: current.capacity, to: capacity, rows: keepTokens });
         this.#give(current.capacity, old);
       }
       return buffer;
@@ -101,10 +103,10 @@ export class KvBuffers {
     }
     const limit = 2 * this.#shape.layers * this.#shape.budgetTokens;
     this.#drop(() => this.#allocatedTokens + capacity > limit);
-    const { kvHeads, headDim } = this.#shape;
-    const data = new Float32Array(kvHeads * capacity * headDim); // [1, kvHeads, capacity, headDim]
+    const { floatType, kvHeads, headDim } = this.#shape;
+    const memory = this.#runtime.allocate(floatType, kvHeads * capacity * headDim);
     this.#allocatedTokens += capacity;
-    return { data, tensor: this.#runtime.tensor(data, [1, kvHeads, capacity, headDim]) };
+    return { memory, tensor: memory.tensor(0, [1, kvHeads, capacity, headDim]) };
   }
 
   #give(capacity: number, buffer: Buffer): void {
@@ -116,21 +118,26 @@ export class KvBuffers {
   #drop(needed: () => boolean): void {
     for (const [capacity, unused] of this.#free) {
       while (unused.length > 0 && needed()) {
-        unused.pop()?.tensor.release();
+        const dropped = unused.pop();
+        dropped?.tensor.release();
+        dropped?.memory.release();
         this.#allocatedTokens -= capacity;
       }
     }
   }
 
   #copyRows(
-    source: Float32Array,
-    target: Float32Array,
+    source: RuntimeMemory,
+    target: RuntimeMemory,
     size: { from: number; to: number; rows: number },
   ): void {
     const { kvHeads, headDim } = this.#shape;
     for (let head = 0; head < kvHeads; head++) {
-      const start = head * size.from * headDim;
-      target.set(source.subarray(start, start + size.rows * headDim), head * size.to * headDim);
+      target.copyFrom(source, {
+        from: head * size.from * headDim,
+        to: head * size.to * headDim,
+        count: size.rows * headDim,
+      });
     }
   }
 }

@@ -1,18 +1,17 @@
 // The rows that a rank computes in: one buffer per kind of activation, reused in every pass, and native views of its row
 // ranges. Owns sizes and views; knows no segment and no sequence.
 
-import type { Runtime, RuntimeTensor, TensorData } from '../runtime/runtime.ts';
+import type { ElementType, FloatType } from '../runtime/element-type.ts';
+import type { CopyRange, Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
 
 /** A scratch buffer and its views by first row and row count. */
-export class Rows<Data extends TensorData = Float32Array> {
-  readonly data: Data;
+export class Rows {
   readonly width: number;
-  readonly #runtime: Runtime;
+  readonly #memory: RuntimeMemory;
   readonly #views = new Map<number, RuntimeTensor>();
 
-  constructor(runtime: Runtime, data: Data, width: number) {
-    this.#runtime = runtime;
-    this.data = data;
+  constructor(memory: RuntimeMemory, width: number) {
+    this.#memory = memory;
     this.width = width;
   }
 
@@ -21,14 +20,31 @@ export class Rows<Data extends TensorData = Float32Array> {
     return this.#view(0, rows, this.width === 0 ? [rows] : [rows, this.width]);
   }
 
-  /** The same memory as `first`. */
-  firstValues(rows: number): Data {
-    return this.data.subarray(0, rows * Math.max(1, this.width)) as Data;
+  /** [1, rows, width] from row `start`, or [rows] where width is 0. */
+  batch(start: number, rows: number): RuntimeTensor {
+    return this.#view(start, rows, this.width === 0 ? [rows] : [1, rows, this.width]);
   }
 
-  /** [1, rows, width] from row `start`. */
-  batch(start: number, rows: number): RuntimeTensor {
-    return this.#view(start, rows, [1, rows, this.width]);
+  /** The first rows as float32; see RuntimeMemory. */
+  read(rows: number): Float32Array {
+    return this.#memory.read(0, rows * this.width);
+  }
+
+  /** From the first row on. */
+  write(values: Float32Array | Int32Array | BigInt64Array): void {
+    this.#memory.write(0, values);
+  }
+
+  /** Copies `count` rows, from row `from` of the source, which is as wide, to row `to`. */
+  copyFrom(source: Rows, { from, to, count }: CopyRange): void {
+    const { width } = this;
+    this.#memory.copyFrom(source.#memory, { from: from * width, to: to * width, count: count * width });
+  }
+
+  close(): void {
+    this.#views.forEach((view) => view.release());
+    this.#views.clear();
+    this.#memory.release();
   }
 
   #view(start: number, rows: number, dims: readonly number[]): RuntimeTensor {
@@ -39,25 +55,11 @@ export class Rows<Data extends TensorData = Float32Array> {
         this.#views.forEach((old) => old.release());
         this.#views.clear();
       }
-      const unit = Math.max(1, this.width);
-      view = this.#runtime.tensor(this.data.subarray(start * unit, (start + rows) * unit), dims);
+      view = this.#memory.tensor(start * Math.max(1, this.width), dims);
       this.#views.set(key, view);
     }
     return view;
   }
-}
-
-/** Copies `count` rows, from row `from` of the source to row `to` of the target, which is as wide. */
-export function copyRows(
-  source: Rows,
-  target: Rows,
-  rows: { readonly from: number; readonly to: number; readonly count: number },
-): void {
-  const { from, to, count } = rows;
-  target.data.set(
-    source.data.subarray(from * source.width, (from + count) * source.width),
-    to * target.width,
-  );
 }
 
 /** Views are small but native; a buffer's row ranges would otherwise add up to the square of its rows. */
@@ -67,10 +69,12 @@ const maxViews = 1024;
 export interface Scratch {
   readonly maxRows: number;
   readonly maxHeadRows: number;
-  readonly tokenIds: Rows<BigInt64Array>; // int64 [rows]
+  readonly tokenIds: Rows; // int64 [rows]
   readonly residual: Rows; // [rows, H]
   readonly residualNext: Rows; // [rows, H]
   readonly delta: Rows; // [rows, H]
+  /** Never written. */
+  readonly zero: Rows; // [rows, H]
   readonly deltaNext: Rows; // [rows, H]
   readonly qkv: Rows; // [rows, W]
   readonly attended: Rows; // [rows, Q]
@@ -83,20 +87,22 @@ export interface Scratch {
   /** Rank 0: every rank's logits as they arrive, and all of them in one row each. */
   readonly gathered: readonly Float32Array[];
   readonly logits: Float32Array; // [headRows, V]
-  /** By span of the pass. */
-  readonly spanScalars: readonly SpanScalars[];
+  /** By span of the pass, GroupQueryAttention's `seqlensK`: its positions minus one. */
+  readonly lastPositions: Rows; // int32 [spans]
+  /** By span of the pass, its positions; read on the host. */
+  readonly totals: readonly Total[];
 }
 
-/** GroupQueryAttention's two lengths: `seqlensK` int32 [1] is the total minus one, `total` int32 [] the total. */
-export interface SpanScalars {
-  readonly lastPosition: Int32Array;
-  readonly lastPositionTensor: RuntimeTensor;
-  readonly total: Int32Array;
-  readonly totalTensor: RuntimeTensor;
+/** GroupQueryAttention's `total`, int32 []. */
+export interface Total {
+  readonly value: Int32Array;
+  readonly tensor: RuntimeTensor;
 }
 
 /** Widths of a rank's rows, and how many there may be. */
 export interface ScratchShape {
+  /** Of activations. */
+  readonly floatType: FloatType;
   readonly maxRows: number;
   readonly maxHeadRows: number;
   /** H */
@@ -111,20 +117,21 @@ export interface ScratchShape {
   readonly gathered: readonly number[];
 }
 
-/** Allocates all rows. They live as long as the runtime that made their views. */
+/** Allocates all rows. The caller ends them with `closeScratch`. */
 export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
   const { maxRows, maxHeadRows } = shape;
-  const rows = (count: number, width: number): Rows =>
-    new Rows(runtime, new Float32Array(count * width), width);
+  const rows = (count: number, width: number, type: ElementType = shape.floatType): Rows =>
+    new Rows(runtime.allocate(type, count * Math.max(1, width)), width);
   const hiddenRows = (): Rows => rows(maxRows, shape.hidden);
   const vocabulary = shape.gathered.reduce((sum, count) => sum + count, 0);
   return {
     maxRows,
     maxHeadRows,
-    tokenIds: new Rows(runtime, new BigInt64Array(maxRows), 0),
+    tokenIds: rows(maxRows, 0, 'int64'),
     residual: hiddenRows(),
     residualNext: hiddenRows(),
     delta: hiddenRows(),
+    zero: hiddenRows(),
     deltaNext: hiddenRows(),
     // One more row, for attention's neighbour of a last single row.
     qkv: rows(maxRows + 1, shape.qkv),
@@ -134,20 +141,23 @@ export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
     draftHidden: hiddenRows(),
     draftNormed: hiddenRows(),
     headInput: rows(maxHeadRows, shape.hidden),
-    headOutput: rows(maxHeadRows, shape.vocabulary),
+    headOutput: rows(maxHeadRows, shape.vocabulary, 'float'),
     gathered: shape.gathered.map((count) => new Float32Array(maxHeadRows * count)),
     logits: new Float32Array(maxHeadRows * vocabulary),
-    spanScalars: Array.from({ length: maxRows }, () => createSpanScalars(runtime)),
+    lastPositions: rows(maxRows, 0, 'int32'),
+    totals: Array.from({ length: maxRows }, () => {
+      const value = new Int32Array(1);
+      return { value, tensor: runtime.tensor(value, []) };
+    }),
   };
 }
 
-function createSpanScalars(runtime: Runtime): SpanScalars {
-  const lastPosition = new Int32Array(1);
-  const total = new Int32Array(1);
-  return {
-    lastPosition,
-    lastPositionTensor: runtime.tensor(lastPosition, [1]),
-    total,
-    totalTensor: runtime.tensor(total, []),
-  };
+/** Releases all rows. */
+export function closeScratch(scratch: Scratch): void {
+  for (const part of Object.values(scratch) as readonly unknown[]) {
+    if (part instanceof Rows) {
+      part.close();
+    }
+  }
+  scratch.totals.forEach(({ tensor }) => tensor.release());
 }

@@ -8,10 +8,10 @@ import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/errors';
 import type { Collective } from '../collective/collective.ts';
 import { planShards } from '../model/shard-plan.ts';
-import type { ShardManifest } from '../model/shard.ts';
+import { activationType, type ShardManifest } from '../model/shard.ts';
 import type { Runtime, Segment } from '../runtime/runtime.ts';
 import { KvBuffers } from './kv-buffers.ts';
-import { copyRows, createScratch, type Rows, type Scratch } from './scratch.ts';
+import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
 import { countHeadRows, type ConfigurePlan, type PassPlan, type RowSpan } from './step-plan.ts';
 
 export interface ShardRunnerOptions {
@@ -25,6 +25,12 @@ export interface ShardRunnerOptions {
 /** What a configured shard computes in. */
 interface Memory extends Scratch {
   readonly kv: KvBuffers;
+}
+
+/** `isFirst`: nothing to add to the residual yet. */
+interface LayerPlace {
+  readonly layer: number;
+  readonly isFirst: boolean;
 }
 
 interface Block {
@@ -67,6 +73,13 @@ export class ShardRunner {
       mlp: load(`${prefix}.mlp`),
     });
     const { config, tensorParallel, precision } = manifest;
+    const floatType = activationType(precision);
+    if (!runtime.floatTypes.includes(floatType)) {
+      throw new ClusterError(
+        'failed_precondition',
+        `${directory}: precision ${precision} computes in ${floatType}; this runtime computes in ${runtime.floatTypes.join(' or ')}`,
+      );
+    }
     this.#embed = load('embed');
     this.#attention = load('attention');
     this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
@@ -83,11 +96,13 @@ export class ShardRunner {
 
   /** Allocates scratch rows and the KV pool. */
   configure(plan: ConfigurePlan, blockTokens: number): void {
-    const { config, tensorParallel, vocabRows } = this.manifest;
+    const { config, tensorParallel, vocabRows, precision } = this.manifest;
+    const floatType = activationType(precision);
     const leads = this.#collective.rank === 0;
     const scratch = createScratch(this.#runtime, {
       maxRows: plan.maxRows,
       maxHeadRows: plan.maxHeadRows,
+      floatType,
       hidden: config.hiddenSize,
       attended: (config.queryHeads / tensorParallel) * config.headDim,
       qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
@@ -95,6 +110,7 @@ export class ShardRunner {
       gathered: leads ? this.#rankVocabulary : [],
     });
     const kv = new KvBuffers(this.#runtime, {
+      floatType,
       layers: config.layers + (this.#mtp === undefined ? 0 : 1),
       kvHeads: config.kvHeads / tensorParallel,
       headDim: config.headDim,
@@ -126,16 +142,19 @@ export class ShardRunner {
   }
 
   close(): void {
-    this.#memory?.kv.close();
-    this.#memory = undefined;
+    if (this.#memory !== undefined) {
+      this.#memory.kv.close();
+      closeScratch(this.#memory);
+      this.#memory = undefined;
+    }
   }
 
   #forward(plan: PassPlan, memory: Memory): Float32Array {
     const rows = plan.tokenIds.length;
     this.#embedInto(plan.tokenIds, memory.residual, memory); // [rows, H]
-    memory.delta.firstValues(rows).fill(0);
+    this.#placeSpans(plan.spans, memory);
     for (const [layer, block] of this.#blocks.entries()) {
-      this.#runBlock(block, layer, plan.spans, memory);
+      this.#runBlock(block, { layer, isFirst: layer === 0 }, plan.spans, memory);
     }
     this.#runtime.run(
       this.#final,
@@ -153,7 +172,7 @@ export class ShardRunner {
     const source = this.manifest.mtpHidden === 'pre-norm' ? memory.hidden : memory.normed;
     let row = 0;
     for (const span of plan.spans) {
-      copyRows(source, memory.draftHidden, { from: span.hiddenRow, to: row, count: span.rows }); // [span.rows, H]
+      memory.draftHidden.copyFrom(source, { from: span.hiddenRow, to: row, count: span.rows }); // [span.rows, H]
       row += span.rows;
     }
     this.#embedInto(plan.tokenIds, memory.residualNext, memory); // [rows, H]
@@ -162,8 +181,8 @@ export class ShardRunner {
       [memory.draftHidden.first(rows), memory.residualNext.first(rows)],
       [memory.residual.first(rows)],
     );
-    memory.delta.firstValues(rows).fill(0);
-    this.#runBlock(this.#mtp.block, this.#blocks.length, plan.spans, memory);
+    this.#placeSpans(plan.spans, memory);
+    this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, plan.spans, memory);
     this.#runtime.run(
       this.#mtp.final,
       [memory.residual.first(rows), memory.delta.first(rows)],
@@ -173,40 +192,61 @@ export class ShardRunner {
   }
 
   #embedInto(tokenIds: Int32Array, target: Rows, memory: Memory): void {
-    for (const [i, tokenId] of tokenIds.entries()) {
-      memory.tokenIds.data[i] = BigInt(tokenId);
-    }
+    memory.tokenIds.write(BigInt64Array.from(tokenIds, BigInt));
     this.#runtime.run(this.#embed, [memory.tokenIds.first(tokenIds.length)], [target.first(tokenIds.length)]);
   }
 
-  /** `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. */
-  #runBlock(block: Block, layer: number, spans: readonly RowSpan[], memory: Memory): void {
+  /** Where attention finds and puts each span: the same in every layer of a pass. */
+  #placeSpans(spans: readonly RowSpan[], { lastPositions, totals }: Memory): void {
+    const ends = spans.map((span) => span.start + attentionRows(span.rows));
+    lastPositions.write(Int32Array.from(ends, (end) => end - 1));
+    ends.forEach((end, i) => (totals[i]!.value[0] = end));
+  }
+
+  /** Adds the ranks' shares of the first rows, in place. */
+  #addRanks(shares: Rows, rows: number): void {
+    if (this.#collective.worldSize > 1) {
+      const values = shares.read(rows);
+      this.#collective.allReduce(values);
+      shares.write(values);
+    }
+  }
+
+  /**
+   * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
+   * layer takes no delta.
+   */
+  #runBlock(block: Block, at: LayerPlace, spans: readonly RowSpan[], memory: Memory): void {
     const runtime = this.#runtime;
     const rows = spans.reduce((sum, span) => sum + span.rows, 0);
     const residual = memory.residual.first(rows);
     const residualNext = memory.residualNext.first(rows);
     const delta = memory.delta.first(rows);
     const deltaNext = memory.deltaNext.first(rows);
-    runtime.run(block.qkv, [residual, delta], [residualNext, memory.qkv.first(rows)]); // [rows, W]
+    const deltaIn = at.isFirst ? memory.zero.first(rows) : delta;
+    runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
     let row = 0;
     for (const [i, span] of spans.entries()) {
       // One run a sequence: the kernel refuses a batch of several with more than one row and a past.
-      const { key, value } = memory.kv.layer(span.slot, layer); // [1, kvHeads/T, capacity, D]
+      const { key, value } = memory.kv.layer(span.slot, at.layer); // [1, kvHeads/T, capacity, D]
       const attendedRows = attentionRows(span.rows);
-      const scalars = memory.spanScalars[i]!;
-      scalars.lastPosition[0] = span.start + attendedRows - 1;
-      scalars.total[0] = span.start + attendedRows;
       runtime.run(
         this.#attention,
-        [memory.qkv.batch(row, attendedRows), key, value, scalars.lastPositionTensor, scalars.totalTensor],
+        [
+          memory.qkv.batch(row, attendedRows),
+          key,
+          value,
+          memory.lastPositions.batch(i, 1),
+          memory.totals[i]!.tensor,
+        ],
         [memory.attended.batch(row, attendedRows), key, value], // [1, attendedRows, Q]
       );
       row += span.rows;
     }
     runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
-    this.#collective.allReduce(memory.deltaNext.firstValues(rows));
+    this.#addRanks(memory.deltaNext, rows);
     runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
-    this.#collective.allReduce(memory.delta.firstValues(rows));
+    this.#addRanks(memory.delta, rows);
   }
 
   #runHead(plan: PassPlan, normed: Rows, memory: Memory): Float32Array {
@@ -218,7 +258,11 @@ export class ShardRunner {
     let headRow = 0;
     for (const span of plan.spans) {
       row += span.rows;
-      copyRows(normed, memory.headInput, { from: row - span.headRows, to: headRow, count: span.headRows });
+      memory.headInput.copyFrom(normed, {
+        from: row - span.headRows,
+        to: headRow,
+        count: span.headRows,
+      });
       headRow += span.headRows;
     }
     const output = memory.headOutput.first(headRows); // [headRows, this rank's vocabulary]
@@ -228,7 +272,7 @@ export class ShardRunner {
 
   /** Rank 0: [headRows, V]; other ranks: nothing. */
   #gatherLogits(headRows: number, memory: Memory): Float32Array {
-    const local = memory.headOutput.firstValues(headRows);
+    const local = memory.headOutput.read(headRows);
     if (this.#collective.worldSize === 1) {
       return local;
     }

@@ -54,7 +54,7 @@ describe('parseCompileArgs', () => {
       '--model: must name a directory, is missing',
       '--out: must name a directory, is missing',
       '--tensor-parallel: must be an integer from 1, is 0',
-      '--precision: must be fp32 or int8 or int4, is int9',
+      '--precision: must be fp32 or fp16 or bf16 or int8 or int4, is int9',
       '--accuracy-level: must be 4 or 0, is 2',
       '--max-positions: must be an integer from 1, is x',
     ].join('; ');

@@ -4,6 +4,7 @@
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
 import { compile, type CompileOptions, type CompileProgress } from './compile.ts';
+import { precisions } from './shard.ts';
 
 /** The flags of `mimo compile`, for its usage text. */
 export const compileUsage = `mimo compile --model DIR --out DIR [options]
@@ -69,7 +70,7 @@ export function parseCompileArgs(argv: readonly string[]): CompileOptions {
     modelDirectory: values.model ?? '',
     outDirectory: values.out ?? '',
     tensorParallel: count('tensor-parallel', values['tensor-parallel']),
-    precision: choice('precision', values.precision, ['fp32', 'int8', 'int4']) ?? 'int8',
+    precision: choice('precision', values.precision, precisions) ?? 'int8',
     mtpHidden: choice('mtp-hidden', values['mtp-hidden'], ['pre-norm', 'post-norm']) ?? 'pre-norm',
     accuracyLevel: choice('accuracy-level', values['accuracy-level'], ['4', '0']) === '0' ? 0 : 4,
     ...(maxPositions === undefined ? {} : { maxPositions: count('max-positions', maxPositions) }),

@@ -136,10 +136,10 @@ async function reserveFiles(
 
 async function writeRank(directory: string, { manifest, segments, layout }: RankOutput): Promise<void> {
   const own = rankDirectory(directory, manifest.rank);
-  for (const { file, offset, values } of layout.constants) {
+  for (const { file, offset, bytes } of layout.constants) {
     const weights = await open(join(own, file), 'r+');
     try {
-      await weights.write(values, 0, values.byteLength, offset);
+      await weights.write(bytes, 0, bytes.length, offset);
     } finally {
       await weights.close();
     }

@@ -7,9 +7,15 @@
 
 import { backboneTensors } from './checkpoint.ts';
 import type { ModelConfig } from './model-config.ts';
-import { encodeModel, type GraphNode, type GraphValue, type GraphWeight } from './onnx-graph.ts';
+import {
+  elementTypes,
+  encodeModel,
+  type GraphNode,
+  type GraphValue,
+  type GraphWeight,
+} from './onnx-graph.ts';
 import type { ElementDtype } from './safetensors.ts';
-import type { Precision, SegmentEntry } from './shard.ts';
+import { activationType, type Precision, type SegmentEntry } from './shard.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from './shard-plan.ts';
 import { createWeightLayout, type Part, type WeightLayout } from './weight-layout.ts';
 
@@ -34,7 +40,7 @@ export interface RankSegments {
 
 /** Builds every segment of one rank. */
 export function buildSegments(spec: RankSpec): RankSegments {
-  const layout = createWeightLayout();
+  const layout = createWeightLayout(activationType(spec.precision));
   const segments: { entry: SegmentEntry; model: Uint8Array }[] = [];
   const add = (name: string, fill: (segment: Segment) => void): void => {
     const segment = createSegment(spec, layout);
@@ -87,7 +93,8 @@ function fillEmbed(segment: Segment): void {
     ),
   ); // [vocab, H], as stored
   segment.node({ op: 'Gather', inputs: [table, 'tokenIds'], outputs: ['row'], ints: { axis: 0 } });
-  segment.node({ op: 'Cast', inputs: ['row'], outputs: ['hidden'], ints: { to: 1 } });
+  const to = elementTypes[activationType(segment.spec.precision)];
+  segment.node({ op: 'Cast', inputs: ['row'], outputs: ['hidden'], ints: { to } });
   segment.output('hidden', ['rows', hiddenSize]);
 }
 
@@ -188,9 +195,10 @@ function fillFinal(segment: Segment, norm: string): void {
 function fillHead(segment: Segment): void {
   const { config, plan } = segment.spec;
   segment.input('normed', ['n', config.hiddenSize]);
+  const isHalf = activationType(segment.spec.precision) !== 'float';
   linear(segment, {
     input: 'normed', // [n, H]
-    output: 'logits', // [n, V]
+    output: isHalf ? 'halfLogits' : 'logits', // [n, V]
     name: 'weight', // [V, H]
     parts: [
       rowsOf(
@@ -200,7 +208,11 @@ function fillHead(segment: Segment): void {
       ),
     ],
   });
-  segment.output('logits', ['n', rangeLength(plan.vocabulary)]);
+  if (isHalf) {
+    const to = elementTypes.float;
+    segment.node({ op: 'Cast', inputs: ['halfLogits'], outputs: ['logits'], ints: { to } });
+  }
+  segment.output('logits', ['n', rangeLength(plan.vocabulary)], 'float');
 }
 
 function fillDraftInput(segment: Segment, source: string): void {
@@ -263,7 +275,7 @@ interface Linear {
 function linear(segment: Segment, { input, output, name, parts, bias }: Linear): void {
   const { precision, accuracyLevel } = segment.spec;
   const biasNames = bias === undefined ? [] : [segment.weight(segment.layout.plain('bias', bias))];
-  if (precision === 'fp32') {
+  if (precision !== 'int8' && precision !== 'int4') {
     // Gemm takes the matrix as the checkpoint lays it out; MatMul would want it transposed.
     const weight = segment.weight(segment.layout.plain(name, parts));
     segment.node({
@@ -322,7 +334,7 @@ interface Segment {
   readonly weights: readonly GraphWeight[];
   readonly nodes: readonly GraphNode[];
   input(name: string, dims: GraphValue['dims'], type?: GraphValue['type']): void;
-  output(name: string, dims: GraphValue['dims']): void;
+  output(name: string, dims: GraphValue['dims'], type?: GraphValue['type']): void;
   /** Adds a weight and returns its name. */
   weight(weight: GraphWeight): string;
   node(node: GraphNode): void;
@@ -333,6 +345,7 @@ function createSegment(spec: RankSpec, layout: WeightLayout): Segment {
   const outputs: GraphValue[] = [];
   const weights: GraphWeight[] = [];
   const nodes: GraphNode[] = [];
+  const floatType = activationType(spec.precision);
   return {
     spec,
     layout,
@@ -340,8 +353,8 @@ function createSegment(spec: RankSpec, layout: WeightLayout): Segment {
     outputs,
     weights,
     nodes,
-    input: (name, dims, type = 'float') => void inputs.push({ name, type, dims }),
-    output: (name, dims) => void outputs.push({ name, type: 'float', dims }),
+    input: (name, dims, type = floatType) => void inputs.push({ name, type, dims }),
+    output: (name, dims, type = floatType) => void outputs.push({ name, type, dims }),
     weight(weight) {
       weights.push(weight);
       return weight.name;

@@ -69,7 +69,7 @@ export function planShards(config: ModelConfig, tensorParallel: number, precisio
   if (vocabSize < tensorParallel) {
     problems.push(`tensorParallel ${tensorParallel} exceeds vocab_size ${vocabSize}`);
   }
-  if (precision !== 'fp32') {
+  if (precision === 'int8' || precision === 'int4') {
     const inputs = [
       ['hidden_size', hiddenSize],
       ['intermediate_size', intermediateSize],

@@ -24,10 +24,21 @@
 import { readFile, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { ClusterError } from '@mimo/core/errors';
+import type { FloatType } from '../runtime/element-type.ts';
 import type { ModelConfig } from './model-config.ts';
 
-/** How matrices are stored: fp32 as the reference, int8 block 32 (default), int4 block 32 (speed). */
-export type Precision = 'fp32' | 'int8' | 'int4';
+/**
+ * How matrices are stored: fp32 as the reference, int8 block 32 (default on CPUs), int4 block 32 (speed); fp16 and bf16
+ * for GPUs, where activations, keys and values have that type too (logits stay float).
+ */
+export const precisions = ['fp32', 'fp16', 'bf16', 'int8', 'int4'] as const;
+
+export type Precision = (typeof precisions)[number];
+
+/** The type of activations, keys and values: what every float input and output of a segment is, the logits aside. */
+export function activationType(precision: Precision): FloatType {
+  return precision === 'fp16' ? 'float16' : precision === 'bf16' ? 'bfloat16' : 'float';
+}
 
 /** Segment file names by segment name, e.g. `layer.0.qkv` -> `layer.0.qkv.onnx`. */
 export interface SegmentEntry {

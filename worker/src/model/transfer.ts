@@ -4,10 +4,11 @@
 
 import { closeSync, openSync, readSync, writeSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/errors';
+import { encodeHalves } from '../runtime/element-type.ts';
 import { decodeFloats, quantizeInt4, quantizeInt8 } from './quantize.ts';
 import { elementBytes, type TensorLocation } from './safetensors.ts';
 import { blockSize, type Range, rangeLength } from './shard-plan.ts';
-import { type Form, rowBytes, type Transfer } from './weight-layout.ts';
+import { type Form, rowBytes, storedTypes, type Transfer } from './weight-layout.ts';
 
 /** Some rows of one tensor and every place, on any rank, that takes part of them. */
 export interface TransferJob {
@@ -97,7 +98,8 @@ function readBand(source: number, job: TransferJob, rows: Range): (form: Form) =
 
   const made = new Map<Form, Band>();
   return (form) => {
-    const band = made.get(form) ?? makeForm(form, bytes, weights);
+    const band =
+      made.get(form) ?? makeForm(form === storedTypes[tensor.dtype] ? 'stored' : form, bytes, weights);
     made.set(form, band);
     return band;
   };
@@ -107,8 +109,11 @@ function makeForm(form: Form, stored: Uint8Array, weights: Float32Array<ArrayBuf
   if (form === 'stored') {
     return { values: stored };
   }
-  if (form === 'fp32') {
+  if (form === 'float') {
     return { values: new Uint8Array(weights.buffer) };
+  }
+  if (form === 'float16' || form === 'bfloat16') {
+    return { values: new Uint8Array(encodeHalves(weights, form).buffer) };
   }
   const values = new Uint8Array(rowBytes(form, weights.length));
   const scales = new Float32Array(weights.length / blockSize);

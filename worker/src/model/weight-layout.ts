@@ -1,12 +1,13 @@
 // Where each weight of one rank lies in its files, and which part of which checkpoint tensor goes there. Owns offsets
 // and byte lengths of every storage form; pure, so a shard's layout is known before the first weight is read.
 
-import type { ElementType, GraphWeight } from './onnx-graph.ts';
+import { elementBytes, encodeHalves, type FloatType } from '../runtime/element-type.ts';
+import type { GraphWeight } from './onnx-graph.ts';
 import { blockSize, type Range, rangeLength } from './shard-plan.ts';
 import type { ElementDtype } from './safetensors.ts';
 
-/** How the elements of a transfer are written: as the checkpoint stores them, as fp32, or in quantised blocks. */
-export type Form = 'stored' | 'fp32' | 'int8' | 'int4';
+/** How the elements of a transfer are written: as the checkpoint stores them, as floats, or in quantised blocks. */
+export type Form = 'stored' | FloatType | 'int8' | 'int4';
 
 /** A rectangle of a checkpoint tensor; vectors are matrices of one column. */
 export interface Part {
@@ -28,7 +29,7 @@ export interface Transfer extends Part {
 export interface Constant {
   readonly file: string;
   readonly offset: number;
-  readonly values: Float32Array<ArrayBuffer>;
+  readonly bytes: Uint8Array<ArrayBuffer>;
 }
 
 /** Allocates weights one after another; what it hands out goes into graphs, what it collects into the compile. */
@@ -37,7 +38,7 @@ export interface WeightLayout {
   readonly constants: readonly Constant[];
   /** Bytes of each file so far. */
   readonly fileBytes: ReadonlyMap<string, number>;
-  /** Parts of equal width one below the other, [rows, columns], as fp32 or as stored. */
+  /** Parts of equal width one below the other, [rows, columns], in the layout's float type or as stored. */
   plain(name: string, parts: readonly Part[], stored?: ElementDtype): GraphWeight;
   /** As `plain`, in the blocks and scales that MatMulNBits takes. */
   quantized(name: string, parts: readonly Part[], bits: 4 | 8): { blocks: GraphWeight; scales: GraphWeight };
@@ -55,20 +56,20 @@ export function isSharedCopy(file: string, rank: number): boolean {
 }
 
 const alignmentBytes = 64;
-const floatBytes = 4;
-const storedTypes = {
-  BF16: { type: 'bfloat16', bytes: 2 },
-  F16: { type: 'float16', bytes: 2 },
-  F32: { type: 'float', bytes: 4 },
-} as const satisfies Record<ElementDtype, { type: ElementType; bytes: number }>;
+/** How the checkpoint's types are called in graphs. */
+export const storedTypes = {
+  BF16: 'bfloat16',
+  F16: 'float16',
+  F32: 'float',
+} as const satisfies Record<ElementDtype, FloatType>;
 
-/** Bytes that one row of `columns` takes in a form; scales are counted apart. */
-export function rowBytes(form: Exclude<Form, 'stored'>, columns: number): number {
-  return form === 'fp32' ? columns * floatBytes : form === 'int8' ? columns : columns / 2;
+/** Bytes that one row of `columns` takes in quantised blocks; scales are counted apart. */
+export function rowBytes(form: 'int8' | 'int4', columns: number): number {
+  return form === 'int8' ? columns : columns / 2;
 }
 
-/** A fresh, empty layout. */
-export function createWeightLayout(): WeightLayout {
+/** A fresh, empty layout; `floatType` is that of everything that is neither quantised nor kept as stored. */
+export function createWeightLayout(floatType: FloatType): WeightLayout {
   const transfers: Transfer[] = [];
   const constants: Constant[] = [];
   const fileBytes = new Map<string, number>();
@@ -88,7 +89,8 @@ export function createWeightLayout(): WeightLayout {
     fileBytes,
     plain(name, parts, stored) {
       const { rows, columns } = shapeOf(parts);
-      const { type, bytes } = stored === undefined ? storedTypes.F32 : storedTypes[stored];
+      const type = stored === undefined ? floatType : storedTypes[stored];
+      const bytes = elementBytes[type];
       const weight = allocate(stored === undefined ? weightsFile : sharedFile, {
         name,
         type,
@@ -97,7 +99,7 @@ export function createWeightLayout(): WeightLayout {
       });
       let row = 0;
       for (const part of parts) {
-        const form = stored === undefined ? 'fp32' : 'stored';
+        const form = stored === undefined ? floatType : 'stored';
         transfers.push({
           ...part,
           form,
@@ -123,7 +125,7 @@ export function createWeightLayout(): WeightLayout {
         name: `${name}.scales`,
         type: 'float',
         dims: [rows, rowBlocks],
-        bytes: rows * rowBlocks * floatBytes,
+        bytes: rows * rowBlocks * elementBytes.float,
       });
       let row = 0;
       for (const part of parts) {
@@ -132,15 +134,17 @@ export function createWeightLayout(): WeightLayout {
           form,
           file: weightsFile,
           offset: blocks.offset + row * rowBytes(form, columns),
-          scalesOffset: scales.offset + row * rowBlocks * floatBytes,
+          scalesOffset: scales.offset + row * rowBlocks * elementBytes.float,
         });
         row += rangeLength(part.rows);
       }
       return { blocks, scales };
     },
     constant(name, dims, values) {
-      const weight = allocate(weightsFile, { name, type: 'float', dims, bytes: values.byteLength });
-      constants.push({ file: weight.file, offset: weight.offset, values });
+      const encoded = floatType === 'float' ? values : encodeHalves(values, floatType);
+      const bytes = new Uint8Array(encoded.buffer);
+      const weight = allocate(weightsFile, { name, type: floatType, dims, bytes: bytes.length });
+      constants.push({ file: weight.file, offset: weight.offset, bytes });
       return weight;
     },
   };

@@ -1,14 +1,19 @@
 // ONNX Runtime through its C API: koffi on the library that onnxruntime-node bundles. Owns the function table, the
 // environment with one global thread pool, and the pointer arrays of each segment. Knows no model.
-// Slots of OrtApi are those of onnxruntime_c_api.h up to version 8, which upstream freezes with static asserts.
+// Slots of OrtApi are those of onnxruntime_c_api.h up to version 11, which upstream freezes with static asserts.
 // Deliberate difference from the public binding: outputs are written where the caller says and are never copied.
 
+import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import * as path from 'node:path';
 import koffi from 'koffi';
 import { ClusterError } from '@mimo/core/errors';
+import { CudaDevice, DeviceMemory } from './cuda-device.ts';
+import { elementBytes, type ElementType, type FloatType } from './element-type.ts';
+import { HostMemory } from './host-memory.ts';
 import type {
   Runtime,
+  RuntimeMemory,
   RuntimeOptions,
   RuntimeTensor,
   Segment,
@@ -22,24 +27,30 @@ type Pointer = bigint | null;
 /** Calls one slot of the OrtApi table. */
 type ApiFunction = (...args: readonly unknown[]) => Pointer;
 
-const apiVersion = 8;
+const apiVersion = 11;
 const logLevelError = 3;
+const ortDeviceAllocator = 0;
 const ortArenaAllocator = 1;
 const ortMemTypeDefault = 0;
 
-function elementType(data: TensorData): number {
-  return data instanceof Float32Array ? 1 : data instanceof Int32Array ? 6 : 7;
-}
+/** ONNXTensorElementDataType. */
+const elementTypes: Readonly<Record<ElementType, number>> = {
+  float: 1,
+  int32: 6,
+  int64: 7,
+  float16: 10,
+  bfloat16: 16,
+};
 
-function libraryPath(): string {
+function bundledLibrary(): string {
   const root = path.dirname(createRequire(import.meta.url).resolve('onnxruntime-node/package.json'));
   const file = process.platform === 'darwin' ? 'libonnxruntime.1.30.0.dylib' : 'libonnxruntime.so.1';
   return path.join(root, 'bin', 'napi-v6', process.platform, process.arch, file);
 }
 
 /** The function table. Loaded once per thread and never dropped: koffi unloads a library whose handle is collected. */
-function loadApi() {
-  const library = koffi.load(libraryPath());
+function loadApi(file: string) {
+  const library = koffi.load(file);
   const base: Pointer = library.func('OrtGetApiBase', 'void *', [])();
   const getApi = koffi.decode(koffi.decode(base, 0, 'void *'), koffi.proto('void *', ['uint32_t']));
   const table: Pointer = getApi(apiVersion);
@@ -52,13 +63,16 @@ function loadApi() {
     createSession: status(7, ['void *', 'str', 'void *', '_Out_ void **']),
     run: status(9, ['void *', 'void *', 'void *', 'void *', 'size_t', 'void *', 'size_t', 'void *']),
     createSessionOptions: status(10, ['_Out_ void **']),
+    createRunOptions: status(39, ['_Out_ void **']),
     createTensor: status(49, ['void *', 'void *', 'size_t', 'void *', 'size_t', 'int', '_Out_ void **']),
+    createMemoryInfo: status(68, ['str', 'int', 'int', 'int', '_Out_ void **']),
     createCpuMemoryInfo: status(69, ['int', 'int', '_Out_ void **']),
     releaseEnv: slot(92, 'void', ['void *']),
     releaseStatus: slot(93, 'void', ['void *']),
     releaseMemoryInfo: slot(94, 'void', ['void *']),
     releaseSession: slot(95, 'void', ['void *']),
     releaseValue: slot(96, 'void', ['void *']),
+    releaseRunOptions: slot(97, 'void', ['void *']),
     releaseSessionOptions: slot(100, 'void', ['void *']),
     createEnvWithGlobalThreadPools: status(119, ['int', 'str', 'void *', '_Out_ void **']),
     disablePerSessionThreads: status(120, ['void *']),
@@ -69,19 +83,47 @@ function loadApi() {
     setGlobalIntraOpThreads: status(147, ['void *', 'int']),
     setGlobalInterOpThreads: status(148, ['void *', 'int']),
     setGlobalSpinControl: status(149, ['void *', 'int']),
+    addRunConfigEntry: status(165, ['void *', 'str', 'str']),
+    appendCuda: status(204, ['void *', 'void *']),
+    createCudaOptions: status(205, ['_Out_ void **']),
+    updateCudaOptions: status(206, ['void *', 'void *', 'void *', 'size_t']),
+    releaseCudaOptions: slot(208, 'void', ['void *']),
   };
 }
 
-let loadedApi: ReturnType<typeof loadApi> | undefined;
+const loadedApis = new Map<string, ReturnType<typeof loadApi>>();
+
+/** What CUDA adds to a runtime. */
+interface CudaBinding {
+  readonly device: CudaDevice;
+  readonly memory: bigint;
+  readonly runOptions: bigint;
+}
+
+/** The provider is a library of its own, which ONNX Runtime looks for beside itself. */
+function assertCudaProvider(library: string): void {
+  const names = ['libonnxruntime_providers_shared.so', 'libonnxruntime_providers_cuda.so'];
+  const missing = [library, ...names.map((name) => path.join(path.dirname(library), name))].filter(
+    (file) => !existsSync(file),
+  );
+  if (missing.length > 0) {
+    throw new ClusterError(
+      'failed_precondition',
+      `executionProvider cuda: needs ${missing.join(', ')} (from onnxruntime-gpu 1.30.0); libraryPath names libonnxruntime`,
+    );
+  }
+}
 
 class CapiTensor implements RuntimeTensor {
   // Nothing on the native side roots JavaScript memory: this reference keeps it alive.
-  readonly data: TensorData;
+  readonly data?: TensorData;
   pointer: bigint;
   readonly #release: (tensor: CapiTensor) => void;
 
-  constructor(data: TensorData, pointer: bigint, release: (tensor: CapiTensor) => void) {
-    this.data = data;
+  constructor(data: TensorData | undefined, pointer: bigint, release: (tensor: CapiTensor) => void) {
+    if (data !== undefined) {
+      this.data = data;
+    }
     this.pointer = pointer;
     this.#release = release;
   }
@@ -106,8 +148,8 @@ class CapiSegment implements Segment {
     this.name = source.name;
     this.session = session;
     this.nameBytes = [...inputs, ...outputs];
-    this.inputNames = BigUint64Array.from(inputs, (bytes) => koffi.address(bytes));
-    this.outputNames = BigUint64Array.from(outputs, (bytes) => koffi.address(bytes));
+    this.inputNames = addresses(inputs);
+    this.outputNames = addresses(outputs);
     this.inputPointers = new BigUint64Array(inputs.length);
     this.outputPointers = new BigUint64Array(outputs.length);
   }
@@ -115,9 +157,12 @@ class CapiSegment implements Segment {
 
 class OrtCapiRuntime implements Runtime {
   readonly implementation = 'ort-capi';
+  readonly floatTypes: readonly FloatType[];
   readonly #api: ReturnType<typeof loadApi>;
   readonly #env: bigint;
   readonly #memory: bigint;
+  /** None on the CPU. */
+  readonly #cuda: CudaBinding | undefined;
   readonly #sessionOptions: bigint;
   readonly #segments: CapiSegment[] = [];
   readonly #tensors = new Set<CapiTensor>();
@@ -130,8 +175,13 @@ class OrtCapiRuntime implements Runtime {
   #closed = false;
 
   constructor(options: RuntimeOptions) {
-    this.#api = loadedApi ??= loadApi();
-    const api = this.#api;
+    const file = options.libraryPath ?? bundledLibrary();
+    if (options.executionProvider === 'cuda') {
+      assertCudaProvider(file);
+    }
+    const api = loadedApis.get(file) ?? loadApi(file);
+    loadedApis.set(file, api);
+    this.#api = api;
     const threading = this.#create((out) => api.createThreadingOptions(out));
     this.#check(api.setGlobalIntraOpThreads(threading, options.intraOpThreads));
     this.#check(api.setGlobalInterOpThreads(threading, 1));
@@ -145,6 +195,9 @@ class OrtCapiRuntime implements Runtime {
     this.#sessionOptions = this.#create((out) => api.createSessionOptions(out));
     this.#check(api.disablePerSessionThreads(this.#sessionOptions));
     this.#check(api.addConfigEntry(this.#sessionOptions, 'session.use_env_allocators', '1'));
+    this.#cuda = options.executionProvider === 'cuda' ? this.#bindCuda() : undefined;
+    // GroupQueryAttention has no kernel for float on CUDA, and dense products none for bfloat16 on the CPU.
+    this.floatTypes = this.#cuda === undefined ? ['float', 'float16'] : ['float16', 'bfloat16'];
   }
 
   loadSegment(source: SegmentSource): Segment {
@@ -163,12 +216,28 @@ class OrtCapiRuntime implements Runtime {
     return segment;
   }
 
-  tensor(data: TensorData, dims: readonly number[]): RuntimeTensor {
+  tensor(data: Float32Array | Int32Array | BigInt64Array, dims: readonly number[]): RuntimeTensor {
+    const type = data instanceof Float32Array ? 'float' : data instanceof Int32Array ? 'int32' : 'int64';
+    return this.#view(data, dims, type);
+  }
+
+  allocate(type: ElementType, length: number): RuntimeMemory {
+    const view = (at: TensorData | bigint, dims: readonly number[], of: ElementType): RuntimeTensor =>
+      this.#view(at, dims, of);
+    return this.#cuda === undefined
+      ? new HostMemory(type, length, view)
+      : new DeviceMemory(this.#cuda.device, { type, length }, view);
+  }
+
+  #view(at: TensorData | bigint, dims: readonly number[], type: ElementType): RuntimeTensor {
     const shape = BigInt64Array.from(dims, BigInt);
+    const onDevice = typeof at === 'bigint';
+    const bytes = onDevice ? dims.reduce((product, dim) => product * dim, elementBytes[type]) : at.byteLength;
+    const memory = onDevice ? this.#cuda?.memory : this.#memory;
     const pointer = this.#create((out) =>
-      this.#api.createTensor(this.#memory, data, data.byteLength, shape, dims.length, elementType(data), out),
+      this.#api.createTensor(memory, at, bytes, shape, dims.length, elementTypes[type], out),
     );
-    const tensor = new CapiTensor(data, pointer, this.#releaseTensor);
+    const tensor = new CapiTensor(onDevice ? undefined : at, pointer, this.#releaseTensor);
     this.#tensors.add(tensor);
     return tensor;
   }
@@ -179,7 +248,7 @@ class OrtCapiRuntime implements Runtime {
     fillPointers(target.outputPointers, outputs);
     const status = this.#api.run(
       target.session,
-      null,
+      this.#cuda?.runOptions ?? null,
       target.inputNames,
       target.inputPointers,
       inputs.length,
@@ -197,6 +266,7 @@ class OrtCapiRuntime implements Runtime {
       return;
     }
     this.#closed = true;
+    this.#cuda?.device.synchronize();
     for (const tensor of this.#tensors) {
       tensor.release();
     }
@@ -205,7 +275,41 @@ class OrtCapiRuntime implements Runtime {
     }
     this.#api.releaseSessionOptions(this.#sessionOptions);
     this.#api.releaseMemoryInfo(this.#memory);
+    if (this.#cuda !== undefined) {
+      this.#api.releaseRunOptions(this.#cuda.runOptions);
+      this.#api.releaseMemoryInfo(this.#cuda.memory);
+      this.#cuda.device.close();
+    }
     this.#api.releaseEnv(this.#env);
+  }
+
+  /** All sessions compute in one stream, and no run waits for it. */
+  #bindCuda(): CudaBinding {
+    const api = this.#api;
+    const device = new CudaDevice();
+    const cudaOptions = this.#create((out) => api.createCudaOptions(out));
+    const options = {
+      device_id: '0',
+      user_compute_stream: String(device.stream),
+      arena_extend_strategy: 'kSameAsRequested',
+    };
+    const [keys, values] = [Object.keys(options), Object.values(options)].map((texts) =>
+      texts.map((text) => Buffer.from(`${text}\0`)),
+    ) as [Buffer[], Buffer[]];
+    this.#check(api.updateCudaOptions(cudaOptions, addresses(keys), addresses(values), keys.length));
+    this.#check(api.appendCuda(this.#sessionOptions, cudaOptions));
+    api.releaseCudaOptions(cudaOptions);
+    // A node without a CUDA kernel would send its inputs to the host and back in every run.
+    this.#check(api.addConfigEntry(this.#sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
+    this.#check(
+      api.addConfigEntry(this.#sessionOptions, 'session.use_device_allocator_for_initializers', '1'),
+    );
+    const runOptions = this.#create((out) => api.createRunOptions(out));
+    this.#check(api.addRunConfigEntry(runOptions, 'disable_synchronize_execution_providers', '1'));
+    const memory = this.#create((out) =>
+      api.createMemoryInfo('Cuda', ortDeviceAllocator, 0, ortMemTypeDefault, out),
+    );
+    return { device, memory, runOptions };
   }
 
   /** One arena for all sessions: an arena per session keeps the peak of every one of a hundred of them. */
@@ -236,6 +340,10 @@ class OrtCapiRuntime implements Runtime {
       throw new ClusterError('internal', `onnxruntime: ${message}`);
     }
   }
+}
+
+function addresses(texts: readonly Buffer[]): BigUint64Array {
+  return BigUint64Array.from(texts, (text) => koffi.address(text));
 }
 
 function fillPointers(pointers: BigUint64Array, tensors: readonly RuntimeTensor[]): void {

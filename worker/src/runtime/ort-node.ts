@@ -6,8 +6,11 @@
 import { createRequire } from 'node:module';
 import { Tensor, type InferenceSession } from 'onnxruntime-node';
 import { ClusterError } from '@mimo/core/errors';
+import type { ElementType } from './element-type.ts';
+import { HostMemory } from './host-memory.ts';
 import type {
   Runtime,
+  RuntimeMemory,
   RuntimeOptions,
   RuntimeTensor,
   Segment,
@@ -66,6 +69,8 @@ class NodeSegment implements Segment {
 
 class OrtNodeRuntime implements Runtime {
   readonly implementation = 'ort-node';
+  // The binding takes Float16Array for float16 and finds its elements 0 bytes wide.
+  readonly floatTypes = ['float'] as const;
   readonly #binding: Binding;
   readonly #options: InferenceSession.SessionOptions;
   readonly #segments: NodeSegment[] = [];
@@ -99,6 +104,10 @@ class OrtNodeRuntime implements Runtime {
 
   tensor(data: TensorData, dims: readonly number[]): RuntimeTensor {
     return new NodeTensor(data, dims);
+  }
+
+  allocate(type: ElementType, length: number): RuntimeMemory {
+    return new HostMemory(type, length, (data, dims) => new NodeTensor(data, dims));
   }
 
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void {

@@ -11,13 +11,34 @@ const options: RuntimeOptions = { implementation: 'ort-capi', executionProvider:
 
 describe('createRuntime', () => {
   it.each<[string, Partial<Record<keyof RuntimeOptions, unknown>>, RegExp]>([
-    ['another execution provider', { executionProvider: 'cuda' }, /executionProvider: must be cpu, is cuda/],
+    [
+      'another execution provider',
+      { executionProvider: 'tpu' },
+      /executionProvider: must be one of cpu, cuda/,
+    ],
+    [
+      'a device without the C API',
+      { executionProvider: 'cuda', implementation: 'ort-node' },
+      /executionProvider: cuda needs runtime ort-capi, is ort-node/,
+    ],
     ['no threads', { intraOpThreads: 0 }, /intraOpThreads: must be at least 1, is 0/],
   ])('refuses %s', async (_, wrong, message) => {
     await expect(createRuntime({ ...options, ...wrong } as RuntimeOptions)).rejects.toMatchObject({
       code: 'invalid_argument',
       message: expect.stringMatching(message),
     });
+  });
+
+  it('names the libraries that CUDA lacks', async () => {
+    const libraryPath = path.join(directory, 'libonnxruntime.so.1.30.0');
+    await expect(createRuntime({ ...options, executionProvider: 'cuda', libraryPath })).rejects.toMatchObject(
+      {
+        code: 'failed_precondition',
+        message: expect.stringMatching(
+          /needs .*libonnxruntime\.so\.1\.30\.0, .*libonnxruntime_providers_cuda\.so/,
+        ),
+      },
+    );
   });
 
   it('can be closed and created again, with another number of threads', async () => {

@@ -1,21 +1,49 @@
-// The boundary to ONNX Runtime: sessions, tensors over JavaScript memory, synchronous runs. Owns the choice of the
+// The boundary to ONNX Runtime: sessions, the memory they compute in, synchronous runs. Owns the choice of the
 // implementation and of the execution provider; nothing above it knows either. Knows no model and no rank.
 
 import { ClusterError } from '@mimo/core/errors';
+import type { ElementType, FloatType } from './element-type.ts';
 
 /** Which way ONNX Runtime is called. */
 export type RuntimeImplementation = 'ort-capi' | 'ort-node';
 
-/** Element types that cross the boundary: float32, int32, int64. */
-export type TensorData = Float32Array | Int32Array | BigInt64Array;
+/** Where segments are computed. */
+export const executionProviders = ['cpu', 'cuda'] as const;
+
+export type ExecutionProvider = (typeof executionProviders)[number];
+
+/** JavaScript memory of tensors: float32, int32, int64, and the bits of halves. */
+export type TensorData = Float32Array | Int32Array | BigInt64Array | Uint16Array;
+
+/** A view of memory with dimensions. `release` frees the native side; the tensor must not be used again. */
+export interface RuntimeTensor {
+  /** JavaScript memory behind the view; none where it lies on a device. */
+  readonly data?: TensorData;
+  release(): void;
+}
 
 /**
- * A view of JavaScript memory with dimensions, outermost first. The data stays where it is (SharedArrayBuffer is
- * allowed) and stays alive as long as the tensor. `release` frees the native side; the tensor must not be used again.
+ * Elements where the execution provider computes: JavaScript memory, or a device's. Zero at first. Reads and writes are
+ * in order with the runs.
  */
-export interface RuntimeTensor {
-  readonly data: TensorData;
+export interface RuntimeMemory {
+  readonly type: ElementType;
+  /** A view of the elements from `start`; `dims` are outermost first. It must be released before the memory. */
+  tensor(start: number, dims: readonly number[]): RuntimeTensor;
+  /** Floats are rounded to the memory's type; integers must be of it. */
+  write(start: number, values: Float32Array | Int32Array | BigInt64Array): void;
+  /** Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read overwrites. */
+  read(start: number, count: number): Float32Array;
+  /** `source` is memory of the same runtime and type. */
+  copyFrom(source: RuntimeMemory, range: CopyRange): void;
   release(): void;
+}
+
+/** Elements: `count` from `from` of the source, to `to` of the target. */
+export interface CopyRange {
+  readonly from: number;
+  readonly to: number;
+  readonly count: number;
 }
 
 /** One loaded graph. `run` takes inputs and outputs in the order in which the segment was declared. */
@@ -34,11 +62,19 @@ export interface SegmentSource {
 /** Loaded graphs and their runs; not shared between threads. */
 export interface Runtime {
   readonly implementation: RuntimeImplementation;
+  /** Types of activations that have kernels for everything a model does. */
+  readonly floatTypes: readonly FloatType[];
   /** Throws `data_loss` when the file cannot be loaded. */
   loadSegment(source: SegmentSource): Segment;
-  tensor(data: TensorData, dims: readonly number[]): RuntimeTensor;
   /**
-   * Computes synchronously into the outputs' memory. An output may be the same memory as an input where the graph
+   * A view of JavaScript memory, for values that kernels read on the host. The data stays where it is (SharedArrayBuffer
+   * is allowed) and stays alive as long as the tensor.
+   */
+  tensor(data: Float32Array | Int32Array | BigInt64Array, dims: readonly number[]): RuntimeTensor;
+  /** Throws `resource_exhausted` where the device has too little left. The caller releases it. */
+  allocate(type: ElementType, length: number): RuntimeMemory;
+  /**
+   * Computes into the outputs' memory; a device may still be computing on return, reads wait for it. An output may be the same memory as an input where the graph
    * allows it (attention's KV). Throws `internal` with ONNX Runtime's message.
    */
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void;
@@ -49,8 +85,10 @@ export interface Runtime {
 export interface RuntimeOptions {
   /** `auto`: the C API where koffi and the library can be loaded, else the package's own binding. */
   readonly implementation: RuntimeImplementation | 'auto';
-  /** `cpu` is the only provider so far. */
-  readonly executionProvider: 'cpu';
+  /** `cuda` takes the C API and a libonnxruntime with the CUDA provider beside it. */
+  readonly executionProvider: ExecutionProvider;
+  /** libonnxruntime to load through the C API; default: the one that onnxruntime-node bundles, which has no CUDA. */
+  readonly libraryPath?: string;
   /** Threads that compute one segment, the calling one included. */
   readonly intraOpThreads: number;
 }
@@ -61,10 +99,17 @@ export interface RuntimeOptions {
  * whoever creates it first decides about its threads.
  */
 export async function createRuntime(options: RuntimeOptions): Promise<Runtime> {
-  if (options.executionProvider !== 'cpu') {
+  const { executionProvider, implementation } = options;
+  if (!executionProviders.includes(executionProvider)) {
     throw new ClusterError(
       'invalid_argument',
-      `executionProvider: must be cpu, is ${String(options.executionProvider)}`,
+      `executionProvider: must be one of ${executionProviders.join(', ')}, is ${executionProvider as string}`,
+    );
+  }
+  if (executionProvider !== 'cpu' && implementation === 'ort-node') {
+    throw new ClusterError(
+      'invalid_argument',
+      `executionProvider: ${executionProvider} needs runtime ort-capi, is ort-node`,
     );
   }
   if (!Number.isInteger(options.intraOpThreads) || options.intraOpThreads < 1) {
@@ -73,14 +118,17 @@ export async function createRuntime(options: RuntimeOptions): Promise<Runtime> {
       `intraOpThreads: must be at least 1, is ${options.intraOpThreads}`,
     );
   }
-  if (options.implementation === 'ort-node') {
+  if (implementation === 'ort-node') {
     return await createOrtNode(options);
   }
   try {
     const { createOrtCapiRuntime } = await import('./ort-capi.ts');
     return createOrtCapiRuntime(options);
   } catch (error) {
-    if (options.implementation === 'auto') {
+    if (error instanceof ClusterError) {
+      throw error;
+    }
+    if (implementation === 'auto' && executionProvider === 'cpu') {
       return await createOrtNode(options);
     }
     throw missing('ort-capi', 'packages koffi and onnxruntime-node', error);

@@ -1,0 +1,175 @@
+// A CUDA device through libcudart, by koffi: one stream, memory, copies in the order of the stream. Owns device memory;
+// knows no session. One device a process: the first that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+
+import koffi, { type LibraryHandle } from 'koffi';
+import { ClusterError } from '@mimo/core/errors';
+import { decodeHalves, elementBytes, type ElementType, encodeHalves } from './element-type.ts';
+import type { CopyRange, RuntimeMemory, RuntimeTensor } from './runtime.ts';
+
+/** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 is linked to. */
+const libraryName = 'libcudart.so.13';
+const copyKinds = { hostToDevice: 1, deviceToHost: 2, deviceToDevice: 3 } as const;
+
+type Out = [bigint | null];
+
+/** Loaded once per thread and never dropped: koffi unloads a library whose handle is collected. */
+function loadCuda() {
+  let library: LibraryHandle;
+  try {
+    library = koffi.load(libraryName);
+  } catch (error) {
+    throw new ClusterError(
+      'failed_precondition',
+      `executionProvider cuda: needs ${libraryName} and the CUDA driver on the library path: ${ClusterError.from(error).message}`,
+      { cause: error },
+    );
+  }
+  return {
+    library,
+    errorString: library.func('cudaGetErrorString', 'str', ['int']),
+    memGetInfo: library.func('cudaMemGetInfo', 'int', ['_Out_ size_t *', '_Out_ size_t *']),
+    streamCreate: library.func('cudaStreamCreateWithFlags', 'int', ['_Out_ void **', 'uint']),
+    streamDestroy: library.func('cudaStreamDestroy', 'int', ['void *']),
+    streamSynchronize: library.func('cudaStreamSynchronize', 'int', ['void *']),
+    malloc: library.func('cudaMalloc', 'int', ['_Out_ void **', 'size_t']),
+    free: library.func('cudaFree', 'int', ['void *']),
+    mallocHost: library.func('cudaMallocHost', 'int', ['_Out_ void **', 'size_t']),
+    freeHost: library.func('cudaFreeHost', 'int', ['void *']),
+    memset: library.func('cudaMemsetAsync', 'int', ['void *', 'int', 'size_t', 'void *']),
+    copy: library.func('cudaMemcpyAsync', 'int', ['void *', 'void *', 'size_t', 'int', 'void *']),
+  };
+}
+
+let loadedCuda: ReturnType<typeof loadCuda> | undefined;
+
+/** Makes a native view of device memory from an address. */
+export type CreateDeviceView = (address: bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
+
+/** The device of this process, with the stream that everything runs in. The runtime closes it. */
+export class CudaDevice {
+  readonly api = (loadedCuda ??= loadCuda());
+  readonly stream: bigint;
+
+  /** Throws `failed_precondition` without libcudart or a device. */
+  constructor() {
+    const out: Out = [null];
+    const status = this.api.streamCreate(out, 0);
+    if (status !== 0 || out[0] === null) {
+      throw new ClusterError(
+        'failed_precondition',
+        `executionProvider cuda: no device: ${this.api.errorString(status)}`,
+      );
+    }
+    this.stream = out[0];
+  }
+
+  /** Throws `resource_exhausted` naming what is free. */
+  allocate(bytes: number): bigint {
+    const out: Out = [null];
+    const status = this.api.malloc(out, bytes);
+    if (status !== 0 || out[0] === null) {
+      throw new ClusterError(
+        'resource_exhausted',
+        `device memory: needs ${bytes} bytes, ${this.freeBytes()} are free: ${this.api.errorString(status)}`,
+      );
+    }
+    return out[0];
+  }
+
+  freeBytes(): number {
+    const free: [number | bigint] = [0];
+    this.check(this.api.memGetInfo(free, [0]));
+    return Number(free[0]);
+  }
+
+  synchronize(): void {
+    this.check(this.api.streamSynchronize(this.stream));
+  }
+
+  check(status: number): void {
+    if (status !== 0) {
+      throw new ClusterError('internal', `cuda: ${this.api.errorString(status)}`);
+    }
+  }
+
+  close(): void {
+    this.api.streamSynchronize(this.stream);
+    this.api.streamDestroy(this.stream);
+  }
+}
+
+/** Memory of the device; reads pass through a page-locked copy, made at the first of them. */
+export class DeviceMemory implements RuntimeMemory {
+  readonly type: ElementType;
+  readonly #device: CudaDevice;
+  readonly #address: bigint;
+  readonly #bytes: number;
+  readonly #createView: CreateDeviceView;
+  #mirror: { readonly address: bigint; readonly buffer: ArrayBuffer } | undefined;
+  #released = false;
+
+  constructor(
+    device: CudaDevice,
+    shape: { type: ElementType; length: number },
+    createView: CreateDeviceView,
+  ) {
+    this.type = shape.type;
+    this.#device = device;
+    this.#bytes = Math.max(1, shape.length) * elementBytes[shape.type];
+    this.#address = device.allocate(this.#bytes);
+    this.#createView = createView;
+    device.check(device.api.memset(this.#address, 0, this.#bytes, device.stream));
+  }
+
+  tensor(start: number, dims: readonly number[]): RuntimeTensor {
+    return this.#createView(this.#at(start), dims, this.type);
+  }
+
+  write(start: number, values: Float32Array | Int32Array | BigInt64Array): void {
+    const encoded =
+      this.type === 'float16' || this.type === 'bfloat16'
+        ? encodeHalves(values as Float32Array, this.type)
+        : values;
+    // From pageable memory the call returns once the bytes are staged, so `encoded` may be dropped.
+    this.#copy(this.#at(start), encoded, encoded.byteLength, copyKinds.hostToDevice);
+  }
+
+  read(start: number, count: number): Float32Array {
+    const { address, buffer } = (this.#mirror ??= this.#createMirror());
+    const bytes = count * elementBytes[this.type];
+    this.#copy(address, this.#at(start), bytes, copyKinds.deviceToHost);
+    this.#device.synchronize();
+    return this.type === 'float16' || this.type === 'bfloat16'
+      ? decodeHalves(new Uint16Array(buffer, 0, count), this.type)
+      : new Float32Array(buffer, 0, count);
+  }
+
+  copyFrom(source: RuntimeMemory, { from, to, count }: CopyRange): void {
+    const bytes = count * elementBytes[this.type];
+    this.#copy(this.#at(to), (source as DeviceMemory).#at(from), bytes, copyKinds.deviceToDevice);
+  }
+
+  release(): void {
+    if (!this.#released) {
+      this.#released = true;
+      this.#device.check(this.#device.api.free(this.#address));
+      if (this.#mirror !== undefined) {
+        this.#device.check(this.#device.api.freeHost(this.#mirror.address));
+      }
+    }
+  }
+
+  #at(element: number): bigint {
+    return this.#address + BigInt(element * elementBytes[this.type]);
+  }
+
+  #createMirror(): { address: bigint; buffer: ArrayBuffer } {
+    const out: Out = [null];
+    this.#device.check(this.#device.api.mallocHost(out, this.#bytes));
+    return { address: out[0]!, buffer: koffi.view(out[0]!, this.#bytes) };
+  }
+
+  #copy(to: bigint, from: bigint | ArrayBufferView, bytes: number, kind: number): void {
+    this.#device.check(this.#device.api.copy(to, from, bytes, kind, this.#device.stream));
+  }
+}

@@ -1,0 +1,63 @@
+// Memory of the CPU execution provider: typed arrays of JavaScript. Owns the conversion of halves; knows no library.
+
+import { decodeHalves, type ElementType, encodeHalves } from './element-type.ts';
+import type { CopyRange, RuntimeMemory, RuntimeTensor, TensorData } from './runtime.ts';
+
+/** Makes a native view of `data`, whose elements are of `type`. */
+export type CreateView = (data: TensorData, dims: readonly number[], type: ElementType) => RuntimeTensor;
+
+/** Freed by the garbage collector, after its views. */
+export class HostMemory implements RuntimeMemory {
+  readonly type: ElementType;
+  readonly #data: TensorData;
+  readonly #createView: CreateView;
+
+  constructor(type: ElementType, length: number, createView: CreateView) {
+    this.type = type;
+    this.#data = allocate(type, length);
+    this.#createView = createView;
+  }
+
+  tensor(start: number, dims: readonly number[]): RuntimeTensor {
+    const count = dims.reduce((product, dim) => product * dim, 1);
+    return this.#createView(this.#data.subarray(start, start + count), dims, this.type);
+  }
+
+  write(start: number, values: Float32Array | Int32Array | BigInt64Array): void {
+    if (values.buffer === this.#data.buffer) {
+      // What `read` gave out: it is in place already.
+      return;
+    }
+    if (values instanceof BigInt64Array) {
+      (this.#data as BigInt64Array).set(values, start);
+    } else if (this.type === 'float16' || this.type === 'bfloat16') {
+      (this.#data as Uint16Array).set(encodeHalves(values as Float32Array, this.type), start);
+    } else {
+      (this.#data as Float32Array | Int32Array).set(values, start);
+    }
+  }
+
+  read(start: number, count: number): Float32Array {
+    const values = this.#data.subarray(start, start + count);
+    return this.type === 'float16' || this.type === 'bfloat16'
+      ? decodeHalves(values as Uint16Array<ArrayBuffer>, this.type)
+      : (values as Float32Array);
+  }
+
+  copyFrom(source: RuntimeMemory, { from, to, count }: CopyRange): void {
+    const values = (source as HostMemory).#data.subarray(from, from + count);
+    (this.#data as Float32Array).set(values as Float32Array, to);
+  }
+
+  release(): void {}
+}
+
+function allocate(type: ElementType, length: number): TensorData {
+  if (type === 'int32') {
+    return new Int32Array(length);
+  }
+  if (type === 'int64') {
+    return new BigInt64Array(length);
+  }
+  return type === 'float' ? new Float32Array(length) : new Uint16Array(length);
+}
