@@ -8,6 +8,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   autoscale: () => import('./autoscale.ts'),
   compile: () => import('./compile.ts'),
   engine: () => import('./engine.ts'),
+  gpu: () => import('./gpu.ts'),
   heldout: () => import('./heldout.ts'),
   reconcile: () => import('./reconcile.ts'),
 };
