@@ -20,9 +20,9 @@ export class Rows {
     return this.#view(0, rows, this.width === 0 ? [rows] : [rows, this.width]);
   }
 
-  /** [1, rows, width] from row `start`, or [rows] where width is 0. */
+  /** [1, rows, width] from row `start`. */
   batch(start: number, rows: number): RuntimeTensor {
-    return this.#view(start, rows, this.width === 0 ? [rows] : [1, rows, this.width]);
+    return this.#view(start, rows, [1, rows, this.width]);
   }
 
   /** The first rows as float32; see RuntimeMemory. */
@@ -87,16 +87,6 @@ export interface Scratch {
   /** Rank 0: every rank's logits as they arrive, and all of them in one row each. */
   readonly gathered: readonly Float32Array[];
   readonly logits: Float32Array; // [headRows, V]
-  /** By span of the pass, GroupQueryAttention's `seqlensK`: its positions minus one. */
-  readonly lastPositions: Rows; // int32 [spans]
-  /** By span of the pass, its positions; read on the host. */
-  readonly totals: readonly Total[];
-}
-
-/** GroupQueryAttention's `total`, int32 []. */
-export interface Total {
-  readonly value: Int32Array;
-  readonly tensor: RuntimeTensor;
 }
 
 /** Widths of a rank's rows, and how many there may be. */
@@ -144,11 +134,6 @@ export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
     headOutput: rows(maxHeadRows, shape.vocabulary, 'float'),
     gathered: shape.gathered.map((count) => new Float32Array(maxHeadRows * count)),
     logits: new Float32Array(maxHeadRows * vocabulary),
-    lastPositions: rows(maxRows, 0, 'int32'),
-    totals: Array.from({ length: maxRows }, () => {
-      const value = new Int32Array(1);
-      return { value, tensor: runtime.tensor(value, []) };
-    }),
   };
 }
 
@@ -159,5 +144,4 @@ export function closeScratch(scratch: Scratch): void {
       part.close();
     }
   }
-  scratch.totals.forEach(({ tensor }) => tensor.release());
 }

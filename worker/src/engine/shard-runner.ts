@@ -10,9 +10,9 @@ import type { Collective } from '../collective/collective.ts';
 import { planShards } from '../model/shard-plan.ts';
 import { activationType, type ShardManifest } from '../model/shard.ts';
 import type { Runtime, Segment } from '../runtime/runtime.ts';
-import { KvBuffers } from './kv-buffers.ts';
+import { type Attention, createAttention } from './attention.ts';
 import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
-import { countHeadRows, type ConfigurePlan, type PassPlan, type RowSpan } from './step-plan.ts';
+import { countHeadRows, type ConfigurePlan, type PassPlan } from './step-plan.ts';
 
 export interface ShardRunnerOptions {
   readonly runtime: Runtime;
@@ -24,7 +24,7 @@ export interface ShardRunnerOptions {
 
 /** What a configured shard computes in. */
 interface Memory extends Scratch {
-  readonly kv: KvBuffers;
+  readonly attention: Attention;
 }
 
 /** `isFirst`: nothing to add to the residual yet. */
@@ -109,14 +109,15 @@ export class ShardRunner {
       vocabulary: vocabRows,
       gathered: leads ? this.#rankVocabulary : [],
     });
-    const kv = new KvBuffers(this.#runtime, {
-      floatType,
+    const attention = createAttention({
+      runtime: this.#runtime,
+      segment: this.#attention,
+      manifest: this.manifest,
       layers: config.layers + (this.#mtp === undefined ? 0 : 1),
-      kvHeads: config.kvHeads / tensorParallel,
-      headDim: config.headDim,
+      maxSpans: Math.min(plan.maxRows, plan.maxHeadRows),
       budgetTokens: plan.kvBlocks * blockTokens,
     });
-    this.#memory = { ...scratch, kv };
+    this.#memory = { ...scratch, attention };
   }
 
   /**
@@ -130,20 +131,18 @@ export class ShardRunner {
     }
     assertFits(plan, memory);
     for (const slot of plan.releasedSlots) {
-      memory.kv.release(slot);
+      memory.attention.release(slot);
     }
     if (plan.spans.length === 0) {
       return new Float32Array(0);
     }
-    for (const span of plan.spans) {
-      memory.kv.reserve(span.slot, span.capacityTokens, span.start);
-    }
+    memory.attention.place(plan.spans);
     return plan.kind === 'forward' ? this.#forward(plan, memory) : this.#draft(plan, memory);
   }
 
   close(): void {
     if (this.#memory !== undefined) {
-      this.#memory.kv.close();
+      this.#memory.attention.close();
       closeScratch(this.#memory);
       this.#memory = undefined;
     }
@@ -152,9 +151,8 @@ export class ShardRunner {
   #forward(plan: PassPlan, memory: Memory): Float32Array {
     const rows = plan.tokenIds.length;
     this.#embedInto(plan.tokenIds, memory.residual, memory); // [rows, H]
-    this.#placeSpans(plan.spans, memory);
     for (const [layer, block] of this.#blocks.entries()) {
-      this.#runBlock(block, { layer, isFirst: layer === 0 }, plan.spans, memory);
+      this.#runBlock(block, { layer, isFirst: layer === 0 }, rows, memory);
     }
     this.#runtime.run(
       this.#final,
@@ -181,8 +179,7 @@ export class ShardRunner {
       [memory.draftHidden.first(rows), memory.residualNext.first(rows)],
       [memory.residual.first(rows)],
     );
-    this.#placeSpans(plan.spans, memory);
-    this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, plan.spans, memory);
+    this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, rows, memory);
     this.#runtime.run(
       this.#mtp.final,
       [memory.residual.first(rows), memory.delta.first(rows)],
@@ -194,13 +191,6 @@ export class ShardRunner {
   #embedInto(tokenIds: Int32Array, target: Rows, memory: Memory): void {
     memory.tokenIds.write(BigInt64Array.from(tokenIds, BigInt));
     this.#runtime.run(this.#embed, [memory.tokenIds.first(tokenIds.length)], [target.first(tokenIds.length)]);
-  }
-
-  /** Where attention finds and puts each span: the same in every layer of a pass. */
-  #placeSpans(spans: readonly RowSpan[], { lastPositions, totals }: Memory): void {
-    const ends = spans.map((span) => span.start + attentionRows(span.rows));
-    lastPositions.write(Int32Array.from(ends, (end) => end - 1));
-    ends.forEach((end, i) => (totals[i]!.value[0] = end));
   }
 
   /** Adds the ranks' shares of the first rows, in place. */
@@ -216,33 +206,15 @@ export class ShardRunner {
    * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
    * layer takes no delta.
    */
-  #runBlock(block: Block, at: LayerPlace, spans: readonly RowSpan[], memory: Memory): void {
+  #runBlock(block: Block, at: LayerPlace, rows: number, memory: Memory): void {
     const runtime = this.#runtime;
-    const rows = spans.reduce((sum, span) => sum + span.rows, 0);
     const residual = memory.residual.first(rows);
     const residualNext = memory.residualNext.first(rows);
     const delta = memory.delta.first(rows);
     const deltaNext = memory.deltaNext.first(rows);
     const deltaIn = at.isFirst ? memory.zero.first(rows) : delta;
     runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
-    let row = 0;
-    for (const [i, span] of spans.entries()) {
-      // One run a sequence: the kernel refuses a batch of several with more than one row and a past.
-      const { key, value } = memory.kv.layer(span.slot, at.layer); // [1, kvHeads/T, capacity, D]
-      const attendedRows = attentionRows(span.rows);
-      runtime.run(
-        this.#attention,
-        [
-          memory.qkv.batch(row, attendedRows),
-          key,
-          value,
-          memory.lastPositions.batch(i, 1),
-          memory.totals[i]!.tensor,
-        ],
-        [memory.attended.batch(row, attendedRows), key, value], // [1, attendedRows, Q]
-      );
-      row += span.rows;
-    }
+    memory.attention.run(at.layer, memory.qkv, memory.attended);
     runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
     this.#addRanks(memory.deltaNext, rows);
     runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
@@ -301,14 +273,4 @@ function assertFits(plan: PassPlan, { maxRows, maxHeadRows }: Scratch): void {
       `pass: at most ${maxRows} rows and ${maxHeadRows} head rows, has ${rows} and ${headRows}`,
     );
   }
-}
-
-/**
- * Rows that attention computes for a span. The kernel adds in another order for one row than for more, and int8 rounding
- * makes 0.05 of logit out of that last bit; so a single row gets a neighbour, whatever stands there, and every row's
- * result is the same to the bit alone, in a chunk or beside a draft. The neighbour's output and its place in the cache are
- * overwritten by those to whom they belong. Measured: 2 rows cost 1.4 times one at 512 positions (Zen 4, 2026-11).
- */
-function attentionRows(rows: number): number {
-  return Math.max(2, rows);
 }

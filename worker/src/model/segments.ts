@@ -15,7 +15,7 @@ import {
   type GraphWeight,
 } from './onnx-graph.ts';
 import type { ElementDtype } from './safetensors.ts';
-import { activationType, type Precision, type SegmentEntry } from './shard.ts';
+import { activationType, isPaged, pageTokens, type Precision, type SegmentEntry } from './shard.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from './shard-plan.ts';
 import { createWeightLayout, type Part, type WeightLayout } from './weight-layout.ts';
 
@@ -99,28 +99,45 @@ function fillEmbed(segment: Segment): void {
 }
 
 function fillAttention(segment: Segment): void {
-  const { config, plan, maxPositions } = segment.spec;
+  const { config, plan, maxPositions, precision } = segment.spec;
   const { headDim } = config;
-  const cache = [1, plan.kvHeads, 'capacity', headDim];
-  segment.input('qkv', [1, 's', (plan.queryHeads + 2 * plan.kvHeads) * headDim]);
-  segment.input('pastKey', cache);
-  segment.input('pastValue', cache);
-  segment.input('seqlensK', [1], 'int32');
-  segment.input('totalLength', [], 'int32');
+  const packed = (plan.queryHeads + 2 * plan.kvHeads) * headDim;
+  const paged = isPaged(precision);
+  const cache = paged ? ['pages', pageTokens, plan.kvHeads, headDim] : [1, plan.kvHeads, 'capacity', headDim];
+  const places = paged ? ['starts', 'past', 'table'] : ['seqlensK', 'totalLength'];
+  const [pastKey, pastValue] = paged ? (['keys', 'values'] as const) : (['pastKey', 'pastValue'] as const);
+  const [presentKey, presentValue] = paged
+    ? (['keysOut', 'valuesOut'] as const)
+    : (['presentKey', 'presentValue'] as const);
+  segment.input('qkv', paged ? ['rows', packed] : [1, 's', packed]);
+  segment.input(pastKey, cache);
+  segment.input(pastValue, cache);
+  if (paged) {
+    segment.input('starts', ['starts'], 'int32');
+    segment.input('past', ['spans'], 'int32');
+    segment.input('table', ['spans', 'n'], 'int32');
+    segment.input('bounds', [3], 'int32');
+  } else {
+    segment.input('seqlensK', [1], 'int32');
+    segment.input('totalLength', [], 'int32');
+  }
   const { cos, sin } = ropeTables({ headDim, ropeTheta: config.ropeTheta, positions: maxPositions });
   const dims = [maxPositions, headDim / 2];
   const cosName = segment.weight(segment.layout.constant('cos', dims, cos)); // [positions, D / 2]
   const sinName = segment.weight(segment.layout.constant('sin', dims, sin)); // [positions, D / 2]
+  // PagedAttention's metadata is its input 16, after slots, sinks, norms and scales that MiMo does not have.
+  const bounds = paged ? ['', '', '', '', '', '', 'bounds'] : [];
   segment.node({
-    op: 'GroupQueryAttention',
+    op: paged ? 'PagedAttention' : 'GroupQueryAttention',
     domain: 'com.microsoft',
-    inputs: ['qkv', '', '', 'pastKey', 'pastValue', 'seqlensK', 'totalLength', cosName, sinName],
-    outputs: ['attended', 'presentKey', 'presentValue'],
+    inputs: ['qkv', '', '', pastKey, pastValue, ...places, cosName, sinName, ...bounds],
+    outputs: ['attended', presentKey, presentValue],
     ints: { num_heads: plan.queryHeads, kv_num_heads: plan.kvHeads, do_rotary: 1, rotary_interleaved: 0 },
   });
-  segment.output('attended', [1, 's', plan.queryHeads * headDim]);
-  segment.output('presentKey', cache);
-  segment.output('presentValue', cache);
+  const width = plan.queryHeads * headDim;
+  segment.output('attended', paged ? ['rows', width] : [1, 's', width]);
+  segment.output(presentKey, cache);
+  segment.output(presentValue, cache);
 }
 
 function fillQkv(segment: Segment, source: string): void {

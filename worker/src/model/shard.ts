@@ -10,6 +10,10 @@
 //   attention          qkv [1, s, (Qr + 2 Kr) D], pastKey [1, Kr, cap, D], pastValue, seqlensK int32 [1],
 //                      totalLength int32 []                             -> attended [1, s, Qr D], presentKey, presentValue
 //                      (bound in place: present is the same memory as past)
+//   in bf16            qkv [rows, (Qr + 2 Kr) D], keys [pages, 256, Kr, D], values, starts int32 [spans + 1],
+//                      past int32 [spans], table int32 [spans, n], bounds int32 [3]
+//                                                                       -> attended [rows, Qr D], keysOut, valuesOut
+//                      (all spans in one run; bound in place)
 //   layer.{i}.o        attended [rows, Qr D]                            -> delta [rows, H] (partial sum over ranks)
 //   layer.{i}.mlp      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], deltaOut [rows, H] (partial)
 //   final              residual [rows, H], delta [rows, H]              -> hidden [rows, H] (pre-norm), normed [rows, H]
@@ -39,6 +43,14 @@ export type Precision = (typeof precisions)[number];
 export function activationType(precision: Precision): FloatType {
   return precision === 'fp16' ? 'float16' : precision === 'bf16' ? 'bfloat16' : 'float';
 }
+
+/** Whether `attention` takes all spans in one run, from pages; there are kernels of it on GPUs only, as of bf16. */
+export function isPaged(precision: Precision): boolean {
+  return precision === 'bf16';
+}
+
+/** Positions of a page. The fastest kernel wants its tile of positions within one page. */
+export const pageTokens = 256;
 
 /** Segment file names by segment name, e.g. `layer.0.qkv` -> `layer.0.qkv.onnx`. */
 export interface SegmentEntry {
@@ -70,7 +82,7 @@ export interface ShardManifest {
 }
 
 /** Raised whenever graphs, layout or manifest change; part of the key. */
-export const shardFormatVersion = 1;
+export const shardFormatVersion = 2;
 
 /** The manifest's name inside a rank's directory. */
 export const manifestFile = 'shard.json';
