@@ -165,7 +165,7 @@ describe('the mimo command', () => {
   });
 
   it.each([
-    [['up', '--precision', 'fp8'], 1, '--precision must be one of fp32, int8, int4'],
+    [['up', '--precision', 'fp8'], 1, '--precision must be one of fp32, fp16, bf16, int8, int4'],
     [['up', '--model', '/no/such/model'], 1, '/no/such/model holds no config.json'],
     [['chat', '--seed', 'x', 'hi'], 1, '--seed must be a whole number'],
     [['chat', '--bogus', 'hi'], 2, "Unknown option '--bogus'"],
