@@ -1,4 +1,4 @@
-// The connection of queue-nats: connecting, connecting again for ever, and making the stream and the bucket where they are
+// The connection of queue-nats: connecting, connecting again for ever, and making the stream and the buckets where they are
 // missing, also after a server came back empty. Knows their settings, not what is kept in them. Uses no feature that an
 // older server (2.10 and later) would ignore.
 
@@ -18,7 +18,7 @@ import { beforeAbort, pause } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 import { leaseTtlMs } from './queue.ts';
-import { leaseBucket, requestStream, subjects } from './subjects.ts';
+import { drainBucket, leaseBucket, requestStream, subjects } from './subjects.ts';
 
 /** What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. */
 export interface NatsOptions {
@@ -36,6 +36,7 @@ export interface NatsSession {
   readonly stream: JetStreamClient;
   readonly manager: JetStreamManager;
   readonly leases: KV;
+  readonly drains: KV;
 }
 
 /** How long the server has to answer a JetStream request. */
@@ -57,6 +58,7 @@ export class NatsLink {
   #connected = false;
   #storeId = '';
   #store = new AbortController();
+  #connection = new AbortController();
 
   constructor(options: NatsOptions) {
     this.#options = options;
@@ -69,7 +71,7 @@ export class NatsLink {
     });
   }
 
-  /** The stream and the bucket can be used at this moment. */
+  /** The stream and the buckets can be used at this moment. */
   get connected(): boolean {
     return this.#connected;
   }
@@ -82,6 +84,11 @@ export class NatsLink {
   /** Fires when the stream is another one: its sequences begin anew, so whoever follows it must too. */
   get storeReplaced(): AbortSignal {
     return this.#store.signal;
+  }
+
+  /** Fires when the present connection is lost: what changes meanwhile is not told by it. */
+  get connectionLost(): AbortSignal {
+    return this.#connection.signal;
   }
 
   /** Fires when `close` is called. */
@@ -135,6 +142,8 @@ export class NatsLink {
     for await (const status of connection.status()) {
       if (status.type === 'disconnect') {
         this.#connected = false;
+        this.#connection.abort();
+        this.#connection = new AbortController();
         this.#options.log.warn('queue disconnected');
       } else if (status.type === 'reconnect') {
         await this.#prepareUntilDone(connection);
@@ -181,7 +190,9 @@ export class NatsLink {
       this.#store.abort();
       this.#store = new AbortController();
     }
-    const leases = await new Kvm(stream).create(leaseBucket, { ttl: leaseTtlMs, history: 1, replicas });
-    return { connection, stream, manager, leases };
+    const buckets = new Kvm(stream);
+    const leases = await buckets.create(leaseBucket, { ttl: leaseTtlMs, history: 1, replicas });
+    const drains = await buckets.create(drainBucket, { history: 1, replicas });
+    return { connection, stream, manager, leases, drains };
   }
 }

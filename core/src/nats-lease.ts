@@ -12,10 +12,11 @@ import type { NatsLink } from './nats-connection.ts';
 import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
 import { tokenFromName } from './subjects.ts';
 
-// The server's codes for "the last sequence of this key is another": somebody holds it.
+// The server's codes for "the last sequence of this key is another".
 const wrongLastSequenceCodes = new Set([10071, 10164]);
 
-function isTaken(error: unknown): boolean {
+/** Somebody else has written the key. */
+export function isTaken(error: unknown): boolean {
   return error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code);
 }
 

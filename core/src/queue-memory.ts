@@ -7,7 +7,16 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { beforeAbort } from './abort.ts';
 import { Channel, channelUntil } from './channel.ts';
 import { ClusterError } from './errors.ts';
-import type { Closeable, Lease, QueuedRecord, QueueState, RecordPlace, RequestQueue } from './queue.ts';
+import type {
+  Closeable,
+  DrainMark,
+  DrainMarks,
+  Lease,
+  QueuedRecord,
+  QueueState,
+  RecordPlace,
+  RequestQueue,
+} from './queue.ts';
 
 /** One topic: values to everybody who listens at that moment. */
 class Topic<T> {
@@ -40,6 +49,8 @@ export class MemoryBroker {
   readonly heartbeats = new Topic<Heartbeat>();
   readonly ended = new Topic<RequestEnded>();
   readonly states = new Topic<QueueState>();
+  readonly drains = new Map<string, DrainMarks>();
+  readonly drainChanges = new Topic<{ readonly model: string; readonly marks: DrainMarks }>();
   readonly gateways = new Map<string, (assignment: Assignment) => AssignmentReply>();
   readonly leases = new Map<string, { readonly holder: symbol; readonly freed: Promise<void> }>();
   #sequence = 0;
@@ -88,15 +99,27 @@ class MemoryQueue implements RequestQueue {
     return this.#broker.records.delete(sequence);
   }
 
-  async *follow(model: string, signal: AbortSignal): AsyncGenerator<QueuedRecord, void, undefined> {
+  async *follow(
+    model: string,
+    signal: AbortSignal,
+    onReplayed?: () => void,
+  ): AsyncGenerator<QueuedRecord, void, undefined> {
     const live = [...this.#broker.records].map(([sequence, record]) => ({
       storeId: this.storeId,
       sequence,
       record,
     }));
+    let toReplay = live.length;
+    if (toReplay === 0) {
+      onReplayed?.();
+    }
     for await (const queued of this.#broker.arrivals.follow(this.#until(signal), live)) {
       if (queued.record.model === model && this.#broker.records.has(queued.sequence)) {
         yield queued;
+      }
+      toReplay -= 1;
+      if (toReplay === 0) {
+        onReplayed?.();
       }
     }
   }
@@ -190,10 +213,35 @@ class MemoryQueue implements RequestQueue {
     }
   }
 
+  async markDraining(model: string, group: string, { sinceUnixMs }: DrainMark): Promise<void> {
+    this.#changeDrains(model, (marks) => marks.set(group, marks.get(group) ?? { sinceUnixMs }));
+  }
+
+  async clearDraining(model: string, group: string): Promise<void> {
+    this.#changeDrains(model, (marks) => marks.delete(group));
+  }
+
+  async *followDrains(model: string, signal: AbortSignal): AsyncGenerator<DrainMarks, void, undefined> {
+    const first = { model, marks: this.#broker.drains.get(model) ?? new Map<string, DrainMark>() };
+    for await (const change of this.#broker.drainChanges.follow(this.#until(signal), [first])) {
+      if (change.model === model) {
+        yield change.marks;
+      }
+    }
+  }
+
   async close(): Promise<void> {
     this.#closing.abort(new ClusterError('canceled', 'the queue is closed'));
     await Promise.all([...this.#leases].map((lease) => lease.release()));
     await Promise.all([...this.#served].map((served) => served.close()));
+  }
+
+  #changeDrains(model: string, change: (marks: Map<string, DrainMark>) => void): void {
+    this.#assertOpen();
+    const marks = new Map(this.#broker.drains.get(model));
+    change(marks);
+    this.#broker.drains.set(model, marks);
+    this.#broker.drainChanges.publish({ model, marks });
   }
 
   #until(signal: AbortSignal): AbortSignal {

@@ -1,7 +1,13 @@
 // The queue on NATS: records in a JetStream stream, leases in a key-value bucket with a TTL, the small messages on core
-// NATS. What is connected to, and how, is in nats-connection.ts; leases are in nats-lease.ts.
+// NATS. What is connected to, and how, is in nats-connection.ts; leases are in nats-lease.ts, drain marks in nats-drains.ts.
 
-import { DeliverPolicy, JetStreamApiError, type JetStreamClient, type JsMsg } from '@nats-io/jetstream';
+import {
+  DeliverPolicy,
+  JetStreamApiError,
+  type Consumer,
+  type JetStreamClient,
+  type JsMsg,
+} from '@nats-io/jetstream';
 import { errors, type Msg } from '@nats-io/transport-node';
 
 import { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
@@ -11,9 +17,19 @@ import { beforeAbort, pause } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 import { NatsLink, unavailable, type NatsOptions } from './nats-connection.ts';
+import { NatsDrains } from './nats-drains.ts';
 import { NatsLeases } from './nats-lease.ts';
 import { assignTimeoutMs } from './queue.ts';
-import type { Closeable, Lease, QueuedRecord, QueueState, RecordPlace, RequestQueue } from './queue.ts';
+import type {
+  Closeable,
+  DrainMark,
+  DrainMarks,
+  Lease,
+  QueuedRecord,
+  QueueState,
+  RecordPlace,
+  RequestQueue,
+} from './queue.ts';
 import { requestStream, subjects } from './subjects.ts';
 
 /**
@@ -25,6 +41,7 @@ export function createNatsQueue(options: NatsOptions): RequestQueue {
 }
 
 const retryMs = 500;
+const replayCheckMs = 250;
 /** A lease that cannot be given back in this time expires by itself. */
 const releaseTimeoutMs = 1_000;
 // The server's codes for a message that is not there.
@@ -34,11 +51,13 @@ class NatsQueue implements RequestQueue {
   readonly kind = 'nats';
   readonly #link: NatsLink;
   readonly #leases: NatsLeases;
+  readonly #drains: NatsDrains;
   readonly #log: Log;
 
   constructor(options: NatsOptions) {
     this.#link = new NatsLink(options);
     this.#leases = new NatsLeases(this.#link, options.log);
+    this.#drains = new NatsDrains(this.#link, options.log);
     this.#log = options.log;
   }
 
@@ -93,7 +112,11 @@ class NatsQueue implements RequestQueue {
     }
   }
 
-  async *follow(model: string, signal: AbortSignal): AsyncGenerator<QueuedRecord, void, undefined> {
+  async *follow(
+    model: string,
+    signal: AbortSignal,
+    onReplayed?: () => void,
+  ): AsyncGenerator<QueuedRecord, void, undefined> {
     const until = this.#until(signal);
     let nextSequence = 1;
     while (!until.aborted) {
@@ -103,12 +126,16 @@ class NatsQueue implements RequestQueue {
         replaced = this.#link.storeReplaced;
         const { storeId } = this.#link;
         const stop = AbortSignal.any([until, replaced]);
-        for await (const message of messagesFrom(stream, { model, nextSequence, stop })) {
-          nextSequence = message.seq + 1;
+        const consumer = await consumerFrom(stream, { model, nextSequence });
+        const replay = new Replay(consumer, onReplayed);
+        await replay.begin(stop);
+        for await (const message of messagesOf(consumer, stop)) {
           const record = this.#decoded(message.data, RequestRecord);
           if (record !== undefined) {
             yield { storeId, sequence: message.seq, record };
           }
+          nextSequence = message.seq + 1;
+          replay.taken(message.seq);
         }
       } catch (error) {
         if (!until.aborted) {
@@ -199,6 +226,21 @@ class NatsQueue implements RequestQueue {
     }
   }
 
+  async markDraining(model: string, group: string, { sinceUnixMs }: DrainMark): Promise<void> {
+    await this.#drains.change(
+      model,
+      (marks) => !marks.has(group) && marks.set(group, { sinceUnixMs }) === marks,
+    );
+  }
+
+  async clearDraining(model: string, group: string): Promise<void> {
+    await this.#drains.change(model, (marks) => marks.delete(group));
+  }
+
+  followDrains(model: string, signal: AbortSignal): AsyncIterable<DrainMarks> {
+    return this.#drains.follow(model, this.#until(signal));
+  }
+
   async close(): Promise<void> {
     await this.#link.close(async () => {
       const limit = AbortSignal.timeout(releaseTimeoutMs);
@@ -258,25 +300,72 @@ class NatsQueue implements RequestQueue {
   }
 }
 
-/** The stream's messages of a model from a sequence on. The client makes its consumer again where it is lost. */
-async function* messagesFrom(
+/** Tells once when what a consumer found at its beginning has been taken. */
+class Replay {
+  readonly #consumer: Consumer;
+  #onReplayed: (() => void) | undefined;
+  #left = 0;
+  #lastSequence = 0;
+
+  constructor(consumer: Consumer, onReplayed: (() => void) | undefined) {
+    this.#consumer = consumer;
+    this.#onReplayed = onReplayed;
+  }
+
+  async begin(stop: AbortSignal): Promise<void> {
+    this.#left = (await this.#consumer.info()).num_pending;
+    this.#endIfDone();
+    void this.#watch(stop);
+  }
+
+  taken(sequence: number): void {
+    this.#lastSequence = sequence;
+    this.#left -= 1;
+    this.#endIfDone();
+  }
+
+  /** What is deleted while it is replayed never comes: then the server's own count tells the end. */
+  async #watch(stop: AbortSignal): Promise<void> {
+    while (this.#onReplayed !== undefined && !stop.aborted) {
+      await pause(replayCheckMs, stop);
+      const info = await this.#consumer.info().catch(() => undefined);
+      if (info?.num_pending === 0 && info.delivered.stream_seq <= this.#lastSequence) {
+        this.#left = 0;
+        this.#endIfDone();
+      }
+    }
+  }
+
+  #endIfDone(): void {
+    if (this.#left <= 0) {
+      this.#onReplayed?.();
+      this.#onReplayed = undefined;
+    }
+  }
+}
+
+/** A consumer of a model's messages from a sequence on. The client makes it again where the server loses it. */
+function consumerFrom(
   stream: JetStreamClient,
-  from: { readonly model: string; readonly nextSequence: number; readonly stop: AbortSignal },
-): AsyncGenerator<JsMsg, void, undefined> {
-  const consumer = await stream.consumers.get(requestStream, {
+  from: { readonly model: string; readonly nextSequence: number },
+): Promise<Consumer> {
+  return stream.consumers.get(requestStream, {
     filter_subjects: subjects.requestsOf(from.model),
     deliver_policy: DeliverPolicy.StartSequence,
     opt_start_seq: from.nextSequence,
   });
+}
+
+async function* messagesOf(consumer: Consumer, stop: AbortSignal): AsyncGenerator<JsMsg, void, undefined> {
   const messages = await consumer.consume({ max_messages: 500 });
   const close = (): void => void messages.close();
-  from.stop.addEventListener('abort', close, { once: true });
+  stop.addEventListener('abort', close, { once: true });
   try {
-    if (!from.stop.aborted) {
+    if (!stop.aborted) {
       yield* messages;
     }
   } finally {
-    from.stop.removeEventListener('abort', close);
+    stop.removeEventListener('abort', close);
     close();
   }
 }

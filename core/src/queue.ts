@@ -27,18 +27,55 @@ export interface Lease {
   release(): Promise<void>;
 }
 
-/** What a dispatcher publishes about its queue. A reader that has none of it knows nothing, which is not zero. */
+/** A group that is alive, as the dispatcher sees it. */
+export interface QueueGroupState {
+  readonly group: string;
+  readonly incarnation: string;
+  readonly revision: string;
+  /**
+   * The dispatcher's gateway holds a greeted, unbroken session with the group's leader, its heartbeats are fresh, and it
+   * says READY, which it does only when all of its ranks have joined.
+   */
+  readonly routable: boolean;
+  /** The dispatcher has seen the group's drain mark, or the group says it drains: it is assigned nothing more. */
+  readonly draining: boolean;
+  readonly inFlightRequests: number;
+  readonly inFlightTokens: number;
+}
+
+/**
+ * What a dispatcher publishes about its queue, at every change and once a second. A reader that has none younger than
+ * `queueStateFreshMs` knows nothing, which is not zero. Tokens are prompt plus permitted completion: known in advance.
+ */
 export interface QueueState {
   readonly model: string;
   readonly atUnixMs: number;
   readonly dispatcherEpoch: number;
   readonly waitingRequests: number;
   readonly runningRequests: number;
-  /** Prompt plus permitted completion tokens of the waiting requests. */
   readonly waitingTokens: number;
+  readonly inFlightTokens: number;
   readonly oldestWaitingMs: number;
   readonly readyGroups: number;
+  /** Sequences that the ready groups that do not drain can run at once. */
+  readonly slots: number;
+  /**
+   * Tokens of the requests that arrived, and that ended in a group, since this dispatcher took its lease: counters that
+   * begin anew with `dispatcherEpoch`. What it found in the queue is no arrival.
+   */
+  readonly arrivedTokens: number;
+  readonly endedTokens: number;
+  /** By name. */
+  readonly groups: readonly QueueGroupState[];
 }
+
+/** A group's drain mark: nothing more is assigned to it. */
+export interface DrainMark {
+  readonly sinceUnixMs: number;
+}
+
+/** The marked groups of a model, by name. */
+export type DrainMarks = ReadonlyMap<string, DrainMark>;
 
 /** Something that stops when closed; closing twice is allowed. */
 export interface Closeable {
@@ -67,8 +104,11 @@ export interface RequestQueue extends Closeable {
    * through disconnections.
    */
   delete(place: RecordPlace): Promise<boolean>;
-  /** Replays the live records of a model in order, then follows new ones; each record once. */
-  follow(model: string, signal: AbortSignal): AsyncIterable<QueuedRecord>;
+  /**
+   * Replays the live records of a model in order, then follows new ones; each record once. `onReplayed` is called when
+   * what was there at the beginning has been taken, and again where the store was replaced.
+   */
+  follow(model: string, signal: AbortSignal, onReplayed?: () => void): AsyncIterable<QueuedRecord>;
   /** Live records of every model, counted by the server. */
   counts(): Promise<{ readonly records: number }>;
 
@@ -92,6 +132,15 @@ export interface RequestQueue extends Closeable {
   followEnded(model: string, signal: AbortSignal): AsyncIterable<RequestEnded>;
   publishState(state: QueueState): void;
   followState(model: string, signal: AbortSignal): AsyncIterable<QueueState>;
+
+  /**
+   * Marks a group: dispatchers give it nothing more, until the mark is cleared. Marking a marked group keeps the older
+   * mark; clearing an unmarked one changes nothing. Marks outlive whoever set them, so that nothing need be repeated.
+   */
+  markDraining(model: string, group: string, mark: DrainMark): Promise<void>;
+  clearDraining(model: string, group: string): Promise<void>;
+  /** The marks of a model: all of them first, then all of them again at every change. */
+  followDrains(model: string, signal: AbortSignal): AsyncIterable<DrainMarks>;
 }
 
 /** How long a lease outlives its holder: a takeover takes at most this long, a hiccup shorter than this is survived. */
@@ -102,3 +151,6 @@ export const leaseRenewMs = leaseTtlMs / 3;
 
 /** How long an owning gateway has to answer an assignment; its handler only looks into a map. */
 export const assignTimeoutMs = 2_000;
+
+/** A published state older than this says nothing any more. */
+export const queueStateFreshMs = 5_000;

@@ -1,9 +1,10 @@
 // Every NATS name of the cluster. A subject's token may not hold '.', '*', '>' or spaces, and model names hold '/' and
 // '.': such characters are written as '=' and two hex digits of each UTF-8 byte, which key-value keys allow too.
 
-/** The stream that holds the records of accepted requests, and the bucket that holds the dispatchers' leases. */
+/** The stream of the records of accepted requests, and the buckets of the dispatchers' leases and of the drain marks. */
 export const requestStream = 'REQUESTS';
 export const leaseBucket = 'DISPATCHERS';
+export const drainBucket = 'GROUPS';
 
 /** Writes a name as one subject token; `nameFromToken` reads it back. Injective; empty names throw a RangeError. */
 export function tokenFromName(name: string): string {

@@ -111,7 +111,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     ...config.workers.map((address) => pollHeartbeats(address, queue, closing.signal)),
     ...[...models.keys()].flatMap((model) => [
       followState(model),
-      runDispatcher({ model, gatewayId, queue, groups, metrics, log }, closing.signal),
+      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, closing.signal),
     ]),
   ];
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [

@@ -1,7 +1,7 @@
 import { GroupState, Heartbeat } from '@mimo/proto/worker';
 import { describe, expect, it } from 'vitest';
 
-import { Groups, heartbeatGoneMs } from './groups.ts';
+import { Groups, heartbeatGoneMs, heartbeatQuietMs } from './groups.ts';
 
 function beat(group: string, sequenceNumber: number, more: Partial<Heartbeat> = {}): Heartbeat {
   const life = { incarnation: 'one', state: GroupState.READY, model: 'm' };
@@ -33,6 +33,16 @@ describe('Groups', () => {
     expect(groups.alive('m', heartbeatGoneMs + 1)).toMatchObject([{ group: 'b' }]);
     groups.observe(beat('b', 2, { state: GroupState.FAILED }), 600);
     expect(groups.alive('m', 601)).toEqual([]);
+  });
+
+  it('gives no more to a group that misses three heartbeats, until the next one', () => {
+    const groups = new Groups();
+    groups.observe(beat('a', 1), 0);
+    expect(groups.ready('m', heartbeatQuietMs)).toHaveLength(1);
+    expect(groups.ready('m', heartbeatQuietMs + 1)).toEqual([]);
+    expect(groups.alive('m', heartbeatQuietMs + 1)).toHaveLength(1);
+    groups.observe(beat('a', 2), heartbeatQuietMs + 2);
+    expect(groups.ready('m', heartbeatQuietMs + 2)).toHaveLength(1);
   });
 
   it('calls ready only what takes requests', () => {

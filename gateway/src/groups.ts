@@ -1,9 +1,16 @@
-// What the gateway knows of the replica groups: the last heartbeat of each. Owns which groups count as alive; knows
-// neither how heartbeats travel nor what is done with them. Time is an argument.
+// What the gateway knows of the replica groups: the last heartbeat of each. Owns which groups count as alive, and which as
+// heard of lately enough to be given work; knows neither how heartbeats travel nor what is done with them. Time is an
+// argument.
 
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
-/** Heartbeats come several times a second; the margin is for a machine that is busy, not dead. */
+/**
+ * Three missing heartbeats: the group is given nothing more until the next one. A mistake costs only that, since what runs
+ * there goes on: a stream is moved when its session breaks and not before.
+ */
+export const heartbeatQuietMs = 800;
+
+/** A group that is silent for this long is forgotten; the margin is for a machine that is busy, not dead. */
 export const heartbeatGoneMs = 2_000;
 
 interface SeenGroup {
@@ -17,7 +24,7 @@ export class Groups {
 
   /** Takes a heartbeat; one that was overtaken by a later one of the same life is ignored. */
   observe(heartbeat: Heartbeat, nowMs: number): void {
-    const key = JSON.stringify([heartbeat.model, heartbeat.group]);
+    const key = keyOf(heartbeat.model, heartbeat.group);
     const last = this.#seen.get(key)?.heartbeat;
     const overtaken =
       last?.incarnation === heartbeat.incarnation && last.sequenceNumber >= heartbeat.sequenceNumber;
@@ -39,8 +46,15 @@ export class Groups {
     return alive;
   }
 
-  /** Those of them that take requests. */
+  /** Those of them that take requests, and said so lately. */
   ready(model: string, nowMs: number): Heartbeat[] {
-    return this.alive(model, nowMs).filter(({ state }) => state === GroupState.READY);
+    return this.alive(model, nowMs).filter(({ state, group }) => {
+      const seenMs = this.#seen.get(keyOf(model, group))?.seenMs ?? Number.NEGATIVE_INFINITY;
+      return state === GroupState.READY && nowMs - seenMs <= heartbeatQuietMs;
+    });
   }
+}
+
+function keyOf(model: string, group: string): string {
+  return JSON.stringify([model, group]);
 }

@@ -43,6 +43,8 @@ const greetTimeoutMs = 5_000;
 const pingIntervalMs = 2_000;
 /** A group that is silent for this long, pings unanswered, is lost: stopped, cut off, or its event loop blocked. */
 const silenceLimitMs = 8_000;
+/** A session that nobody needs yet is not opened more often than this. */
+const holdAgainMs = 500;
 /** A step frame of a thousand sequences with logprobs stays below it. */
 const maxReceiveBytes = 64 * 2 ** 20;
 
@@ -63,6 +65,7 @@ export class Session {
   readonly #keepAlive: NodeJS.Timeout;
   readonly #openedMs = performance.now();
   #heardMs = performance.now();
+  #watchedMs = performance.now();
   #nextSlot = 0;
   #nonce = 0;
   #greeted = false;
@@ -106,6 +109,11 @@ export class Session {
     return this.#ended;
   }
 
+  /** The group has answered, and the session has not broken since. */
+  get routable(): boolean {
+    return this.#greeted && !this.#ended;
+  }
+
   /** Begins a sequence. Its listener hears of it from the next turn of the event loop on. */
   submit(submit: Omit<Submit, 'slot'>, listener: SequenceListener): SequenceHandle {
     const slot = this.#freeSlots.pop() ?? this.#nextSlot++;
@@ -124,9 +132,11 @@ export class Session {
     };
   }
 
-  /** Ends the session; the group aborts what is left in it. */
-  close(): void {
-    this.#end(new ClusterError('canceled', `the session with group ${this.target.group} was closed`));
+  /** Ends the session; the group aborts what is left in it, whose listeners hear of `error`. */
+  close(
+    error = new ClusterError('canceled', `the session with group ${this.target.group} was closed`),
+  ): void {
+    this.#end(error);
   }
 
   #send(message: NonNullable<SessionRequest['message']>): void {
@@ -156,6 +166,11 @@ export class Session {
   #watch(): void {
     const nowMs = performance.now();
     const { group } = this.target;
+    if (nowMs - this.#watchedMs > 2 * pingIntervalMs) {
+      // This process stood still, and what the group said meanwhile may not have been read yet.
+      this.#heardMs = nowMs;
+    }
+    this.#watchedMs = nowMs;
     if (!this.#greeted && nowMs - this.#openedMs > greetTimeoutMs) {
       this.#end(new ClusterError('unavailable', `group ${group} did not answer within ${greetTimeoutMs} ms`));
     } else if (nowMs - this.#heardMs > silenceLimitMs) {
@@ -194,6 +209,8 @@ export class Sessions {
   readonly #gatewayId: string;
   readonly #log: Log;
   readonly #sessions = new Map<string, Session>();
+  /** Groups whose session has just ended: `hold` leaves them alone for a moment. */
+  readonly #resting = new Set<string>();
 
   constructor(gatewayId: string, log: Log) {
     this.#gatewayId = gatewayId;
@@ -210,13 +227,14 @@ export class Sessions {
 
   /** The session with a group's life, opened where there is none. An earlier life of the group has ended with that. */
   to(target: SessionTarget): Session {
-    const key = JSON.stringify([target.model, target.group]);
+    const key = keyOf(target);
     const existing = this.#sessions.get(key);
     if (existing !== undefined) {
       if (existing.target.incarnation === target.incarnation && existing.target.address === target.address) {
         return existing;
       }
-      existing.close();
+      const text = `group ${target.group} has begun another life`;
+      existing.close(new ClusterError('unavailable', text));
     }
     const session = new Session({
       target,
@@ -225,6 +243,8 @@ export class Sessions {
       onEnd: () => {
         if (this.#sessions.get(key) === session) {
           this.#sessions.delete(key);
+          this.#resting.add(key);
+          setTimeout(() => this.#resting.delete(key), holdAgainMs).unref();
         }
       },
     });
@@ -232,9 +252,27 @@ export class Sessions {
     return session;
   }
 
+  /** Sees to a session with a group that nothing is sent to yet; one that broke is opened again after a while. */
+  hold(target: SessionTarget): void {
+    const key = keyOf(target);
+    if (this.#sessions.get(key)?.target.incarnation !== target.incarnation && !this.#resting.has(key)) {
+      this.to(target);
+    }
+  }
+
+  /** Whether a session with this life of the group is open and answered. */
+  isRoutable(target: Pick<SessionTarget, 'model' | 'group' | 'incarnation'>): boolean {
+    const session = this.#sessions.get(keyOf(target));
+    return session?.target.incarnation === target.incarnation && session.routable;
+  }
+
   close(): void {
     for (const session of this.#sessions.values()) {
       session.close();
     }
   }
+}
+
+function keyOf({ model, group }: Pick<SessionTarget, 'model' | 'group'>): string {
+  return JSON.stringify([model, group]);
 }

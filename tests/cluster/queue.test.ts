@@ -7,7 +7,13 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import { createLog } from '@mimo/core/log';
-import { leaseTtlMs, type QueuedRecord, type RecordPlace, type RequestQueue } from '@mimo/core/queue';
+import {
+  leaseTtlMs,
+  type QueuedRecord,
+  type QueueState,
+  type RecordPlace,
+  type RequestQueue,
+} from '@mimo/core/queue';
 import { createMemoryQueue, MemoryBroker } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
 import { Assignment, AssignmentOutcome, RequestRecord } from '@mimo/proto/queue';
@@ -272,15 +278,30 @@ describe.each(Object.keys(backends))('%s', (name) => {
       sequenceNumber: 1,
       running: [{ requestId: 'r' }],
     });
-    const state = {
+    const state: QueueState = {
       model,
       atUnixMs: 1,
       dispatcherEpoch: 2,
       waitingRequests: 3,
       runningRequests: 4,
       waitingTokens: 5,
+      inFlightTokens: 8,
       oldestWaitingMs: 6,
       readyGroups: 7,
+      slots: 9,
+      arrivedTokens: 10,
+      endedTokens: 11,
+      groups: [
+        {
+          group: 'g0',
+          incarnation: 'g0-1',
+          revision: 'r',
+          routable: true,
+          draining: false,
+          inFlightRequests: 4,
+          inFlightTokens: 8,
+        },
+      ],
     };
     await vi.waitFor(() => {
       sender.publishHeartbeat(heartbeat);
@@ -294,6 +315,63 @@ describe.each(Object.keys(backends))('%s', (name) => {
     expect(ended.values.every((each) => each.model === model)).toBe(true);
     stop.abort();
     await Promise.all([heartbeats.done, ended.done, states.done]);
+  });
+
+  it('tells when what was there has been replayed, also where there was nothing, or some of it is deleted', async () => {
+    const [writer, reader] = [await open(), await open()];
+    const empty = new AbortController();
+    let emptyReplayed = 0;
+    const nothing = gather(reader.follow(model, empty.signal, () => void (emptyReplayed += 1)));
+    await vi.waitFor(() => expect(emptyReplayed).toBe(1), 5_000);
+    await writer.publish(record('a'));
+    await vi.waitFor(() => expect(nothing.values).toHaveLength(1), 5_000);
+    expect(emptyReplayed).toBe(1);
+    empty.abort();
+    await nothing.done;
+    // More than a reader asks for at once, so that the end of it can be deleted before it is sent.
+    const places = await Promise.all(
+      Array.from({ length: 700 }, (_, index) => writer.publish(record(`r${index}`))),
+    );
+    let replayed = false;
+    const values = reader.follow(model, never, () => void (replayed = true))[Symbol.asyncIterator]();
+    await values.next();
+    expect(replayed).toBe(false);
+    await Promise.all(places.slice(-20).map((place) => writer.delete(place)));
+    const rest = gather({ [Symbol.asyncIterator]: () => values });
+    await vi.waitFor(() => expect(replayed).toBe(true), 5_000);
+    expect(rest.values).toHaveLength(680);
+    await reader.close();
+    await rest.done;
+  });
+
+  it('keeps drain marks until they are cleared, and tells all of them first and at every change', async () => {
+    const [controller, dispatcher] = [await open(), await open()];
+    await controller.markDraining(model, 'g.0', { sinceUnixMs: 1 });
+    await controller.markDraining('other', 'g9', { sinceUnixMs: 9 });
+    const stop = new AbortController();
+    const followed = gather(dispatcher.followDrains(model, stop.signal));
+    const last = (): Record<string, unknown> => Object.fromEntries(followed.values.at(-1) ?? []);
+    await vi.waitFor(() => expect(last()).toEqual({ 'g.0': { sinceUnixMs: 1 } }), 5_000);
+    await controller.markDraining(model, 'g1', { sinceUnixMs: 2 });
+    await vi.waitFor(
+      () => expect(last()).toEqual({ 'g.0': { sinceUnixMs: 1 }, g1: { sinceUnixMs: 2 } }),
+      5_000,
+    );
+    await controller.markDraining(model, 'g1', { sinceUnixMs: 3 });
+    await controller.clearDraining(model, 'g.0');
+    await controller.clearDraining(model, 'unmarked');
+    await vi.waitFor(() => expect(last()).toEqual({ g1: { sinceUnixMs: 2 } }), 5_000);
+    await Promise.all(
+      ['a', 'b', 'c'].map((group) => controller.markDraining(model, group, { sinceUnixMs: 4 })),
+    );
+    await vi.waitFor(() => expect(Object.keys(last()).toSorted()).toEqual(['a', 'b', 'c', 'g1']), 5_000);
+    await Promise.all(['a', 'b', 'c', 'g1'].map((group) => controller.clearDraining(model, group)));
+    await vi.waitFor(() => expect(last()).toEqual({}), 5_000);
+    stop.abort();
+    await followed.done;
+    const [none] = await take(dispatcher.followDrains('unheard of', never), 1);
+    expect(none?.size).toBe(0);
+    await controller.clearDraining('other', 'g9');
   });
 
   it('replays 5,000 records in order, each once', async () => {
@@ -414,6 +492,24 @@ describe('the NATS queue, when its server', () => {
     await vi.waitFor(() => {
       expect(followed.map((each) => each.values.at(-1)?.record.requestId)).toEqual(['fresh', 'fresh']);
     }, 10_000);
+  });
+
+  it('dies: drain marks are kept, and what is marked afterwards is told', async () => {
+    const [controller, dispatcher] = [await open('controller'), await open('dispatcher')];
+    await controller.markDraining(model, 'before', { sinceUnixMs: 1 });
+    const stop = new AbortController();
+    const followed = gather(dispatcher.followDrains(model, stop.signal));
+    await vi.waitFor(() => expect(followed.values.at(-1)?.has('before')).toBe(true), 5_000);
+    await restart({ emptied: false, whileDown: async () => undefined });
+    await vi.waitFor(() => controller.markDraining(model, 'after', { sinceUnixMs: 2 }), 10_000);
+    await vi.waitFor(
+      () => expect([...(followed.values.at(-1)?.keys() ?? [])]).toEqual(['before', 'after']),
+      10_000,
+    );
+    await controller.clearDraining(model, 'before');
+    await controller.clearDraining(model, 'after');
+    stop.abort();
+    await followed.done;
   });
 
   it('is not there yet: opens at once and connects when it comes', async () => {

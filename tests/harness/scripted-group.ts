@@ -49,6 +49,8 @@ export interface ScriptedGroup {
   refuse(error: ClusterError): void;
   /** Changes the state in its heartbeats. */
   become(state: GroupState): void;
+  /** Heartbeats stop; nothing else does. */
+  fallSilent(): void;
   /** The sockets are closed without a word, as after kill -9; heartbeats stop. */
   vanish(): Promise<void>;
   close(): Promise<void>;
@@ -246,6 +248,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
       state = next;
       queue?.publishHeartbeat(heartbeat());
     },
+    fallSilent: () => clearInterval(beating),
     vanish: stop,
     close: async () => {
       sessions.fail(new ClusterError('unavailable', `group ${group} has ended`));

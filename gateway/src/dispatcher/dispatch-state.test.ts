@@ -1,10 +1,13 @@
+import type { DrainMarks } from '@mimo/core/queue';
 import { RequestRecord } from '@mimo/proto/queue';
 import { GroupState, Heartbeat } from '@mimo/proto/worker';
+import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import { DispatchState } from './dispatch-state.ts';
 
 const at = 1_000_000;
+const unmarked: DrainMarks = new Map();
 
 function stateOf(...requestIds: readonly string[]): DispatchState {
   const state = new DispatchState();
@@ -16,7 +19,7 @@ function stateOf(...requestIds: readonly string[]): DispatchState {
       promptTokenIds: [1, 2, 3],
       sampling: { maxTokens: 10 },
     });
-    state.add({ storeId: 's', sequence: index + 1, record });
+    state.add({ storeId: 's', sequence: index + 1, record }, true);
   }
   return state;
 }
@@ -45,7 +48,7 @@ describe('DispatchState', () => {
     });
     state.reconcile([running], at);
     expect(waitingIn(state)).toEqual(['b']);
-    expect(state.openGroups([running])).toMatchObject([{ group: 'g', slots: 4, usedSlots: 1 }]);
+    expect(state.openGroups([running], unmarked)).toMatchObject([{ group: 'g', slots: 4, usedSlots: 1 }]);
   });
 
   it('lets a request wait again that its group does not speak of for long', () => {
@@ -70,9 +73,12 @@ describe('DispatchState', () => {
     state.place('a', beat('g'), at);
     state.requeue('a', at);
     const lives = [beat('g'), beat('g', { incarnation: 'g2' })];
-    expect(state.openGroups(lives).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([at + 2_000, 0]);
+    expect(state.openGroups(lives, unmarked).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([
+      at + 2_000,
+      0,
+    ]);
     state.reconcile([], at + 2_000);
-    expect(state.openGroups(lives).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([0, 0]);
+    expect(state.openGroups(lives, unmarked).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([0, 0]);
   });
 
   it('gives a silent gateway time, then calls all of its requests nobody’s', () => {
@@ -102,27 +108,105 @@ describe('DispatchState', () => {
       beat('queues', { waitingSequences: 1 }),
       beat('busy', { runningSequences: 3 }),
     ];
-    expect(stateOf().openGroups(groups)).toMatchObject([
+    expect(stateOf().openGroups(groups, unmarked)).toMatchObject([
       { group: 'queues', slots: 0 },
       { group: 'busy', slots: 4, usedSlots: 3 },
     ]);
   });
 
-  it('sums up what waits and what runs', () => {
-    const state = stateOf('a', 'b', 'c');
+  it('gives no slot of a group with a drain mark, until it is cleared', () => {
+    const groups = [beat('a'), beat('b')];
+    const marked = stateOf().openGroups(groups, new Map([['a', { sinceUnixMs: at }]]));
+    expect(marked.map(({ group }) => group)).toEqual(['b']);
+    expect(stateOf().openGroups(groups, unmarked)).toHaveLength(2);
+  });
+
+  it('sums up what waits, what runs, what came and what ended in a group', () => {
+    const state = stateOf('a', 'b', 'c', 'd');
+    const found = RequestRecord.fromPartial({
+      requestId: 'found',
+      acceptedUnixMs: at - 9_000,
+      promptTokenIds: [1],
+    });
+    state.add({ storeId: 's', sequence: 9, record: found }, false);
+    state.add({ storeId: 's', sequence: 9, record: found }, true);
     state.place('a', beat('g'), at);
+    state.place('found', beat('g'), at);
+    state.place('d', beat('g'), at);
     state.remove('c');
+    state.remove('d');
+    state.remove('unknown');
     expect(state.summary(at)).toEqual({
       waitingRequests: 1,
-      runningRequests: 1,
+      runningRequests: 2,
       waitingTokens: 13,
+      inFlightTokens: 14,
       oldestWaitingMs: 5_000,
+      arrivedTokens: 52,
+      endedTokens: 13,
     });
+    expect([...state.loads().values()]).toEqual([{ requests: 2, tokens: 14 }]);
     expect(stateOf().summary(at)).toEqual({
       waitingRequests: 0,
       runningRequests: 0,
       waitingTokens: 0,
+      inFlightTokens: 0,
       oldestWaitingMs: 0,
+      arrivedTokens: 0,
+      endedTokens: 0,
     });
+  });
+
+  it('counts the same however requests come, move and go', () => {
+    const step = fc.record({
+      act: fc.constantFrom('add', 'place', 'requeue', 'unanswered', 'remove', 'reconcile'),
+      request: fc.nat(5),
+      group: fc.nat(2),
+    });
+    fc.assert(
+      fc.property(fc.array(step, { maxLength: 60 }), (steps) => {
+        const state = new DispatchState();
+        const live = new Map<string, number>();
+        let nowMs = at;
+        for (const { act, request, group } of steps) {
+          nowMs += 700;
+          const requestId = `r${request}`;
+          const heartbeat = beat(`g${group}`);
+          if (act === 'add') {
+            const record = RequestRecord.fromPartial({
+              requestId,
+              acceptedUnixMs: nowMs,
+              promptTokenIds: Array<number>(request + 1).fill(7),
+            });
+            state.add({ storeId: 's', sequence: nowMs, record }, true);
+            live.set(requestId, request + 1);
+          } else if (act === 'place') {
+            state.place(requestId, heartbeat, nowMs);
+          } else if (act === 'requeue') {
+            state.requeue(requestId, nowMs);
+          } else if (act === 'unanswered') {
+            state.unanswered(requestId, false, nowMs);
+          } else if (act === 'remove') {
+            state.remove(requestId);
+            live.delete(requestId);
+          } else {
+            state.reconcile([beat('g0', { running: [{ requestId, epoch: 1 }] })], nowMs);
+          }
+          const waiting = [...state.waiting()].map((each) => each.requestId);
+          const tokensOf = (ids: readonly string[]): number =>
+            ids.reduce((sum, id) => sum + (live.get(id) ?? Number.NaN), 0);
+          const placed = [...live.keys()].filter((id) => !waiting.includes(id));
+          expect(state.summary(nowMs)).toMatchObject({
+            waitingRequests: waiting.length,
+            runningRequests: placed.length,
+            waitingTokens: tokensOf(waiting),
+            inFlightTokens: tokensOf(placed),
+          });
+          const loads = [...state.loads().values()];
+          expect(loads.reduce((sum, load) => sum + load.requests, 0)).toBe(placed.length);
+          expect(loads.reduce((sum, load) => sum + load.tokens, 0)).toBe(tokensOf(placed));
+        }
+      }),
+    );
   });
 });

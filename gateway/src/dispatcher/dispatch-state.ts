@@ -2,8 +2,9 @@
 // the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the owning
 // gateway's answer to an assignment is the truth. Time is an argument.
 
+import type { DrainMarks, QueuedRecord, QueueState } from '@mimo/core/queue';
+import type { RequestRecord } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
-import type { QueuedRecord } from '@mimo/core/queue';
 
 import type { OpenGroup, WaitingRequest } from './placement.ts';
 
@@ -15,6 +16,12 @@ export interface Place {
 
 interface Placed extends Place {
   readonly sinceUnixMs: number;
+}
+
+/** What is with one life of a group. Tokens are prompt plus permitted completion. */
+export interface PlacedLoad {
+  readonly requests: number;
+  readonly tokens: number;
 }
 
 /** A gateway that did not answer. */
@@ -40,14 +47,31 @@ export class DispatchState {
   readonly #placed = new Map<string, Placed>();
   readonly #suspects = new Map<string, number>();
   readonly #silent = new Map<string, SilentGateway>();
+  // Kept as things change: a queue may hold tens of thousands of requests.
+  #waitingTokens = 0;
+  #inFlightTokens = 0;
+  #arrivedTokens = 0;
+  #endedTokens = 0;
 
-  add(queued: QueuedRecord): void {
-    this.#requests.set(queued.record.requestId, queued);
+  /** Takes a record; with `isArrival` it counts among those that came since the beginning. */
+  add(queued: QueuedRecord, isArrival: boolean): void {
+    const { record } = queued;
+    if (!this.#requests.has(record.requestId)) {
+      this.#requests.set(record.requestId, queued);
+      this.#waitingTokens += tokensOf(record);
+      this.#arrivedTokens += isArrival ? tokensOf(record) : 0;
+    }
   }
 
+  /** The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute. */
   remove(requestId: string): void {
-    this.#requests.delete(requestId);
-    this.#placed.delete(requestId);
+    const request = this.#requests.get(requestId);
+    if (request !== undefined) {
+      this.#endedTokens += this.#placed.has(requestId) ? tokensOf(request.record) : 0;
+      this.#unplace(requestId);
+      this.#requests.delete(requestId);
+      this.#waitingTokens -= tokensOf(request.record);
+    }
   }
 
   get(requestId: string): QueuedRecord | undefined {
@@ -56,7 +80,12 @@ export class DispatchState {
 
   /** The request is with a group, as far as is known. */
   place(requestId: string, { group, incarnation }: Place, nowUnixMs: number): void {
-    if (this.#requests.has(requestId)) {
+    const request = this.#requests.get(requestId);
+    if (request !== undefined) {
+      if (!this.#placed.has(requestId)) {
+        this.#waitingTokens -= tokensOf(request.record);
+        this.#inFlightTokens += tokensOf(request.record);
+      }
       this.#placed.set(requestId, { group, incarnation, sinceUnixMs: nowUnixMs });
     }
   }
@@ -65,8 +94,8 @@ export class DispatchState {
   requeue(requestId: string, nowUnixMs: number): void {
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
-      this.#suspects.set(keyOf(place), nowUnixMs + suspectMs);
-      this.#placed.delete(requestId);
+      this.#suspects.set(placeKey(place), nowUnixMs + suspectMs);
+      this.#unplace(requestId);
     }
   }
 
@@ -84,7 +113,7 @@ export class DispatchState {
     if (request === undefined) {
       return [];
     }
-    this.#placed.delete(requestId);
+    this.#unplace(requestId);
     const { gatewayId } = request.record;
     const goneSinceUnixMs = gone ? (this.#silent.get(gatewayId)?.goneSinceUnixMs ?? nowUnixMs) : undefined;
     this.#silent.set(gatewayId, { goneSinceUnixMs, retryUnixMs: nowUnixMs + retryMs });
@@ -110,7 +139,7 @@ export class DispatchState {
     }
     for (const [requestId, { sinceUnixMs }] of this.#placed) {
       if (!running.has(requestId) && nowUnixMs - sinceUnixMs > settleMs) {
-        this.#placed.delete(requestId);
+        this.#unplace(requestId);
       }
     }
     for (const [key, untilUnixMs] of this.#suspects) {
@@ -131,46 +160,86 @@ export class DispatchState {
     }
   }
 
-  /** The groups that take requests. One that has a queue of its own, for want of KV blocks, has no free slot. */
-  openGroups(groups: readonly Heartbeat[]): OpenGroup[] {
-    const used = new Map<string, number>();
-    for (const place of this.#placed.values()) {
-      used.set(keyOf(place), (used.get(keyOf(place)) ?? 0) + 1);
+  /** What is with each life of a group, by `placeKey`. */
+  loads(): ReadonlyMap<string, PlacedLoad> {
+    const loads = new Map<string, PlacedLoad>();
+    for (const [requestId, place] of this.#placed) {
+      const key = placeKey(place);
+      const { requests, tokens } = loads.get(key) ?? nothing;
+      const record = this.#requests.get(requestId)?.record;
+      loads.set(key, {
+        requests: requests + 1,
+        tokens: tokens + (record === undefined ? 0 : tokensOf(record)),
+      });
     }
-    return groups
-      .filter(({ state }) => state === GroupState.READY)
+    return loads;
+  }
+
+  /**
+   * The groups that may be given requests, of those that are ready: not the marked ones. One that has a queue of its own,
+   * for want of KV blocks, has no free slot.
+   */
+  openGroups(ready: readonly Heartbeat[], drains: DrainMarks): OpenGroup[] {
+    const loads = this.loads();
+    return ready
+      .filter(({ state, group }) => state === GroupState.READY && !drains.has(group))
       .map((heartbeat) => ({
         group: heartbeat.group,
         slots: heartbeat.waitingSequences > 0 ? 0 : heartbeat.maxSequences,
-        usedSlots: Math.max(used.get(keyOf(heartbeat)) ?? 0, heartbeat.runningSequences),
-        notBeforeUnixMs: this.#suspects.get(keyOf(heartbeat)) ?? 0,
+        usedSlots: Math.max(loads.get(placeKey(heartbeat))?.requests ?? 0, heartbeat.runningSequences),
+        notBeforeUnixMs: this.#suspects.get(placeKey(heartbeat)) ?? 0,
       }));
   }
 
-  /** Figures for the published state: what waits and what is with a group. */
-  summary(nowUnixMs: number): {
-    readonly waitingRequests: number;
-    readonly runningRequests: number;
-    readonly waitingTokens: number;
-    readonly oldestWaitingMs: number;
-  } {
-    let waitingTokens = 0;
+  /** Figures for the published state. */
+  summary(
+    nowUnixMs: number,
+  ): Pick<
+    QueueState,
+    | 'waitingRequests'
+    | 'runningRequests'
+    | 'waitingTokens'
+    | 'inFlightTokens'
+    | 'oldestWaitingMs'
+    | 'arrivedTokens'
+    | 'endedTokens'
+  > {
     let oldestUnixMs = nowUnixMs;
     for (const { record } of this.#requests.values()) {
       if (!this.#placed.has(record.requestId)) {
-        waitingTokens += record.promptTokenIds.length + (record.sampling?.maxTokens ?? 0);
-        oldestUnixMs = Math.min(oldestUnixMs, record.acceptedUnixMs);
+        oldestUnixMs = record.acceptedUnixMs;
+        break;
       }
     }
     return {
       waitingRequests: this.#requests.size - this.#placed.size,
       runningRequests: this.#placed.size,
-      waitingTokens,
-      oldestWaitingMs: nowUnixMs - oldestUnixMs,
+      waitingTokens: this.#waitingTokens,
+      inFlightTokens: this.#inFlightTokens,
+      // Clocks of gateways differ a little.
+      oldestWaitingMs: Math.max(0, nowUnixMs - oldestUnixMs),
+      arrivedTokens: this.#arrivedTokens,
+      endedTokens: this.#endedTokens,
     };
+  }
+
+  #unplace(requestId: string): void {
+    const request = this.#requests.get(requestId);
+    if (this.#placed.delete(requestId) && request !== undefined) {
+      this.#inFlightTokens -= tokensOf(request.record);
+      this.#waitingTokens += tokensOf(request.record);
+    }
   }
 }
 
-function keyOf({ group, incarnation }: Place): string {
+const nothing: PlacedLoad = { requests: 0, tokens: 0 };
+
+/** Tokens that a request may take in all, as far as is known in advance. */
+function tokensOf({ promptTokenIds, sampling }: RequestRecord): number {
+  return promptTokenIds.length + (sampling?.maxTokens ?? 0);
+}
+
+/** Names a life of a group. */
+export function placeKey({ group, incarnation }: Place): string {
   return JSON.stringify([group, incarnation]);
 }

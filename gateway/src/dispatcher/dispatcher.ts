@@ -1,17 +1,19 @@
 // The dispatcher of one model: while it holds the lease it follows the queue and the heartbeats, plans, and offers each
-// planned request to its owning gateway. Owns the loop and the carrying out; what to do is decided in placement.ts, what is
-// believed is kept in dispatch-state.ts. One is active per model; every gateway has one that waits for the lease.
+// planned request to its owning gateway, and publishes the state of its queue. Owns the loop and the carrying out; what to
+// do is decided in placement.ts, what is believed is kept in dispatch-state.ts. One is active per model; every gateway has
+// one that waits for the lease.
 
 import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
-import type { Lease, RequestQueue } from '@mimo/core/queue';
+import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/queue';
 import { AssignmentOutcome } from '@mimo/proto/queue';
-import type { Heartbeat } from '@mimo/proto/worker';
+import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
 import type { Groups } from '../groups.ts';
 import type { GatewayMetrics } from '../metrics.ts';
-import { DispatchState } from './dispatch-state.ts';
+import type { Sessions } from '../session.ts';
+import { DispatchState, placeKey } from './dispatch-state.ts';
 import { planAbandoned, planAssignments } from './placement.ts';
 
 /** What a dispatcher works with. */
@@ -20,14 +22,18 @@ export interface DispatcherParts {
   readonly gatewayId: string;
   readonly queue: RequestQueue;
   readonly groups: Groups;
+  readonly sessions: Pick<Sessions, 'hold' | 'isRoutable'>;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
 }
 
 /** Groups that went silent and time-outs are found at this pace; everything else is acted upon as it comes. */
-const tickMs = 250;
+const tickMs = 100;
 /** Looking at the whole queue takes milliseconds where it is long. */
 const lookMs = 1_000;
+/** A changed state is published at once, but not more often than this; one that does not change, every second. */
+const publishMs = 50;
+const republishMs = 1_000;
 
 /** Dispatches whenever it holds the lease, until the signal fires; resolves once the lease is released. */
 export async function runDispatcher(parts: DispatcherParts, signal: AbortSignal): Promise<void> {
@@ -55,8 +61,16 @@ class Dispatcher {
   readonly #stop = new AbortController();
   readonly #until: AbortSignal;
   readonly #state = new DispatchState();
+  readonly #beganUnixMs = Date.now();
   #planning = false;
   #lookedMs = 0;
+  /** What lay in the queue at the beginning is known; before that its state would be told too small. */
+  #replayed = false;
+  /** Undefined until they are known: before that nothing is assigned. */
+  #drains: DrainMarks | undefined;
+  #publishedMs = Number.NEGATIVE_INFINITY;
+  #published = '';
+  #publishTimer: NodeJS.Timeout | undefined;
 
   constructor(parts: DispatcherParts, lease: Lease, signal: AbortSignal) {
     this.#parts = parts;
@@ -66,15 +80,35 @@ class Dispatcher {
 
   async run(): Promise<void> {
     try {
-      await Promise.all([this.#followRecords(), this.#followEnded(), this.#followHeartbeats(), this.#tick()]);
+      await Promise.all([
+        this.#followRecords(),
+        this.#followEnded(),
+        this.#followHeartbeats(),
+        this.#followDrains(),
+        this.#tick(),
+      ]);
     } finally {
       this.#stop.abort();
+      clearTimeout(this.#publishTimer);
     }
   }
 
   async #followRecords(): Promise<void> {
-    for await (const queued of this.#parts.queue.follow(this.#parts.model, this.#until)) {
-      this.#state.add(queued);
+    const { queue, model } = this.#parts;
+    const onReplayed = (): void => {
+      this.#reconcile();
+      this.#replayed = true;
+      this.#planSoon();
+    };
+    for await (const queued of queue.follow(model, this.#until, onReplayed)) {
+      this.#state.add(queued, this.#replayed || queued.record.acceptedUnixMs >= this.#beganUnixMs);
+      this.#planSoon();
+    }
+  }
+
+  async #followDrains(): Promise<void> {
+    for await (const marks of this.#parts.queue.followDrains(this.#parts.model, this.#until)) {
+      this.#drains = marks;
       this.#planSoon();
     }
   }
@@ -102,16 +136,32 @@ class Dispatcher {
   }
 
   async #tick(): Promise<void> {
-    const { groups, model } = this.#parts;
     while (!this.#until.aborted) {
-      this.#state.reconcile(groups.alive(model, performance.now()), Date.now());
+      this.#reconcile();
+      this.#holdSessions();
       this.#planSoon();
       if (performance.now() - this.#lookedMs >= lookMs) {
         this.#lookedMs = performance.now();
         planAbandoned(this.#state.waiting(), Date.now()).forEach((requestId) => this.#orphan(requestId));
-        this.#publishState();
       }
       await pause(tickMs, this.#until);
+    }
+  }
+
+  #reconcile(): void {
+    const { groups, model } = this.#parts;
+    this.#state.reconcile(groups.alive(model, performance.now()), Date.now());
+  }
+
+  /** Sessions are opened before anything is sent on them, so that a group that is called routable is. */
+  #holdSessions(): void {
+    const { groups, model, sessions, log } = this.#parts;
+    for (const { group, incarnation, address } of groups.ready(model, performance.now())) {
+      try {
+        sessions.hold({ model, group, incarnation, address });
+      } catch (error) {
+        log.debug({ error: ClusterError.from(error), group }, 'session not opened');
+      }
     }
   }
 
@@ -129,10 +179,17 @@ class Dispatcher {
   }
 
   #plan(): void {
+    if (this.#drains !== undefined) {
+      this.#assignAll(this.#drains);
+      this.#publishSoon(this.#drains);
+    }
+  }
+
+  #assignAll(drains: DrainMarks): void {
     const nowUnixMs = Date.now();
-    const groups = this.#parts.groups.alive(this.#parts.model, performance.now());
+    const groups = this.#parts.groups.ready(this.#parts.model, performance.now());
     const plan = planAssignments(
-      { waiting: this.#state.waiting(), groups: this.#state.openGroups(groups) },
+      { waiting: this.#state.waiting(), groups: this.#state.openGroups(groups, drains) },
       nowUnixMs,
     );
     for (const { requestId, group } of plan) {
@@ -198,15 +255,55 @@ class Dispatcher {
     }
   }
 
-  #publishState(): void {
-    const { model, queue, groups } = this.#parts;
+  #publishSoon(drains: DrainMarks): void {
+    const sinceMs = performance.now() - this.#publishedMs;
+    if (!this.#replayed || this.#publishTimer !== undefined) {
+      return;
+    }
+    if (sinceMs < publishMs) {
+      this.#publishTimer = setTimeout(() => {
+        this.#publishTimer = undefined;
+        this.#planSoon();
+      }, publishMs - sinceMs);
+      return;
+    }
+    const state = this.#readState(drains);
+    const content = JSON.stringify({ ...state, atUnixMs: 0, oldestWaitingMs: 0 });
+    if (content !== this.#published || sinceMs >= republishMs) {
+      this.#published = content;
+      this.#publishedMs = performance.now();
+      this.#parts.queue.publishState(state);
+    }
+  }
+
+  #readState(drains: DrainMarks): QueueState {
+    const { model, groups, sessions } = this.#parts;
     const nowUnixMs = Date.now();
-    queue.publishState({
+    const loads = this.#state.loads();
+    const ready = groups.ready(model, performance.now());
+    const readyNames = new Set(ready.map(({ group }) => group));
+    const alive = groups.alive(model, performance.now()).toSorted((a, b) => (a.group < b.group ? -1 : 1));
+    return {
       model,
       atUnixMs: nowUnixMs,
       dispatcherEpoch: this.#epoch,
-      readyGroups: groups.ready(model, performance.now()).length,
       ...this.#state.summary(nowUnixMs),
-    });
+      readyGroups: ready.length,
+      slots: ready
+        .filter(({ group }) => !drains.has(group))
+        .reduce((sum, { maxSequences }) => sum + maxSequences, 0),
+      groups: alive.map((heartbeat) => {
+        const load = loads.get(placeKey(heartbeat));
+        return {
+          group: heartbeat.group,
+          incarnation: heartbeat.incarnation,
+          revision: heartbeat.revision,
+          routable: readyNames.has(heartbeat.group) && sessions.isRoutable(heartbeat),
+          draining: drains.has(heartbeat.group) || heartbeat.state === GroupState.DRAINING,
+          inFlightRequests: load?.requests ?? 0,
+          inFlightTokens: load?.tokens ?? 0,
+        };
+      }),
+    };
   }
 }
