@@ -1,0 +1,67 @@
+{{/* Peers and rules that several policies share. */}}
+
+{{- define "mimo.policyPods" -}}
+podSelector:
+  matchLabels:
+    {{- include "mimo.selectorLabels" . | nindent 4 }}
+{{- end -}}
+
+{{/* Pods that the controller makes: a release's name is not among their labels. */}}
+{{- define "mimo.policyWorkers" -}}
+podSelector:
+  matchLabels:
+    app.kubernetes.io/managed-by: mimo-controller
+  matchExpressions:
+    - {key: app.kubernetes.io/name, operator: In, values: [mimo-worker, mimo-prepare]}
+{{- end -}}
+
+{{- define "mimo.policyDns" -}}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+  {{- with .Values.networkPolicy.dnsPeers }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+
+{{- define "mimo.policyMetrics" -}}
+{{- with .root.Values.networkPolicy.metricsPeers -}}
+- ports:
+    - {port: {{ $.port }}, protocol: TCP}
+  from:
+    {{- toYaml . | nindent 4 }}
+{{- end -}}
+{{- end -}}
+
+{{/* Blocks of addresses as peers; nothing where there are none, which means every address. */}}
+{{- define "mimo.policyCidrs" -}}
+{{- with . -}}
+to:
+  {{- range . }}
+  - ipBlock: {cidr: {{ . | quote }}}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{- define "mimo.policyNats" -}}
+{{- $ports := list -}}
+{{- range .Values.nats.externalUrls -}}
+{{- $ports = append $ports (regexFind ":[0-9]+$" . | trimPrefix ":" | default "4222" | int) -}}
+{{- end -}}
+- ports:
+    {{- range ternary (list 4222) (uniq $ports) .Values.nats.enabled }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+  {{- if .Values.nats.enabled }}
+  to:
+    - podSelector:
+        matchLabels:
+          {{- include "nats.selectorLabels" .Subcharts.nats | nindent 10 }}
+  {{- else }}
+  {{- with .Values.networkPolicy.externalNatsPeers }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- end }}
+{{- end -}}
