@@ -1,10 +1,19 @@
-import { mkdirSync, mkdtempSync, readdirSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readlinkSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import { withFileLock } from './file-lock.ts';
+import { HolderWatch, withFileLock } from './file-lock.ts';
 
 describe('withFileLock', () => {
   let directory: string;
@@ -42,20 +51,67 @@ describe('withFileLock', () => {
   it('takes over from a process of this machine that died', async () => {
     const lock = join(directory, 'lock');
     mkdirSync(lock);
-    writeFileSync(join(lock, 'owner'), `${hostname()} 999999999`);
-    expect(await withFileLock(lock, () => Promise.resolve('mine'), signal)).toBe('mine');
+    const link = '/proc/self/ns/pid';
+    const ownNamespace = existsSync(link) ? readlinkSync(link) : '';
+    const dead = {
+      host: hostname(),
+      pidNamespace: ownNamespace,
+      pid: 999_999_999,
+      id: 'x',
+    };
+    writeFileSync(join(lock, 'owner'), JSON.stringify(dead));
+    const results = await Promise.all(
+      [1, 2, 3].map((n) => withFileLock(lock, () => Promise.resolve(n), signal)),
+    );
+    expect(results).toEqual([1, 2, 3]);
+    expect(readdirSync(directory)).toEqual([]);
   });
 
-  it('takes over from another machine only after a long silence', async () => {
+  it('waits for a holder that it cannot ask, and gives up when the signal fires', async () => {
     const lock = join(directory, 'lock');
     mkdirSync(lock);
-    writeFileSync(join(lock, 'owner'), 'another-machine 1');
-    const waiting = AbortSignal.timeout(300);
+    // The first process of another container, on a machine whose clock is a day late.
+    const other = { host: hostname(), pidNamespace: 'pid:[1]', pid: 999_999_999, id: 'x' };
+    writeFileSync(join(lock, 'owner'), JSON.stringify(other));
+    const yesterday = new Date(Date.now() - 86_400_000);
+    utimesSync(lock, yesterday, yesterday);
+    const waiting = AbortSignal.timeout(700);
     await expect(withFileLock(lock, () => Promise.resolve(1), waiting)).rejects.toMatchObject({
-      name: 'AbortError',
+      name: expect.stringMatching(/AbortError|TimeoutError/) as string,
     });
-    const longAgo = new Date(Date.now() - 120_000);
-    utimesSync(lock, longAgo, longAgo);
-    expect(await withFileLock(lock, () => Promise.resolve('mine'), signal)).toBe('mine');
+    expect(readdirSync(directory)).toEqual(['lock']);
+  });
+});
+
+describe('HolderWatch', () => {
+  const self = { host: 'here', pidNamespace: 'pid:[1]', pid: process.pid, id: 'self' };
+  const elsewhere = { ...self, host: 'there', id: 'a' };
+
+  it('asks a neighbour', () => {
+    const watch = new HolderWatch(self);
+    expect(watch.isDead({ ...self, id: 'a' }, 0, 0)).toBe(false);
+    expect(watch.isDead({ ...self, id: 'a', pid: 999_999_999 }, 0, 1)).toBe(true);
+  });
+
+  it.each([
+    ['on another machine', elsewhere],
+    ['in another container', { ...self, pidNamespace: 'pid:[2]', pid: 999_999_999, id: 'b' }],
+    ['that never said who it is', undefined],
+  ])(
+    'takes a holder %s for dead once its lock was not touched for a minute of its own clock',
+    (_where, owner) => {
+      const watch = new HolderWatch(self);
+      expect(watch.isDead(owner, 5, 1_000)).toBe(false);
+      expect(watch.isDead(owner, 5, 60_000)).toBe(false);
+      expect(watch.isDead(owner, 6, 61_001)).toBe(false);
+      expect(watch.isDead(owner, 6, 121_001)).toBe(false);
+      expect(watch.isDead(owner, 6, 121_002)).toBe(true);
+    },
+  );
+
+  it('begins anew with the next holder', () => {
+    const watch = new HolderWatch(self);
+    expect(watch.isDead(elsewhere, 5, 0)).toBe(false);
+    expect(watch.isDead({ ...elsewhere, id: 'b' }, 5, 60_001)).toBe(false);
   });
 });

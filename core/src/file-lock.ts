@@ -1,53 +1,57 @@
-// A lock among processes, on one machine or on a volume that several share: for work that must be done once, such as
-// compiling a model into a cache. Owns a directory while it is held. Knows nothing of the work.
+// A lock among processes, on one machine or on a volume that several machines share: for work that must be done once, such
+// as compiling a model into a cache. Owns a directory while it is held. Knows nothing of the work.
 
-import { mkdir, readFile, rm, stat, utimes, writeFile } from 'node:fs/promises';
+import { randomUUID } from 'node:crypto';
+import { mkdir, readFile, readlink, rename, rm, stat, utimes, writeFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 const pollMs = 200;
 const touchMs = 5_000;
-/** A holder on another machine cannot be asked, so it is dead once it has not touched its lock for this long. */
+/** A holder that cannot be asked is dead once it has not touched its lock for this long. */
 const staleMs = 60_000;
+
+/** Who holds a lock. A process id means something within its pid namespace only, and each container has one. */
+export interface LockOwner {
+  readonly host: string;
+  readonly pidNamespace: string;
+  readonly pid: number;
+  /** Of this one holding. */
+  readonly id: string;
+}
+
+/**
+ * Whether the holder of a lock is dead, from looks at it one after another. A neighbour is asked; of any other only the
+ * changing of the lock's time is proof of life, since the clocks of two machines may be minutes apart.
+ */
+export class HolderWatch {
+  readonly #self: LockOwner;
+  #seen = '';
+  #seenAtMs = 0;
+
+  constructor(self: LockOwner) {
+    this.#self = self;
+  }
+
+  /** `owner` undefined: not written yet, or never. `nowMs` is a clock of this process. */
+  isDead(owner: LockOwner | undefined, touchedUnixMs: number, nowMs: number): boolean {
+    const seen = `${owner?.id} ${touchedUnixMs}`;
+    if (seen !== this.#seen) {
+      this.#seen = seen;
+      this.#seenAtMs = nowMs;
+    }
+    const isNeighbour = owner?.host === this.#self.host && owner.pidNamespace === this.#self.pidNamespace;
+    return (isNeighbour && !isAlive(owner.pid)) || nowMs - this.#seenAtMs > staleMs;
+  }
+}
 
 function isAlive(pid: number): boolean {
   try {
     process.kill(pid, 0);
     return true;
   } catch (error) {
-    return error instanceof Error && 'code' in error && error.code === 'EPERM';
-  }
-}
-
-async function isAbandoned(lockDirectory: string): Promise<boolean> {
-  try {
-    const { mtimeMs } = await stat(lockDirectory);
-    const [host, pid] = (await readFile(join(lockDirectory, 'owner'), 'utf8').catch(() => '')).split(' ');
-    return (host === hostname() && !isAlive(Number(pid))) || Date.now() - mtimeMs > staleMs;
-  } catch {
-    // Released between our attempt and this look.
-    return false;
-  }
-}
-
-async function acquire(lockDirectory: string, signal: AbortSignal): Promise<void> {
-  for (;;) {
-    signal.throwIfAborted();
-    try {
-      await mkdir(lockDirectory);
-      await writeFile(join(lockDirectory, 'owner'), `${hostname()} ${process.pid}`);
-      return;
-    } catch (error) {
-      if (!(error instanceof Error && 'code' in error && error.code === 'EEXIST')) {
-        throw error;
-      }
-    }
-    if (await isAbandoned(lockDirectory)) {
-      await rm(lockDirectory, { recursive: true, force: true });
-    } else {
-      await sleep(pollMs, undefined, { signal });
-    }
+    return hasCode(error, 'EPERM');
   }
 }
 
@@ -60,15 +64,76 @@ export async function withFileLock<Result>(
   action: () => Promise<Result>,
   signal: AbortSignal,
 ): Promise<Result> {
-  await acquire(lockDirectory, signal);
-  const touch = setInterval(() => {
-    const now = new Date();
-    utimes(lockDirectory, now, now).catch(() => undefined);
-  }, touchMs);
+  const graves: string[] = [];
   try {
-    return await action();
+    await acquire(lockDirectory, graves, signal);
+    const touch = setInterval(() => {
+      const now = new Date();
+      utimes(lockDirectory, now, now).catch(() => undefined);
+    }, touchMs);
+    try {
+      return await action();
+    } finally {
+      clearInterval(touch);
+      await rm(lockDirectory, { recursive: true, force: true });
+    }
   } finally {
-    clearInterval(touch);
-    await rm(lockDirectory, { recursive: true, force: true });
+    await Promise.all(graves.map((grave) => rm(grave, { recursive: true, force: true })));
   }
+}
+
+/** Takes the lock; the locks of dead holders end up in `graves`. */
+async function acquire(lockDirectory: string, graves: string[], signal: AbortSignal): Promise<void> {
+  const self: LockOwner = {
+    host: hostname(),
+    pidNamespace: await readlink('/proc/self/ns/pid').catch(() => ''),
+    pid: process.pid,
+    id: randomUUID(),
+  };
+  const watch = new HolderWatch(self);
+  for (;;) {
+    signal.throwIfAborted();
+    try {
+      await mkdir(lockDirectory);
+      await writeFile(ownerFile(lockDirectory), JSON.stringify(self));
+      return;
+    } catch (error) {
+      if (!hasCode(error, 'EEXIST')) {
+        throw error;
+      }
+    }
+    const owner = await readOwner(lockDirectory);
+    const touched = await stat(lockDirectory).catch(() => undefined);
+    if (touched !== undefined && watch.isDead(owner, touched.mtimeMs, performance.now())) {
+      // Moved, not removed: of several that found it dead only one can move it to this name, and who comes late cannot
+      // take the next holder's lock away by mistake.
+      const grave = `${lockDirectory}.${owner?.id ?? 'nobody'}`;
+      const moved = await rename(lockDirectory, grave).then(
+        () => true,
+        () => false,
+      );
+      if (moved) {
+        graves.push(grave);
+        continue;
+      }
+    }
+    await sleep(pollMs, undefined, { signal });
+  }
+}
+
+async function readOwner(lockDirectory: string): Promise<LockOwner | undefined> {
+  try {
+    const owner: LockOwner = JSON.parse(await readFile(ownerFile(lockDirectory), 'utf8'));
+    return owner;
+  } catch {
+    return undefined;
+  }
+}
+
+function ownerFile(lockDirectory: string): string {
+  return join(lockDirectory, 'owner');
+}
+
+function hasCode(error: unknown, code: string): boolean {
+  return error instanceof Error && 'code' in error && error.code === code;
 }

@@ -6,6 +6,9 @@ export const requestStream = 'REQUESTS';
 export const leaseBucket = 'DISPATCHERS';
 export const drainBucket = 'GROUPS';
 
+/** The object store of the model catalogue. */
+export const modelBucket = 'MODELS';
+
 /** Writes a name as one subject token; `nameFromToken` reads it back. Injective; empty names throw a RangeError. */
 export function tokenFromName(name: string): string {
   if (name === '') {

@@ -1,0 +1,291 @@
+// The promises of the model catalogue, on a real nats-server that is killed, restarted and emptied.
+
+import { randomBytes } from 'node:crypto';
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+import { jetstream } from '@nats-io/jetstream';
+import { Objm } from '@nats-io/obj';
+import { connect } from '@nats-io/transport-node';
+
+import { ClusterError } from '@mimo/core/errors';
+import { createLog } from '@mimo/core/log';
+import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/model-catalog';
+import { modelBucket } from '@mimo/core/subjects';
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
+
+import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import { startTestNats } from '../harness/nats.ts';
+
+const name = 'XiaomiMiMo/MiMo-7B-RL.v2';
+const log = createLog({ process: 'test', level: 'silent' });
+/** As long as a slow machine may take for what is there within two seconds. */
+const patience = { timeout: 20_000, interval: 50 };
+
+let directory: string;
+let server: NatsServer;
+const opened: ModelCatalog[] = [];
+const stops: AbortController[] = [];
+
+function open(): ModelCatalog {
+  const catalog = createModelCatalog({ servers: [server.url], clientName: 'test', replicas: 1, log });
+  opened.push(catalog);
+  return catalog;
+}
+
+function within(timeoutMs: number): AbortSignal {
+  return AbortSignal.timeout(timeoutMs);
+}
+
+function modelOf(files: Record<string, string | Uint8Array>): {
+  readonly name: string;
+  readonly files: ReadonlyMap<string, Uint8Array>;
+} {
+  return { name, files: new Map(Object.entries(files).map(([file, text]) => [file, Buffer.from(text)])) };
+}
+
+/** Every set that a follower yields, the latest last. */
+function follow(catalog: ModelCatalog): {
+  readonly sets: (readonly CatalogModel[])[];
+  readonly done: Promise<void>;
+} {
+  const stop = new AbortController();
+  stops.push(stop);
+  const sets: (readonly CatalogModel[])[] = [];
+  const run = async (): Promise<void> => {
+    for await (const models of catalog.follow(stop.signal)) {
+      sets.push(models);
+    }
+  };
+  return { sets, done: run() };
+}
+
+function filesOfRound(round: number): ReturnType<typeof modelOf> {
+  return modelOf({ 'config.json': String(round), 'tokenizer.json': Buffer.alloc(3_000_000, String(round)) });
+}
+
+/** What a fetch of a round ends in: `whole`, `mixed` or the code of its error. */
+async function readRound(catalog: ModelCatalog, model: CatalogModel, path: string): Promise<string> {
+  try {
+    await catalog.fetch(model, path, within(60_000));
+  } catch (error) {
+    return ClusterError.from(error).code;
+  }
+  const { 'config.json': round = '', 'tokenizer.json': text } = await readAll(path);
+  return text === round.repeat(3_000_000) ? 'whole' : 'mixed';
+}
+
+async function readAll(path: string): Promise<Record<string, string>> {
+  const files = await readdir(path);
+  return Object.fromEntries(
+    await Promise.all(files.map(async (file) => [file, await readFile(join(path, file), 'utf8')] as const)),
+  );
+}
+
+beforeAll(async () => {
+  directory = await mkdtemp(join(tmpdir(), 'mimo-catalog-'));
+  server = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0 });
+});
+
+afterEach(async () => {
+  stops.splice(0).forEach((stop) => stop.abort());
+  const last = opened[0];
+  await last?.remove(name, within(20_000));
+  await Promise.all(opened.splice(0).map((catalog) => catalog.close()));
+});
+
+afterAll(async () => {
+  await server.close();
+  await rm(directory, { recursive: true, force: true });
+});
+
+describe('the model catalogue', () => {
+  it('gives a reader the whole set first and again at each change, and the files of each model', async () => {
+    const [writer, reader] = [open(), open()];
+    const seen = follow(reader);
+    await vi.waitFor(() => expect(seen.sets).toEqual([[]]), patience);
+
+    const first = await writer.publish(
+      modelOf({ 'config.json': '{"a":1}', 'tokenizer.json': 'x' }),
+      within(20_000),
+    );
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([first]), patience);
+    await reader.fetch(first, join(directory, 'first'), within(20_000));
+    expect(await readAll(join(directory, 'first'))).toEqual({
+      'config.json': '{"a":1}',
+      'tokenizer.json': 'x',
+    });
+
+    const second = await writer.publish(modelOf({ 'config.json': '{"a":2}' }), within(20_000));
+    expect(second.digest).not.toBe(first.digest);
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([second]), patience);
+    await reader.fetch(second, join(directory, 'second'), within(20_000));
+    expect(await readAll(join(directory, 'second'))).toEqual({ 'config.json': '{"a":2}' });
+    // What was replaced is gone, and leaves nothing behind.
+    await expect(reader.fetch(first, join(directory, 'late'), within(20_000))).rejects.toMatchObject({
+      code: 'not_found',
+    });
+    expect((await readdir(directory)).filter((each) => each.startsWith('late'))).toEqual([]);
+
+    await writer.remove(name, within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([]), patience);
+    await writer.remove(name, within(20_000));
+    expect(seen.sets).toEqual([[], [first], [second], []]);
+  });
+
+  it('leaves equal files as they are, in whatever order they come', async () => {
+    const [one, two] = [open(), open()];
+    const seen = follow(one);
+    const model = await one.publish(modelOf({ 'a.json': '1', 'b.json': '2' }), within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model]), patience);
+    expect(await two.publish(modelOf({ 'b.json': '2', 'a.json': '1' }), within(20_000))).toEqual(model);
+    expect(await storedBytes()).toBeLessThan(5_000);
+  });
+
+  it('keeps one of several that publish at the same time, whole, and nothing of the others', async () => {
+    const contents = ['one', 'two', 'three'].map((word) => Buffer.alloc(2_000_000, word));
+    const published = await Promise.all(
+      contents.map((content) => open().publish(modelOf({ 'tokenizer.json': content }), within(60_000))),
+    );
+    const reader = open();
+    const seen = follow(reader);
+    await vi.waitFor(() => expect(published).toContainEqual(seen.sets.at(-1)?.[0]), patience);
+    const [kept] = seen.sets.at(-1) ?? [];
+    await reader.fetch(kept as CatalogModel, join(directory, 'kept'), within(20_000));
+    const content = await readFile(join(directory, 'kept/tokenizer.json'));
+    expect(contents.some((each) => each.equals(content))).toBe(true);
+    expect(await storedBytes()).toBeLessThan(2_200_000);
+  });
+
+  it('carries a tokenizer of the real size', async () => {
+    const catalog = open();
+    const content = randomBytes(11 * 2 ** 20);
+    const model = await catalog.publish(modelOf({ 'tokenizer.json': content }), within(60_000));
+    await catalog.fetch(model, join(directory, 'large'), within(60_000));
+    expect((await readFile(join(directory, 'large/tokenizer.json'))).equals(content)).toBe(true);
+  });
+
+  it('gives a reader a whole model or none while it is replaced over and over', async () => {
+    const [writer, reader] = [open(), open()];
+    let latest = await writer.publish(filesOfRound(0), within(20_000));
+    const written = new AbortController();
+    const write = async (): Promise<void> => {
+      for (let round = 1; round <= 6; round++) {
+        latest = await writer.publish(filesOfRound(round), within(60_000));
+      }
+    };
+    const writing = write().finally(() => written.abort());
+    const outcomes: string[] = [];
+    for (let turn = 0; !written.signal.aborted; turn++) {
+      outcomes.push(await readRound(reader, latest, join(directory, `turn-${turn}`)));
+    }
+    await writing;
+    expect(['whole', 'not_found', 'unavailable']).toEqual(expect.arrayContaining(outcomes));
+    expect(await readRound(reader, latest, join(directory, 'end'))).toBe('whole');
+  });
+
+  it.each([
+    ['no files', {}, /it must have 1 to 16 files, not 0/],
+    ['a path', { '../config.json': '{}' }, /"\.\.\/config\.json" is no plain file name/],
+    ['too many bytes', { 'tokenizer.json': Buffer.alloc(65 * 2 ** 20) }, /over the limit of 67108864/],
+  ])('refuses a model with %s', async (_what, files, message) => {
+    await expect(open().publish(modelOf(files), within(20_000))).rejects.toMatchObject({
+      code: 'invalid_argument',
+      message: expect.stringMatching(message) as string,
+    });
+  });
+
+  it('does not take files that are not what their digests say', async () => {
+    const catalog = open();
+    const model = await catalog.publish(
+      modelOf({ 'config.json': 'aaaa', 'tokenizer.json': 'bbbb' }),
+      within(20_000),
+    );
+    await tamper((metadata) => metadata, 'aaaacccc');
+    await expect(catalog.fetch(model, join(directory, 'bad'), within(20_000))).rejects.toMatchObject({
+      code: 'data_loss',
+      message: `model ${name}: tokenizer.json is not what its digest says`,
+    });
+    await tamper((metadata) => ({ ...metadata, files: '[]' }), 'aaaabbbb');
+    await expect(catalog.fetch(model, join(directory, 'bad'), within(20_000))).rejects.toMatchObject({
+      code: 'data_loss',
+      message: `model ${name}: the catalogue's entry contradicts itself`,
+    });
+    expect((await readdir(directory)).filter((each) => each.startsWith('bad'))).toEqual([]);
+  });
+
+  it('goes on after the server was away, and says what happened meanwhile', async () => {
+    const [writer, reader] = [open(), open()];
+    const seen = follow(reader);
+    const model = await writer.publish(modelOf({ 'config.json': '1' }), within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model]), patience);
+    await restart({ emptied: false });
+    const next = await writer.publish(modelOf({ 'config.json': '2' }), within(60_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([next]), patience);
+    await reader.fetch(next, join(directory, 'after'), within(20_000));
+  });
+
+  it('keeps what it knew when the server comes back empty, until it is published again or removed', async () => {
+    const [writer, reader] = [open(), open()];
+    const other = { ...modelOf({ 'config.json': 'other' }), name: 'other' };
+    const seen = follow(reader);
+    const model = await writer.publish(modelOf({ 'config.json': '1' }), within(20_000));
+    const second = await writer.publish(other, within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model, second]), patience);
+    await restart({ emptied: true });
+    const late = follow(open());
+    await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([]), patience);
+    expect(seen.sets.at(-1)).toEqual([model, second]);
+
+    await writer.remove('other', within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model]), patience);
+    expect(await writer.publish(modelOf({ 'config.json': '1' }), within(20_000))).toEqual(model);
+    await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([model]), patience);
+    await reader.fetch(model, join(directory, 'again'), within(20_000));
+    await writer.remove(name, within(20_000));
+    await vi.waitFor(() => expect([seen.sets.at(-1), late.sets.at(-1)]).toEqual([[], []]), patience);
+  });
+
+  it('ends its iterations when it is closed, and gives up when a signal fires', async () => {
+    const away = createModelCatalog({ servers: ['127.0.0.1:1'], clientName: 'test', replicas: 1, log });
+    await expect(away.publish(modelOf({ 'config.json': '1' }), within(200))).rejects.toMatchObject({
+      name: 'TimeoutError',
+    });
+    const seen = follow(away);
+    await away.close();
+    await seen.done;
+    expect(seen.sets).toEqual([]);
+  });
+});
+
+/** Kills the server and starts it again on its port, with its store or with none. */
+async function restart(options: { readonly emptied: boolean }): Promise<void> {
+  const { port } = server;
+  server.child.kill();
+  await server.child.exited;
+  if (options.emptied) {
+    await rm(join(directory, 'nats'), { recursive: true });
+  }
+  server = await startTestNats({ storeDirectory: join(directory, 'nats'), port });
+}
+
+/** Writes the model's object anew behind the catalogue's back. */
+async function tamper(
+  change: (metadata: Record<string, string>) => Record<string, string>,
+  content: string,
+): Promise<void> {
+  const connection = await connect({ servers: server.url });
+  const objects = await new Objm(jetstream(connection)).open(modelBucket);
+  const info = await objects.info(name);
+  await objects.putBlob({ name, metadata: change(info?.metadata ?? {}) }, Buffer.from(content));
+  await connection.close();
+}
+
+/** What the store holds at this moment. */
+async function storedBytes(): Promise<number> {
+  const connection = await connect({ servers: server.url });
+  const { size } = await (await new Objm(jetstream(connection)).open(modelBucket)).status();
+  await connection.close();
+  return size;
+}
