@@ -9,7 +9,7 @@ import { parseArgs } from 'node:util';
 
 import { ClusterError } from '@mimo/core/errors';
 
-import { engineMs, runCluster, type Policy, type RunResult } from './autoscale/cluster.ts';
+import { engineMs, runCluster, type Policy, type RunOptions, type RunResult } from './autoscale/cluster.ts';
 import { runOracle } from './autoscale/oracle.ts';
 import { plotPareto } from './autoscale/plot.ts';
 import {
@@ -34,10 +34,13 @@ export interface ArmResult extends RunResult {
   readonly arm: string;
   /** Replica seconds over the oracle's. */
   readonly costRatio: number;
-  /** Arms (the oracle aside) with at least the attainment for at most the cost, and one of the two better. */
+  /** Arms (those with hindsight aside) with at least the attainment for at most the cost, and one of the two better. */
   readonly dominatedBy: readonly string[];
   readonly reversalsPer10Minutes: number;
 }
+
+/** Arms that know the trace: they bound what can be had, and take no part in who dominates whom. */
+const hindsightArms = new Set(['oracle', 'best constant', 'static peak']);
 
 /** What the rule is meant to reach, of the traces that it is promised for. */
 const goals: Readonly<Record<string, { readonly attainmentRatio: number; readonly costRatio: number }>> = {
@@ -132,6 +135,7 @@ function runPanel(trace: Trace, seconds: number, targetWaitMs: number): ArmResul
   const peak = Math.min(maxGroups, oracle.peakGroups);
   const measured = [
     { arm: 'oracle', result: oracle.result },
+    { arm: 'best constant', result: runBestConstant(options, goals[trace.name]?.attainmentRatio ?? 0.95) },
     ...arms.map((policy) => ({ arm: policy.name, result: runCluster({ ...options, policy }) })),
     {
       arm: 'static peak',
@@ -150,11 +154,28 @@ function runPanel(trace: Trace, seconds: number, targetWaitMs: number): ArmResul
       arm,
       costRatio: result.replicaSeconds / oracle.result.replicaSeconds,
       dominatedBy: measured
-        .filter((other) => other.arm !== 'oracle' && isBetter(other.result))
+        .filter((other) => !hindsightArms.has(other.arm) && isBetter(other.result))
         .map((other) => other.arm),
       reversalsPer10Minutes: result.reversals / (trace.durationMs / 600_000),
     };
   });
+}
+
+/** The fewest groups that, held throughout, would have reached the attainment: the least bill without foresight or luck. */
+function runBestConstant(options: Omit<RunOptions, 'policy'>, attainmentRatio: number): RunResult {
+  const runWith = (groups: number): RunResult =>
+    runCluster({ ...options, policy: createStatic(groups), initialGroups: groups });
+  let least = 1;
+  let enough = options.maxGroups;
+  while (least < enough) {
+    const middle = Math.floor((least + enough) / 2);
+    if (runWith(middle).attainmentRatio >= attainmentRatio) {
+      enough = middle;
+    } else {
+      least = middle + 1;
+    }
+  }
+  return runWith(enough);
 }
 
 function printPanel(trace: Trace, seconds: number, panel: readonly ArmResult[]): void {
@@ -178,10 +199,15 @@ function goalLines(results: readonly ArmResult[]): string[] {
       return [];
     }
     const reached = result.attainmentRatio >= goal.attainmentRatio && result.costRatio <= goal.costRatio;
+    const constant = results.find(
+      ({ arm, trace, startUpSeconds: delay }) =>
+        arm === 'best constant' && trace === result.trace && delay === result.startUpSeconds,
+    );
     return [
       `${reached ? 'reached' : 'MISSED '} ${result.trace}, start-up ${result.startUpSeconds} s: ` +
         `${percent(result.attainmentRatio)} at ${result.costRatio.toFixed(2)} x ` +
-        `(goal ${percent(goal.attainmentRatio)} at ${goal.costRatio} x)`,
+        `(goal ${percent(goal.attainmentRatio)} at ${goal.costRatio} x; ` +
+        `the best constant count, chosen in hindsight: ${constant?.costRatio.toFixed(2)} x)`,
     ];
   });
   const steady = ours.filter(({ trace }) => trace === 'steady');

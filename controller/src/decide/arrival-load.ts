@@ -31,6 +31,11 @@ export interface LoadMemory {
 const binMs = 2000;
 /** Over how long the present rate is taken: a few requests of the largest kind should not make one. */
 const rateBins = 10;
+/** How long arrivals are remembered at least: bursts have to be seen a few times before they are known as such. */
+const precedentMs = 1_800_000;
+/** A moment at least half as busy as the present is like it; two separate ones say how such moments go on. */
+const precedentRatio = 0.5;
+const leastMoments = 2;
 /** Part of the recent tokens that may have waited longer than the target. */
 const lateRatio = 0.05;
 /** Below half the slots a step's fixed cost hides how fast a full group would be. */
@@ -67,7 +72,7 @@ export function observeLoad(
   const arrivedTokens = last === undefined ? 0 : queue.arrivedTokens - (known ? last.arrivedTokens : 0);
 
   const newBins = Math.max(0, Math.floor((nowMs - before.lastBinMs) / binMs));
-  const keptBins = Math.max(1, Math.ceil(memoryMs / binMs));
+  const keptBins = Math.ceil(Math.max(memoryMs, precedentMs) / binMs);
   const arrivals = before.arrivals.slice(Math.max(0, before.arrivals.length + newBins - keptBins));
   const share = arrivedTokens / Math.max(1, newBins);
   if (newBins === 0) {
@@ -109,18 +114,58 @@ export function arrivalRate(memory: LoadMemory): number {
   return recent.reduce((sum, tokens) => sum + tokens, 0) / ((recent.length * binMs) / 1000);
 }
 
+/**
+ * Tokens that will arrive a second over the next `horizonMs`, going by how remembered moments went on that were at least
+ * half as busy as the present: a burst like many before it will pass like them. Where there are too few such moments the
+ * present rate lasts for as long as anything has been known (Lindy): what never happened before is taken seriously by a
+ * controller that has seen a lot, and less so by one that has just started.
+ */
+export function expectedRate(memory: LoadMemory, horizonMs: number): number {
+  const { arrivals } = memory;
+  const horizonBins = Math.max(1, Math.ceil(horizonMs / binMs));
+  const sums = [0];
+  for (const tokens of arrivals) {
+    sums.push((sums.at(-1) ?? 0) + tokens);
+  }
+  const perBin = (from: number, to: number): number => ((sums[to] ?? 0) - (sums[from] ?? 0)) / (to - from);
+  const rate = arrivalRate(memory);
+  const present = perBin(Math.max(0, arrivals.length - rateBins), arrivals.length);
+
+  let followed = 0;
+  let precedents = 0;
+  let moments = 0;
+  let lastMomentAt = Number.NEGATIVE_INFINITY;
+  for (let at = rateBins; at + horizonBins <= arrivals.length; at++) {
+    const then = perBin(at - rateBins, at);
+    if (then > 0 && then >= precedentRatio * present) {
+      followed += perBin(at, at + horizonBins) / then;
+      precedents += 1;
+      if (at - lastMomentAt >= rateBins) {
+        moments += 1;
+        lastMomentAt = at;
+      }
+    }
+  }
+  const knownMs = arrivals.length * binMs;
+  const lastingRatio = moments < leastMoments ? knownMs / (knownMs + horizonMs) : followed / precedents;
+  return rate * Math.min(1, lastingRatio);
+}
+
 interface ReplayRule {
   readonly perSecond: number;
   readonly targetMs: number;
+  /** How much of the memory is replayed. */
+  readonly memoryMs: number;
   readonly maxGroups: number;
 }
 
 /**
- * The fewest groups (at most maxGroups) through which the remembered arrivals, replayed as a fluid in order of arrival,
+ * The fewest groups (at most maxGroups) through which the arrivals of the last `memoryMs`, replayed as a fluid in order of arrival,
  * wait no longer than the target, except for a twentieth of the tokens. 0 where nothing arrived.
  */
-export function groupsForRecent(memory: LoadMemory, { perSecond, targetMs, maxGroups }: ReplayRule): number {
-  const { arrivals } = memory;
+export function groupsForRecent(memory: LoadMemory, rule: ReplayRule): number {
+  const { perSecond, targetMs, memoryMs, maxGroups } = rule;
+  const arrivals = memory.arrivals.slice(-Math.max(1, Math.ceil(memoryMs / binMs)));
   const total = arrivals.reduce((sum, tokens) => sum + tokens, 0);
   if (total === 0) {
     return 0;

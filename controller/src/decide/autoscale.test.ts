@@ -2,7 +2,7 @@ import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import type { ScalingSpec } from '../resources.ts';
-import type { QueueReading } from './arrival-load.ts';
+import { createLoadMemory, expectedRate, type LoadMemory, type QueueReading } from './arrival-load.ts';
 import { createScaleMemory, decideScale, type ScaleMemory, type ScaleObservation } from './autoscale.ts';
 
 const spec: ScalingSpec = {
@@ -62,6 +62,36 @@ function runSteady(
   }
   return { counts, memory: current };
 }
+
+/** Arrivals of a tenth of a token a second with a burst of `height` tokens a second, `burstSeconds` long, every 200 s. */
+function memoryOfBursts(height: number, burstSeconds: number, bursts: number): LoadMemory {
+  // Bins of two seconds.
+  const period = Array.from({ length: 100 }, (_, bin) => (bin >= 100 - burstSeconds / 2 ? height * 2 : 0.2));
+  return { ...createLoadMemory(0), arrivals: Array.from({ length: bursts }, () => period).flat() };
+}
+
+describe('expectedRate', () => {
+  it('expects a burst like earlier ones to pass as they did', () => {
+    // The present is the end of the third burst: the two before it were followed by a minute of silence.
+    const expected = expectedRate(memoryOfBursts(1000, 20, 3), 60_000);
+    expect(expected).toBeGreaterThan(0);
+    expect(expected).toBeLessThan(500);
+  });
+
+  it('takes a surge without precedent to last, the more so the more has been seen', () => {
+    const calm = memoryOfBursts(0, 20, 9);
+    const surge = { ...calm, arrivals: [...calm.arrivals, ...Array.from({ length: 10 }, () => 2000)] };
+    expect(expectedRate(surge, 60_000)).toBeGreaterThan(950);
+    const started = { ...surge, arrivals: surge.arrivals.slice(-10) };
+    expect(expectedRate(started, 60_000)).toBe((1000 * 20) / 80);
+  });
+
+  it('is the rate of a steady load', () => {
+    const steady = { ...createLoadMemory(0), arrivals: Array.from({ length: 300 }, () => 100) };
+    expect(expectedRate(steady, 60_000)).toBeCloseTo(50);
+    expect(expectedRate(createLoadMemory(0), 60_000)).toBe(0);
+  });
+});
 
 describe('decideScale', () => {
   it('goes from zero to as many as the waiting tokens need, in one decision', () => {
@@ -132,6 +162,28 @@ describe('decideScale', () => {
     expect(Math.max(...steps)).toBe(0);
     // 1,500 tokens a second need 1.5 groups, and the margin on the way down another half.
     expect(counts.at(-1)).toBe(2);
+  });
+
+  it('goes back from a peak while it learns, but not below what it found', () => {
+    const burst = seenWith(
+      {
+        waitingRequests: 60,
+        waitingTokens: 300_000,
+        inFlightRequests: 32,
+        slots: 32,
+        arrivedTokens: 300_000,
+      },
+      { readyGroups: 2 },
+    );
+    const first = decideScale(spec, seenWith({}, { readyGroups: 2 }), createScaleMemory(2, 0), 2000);
+    const up = decideScale(spec, burst, first.memory, 4000);
+    expect(up.decision.wanted).toBeGreaterThan(2);
+    const passed = seenWith(
+      { slots: 32, inFlightRequests: 1, arrivedTokens: 300_000, endedTokens: 299_000 },
+      { readyGroups: 2, startingReadyInMs: Array.from({ length: up.decision.wanted - 2 }, () => 30_000) },
+    );
+    const down = decideScale(spec, passed, { ...up.memory, recentGroups: 1 }, 6000);
+    expect(down.decision.wanted).toBe(2);
   });
 
   it('keeps the last group for scaleToZeroAfterSeconds and lets it go then', () => {

@@ -8,13 +8,14 @@
 // wanted is the largest of
 //   recent   the fewest groups through which the arrivals of the last M, replayed, wait at most T (the worst twentieth of the
 //            tokens excepted) at `speed` less `reserve`; smoothed over M / 3
-//   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + D)), where `rate` is that of the last
-//            20 s and `left` is what waits after another D, starting groups helping from when they are ready.
-//            From nothing: waiting / (speed T), all at once
+//   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))), where `rate` is what is
+//            expected over the next D (arrival-load.ts: how moments as busy as this one went on) and `left` is what waits after
+//            it, starting groups helping from when they are ready. From nothing: waiting / (speed T), all at once
 //   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
-// clamped to [min, max]. Up: in one step, also from zero. Down: only with little waiting; groups that still start are taken
-// back at once, ready ones one a decision, from D + T after the last step up, and not below recent / 0.9. The last group
-// stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
+// clamped to [min, max]. Up: in one step, also from zero. Down: only with little waiting, and nothing for long; groups that
+// still start are taken back at once, ready ones one a decision, from D + T after the last step up, and not below
+// recent / 0.9, nor in the first M below what the controller found. The last group stays until scaleToZeroAfterSeconds after
+// the last work. An unknown queue holds the count.
 //
 // The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
 // INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
@@ -22,8 +23,8 @@
 import type { ScalingSpec } from '../resources.ts';
 import type { ScaleDecision, ScaleReason } from '../status.ts';
 import {
-  arrivalRate,
   createLoadMemory,
+  expectedRate,
   groupSpeed,
   groupsForRecent,
   observeLoad,
@@ -46,6 +47,8 @@ export interface ScaleObservation {
 /** What one decision leaves for the next. Kept in the controller's memory; after a restart it begins again. */
 export interface ScaleMemory {
   readonly beganMs: number;
+  /** The count that it began with. */
+  readonly foundGroups: number;
   readonly wanted: number;
   readonly load: LoadMemory;
   /** `recent` before rounding, smoothed. */
@@ -65,6 +68,11 @@ const downMarginRatio = 0.9;
 /** Half of the target may be spent waiting before it counts as a backlog, a fifth before it forbids going down. */
 const backlogRatio = 0.5;
 const calmRatio = 0.2;
+/**
+ * What waits once new groups are up is worked off in the target and another start-up, but no longer than this many targets:
+ * what was long in coming should not take as long again.
+ */
+const longestClearTargets = 2;
 /** A fraction of a group this small is not worth one. */
 const roundingGroups = 0.25;
 
@@ -72,6 +80,7 @@ const roundingGroups = 0.25;
 export function createScaleMemory(wanted: number, nowMs: number): ScaleMemory {
   return {
     beganMs: nowMs,
+    foundGroups: wanted,
     wanted,
     load: createLoadMemory(nowMs),
     recentGroups: wanted,
@@ -134,6 +143,7 @@ export function decideScale(
   const replayed = groupsForRecent(load, {
     perSecond: perSecond * (1 - reserveRatio),
     targetMs: durations.targetMs,
+    memoryMs,
     maxGroups: spec.max,
   });
   const weight = 1 - Math.exp((-3 * (nowMs - before.decidedMs)) / memoryMs);
@@ -150,10 +160,15 @@ export function decideScale(
         ? 'Backlog'
         : 'RecentLoad';
   if (asked < before.wanted) {
-    const floor = Math.max(asked, idle ? 0 : Math.ceil(recentGroups / downMarginRatio - roundingGroups));
+    const learning = !idle && nowMs - before.beganMs < memoryMs;
+    const floor = Math.max(
+      asked,
+      idle ? 0 : Math.ceil(recentGroups / downMarginRatio - roundingGroups),
+      learning ? before.foundGroups : 0,
+    );
     const settled = nowMs - before.lastUpMs >= startUpMs + durations.targetMs;
     const starting = seen.startingReadyInMs.length;
-    if (!idle && nowMs - before.beganMs < memoryMs) {
+    if (learning && floor >= before.wanted) {
       wanted = before.wanted;
       reason = 'Learning';
     } else if (!terms.calm || floor >= before.wanted || (starting === 0 && !settled)) {
@@ -183,6 +198,7 @@ export function decideScale(
     decision,
     memory: {
       beganMs: before.beganMs,
+      foundGroups: before.foundGroups,
       wanted: decision.wanted,
       load,
       recentGroups,
@@ -202,7 +218,7 @@ function computeTerms(
   const { perSecond, targetMs, startUpMs, recentGroups } = rule;
   const existing = readyGroups + startingReadyInMs.length;
   const perMs = perSecond / 1000;
-  const rate = arrivalRate(load);
+  const rate = expectedRate(load, startUpMs);
   const withinTarget = Math.max(1, existing) * perMs * targetMs;
 
   const recent = Math.ceil(recentGroups - roundingGroups);
@@ -219,16 +235,17 @@ function computeTerms(
       readyGroups * startUpMs,
     );
     const left = Math.max(0, queue.waitingTokens + (rate / 1000) * startUpMs - servedMs * perMs);
-    backlog = Math.ceil(rate / perSecond + left / (perMs * (targetMs + startUpMs)));
-    const seconds = (targetMs + startUpMs) / 1000;
+    const clearMs = targetMs + Math.min(startUpMs, longestClearTargets * targetMs);
+    backlog = Math.ceil(rate / perSecond + left / (perMs * clearMs));
+    const seconds = clearMs / 1000;
     parts.push(
       `backlog ceil(${Math.round(rate)} / ${Math.round(perSecond)} + ` +
         `${Math.round(left)} / (${Math.round(perSecond)} * ${seconds.toFixed(0)} s)) = ${backlog}`,
     );
   }
-  const overdue = queue.oldestWaitingMs > 2 * targetMs && startingReadyInMs.length === 0;
-  const oldest = overdue ? existing + 1 : 0;
-  if (overdue) {
+  const overdue = queue.oldestWaitingMs > 2 * targetMs;
+  const oldest = overdue && startingReadyInMs.length === 0 ? existing + 1 : 0;
+  if (oldest > 0) {
     parts.push(`oldest ${existing} + 1 = ${oldest}`);
   }
   return {
@@ -236,7 +253,7 @@ function computeTerms(
     backlog,
     oldest,
     rate,
-    calm: queue.waitingTokens <= calmRatio * withinTarget,
+    calm: queue.waitingTokens <= calmRatio * withinTarget && !overdue,
     formula: `max(${parts.join(', ')})`,
   };
 }
@@ -257,7 +274,7 @@ const reasonTexts: Readonly<Record<ScaleReason, string>> = {
   Oldest: 'the oldest request has waited twice the target and nothing starts',
   Backlog: 'more waits than the groups at hand would work off in time',
   RecentLoad: 'the recent arrivals need it',
-  Learning: 'too little has been seen since the controller started to go down',
+  Learning: 'too little has been seen since the controller started to go below what it found',
   Stabilising: 'fewer would do, but not for long enough or not with a margin',
   KeepWarm: 'the last group stays for scaleToZeroAfterSeconds after the last work',
   Idle: 'there is nothing to do',

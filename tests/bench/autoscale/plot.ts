@@ -5,7 +5,8 @@ import type { ArmResult } from '../autoscale.ts';
 const colours: Readonly<Record<string, string>> = {
   ours: '#d6001c',
   oracle: '#111111',
-  'static peak': '#7f7f7f',
+  'best constant': '#555555',
+  'static peak': '#b0b0b0',
   'plain token rule': '#e08214',
   'HPA on CPU': '#1f77b4',
   'Knative KPA': '#2ca02c',
