@@ -5,6 +5,7 @@ import { describe, expect, it } from 'vitest';
 import { parse } from 'yaml';
 
 import { crdDirectory, generateCrds } from './crd-generate.ts';
+import type { WorkerSettings } from './decide/containers.ts';
 import { parseModelService, parseTenant } from './resources.ts';
 import { revisionOf } from './revision.ts';
 
@@ -40,7 +41,19 @@ describe('parseModelService', () => {
     ['no drafts', { speculation: { draftTokens: 0 } }],
     ['a fixed count', { scaling: { min: 3, max: 3 } }],
     ['no surge', { rollout: { maxSurge: 0, maxUnavailable: 1 } }],
-    ['another device', { resources: { accelerators: 1, acceleratorResource: 'amd.com/gpu' } }],
+    [
+      'another device',
+      {
+        model: { ...model, precision: 'fp16' },
+        resources: { accelerators: 1, acceleratorResource: 'example.com/gpu' },
+      },
+    ],
+    ['accelerators beside ranks on the CPU', { resources: { accelerators: 1, executionProvider: 'cpu' } }],
+    ['memory for keys and values', { resources: { kvCache: '2Gi' } }],
+    [
+      'device memory beyond that of the host',
+      { model: { ...model, precision: 'bf16' }, resources: { accelerators: 1, kvCache: '40Gi' } },
+    ],
     ['milli CPUs', { resources: { cpu: '500m', memory: '1.5Gi' } }],
     ['an immediate drain', { drainSeconds: 0 }],
     [
@@ -94,6 +107,13 @@ describe('parseModelService', () => {
     ['a percentage', { rollout: { maxSurge: '25%' } }, 'spec.rollout.maxSurge'],
     ['memory in words', { resources: { memory: 'lots' } }, 'spec.resources.memory'],
     ['negative accelerators', { resources: { accelerators: -1 } }, 'spec.resources.accelerators'],
+    [
+      'accelerators at a precision that they do not compute',
+      { resources: { accelerators: 1 } },
+      'fp16 or bf16',
+    ],
+    ['cuda without accelerators', { resources: { executionProvider: 'cuda' } }, 'needs accelerators'],
+    ['more keys and values than memory', { resources: { kvCache: '32Gi' } }, 'kvCache must be less'],
     ['a device without domain', { resources: { acceleratorResource: 'gpu' } }, 'acceleratorResource'],
     ['a drain of a week', { drainSeconds: 604_800 }, 'spec.drainSeconds'],
     ['a variable in small letters', { template: { env: [{ name: 'threads' }] } }, 'spec.template.env.0.name'],
@@ -130,21 +150,31 @@ describe('parseTenant', () => {
 });
 
 describe('revisionOf', () => {
+  const worker: WorkerSettings = {
+    image: 'worker:1',
+    cudaImage: 'worker:1-cuda',
+    imagePullPolicy: 'IfNotPresent',
+    natsUrl: 'nats://queue:4222',
+    cache: { kind: 'pod' },
+  };
   const spec = parseModelService(serviceWith({})).spec;
 
   it('changes with what shapes the pods', () => {
-    expect(revisionOf(spec)).toMatch(/^[0-9a-f]{8}$/);
-    expect(revisionOf({ ...spec, tensorParallel: 2 })).not.toBe(revisionOf(spec));
-    expect(revisionOf({ ...spec, template: { ...spec.template, image: 'worker:2' } })).not.toBe(
-      revisionOf(spec),
+    expect(revisionOf(spec, worker)).toMatch(/^[0-9a-f]{8}$/);
+    expect(revisionOf({ ...spec, tensorParallel: 2 }, worker)).not.toBe(revisionOf(spec, worker));
+    expect(revisionOf({ ...spec, template: { ...spec.template, image: 'worker:2' } }, worker)).not.toBe(
+      revisionOf(spec, worker),
     );
+    expect(revisionOf(spec, { ...worker, image: 'worker:2' })).not.toBe(revisionOf(spec, worker));
+    const given = { ...spec, template: { ...spec.template, image: 'mine:1' } };
+    expect(revisionOf(given, { ...worker, image: 'worker:2' })).toBe(revisionOf(given, worker));
   });
 
   it('does not change with how many there are, nor with the order of fields', () => {
     const scaled = { ...spec, scaling: { ...spec.scaling, max: 9 }, drainSeconds: 5 };
-    expect(revisionOf(scaled)).toBe(revisionOf(spec));
+    expect(revisionOf(scaled, worker)).toBe(revisionOf(spec, worker));
     const reordered = Object.fromEntries(Object.entries(spec).toReversed()) as typeof spec;
-    expect(revisionOf(reordered)).toBe(revisionOf(spec));
+    expect(revisionOf(reordered, worker)).toBe(revisionOf(spec, worker));
   });
 });
 

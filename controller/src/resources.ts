@@ -6,6 +6,8 @@
 import { ClusterError } from '@mimo/core/errors';
 import { z } from 'zod';
 
+import { amountOf } from './quantity.ts';
+
 export const resourceGroup = 'mimo-cluster.dev';
 export const resourceVersion = 'v1alpha1';
 
@@ -71,6 +73,10 @@ const source = withRules(
             .regex(/^[\w.-]+\/[\w.-]+$/)
             .describe('owner/name on the hub.'),
           revision: text(100).default('main').describe('Branch, tag or commit; pin a commit in production.'),
+          tokenSecret: z
+            .object({ name: dnsName, key: text(253).default('token') })
+            .describe('A Secret of this namespace with the access token of a private repository.')
+            .optional(),
         })
         .describe('A checkpoint fetched from the hub into the cache.')
         .optional(),
@@ -123,17 +129,48 @@ const speculation = z
   })
   .describe('Multi-token prediction; it never changes what is generated.');
 
-const rankResources = z
-  .object({
-    cpu: quantity.default('4'),
-    memory: quantity.default('16Gi'),
-    accelerators: z.int().min(0).max(8).default(0).describe('Accelerators of each rank; 0 runs on the CPU.'),
-    acceleratorResource: text(253)
-      .regex(/^[a-z0-9.-]+\/[\w.-]+$/)
-      .default('nvidia.com/gpu')
-      .describe('The extended resource that a device plugin offers.'),
-  })
-  .describe('What one rank gets, as request and limit alike.');
+const rankResources = withRules(
+  z
+    .object({
+      cpu: quantity.default('4'),
+      memory: quantity.default('16Gi'),
+      accelerators: z
+        .int()
+        .min(0)
+        .max(8)
+        .default(0)
+        .describe('Accelerators of each rank; 0 runs on the CPU.'),
+      acceleratorResource: text(253)
+        .regex(/^[a-z0-9.-]+\/[\w.-]+$/)
+        .default('nvidia.com/gpu')
+        .describe('The extended resource that a device plugin offers.'),
+      executionProvider: z
+        .enum(['cpu', 'cuda'])
+        .optional()
+        .describe('What computes. Default: cuda where accelerators are asked for, else cpu.'),
+      kvCache: quantity
+        .optional()
+        .describe(
+          "Memory of each rank for keys and values, on the device that computes. Default: the worker's.",
+        ),
+    })
+    .describe('What one rank gets, as request and limit alike.'),
+  [
+    {
+      cel: "has(self.executionProvider) && self.executionProvider == 'cuda' ? self.accelerators > 0 : true",
+      message: 'executionProvider cuda needs accelerators',
+      holds: (value) => value.executionProvider !== 'cuda' || value.accelerators > 0,
+    },
+    {
+      cel:
+        'has(self.kvCache) && self.accelerators == 0 ' +
+        '? quantity(self.kvCache).isLessThan(quantity(self.memory)) : true',
+      message: 'kvCache must be less than memory, which holds the weights too',
+      holds: ({ kvCache, accelerators, memory }) =>
+        kvCache === undefined || accelerators > 0 || amountOf(kvCache) < amountOf(memory),
+    },
+  ],
+);
 
 const scaling = withRules(
   z
@@ -214,7 +251,10 @@ const toleration = z.object({
 const template = z
   .object({
     image: text(512).optional().describe("The worker's image; default: the controller's setting."),
-    imagePullPolicy: z.enum(['Always', 'IfNotPresent', 'Never']).default('IfNotPresent'),
+    imagePullPolicy: z
+      .enum(['Always', 'IfNotPresent', 'Never'])
+      .optional()
+      .describe("Default: the controller's setting."),
     imagePullSecrets: keyedList(z.object({ name: dnsName }), 'name', 16),
     labels: stringMap,
     annotations: stringMap,
@@ -230,11 +270,13 @@ const template = z
     ),
     cacheVolumeClaim: dnsName
       .optional()
-      .describe('Keeps compiled shards across restarts; default: an emptyDir, compiled at each start.'),
+      .describe("Keeps compiled shards across restarts; default: the controller's setting."),
   })
   .describe('What is added to the pods.');
 
-export const modelServiceSpec = z.object({
+const cudaPrecisions: ReadonlySet<string> = new Set(['fp16', 'bf16']);
+
+const serviceFields = z.object({
   model,
   tensorParallel: z.literal([1, 2, 4, 8]).default(1).describe('Ranks that share one copy of the model.'),
   speculation: speculation.prefault({}),
@@ -253,6 +295,25 @@ export const modelServiceSpec = z.object({
     ),
   template: template.prefault({}),
 });
+
+export const modelServiceSpec = withRules(serviceFields, [
+  {
+    cel:
+      "(has(self.resources.executionProvider) ? self.resources.executionProvider == 'cuda' " +
+      ": self.resources.accelerators > 0) ? self.model.precision in ['fp16', 'bf16'] : true",
+    message:
+      'accelerators compute in fp16 or bf16: set model.precision, or resources.executionProvider to cpu',
+    holds: (value) =>
+      executionProviderOf(value.resources) === 'cpu' || cudaPrecisions.has(value.model.precision),
+  },
+]);
+
+/** What computes a rank: as given, else by whether it has accelerators. */
+export function executionProviderOf(
+  resources: Pick<z.output<typeof rankResources>, 'executionProvider' | 'accelerators'>,
+): 'cpu' | 'cuda' {
+  return resources.executionProvider ?? (resources.accelerators > 0 ? 'cuda' : 'cpu');
+}
 
 /** A complete spec: every default filled in. */
 export type ModelServiceSpec = z.output<typeof modelServiceSpec>;

@@ -3,12 +3,26 @@
 
 import { createHash } from 'node:crypto';
 
+import { imageOf, type WorkerSettings } from './decide/containers.ts';
 import type { ModelServiceSpec } from './resources.ts';
 
-/** Eight hex digits. Fields that only say how many pods there are and how they are replaced take no part. */
-export function revisionOf(spec: ModelServiceSpec): string {
+/**
+ * Eight hex digits. Fields that only say how many pods there are and how they are replaced take no part; what the
+ * controller itself puts into the pods does, so that an upgrade of the cluster replaces the groups.
+ */
+export function revisionOf(spec: ModelServiceSpec, settings: WorkerSettings): string {
   const { model, tensorParallel, speculation, engine, resources, placement, template } = spec;
   const shape = { model, tensorParallel, speculation, engine, resources, placement, template };
+  const { natsUrl, cache } = settings;
+  return hashOf({ ...shape, worker: { image: imageOf(spec, settings), natsUrl, cache } });
+}
+
+/** Eight hex digits of what is prepared before groups exist: the checkpoint, and how it is compiled. */
+export function modelHashOf({ model, tensorParallel }: ModelServiceSpec): string {
+  return hashOf({ model, tensorParallel });
+}
+
+function hashOf(shape: unknown): string {
   return createHash('sha256').update(canonicalJson(shape)).digest('hex').slice(0, 8);
 }
 

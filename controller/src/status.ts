@@ -69,6 +69,11 @@ export const modelServiceStatus = z.object({
   replicas: count.optional().describe('Groups that exist; what the scale subresource reports.'),
   selector: z.string().max(512).optional().describe('Label selector of the pods, for the scale subresource.'),
   revision: z.string().max(63).optional().describe('Revision of the current template.'),
+  preparedModel: z
+    .string()
+    .max(63)
+    .optional()
+    .describe('Hash of the source, precision and tensorParallel that were last found and prepared.'),
   groups: z
     .object({
       wanted: count,
@@ -96,4 +101,4 @@ export const tenantStatus = z.object({
 });
 
 /** Types of the conditions of a ModelService. */
-export type ConditionType = 'Ready' | 'Progressing' | 'ScalingActive' | 'Degraded';
+export type ConditionType = 'ModelFound' | 'Ready' | 'Progressing' | 'ScalingActive' | 'Degraded';

@@ -6,10 +6,13 @@ import { parseArgs } from 'node:util';
 
 import { createScaleMemory, decideScale, type ScaleMemory } from '@mimo/controller/decide/autoscale';
 import { noFailures } from '@mimo/controller/decide/failures';
-import { groupName, podName, type GroupLoad, type ObservedPod } from '@mimo/controller/decide/groups';
+import type { WorkerSettings } from '@mimo/controller/decide/containers';
+import type { GroupLoad, ObservedPod } from '@mimo/controller/decide/groups';
+import { groupName, podName } from '@mimo/controller/decide/labels';
 import { planService, type Action } from '@mimo/controller/decide/plan';
+import { noPreparation, planPrepare } from '@mimo/controller/decide/prepare';
 import { parseModelService, type ModelService } from '@mimo/controller/resources';
-import { revisionOf } from '@mimo/controller/revision';
+import { modelHashOf, revisionOf } from '@mimo/controller/revision';
 import type { ModelServiceStatus } from '@mimo/controller/status';
 
 interface Reconciled {
@@ -22,6 +25,13 @@ interface Reconciled {
 }
 
 const tensorParallel = 2;
+const worker: WorkerSettings = {
+  image: 'worker:1',
+  cudaImage: 'worker:1-cuda',
+  imagePullPolicy: 'IfNotPresent',
+  natsUrl: 'nats://queue:4222',
+  cache: { kind: 'pod' },
+};
 
 function createState(index: number, groups: number): Reconciled {
   const service = parseModelService({
@@ -38,7 +48,7 @@ function createState(index: number, groups: number): Reconciled {
       scaling: { min: groups, max: groups },
     },
   });
-  const revision = revisionOf(service.spec);
+  const revision = revisionOf(service.spec, worker);
   const pods = Array.from({ length: groups * tensorParallel }, (_, at): ObservedPod => {
     const group = groupName(service.metadata.name, revision, Math.floor(at / tensorParallel));
     const rank = at % tensorParallel;
@@ -58,12 +68,23 @@ function createState(index: number, groups: number): Reconciled {
       drainingSinceMs: undefined,
       blocker: undefined,
       failure: undefined,
+      failedMs: undefined,
     };
   });
   const loads = new Map(
-    pods.map(({ group }) => [group, { routable: true, inFlightRequests: 3, inFlightTokens: 4000 }]),
+    pods.map(({ group }) => [
+      group,
+      { routable: true, draining: false, inFlightRequests: 3, inFlightTokens: 4000 },
+    ]),
   );
-  return { service, revision, pods, loads, memory: createScaleMemory(groups, 0), status: {} };
+  return {
+    service,
+    revision,
+    pods,
+    loads,
+    memory: createScaleMemory(groups, 0),
+    status: { preparedModel: modelHashOf(service.spec) },
+  };
 }
 
 function reconcile(state: Reconciled, nowMs: number): readonly Action[] {
@@ -83,11 +104,27 @@ function reconcile(state: Reconciled, nowMs: number): readonly Action[] {
   const seen = { queue, readyGroups: groups, startingReadyInMs: [], startUpMs: 60_000 };
   const scaled = decideScale(service.spec.scaling, seen, memory, nowMs);
   state.memory = scaled.memory;
+  const preparation = planPrepare({
+    service: service.metadata.name,
+    generation: service.metadata.generation,
+    deleting: false,
+    modelHash: modelHashOf(service.spec),
+    pods: [],
+    preparedModel: state.status.preparedModel,
+    published: true,
+    nameTakenBy: undefined,
+    memory: noPreparation,
+    nowMs,
+  });
   const { actions } = planService({
     service,
     revision,
     pods,
     loads,
+    loadsComplete: true,
+    marks: new Map(),
+    preparation,
+    ownsCatalogueEntry: true,
     settled: true,
     decision: scaled.decision,
     queue,

@@ -6,6 +6,7 @@ import type { Condition, ConditionType, ModelServiceStatus, ScaleDecision } from
 import type { QueueReading } from './arrival-load.ts';
 import { retryAtMs, type FailureMemory } from './failures.ts';
 import type { ReplicaGroup } from './groups.ts';
+import type { Preparation } from './prepare.ts';
 
 export interface StatusInput {
   readonly service: ModelService;
@@ -14,6 +15,7 @@ export interface StatusInput {
   readonly decision: ScaleDecision;
   readonly queue: QueueReading | 'unknown';
   readonly failures: FailureMemory;
+  readonly preparation: Preparation;
   /** The status as observed. */
   readonly previous: ModelServiceStatus;
   readonly nowMs: number;
@@ -26,10 +28,11 @@ type Judged = Pick<Condition, 'status' | 'reason' | 'message'>;
 
 /** The status to write, or undefined where the observed one will do. */
 export function planStatus(input: StatusInput): ModelServiceStatus | undefined {
-  const { service, revision, groups, decision, queue, previous, nowMs } = input;
+  const { service, revision, groups, decision, queue, preparation, previous, nowMs } = input;
   const time = new Date(nowMs).toISOString();
   const judged: Readonly<Record<ConditionType, Judged>> = {
-    Ready: judgeReady(groups, decision),
+    ModelFound: preparation.condition,
+    Ready: judgeReady(groups, decision, preparation),
     Progressing: judgeProgress(groups, decision, revision),
     ScalingActive:
       queue === 'unknown'
@@ -54,6 +57,7 @@ export function planStatus(input: StatusInput): ModelServiceStatus | undefined {
     replicas: living.length,
     selector: `mimo-cluster.dev/service=${service.metadata.name}`,
     revision,
+    ...(preparation.preparedModel === undefined ? {} : { preparedModel: preparation.preparedModel }),
     groups: {
       wanted: decision.wanted,
       ready: living.filter(({ state }) => state === 'ready').length,
@@ -84,6 +88,7 @@ function essenceOf({
   conditions,
   replicas,
   revision,
+  preparedModel,
   groups,
 }: ModelServiceStatus): unknown {
   return {
@@ -91,6 +96,7 @@ function essenceOf({
     conditions: conditions?.map(({ type, status, reason, message }) => [type, status, reason, message]),
     replicas,
     revision,
+    preparedModel,
     groups: [groups?.wanted, groups?.ready, groups?.updated, groups?.draining],
     decision: [lastDecision?.wanted, lastDecision?.reason, lastDecision?.blocker],
   };
@@ -102,10 +108,17 @@ function figuresOf({ queue, lastDecision }: ModelServiceStatus): unknown {
   return [waitingRequests, waitingTokens, oldestWaitingSeconds, lastDecision?.formula];
 }
 
-function judgeReady(groups: readonly ReplicaGroup[], decision: ScaleDecision): Judged {
+function judgeReady(
+  groups: readonly ReplicaGroup[],
+  decision: ScaleDecision,
+  { found, condition }: Preparation,
+): Judged {
   const ready = groups.filter(({ state }) => state === 'ready').length;
   if (ready > 0) {
     return { status: 'True', reason: 'GroupsReady', message: `${ready} of ${decision.wanted} groups serve` };
+  }
+  if (!found) {
+    return { status: 'False', reason: `Model${condition.reason}`, message: condition.message };
   }
   if (decision.wanted === 0) {
     return { status: 'True', reason: 'AtZero', message: 'no group is needed; the next request starts one' };

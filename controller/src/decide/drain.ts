@@ -1,4 +1,6 @@
-// Which group goes first, and when a draining group may be deleted. Pure.
+// Which group goes first, when a draining group may be deleted, and which drain marks the dispatcher is to see. Pure.
+
+import type { DrainMarks } from '@mimo/core/queue';
 
 import type { ReplicaGroup } from './groups.ts';
 
@@ -22,21 +24,47 @@ function tokensOf(group: ReplicaGroup): number {
 }
 
 /**
- * Why a draining group can be deleted at this moment: it holds nothing, its time is up (the rest moves to other groups), or
- * it is not ready and so serves nobody. Undefined: it drains on.
+ * Why a draining group can be deleted at this moment: it holds nothing and gets nothing any more, nobody reaches it, or its
+ * time is up (the rest moves to other groups). Undefined: it drains on, also where nothing is known of it.
  */
-export function drainEnd(group: ReplicaGroup, drainMs: number, nowMs: number): string | undefined {
-  if (group.drainingSinceMs === undefined) {
+export function drainEnd(
+  { drainingSinceMs, load }: ReplicaGroup,
+  drainMs: number,
+  { loadsComplete, nowMs }: { readonly loadsComplete: boolean; readonly nowMs: number },
+): string | undefined {
+  if (drainingSinceMs === undefined) {
     return undefined;
   }
-  if (!group.ready) {
-    return 'drained: it does not serve';
-  }
-  if (group.load?.inFlightRequests === 0) {
+  if (load?.draining === true && load.inFlightRequests === 0) {
     return 'drained: it holds no requests';
   }
-  if (nowMs - group.drainingSinceMs >= drainMs) {
+  if (nowMs - drainingSinceMs >= drainMs) {
     return `drained: ${drainMs / 1000} s are over, what it holds moves to other groups`;
   }
+  if (loadsComplete && load?.routable !== true && (load?.inFlightRequests ?? 0) === 0) {
+    return 'drained: it does not serve';
+  }
   return undefined;
+}
+
+export interface MarkPlan {
+  readonly mark: readonly { readonly group: string; readonly sinceUnixMs: number }[];
+  readonly clear: readonly string[];
+}
+
+/**
+ * What has to change for the marks to be those of the groups that drain. A mark stays until the last pod is gone: nothing
+ * is to be assigned to a group that ends; and it goes before another group can have the name.
+ */
+export function planMarks(groups: readonly ReplicaGroup[], marks: DrainMarks | 'unknown'): MarkPlan {
+  if (marks === 'unknown') {
+    return { mark: [], clear: [] };
+  }
+  const draining = new Map(groups.map(({ name, drainingSinceMs }) => [name, drainingSinceMs]));
+  return {
+    mark: groups.flatMap(({ name, drainingSinceMs }) =>
+      drainingSinceMs === undefined || marks.has(name) ? [] : [{ group: name, sinceUnixMs: drainingSinceMs }],
+    ),
+    clear: [...marks.keys()].filter((group) => draining.get(group) === undefined),
+  };
 }

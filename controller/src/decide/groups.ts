@@ -1,5 +1,5 @@
 // Observed pods -> replica groups and their states. Pure. A group is a whole: with one rank lost it is broken, and the
-// ranks that are left are of no use. Knows the names of groups and pods; knows no spec.
+// ranks that are left are of no use. Knows no spec.
 
 /** What is known of one pod: its labels, its state, and what the dispatcher says of its group. */
 export interface ObservedPod {
@@ -20,16 +20,25 @@ export interface ObservedPod {
   readonly drainingSinceMs: number | undefined;
   /** The scheduler's words where the pod cannot be placed. */
   readonly blocker: string | undefined;
-  /** The last words of a container that failed. */
+  /** The last words of a container that failed, and when. */
   readonly failure: string | undefined;
+  readonly failedMs: number | undefined;
   /** The readiness gate as it is set: whether the dispatcher was last known to reach the whole group. */
   readonly routable: boolean;
+}
+
+/** Names one pod and no later one of that name. */
+export interface PodRef {
+  readonly name: string;
+  readonly uid: string;
 }
 
 /** What the dispatcher reports of a group. Absent where it knows nothing of it. */
 export interface GroupLoad {
   /** The dispatcher holds a live channel to the whole group. */
   readonly routable: boolean;
+  /** The dispatcher has seen the drain mark: what is in flight only gets less. */
+  readonly draining: boolean;
   readonly inFlightRequests: number;
   readonly inFlightTokens: number;
 }
@@ -54,14 +63,6 @@ export interface ReplicaGroup {
   readonly load: GroupLoad | undefined;
 }
 
-export function groupName(service: string, revision: string, index: number): string {
-  return `${service}-${revision}-${index}`;
-}
-
-export function podName(group: string, rank: number): string {
-  return `${group}-${rank}`;
-}
-
 /** Groups in order of name; each pod is in exactly one. */
 export function groupsFromPods(
   pods: readonly ObservedPod[],
@@ -84,7 +85,7 @@ export function groupsFromPods(
         createdMs: Math.min(...members.map(({ createdMs }) => createdMs)),
         drainingSinceMs,
         blocker: members.find(({ blocker }) => blocker !== undefined)?.blocker,
-        failure: members.find(({ failure }) => failure !== undefined)?.failure,
+        failure: firstFailure(members),
         load: loads.get(name),
       };
     });
@@ -103,4 +104,10 @@ function stateOf(pods: readonly ObservedPod[], ready: boolean, draining: boolean
     return 'draining';
   }
   return ready ? 'ready' : 'starting';
+}
+
+/** The words of the pod that failed first: the others of its group fail because of it. */
+function firstFailure(pods: readonly ObservedPod[]): string | undefined {
+  const failed = pods.filter(({ failure }) => failure !== undefined);
+  return failed.toSorted((a, b) => (a.failedMs ?? 0) - (b.failedMs ?? 0))[0]?.failure;
 }

@@ -1,12 +1,15 @@
 import { describe, expect, it } from 'vitest';
 
 import { parseModelService, type ModelService } from '../resources.ts';
-import { disruptionBudget, groupPods, rankService } from './manifests.ts';
+import type { WorkerSettings } from './containers.ts';
+import { disruptionBudget, groupPods, preparePod, rankService } from './manifests.ts';
 
 interface Container {
   readonly name: string;
   readonly image: string;
-  readonly env: readonly { readonly name: string; readonly value: string }[];
+  readonly imagePullPolicy: string;
+  readonly args: readonly string[];
+  readonly env: readonly { readonly name: string; readonly value: string; readonly valueFrom?: unknown }[];
   readonly ports: readonly { readonly containerPort: number }[];
   readonly resources: { readonly limits: Readonly<Record<string, string>>; readonly requests: unknown };
   readonly securityContext: unknown;
@@ -20,12 +23,22 @@ interface Pod {
     readonly subdomain: string;
     readonly restartPolicy: string;
     readonly containers: readonly Container[];
-    readonly initContainers: readonly { readonly args: readonly string[] }[];
+    readonly initContainers: readonly Container[];
     readonly volumes: readonly { readonly name: string }[];
     readonly securityContext: unknown;
     readonly readinessGates: unknown;
+    readonly affinity?: unknown;
+    readonly topologySpreadConstraints: readonly { readonly topologyKey: string }[];
   };
 }
+
+const settings: WorkerSettings = {
+  image: 'registry.example/worker:1',
+  cudaImage: 'registry.example/worker:1-cuda',
+  imagePullPolicy: 'IfNotPresent',
+  natsUrl: 'nats://queue:4222',
+  cache: { kind: 'pod' },
+};
 
 function serviceWith(spec: object): ModelService {
   return parseModelService({
@@ -35,13 +48,27 @@ function serviceWith(spec: object): ModelService {
 }
 
 function podsOf(spec: object): readonly Pod[] {
-  const identity = { group: 'chat-0a1b2c3d-4', revision: '0a1b2c3d', index: 4, groupToken: 'token' };
-  const settings = { image: 'registry.example/worker:1', natsUrl: 'nats://queue:4222' };
+  const identity = {
+    group: 'chat-0a1b2c3d-4',
+    revision: '0a1b2c3d',
+    index: 4,
+    groupToken: 'token',
+    life: 'life',
+  };
   return groupPods(serviceWith(spec), identity, settings) as unknown as readonly Pod[];
 }
 
 function variablesOf(container: Container | undefined): Readonly<Record<string, string>> {
   return Object.fromEntries((container?.env ?? []).map(({ name, value }) => [name, value]));
+}
+
+function topologyKeysOf(pod: Pod | undefined): readonly string[] | undefined {
+  return pod?.spec.topologySpreadConstraints.map(({ topologyKey }) => topologyKey);
+}
+
+function cacheVolumeOf(cache: WorkerSettings['cache'], template: object): unknown {
+  const pod = preparePod(serviceWith({ template }), 'cafe0123', { ...settings, cache }) as unknown as Pod;
+  return pod.spec.volumes.find(({ name }) => name === 'cache');
 }
 
 describe('groupPods', () => {
@@ -76,11 +103,57 @@ describe('groupPods', () => {
     expect(variables['MIMO_WORKER_PEERS']?.split(',')[1]).toBe(
       'chat-0a1b2c3d-4-1.chat-ranks.models.svc:50152',
     );
-    expect(variables['MIMO_WORKER_ADVERTISE']).toBe('chat-0a1b2c3d-4-0.chat-ranks.models.svc:50052');
+    expect(variables['MIMO_WORKER_ADVERTISE']).toBe('$(POD_IP):50052');
+    expect(pods[3]?.spec.containers[0]?.env[0]?.name).toBe('POD_IP');
+  });
+
+  it('asks for one zone for the ranks of a spread group, and for different machines for its groups', () => {
+    const [leader, follower] = podsOf({ tensorParallel: 2, placement: 'spread' });
+    expect(leader?.spec.affinity).toMatchObject({
+      podAffinity: {
+        preferredDuringSchedulingIgnoredDuringExecution: [
+          {
+            podAffinityTerm: {
+              topologyKey: 'topology.kubernetes.io/zone',
+              labelSelector: { matchLabels: { 'mimo-cluster.dev/group': 'chat-0a1b2c3d-4' } },
+            },
+          },
+        ],
+      },
+    });
+    expect(topologyKeysOf(leader)).toEqual(['kubernetes.io/hostname', 'topology.kubernetes.io/zone']);
+    expect(topologyKeysOf(follower)).toEqual(['kubernetes.io/hostname']);
+    expect(podsOf({ tensorParallel: 2 })[0]?.spec.affinity).toBeUndefined();
+  });
+
+  it('serves metrics on the leader alone', () => {
+    const [pod] = podsOf({ tensorParallel: 2 });
+    const listening = pod?.spec.containers.map((rank) => variablesOf(rank)['MIMO_WORKER_METRICS_LISTEN']);
+    expect(listening).toEqual(['0.0.0.0:9464', undefined]);
+    expect(pod?.spec.containers[0]?.ports.map(({ containerPort }) => containerPort)).toContain(9464);
+  });
+
+  it('turns resources into threads, memory for keys and values, and what computes', () => {
+    const rankOf = (spec: object): Readonly<Record<string, string>> =>
+      variablesOf(podsOf(spec)[0]?.spec.containers[0]);
+    expect(rankOf({ resources: { cpu: '500m' } })).toMatchObject({
+      MIMO_WORKER_THREADS: '1',
+      MIMO_WORKER_EXECUTION_PROVIDER: 'cpu',
+    });
+    expect(rankOf({ resources: { cpu: '6.5', kvCache: '2Gi' } })).toMatchObject({
+      MIMO_WORKER_THREADS: '6',
+      MIMO_WORKER_KV_BYTES: '2147483648',
+    });
+    const model = { name: 'mimo', source: { hostPath: '/models/mimo' }, precision: 'bf16' };
+    const cuda = podsOf({ model, resources: { accelerators: 1 } })[0]?.spec.containers[0];
+    expect(variablesOf(cuda)['MIMO_WORKER_EXECUTION_PROVIDER']).toBe('cuda');
+    expect(cuda?.image).toBe('registry.example/worker:1-cuda');
+    expect(rankOf({})).not.toHaveProperty('MIMO_WORKER_KV_BYTES');
   });
 
   it('asks for the accelerator by the name of its resource, and for none by default', () => {
-    const amd = podsOf({ resources: { accelerators: 2, acceleratorResource: 'amd.com/gpu' } });
+    const model = { name: 'mimo', source: { hostPath: '/models/mimo' }, precision: 'fp16' };
+    const amd = podsOf({ model, resources: { accelerators: 2, acceleratorResource: 'amd.com/gpu' } });
     expect(amd[0]?.spec.containers[0]?.resources.limits).toMatchObject({ 'amd.com/gpu': '2', cpu: '4' });
     const cpu = podsOf({});
     expect(Object.keys(cpu[0]?.spec.containers[0]?.resources.limits ?? {})).toEqual(['cpu', 'memory']);
@@ -101,26 +174,37 @@ describe('groupPods', () => {
     });
   });
 
-  it('fetches a hub checkpoint into the cache before the ranks start', () => {
-    const hub = { repository: 'XiaomiMiMo/MiMo-7B-RL', revision: 'abc' };
+  it('prepares the shards in the cache before the ranks start', () => {
+    const hub = { repository: 'XiaomiMiMo/MiMo-7B-RL', revision: 'abc', tokenSecret: { name: 'hub' } };
     const [pod] = podsOf({
       model: { name: 'mimo', source: { hub } },
       template: { cacheVolumeClaim: 'shards' },
     });
+    const [prepare] = pod?.spec.initContainers ?? [];
+    expect(prepare?.args).toEqual(['prepare', '--compile']);
+    expect(variablesOf(prepare)).toMatchObject({
+      MIMO_WORKER_HUB_REPOSITORY: 'XiaomiMiMo/MiMo-7B-RL',
+      MIMO_WORKER_HUB_REVISION: 'abc',
+    });
+    expect(prepare?.env).toContainEqual({
+      name: 'HF_TOKEN',
+      valueFrom: { secretKeyRef: { name: 'hub', key: 'token' } },
+    });
     const directory = '/cache/checkpoints/XiaomiMiMo/MiMo-7B-RL/abc';
-    expect(pod?.spec.initContainers[0]?.args).toEqual([
-      'fetch',
-      'XiaomiMiMo/MiMo-7B-RL',
-      '--revision',
-      'abc',
-      '--to',
-      directory,
-    ]);
     expect(variablesOf(pod?.spec.containers[0])['MIMO_WORKER_CHECKPOINT_DIRECTORY']).toBe(directory);
     expect(pod?.spec.volumes).toContainEqual({
       name: 'cache',
       persistentVolumeClaim: { claimName: 'shards' },
     });
+  });
+
+  it("takes the service's claim for the cache before the controller's setting, and that before the pod's own", () => {
+    const hostPath = { kind: 'hostPath', path: '/var/cache/mimo' } as const;
+    expect(cacheVolumeOf(hostPath, { cacheVolumeClaim: 'mine' })).toMatchObject({
+      persistentVolumeClaim: { claimName: 'mine' },
+    });
+    expect(cacheVolumeOf(hostPath, {})).toMatchObject({ hostPath: { path: '/var/cache/mimo' } });
+    expect(cacheVolumeOf({ kind: 'pod' }, {})).toMatchObject({ emptyDir: {} });
   });
 
   it('lets the template win over the defaults', () => {
@@ -150,9 +234,21 @@ describe('the objects beside the pods', () => {
     });
   });
 
-  it('allow one group at a time to be evicted', () => {
-    expect(disruptionBudget(serviceWith({}))).toMatchObject({
-      spec: { maxUnavailable: 1, selector: { matchLabels: { 'mimo-cluster.dev/service': 'chat' } } },
+  it('prepare and publish the model, and are no rank', () => {
+    const pod = preparePod(serviceWith({ tensorParallel: 2 }), 'cafe0123', {
+      ...settings,
+      cache: { kind: 'claim', claimName: 'shards' },
+    }) as unknown as Pod;
+    expect(pod.metadata.name).toBe('chat-cafe0123-prepare');
+    expect(pod.metadata.labels).not.toHaveProperty('mimo-cluster.dev/service');
+    expect(pod.spec.containers[0]?.args).toEqual(['prepare', '--publish', '--compile']);
+    const alone = preparePod(serviceWith({}), 'cafe0123', settings) as unknown as Pod;
+    expect(alone.spec.containers[0]?.args).toEqual(['prepare', '--publish']);
+  });
+
+  it('keep as many pods from being evicted as they are told', () => {
+    expect(disruptionBudget(serviceWith({}), 3)).toMatchObject({
+      spec: { minAvailable: 3, selector: { matchLabels: { 'mimo-cluster.dev/service': 'chat' } } },
     });
   });
 });

@@ -4,8 +4,10 @@ import { parseModelService, type ModelService } from '../resources.ts';
 import type { ModelServiceStatus, ScaleDecision } from '../status.ts';
 import { chooseVictims } from './drain.ts';
 import { noFailures, type FailureMemory } from './failures.ts';
-import { groupName, groupsFromPods, podName, type GroupLoad, type ObservedPod } from './groups.ts';
+import { groupsFromPods, type GroupLoad, type ObservedPod } from './groups.ts';
+import { groupName, podName } from './labels.ts';
 import { planService, type Action, type PlanInput } from './plan.ts';
+import { noPreparation, planPrepare, type Preparation } from './prepare.ts';
 
 const service = parseModelService({
   metadata: { name: 'chat', namespace: 'models', uid: 'u', finalizers: ['mimo-cluster.dev/drain'] },
@@ -46,22 +48,46 @@ function groupOf(
     drainingSinceMs: state === 'draining' ? 0 : undefined,
     blocker: undefined,
     failure: undefined,
+    failedMs: undefined,
     ...pods,
   }));
 }
 
-/** Loads that agree with the pods' gates, so that no gate has to be set. */
+/** Loads that agree with the pods' gates and drains, so that no gate has to be set. */
 function loadsOf(
   pods: readonly ObservedPod[],
   tokens: Readonly<Record<string, number>> = {},
 ): Map<string, GroupLoad> {
   return new Map(
-    pods.map(({ group, routable }) => {
+    pods.map(({ group, routable, drainingSinceMs }) => {
       const inFlightTokens = tokens[group] ?? 100;
-      return [group, { routable, inFlightRequests: Math.sign(inFlightTokens), inFlightTokens }];
+      const inFlightRequests = Math.sign(inFlightTokens);
+      return [group, { routable, draining: drainingSinceMs !== undefined, inFlightRequests, inFlightTokens }];
     }),
   );
 }
+
+/** Marks that agree with the pods' drains. */
+function marksOf(pods: readonly ObservedPod[]): Map<string, { sinceUnixMs: number }> {
+  return new Map(
+    pods.flatMap(({ group, drainingSinceMs }) =>
+      drainingSinceMs === undefined ? [] : [[group, { sinceUnixMs: drainingSinceMs }]],
+    ),
+  );
+}
+
+const prepared: Preparation = planPrepare({
+  service: 'chat',
+  generation: 1,
+  deleting: false,
+  modelHash: 'hash',
+  pods: [],
+  preparedModel: 'hash',
+  published: true,
+  nameTakenBy: undefined,
+  memory: noPreparation,
+  nowMs: 0,
+});
 
 function decisionOf(wanted: number, blocker?: string): ScaleDecision {
   return {
@@ -85,6 +111,10 @@ function inputWith(
     revision: 'new',
     pods,
     loads: loadsOf(pods),
+    loadsComplete: true,
+    marks: marksOf(pods),
+    preparation: prepared,
+    ownsCatalogueEntry: true,
     settled: true,
     decision: decisionOf(wanted),
     queue: 'unknown',
@@ -141,10 +171,20 @@ describe('planService', () => {
 
   it('sets the readiness gate from what the dispatcher says', () => {
     const pods = groupOf(0, { state: 'starting' });
-    const loads = new Map([['chat-new-0', { routable: true, inFlightRequests: 0, inFlightTokens: 0 }]]);
+    const load = { routable: true, draining: false, inFlightRequests: 0, inFlightTokens: 0 };
+    const loads = new Map([['chat-new-0', load]]);
     expect(shortPlan(inputWith({ pods, loads }))).toEqual(['setRoutable', 'setRoutable']);
     const serving = groupOf(0);
     expect(shortPlan(inputWith({ pods: serving, loads: new Map() }))).toEqual(['setRoutable', 'setRoutable']);
+  });
+
+  it('leaves gates and drains alone while nothing is known of the groups', () => {
+    const pods = [...groupOf(0), ...groupOf(1, { state: 'draining' })];
+    const blind = { loads: new Map(), loadsComplete: false, marks: 'unknown' as const };
+    expect(shortPlan(inputWith({ wanted: 1, pods, ...blind }))).toEqual([]);
+    expect(shortPlan(inputWith({ wanted: 1, pods, ...blind, nowMs: 60_000 }))).toEqual([
+      'deleteGroup chat-new-1',
+    ]);
   });
 
   it('rebuilds a group that lost a rank: the rest goes at once, another comes under a free name', () => {
@@ -195,6 +235,43 @@ describe('planService', () => {
     expect(waits).toEqual([0, 10, 20, 40, 80, 160, 300, 300]);
   });
 
+  it('creates nothing until the model is found, and keeps what serves when it is not found any more', () => {
+    const found = { ...prepared, found: false };
+    expect(shortPlan(inputWith({ wanted: 2, preparation: found }))).toEqual([]);
+    const starting = groupOf(0, { state: 'starting' });
+    expect(shortPlan(inputWith({ wanted: 2, pods: starting, preparation: found }))).toEqual([]);
+    const surging = withRollout(0, 1);
+    const rollout = inputWith({ service: surging, wanted: 1, pods: old(0), preparation: found });
+    expect(shortPlan(rollout)).toEqual([]);
+    const tooMany = [...old(0), ...old(1)];
+    expect(shortPlan(inputWith({ wanted: 1, pods: tooMany, preparation: found }))).toEqual([
+      'drainGroup chat-old-1',
+    ]);
+  });
+
+  it("keeps the dispatcher's marks those of the groups that drain", () => {
+    const pods = [...groupOf(0), ...groupOf(1, { state: 'draining' })];
+    const marks = new Map([['chat-new-0', { sinceUnixMs: 5 }]]);
+    expect(shortPlan(inputWith({ pods, marks }))).toEqual([
+      'clearDraining chat-new-0',
+      'markDraining chat-new-1',
+    ]);
+    const ending = groupOf(1, { state: 'draining', pods: { deleting: true } });
+    expect(shortPlan(inputWith({ wanted: 0, pods: ending }))).toEqual([]);
+  });
+
+  it('says what the rank that failed first said', () => {
+    const [leader, follower] = groupOf(0, { pods: { phase: 'Failed', ready: false } }) as [
+      ObservedPod,
+      ObservedPod,
+    ];
+    const pods = [
+      { ...leader, failure: 'rank 1 is lost', failedMs: 200 },
+      { ...follower, failure: 'OOMKilled', failedMs: 100 },
+    ];
+    expect(planService(inputWith({ pods })).actions[0]).toMatchObject({ reason: 'broken: OOMKilled' });
+  });
+
   it('starts a changed template at once although the last one failed', () => {
     const failures = { revision: 'old', count: 9, lastMs: 900, countedUids: [] };
     expect(shortPlan(inputWith({ failures }))).toEqual(['createGroup chat-new-0']);
@@ -208,6 +285,7 @@ describe('planService', () => {
     expect(actions.map(({ kind }) => kind)).toEqual(['patchStatus']);
     const conditions = statusOf(actions).conditions ?? [];
     expect(conditions.map(({ type, status, reason }) => `${type} ${status} ${reason}`)).toEqual([
+      'ModelFound True Prepared',
       'Ready True GroupsReady',
       'Progressing True Scaling',
       'ScalingActive False QueueUnknown',
@@ -241,6 +319,8 @@ describe('planService', () => {
       expect(shortPlan(inputWith({ wanted: 2, pods: draining, loads: empty }))).toEqual([
         'deleteGroup chat-new-1',
       ]);
+      const unseen = new Map([...empty].map(([group, load]) => [group, { ...load, draining: false }]));
+      expect(shortPlan(inputWith({ wanted: 2, pods: draining, loads: unseen }))).toEqual([]);
       const late = inputWith({ wanted: 2, pods: draining, nowMs: 60_000 });
       expect(shortPlan(late)).toEqual(['deleteGroup chat-new-1']);
     });
@@ -316,7 +396,27 @@ describe('planService', () => {
         'deleteGroup chat-new-1',
         'drainGroup chat-new-0',
       ]);
-      expect(shortPlan(inputWith({ service: deleted, wanted: 2 }))).toEqual(['removeFinalizer']);
+      expect(shortPlan(inputWith({ service: deleted, wanted: 2 }))).toEqual([
+        'removeModel',
+        'removeFinalizer',
+      ]);
+    });
+
+    it('clears the marks of groups that are gone, and waits a minute for a catalogue that does not answer', () => {
+      const marks = new Map([['chat-new-7', { sinceUnixMs: 0 }]]);
+      const sinceMs = Date.parse('2026-01-01T00:00:00Z');
+      const input = inputWith({ service: deleted, marks, ownsCatalogueEntry: 'unknown', nowMs: sinceMs });
+      expect(shortPlan(input)).toEqual(['clearDraining chat-new-7']);
+      expect(shortPlan({ ...input, nowMs: sinceMs + 60_000 })).toEqual([
+        'clearDraining chat-new-7',
+        'removeFinalizer',
+      ]);
+    });
+
+    it('leaves the catalogue alone where another service serves the model', () => {
+      expect(shortPlan(inputWith({ service: deleted, ownsCatalogueEntry: false }))).toEqual([
+        'removeFinalizer',
+      ]);
     });
 
     it('that is done is left alone', () => {

@@ -1,39 +1,48 @@
-// What is to be done for one ModelService: observation -> ordered actions. Pure; act.ts will carry them out, and whatever
+// What is to be done for one ModelService: observation -> ordered actions. Pure; act.ts carries them out, and whatever
 // fails is planned again from the next observation. Owns the order and the life of groups; rollout.ts counts them,
 // drain.ts chooses among them, conditions.ts words the status.
 //
 // In this order:
-//   finalizer   before anything is created; taken away when the service is being deleted and no pod is left
+//   finalizer   before anything is created; taken away when the service is being deleted and nothing is left
+//   prepare     the pod that finds the model: prepare.ts
 //   gate        the readiness gate of each pod follows what the dispatcher says of its group
+//   mark        the dispatcher's drain marks follow the groups that drain
 //   delete      broken groups, whole; draining groups that are done; groups that have to go and serve nobody
 //   drain       the mark on groups that have to go and serve: nothing is assigned to them any more
 //   resume      the mark off again
-//   create      whole groups, at the lowest free indexes: a group that still ends keeps its name until it is gone
+//   create      whole groups, at the lowest free indexes, once the model is found: a group that still ends keeps its name
 //   status      last, from what was observed
 //
 // Nothing is planned but the status while own writes have not come back in the observation (`settled`): a second look at old
 // pods would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
 // INVARIANT: an observation that is what the plan wants gives an empty plan.
 
+import type { DrainMarks } from '@mimo/core/queue';
+
 import type { ModelService } from '../resources.ts';
 import type { ModelServiceStatus } from '../status.ts';
 import { planStatus, type StatusInput } from './conditions.ts';
-import { drainEnd } from './drain.ts';
+import { drainEnd, planMarks } from './drain.ts';
 import { countFailures, retryAtMs, type FailureMemory } from './failures.ts';
-import { groupName, groupsFromPods, type GroupLoad, type ObservedPod, type ReplicaGroup } from './groups.ts';
+import {
+  groupsFromPods,
+  type GroupLoad,
+  type ObservedPod,
+  type PodRef,
+  type ReplicaGroup,
+} from './groups.ts';
+import { drainFinalizer, groupName } from './labels.ts';
+import type { Preparation, PrepareAction } from './prepare.ts';
 import { planRollout } from './rollout.ts';
-
-/** Keeps a ModelService until its groups have drained. */
-export const drainFinalizer = 'mimo-cluster.dev/drain';
-
-export interface PodRef {
-  readonly name: string;
-  readonly uid: string;
-}
 
 export type Action =
   | { readonly kind: 'addFinalizer' }
+  /** Takes the model out of the catalogue. */
+  | { readonly kind: 'removeModel' }
   | { readonly kind: 'removeFinalizer' }
+  | PrepareAction
+  | { readonly kind: 'markDraining'; readonly group: string; readonly sinceUnixMs: number }
+  | { readonly kind: 'clearDraining'; readonly group: string }
   | { readonly kind: 'setRoutable'; readonly pod: PodRef; readonly routable: boolean }
   | {
       readonly kind: 'deleteGroup';
@@ -61,6 +70,13 @@ export interface PlanInput extends Pick<StatusInput, 'decision' | 'queue' | 'pre
   readonly revision: string;
   readonly pods: readonly ObservedPod[];
   readonly loads: ReadonlyMap<string, GroupLoad>;
+  /** False: a group without a load is one of which nothing is known, and its gate is left as it is. */
+  readonly loadsComplete: boolean;
+  /** The drain marks as the dispatcher sees them. */
+  readonly marks: DrainMarks | 'unknown';
+  readonly preparation: Preparation;
+  /** The catalogue has the model, and no other service serves it: it goes with this one. */
+  readonly ownsCatalogueEntry: boolean | 'unknown';
   /** False while writes of ours have not been observed yet. */
   readonly settled: boolean;
   readonly failures: FailureMemory;
@@ -74,7 +90,7 @@ export interface Plan {
 
 /** Plans one service. The same input always gives the same plan. */
 export function planService(input: PlanInput): Plan {
-  const { service, revision, pods, loads, settled, nowMs } = input;
+  const { service, revision, pods, loads, preparation, settled, nowMs } = input;
   const groups = groupsFromPods(pods, loads);
   const failures = countFailures(input.failures, groups, revision, nowMs);
   const status = planStatus({ ...input, groups, failures });
@@ -85,21 +101,29 @@ export function planService(input: PlanInput): Plan {
 
   const deleting = service.metadata.deletionTimestamp !== undefined;
   const held = service.metadata.finalizers.includes(drainFinalizer);
-  if (deleting && pods.length === 0) {
-    return { actions: held ? [{ kind: 'removeFinalizer' }] : [], failures };
+  const marks = planMarks(groups, input.marks);
+  const markActions: Action[] = [
+    ...marks.clear.map((group) => ({ kind: 'clearDraining' as const, group })),
+    ...marks.mark.map((mark) => ({ kind: 'markDraining' as const, ...mark })),
+  ];
+  if (deleting && pods.length === 0 && preparation.podsLeft === 0) {
+    return { actions: held ? [...markActions, ...planEnd(input)] : [], failures };
   }
   const rollout = planRollout(groups, {
     wanted: deleting ? 0 : input.decision.wanted,
     revision,
     maxSurge: service.spec.rollout.maxSurge,
     maxUnavailable: service.spec.rollout.maxUnavailable,
+    mayBegin: deleting || preparation.found,
   });
   const mayCreate = !deleting && nowMs >= retryAtMs(failures);
   return {
     actions: [
       ...(deleting || held ? [] : [{ kind: 'addFinalizer' } as const]),
-      ...planGates(groups, loads),
-      ...planDeletions(groups, service.spec.drainSeconds * 1000, nowMs),
+      ...preparation.actions,
+      ...planGates(groups, input),
+      ...markActions,
+      ...planDeletions(groups, input),
       ...rollout.drain.map(({ group, reason }) => ({
         kind: group.ready ? ('drainGroup' as const) : ('deleteGroup' as const),
         group: group.name,
@@ -118,22 +142,45 @@ export function planService(input: PlanInput): Plan {
   };
 }
 
-function planGates(groups: readonly ReplicaGroup[], loads: ReadonlyMap<string, GroupLoad>): Action[] {
+/** How long a deletion waits for a catalogue that cannot be reached: an entry that stays offers a model at zero. */
+const catalogueLimitMs = 60_000;
+
+/** The end of a service that has no pods any more. */
+function planEnd({ service, ownsCatalogueEntry, nowMs }: PlanInput): Action[] {
+  const sinceMs = Date.parse(service.metadata.deletionTimestamp ?? '');
+  if (ownsCatalogueEntry === 'unknown' && nowMs - sinceMs < catalogueLimitMs) {
+    return [];
+  }
+  return [
+    ...(ownsCatalogueEntry === true ? [{ kind: 'removeModel' } as const] : []),
+    { kind: 'removeFinalizer' },
+  ];
+}
+
+function planGates(
+  groups: readonly ReplicaGroup[],
+  { loads, loadsComplete }: Pick<PlanInput, 'loads' | 'loadsComplete'>,
+): Action[] {
   return groups.flatMap((group) => {
-    const routable = loads.get(group.name)?.routable ?? false;
+    const routable = loads.get(group.name)?.routable ?? (loadsComplete ? false : undefined);
     return group.pods
-      .filter((pod) => !pod.deleting && pod.routable !== routable)
-      .map(({ name, uid }) => ({ kind: 'setRoutable' as const, pod: { name, uid }, routable }));
+      .filter((pod) => !pod.deleting && routable !== undefined && pod.routable !== routable)
+      .map(({ name, uid }) => ({
+        kind: 'setRoutable' as const,
+        pod: { name, uid },
+        routable: routable === true,
+      }));
   });
 }
 
-function planDeletions(groups: readonly ReplicaGroup[], drainMs: number, nowMs: number): Action[] {
+function planDeletions(groups: readonly ReplicaGroup[], input: PlanInput): Action[] {
+  const drainMs = input.service.spec.drainSeconds * 1000;
   return groups.flatMap((group) => {
     const reason =
       group.state === 'broken'
         ? `broken: ${group.failure ?? 'a rank is missing or over'}`
         : group.state === 'draining'
-          ? drainEnd(group, drainMs, nowMs)
+          ? drainEnd(group, drainMs, input)
           : undefined;
     return reason === undefined
       ? []

@@ -6,6 +6,8 @@
 //   drain      old groups that do not serve: all. Old groups that serve: as long as wanted - maxUnavailable serve without
 //              them. Current groups above wanted: the cheapest
 //
+// While the current revision's model is not found there is nothing to replace the groups with: only what is above wanted goes.
+//
 // A revert makes the serving groups current again: they are kept, and the groups of the abandoned revision are the old ones.
 // INVARIANT: after the plan, active <= wanted + maxSurge, or nothing was created.
 // INVARIANT: a rollout alone never takes the serving groups below min(serving, wanted - maxUnavailable).
@@ -18,6 +20,8 @@ export interface RolloutRule {
   readonly revision: string;
   readonly maxSurge: number;
   readonly maxUnavailable: number;
+  /** False: no group of this revision may be created, because its model is not found. */
+  readonly mayBegin: boolean;
 }
 
 export interface RolloutPlan {
@@ -33,6 +37,18 @@ export function planRollout(groups: readonly ReplicaGroup[], rule: RolloutRule):
   const active = groups.filter(({ state }) => state === 'starting' || state === 'ready');
   const current = active.filter((group) => group.revision === revision);
   const old = active.filter((group) => group.revision !== revision);
+
+  const surplusReason = `${wanted} groups are wanted`;
+  if (!rule.mayBegin) {
+    const surplus = [
+      active.filter(({ ready }) => !ready),
+      old.filter(({ ready }) => ready),
+      current.filter(({ ready }) => ready),
+    ]
+      .flatMap((part) => chooseVictims(part, part.length))
+      .slice(0, Math.max(0, active.length - wanted));
+    return { create: 0, resume: [], drain: surplus.map((group) => ({ group, reason: surplusReason })) };
+  }
 
   const surge = old.length > 0 ? maxSurge : 0;
   const missing = Math.max(0, Math.min(wanted - current.length, wanted + surge - active.length));
@@ -54,7 +70,7 @@ export function planRollout(groups: readonly ReplicaGroup[], rule: RolloutRule):
         group,
         reason: `revision ${group.revision} is replaced by ${revision}`,
       })),
-      ...surplus.map((group) => ({ group, reason: `${wanted} groups are wanted` })),
+      ...surplus.map((group) => ({ group, reason: surplusReason })),
     ],
   };
 }

@@ -1,5 +1,6 @@
 // planService against a pretend API server, over thousands of seeded schedules: crashes in the middle of a plan, caches that
-// lag or stand still, repeated events, lost ranks, failing starts, spec edits and reverts, deletion.
+// lag or stand still, repeated events, lost ranks, failing starts, models that are not found at first, a queue that is silent
+// or comes back empty, spec edits and reverts, deletion.
 //   SIMULATION_SEED=123 npx vitest run controller/src/decide/simulation.test.ts     replays one; a failure shows its steps
 //   SIMULATION_SEEDS=100000 npx vitest run controller/src/decide/simulation.test.ts runs more of them
 
@@ -7,15 +8,25 @@ import { describe, expect, it } from 'vitest';
 
 import { parseModelService, type ModelService, type ModelServiceSpec } from '../resources.ts';
 import type { ModelServiceStatus, ScaleDecision } from '../status.ts';
-import { revisionOf } from '../revision.ts';
+import { modelHashOf, revisionOf } from '../revision.ts';
 import { noFailures, type FailureMemory } from './failures.ts';
-import { groupsFromPods, podName, type GroupLoad, type ObservedPod } from './groups.ts';
+import type { WorkerSettings } from './containers.ts';
+import { groupsFromPods, type GroupLoad, type ObservedPod } from './groups.ts';
+import { podName } from './labels.ts';
 import { planService, type Action } from './plan.ts';
+import { noPreparation, planPrepare, type PrepareMemory, type PreparePod } from './prepare.ts';
 
 const replaySeed = process.env['SIMULATION_SEED'];
 const seeds = replaySeed === undefined ? Number(process.env['SIMULATION_SEEDS'] ?? 2000) : 1;
 const firstSeed = Number(replaySeed ?? 1);
 const stepMs = 5000;
+const worker: WorkerSettings = {
+  image: 'worker:1',
+  cudaImage: 'worker:1-cuda',
+  imagePullPolicy: 'IfNotPresent',
+  natsUrl: 'nats://queue:4222',
+  cache: { kind: 'pod' },
+};
 
 function createRandom(seed: number): () => number {
   let state = seed >>> 0;
@@ -31,6 +42,7 @@ function createRandom(seed: number): () => number {
 interface Snapshot {
   readonly version: number;
   readonly pods: readonly ObservedPod[];
+  readonly preparePods: readonly PreparePod[];
   readonly service: ModelService;
   readonly wanted: number;
   readonly status: ModelServiceStatus;
@@ -40,6 +52,14 @@ class Simulation {
   readonly #random: () => number;
   readonly #log: string[] = [];
   readonly #pods = new Map<string, ObservedPod>();
+  readonly #preparePods = new Map<string, PreparePod>();
+  /** Drain marks as they are stored, and as the dispatcher has seen them. */
+  readonly #marks = new Map<string, { readonly sinceUnixMs: number }>();
+  #seenMarks: ReadonlySet<string> = new Set();
+  #catalogued = false;
+  #queueIsUp = true;
+  /** Models whose preparation has succeeded once. */
+  readonly #prepared = new Set<string>();
   #service: ModelService;
   #wanted: number;
   #status: ModelServiceStatus = {};
@@ -49,6 +69,7 @@ class Simulation {
   #cache: Snapshot;
   #lastWrite = 0;
   #failures: FailureMemory = noFailures;
+  #preparation: PrepareMemory = noPreparation;
   #gone = false;
   creations = 0;
 
@@ -89,11 +110,16 @@ class Simulation {
     this.#editService({ deletionTimestamp: '2026-01-01T00:00:00Z' });
     this.#settle(() => this.#gone);
     assertThat(this.#gone, () => this.#story('the finalizer was not removed'));
-    assertThat(this.#pods.size === 0, () => this.#story('pods are left of a deleted service'));
+    const left = this.#pods.size + this.#preparePods.size + this.#marks.size;
+    assertThat(left === 0, () => this.#story('pods or marks are left of a deleted service'));
+    assertThat(!this.#catalogued, () =>
+      this.#story('the catalogue still has the model of a deleted service'),
+    );
   }
 
   /** Time without faults, until the condition holds or far longer than it may take. */
   #settle(condition: () => boolean): void {
+    this.#queueIsUp = true;
     for (let step = 0; step < 300 && !condition(); step++) {
       this.#cache = this.#snapshot();
       this.#reconcile(false);
@@ -121,10 +147,15 @@ class Simulation {
       }
     } else if (chance < 0.32) {
       // The process starts again: its memory is gone, its first list is fresh.
-      this.#failures = noFailures;
-      this.#cache = this.#snapshot();
-      this.#lastWrite = 0;
+      this.#forget();
       this.#note('controller restarts');
+    } else if (chance < 0.4) {
+      this.#queueIsUp = !this.#queueIsUp;
+      this.#note(`the queue is ${this.#queueIsUp ? 'up' : 'silent'}`);
+    } else if (chance < 0.43) {
+      this.#marks.clear();
+      this.#catalogued = false;
+      this.#note('the queue comes back empty');
     }
     // The watch delivers, lags or stands still.
     if (this.#random() < 0.6) {
@@ -132,9 +163,22 @@ class Simulation {
     }
   }
 
-  /** Pods start, fail to start, become ready, and leave. */
+  #forget(): void {
+    this.#failures = noFailures;
+    this.#preparation = noPreparation;
+    this.#lastWrite = 0;
+    this.#cache = this.#snapshot();
+  }
+
+  /** Pods start, fail to start, become ready, and leave; the dispatcher sees the marks, sooner or later. */
   #live(faulty: boolean): void {
     this.#nowMs += stepMs;
+    if (this.#queueIsUp && this.#random() < 0.7) {
+      this.#seenMarks = new Set(this.#marks.keys());
+    }
+    for (const pod of this.#preparePods.values()) {
+      this.#livePreparing(pod, faulty);
+    }
     for (const pod of this.#pods.values()) {
       const chance = this.#random();
       if (pod.deleting) {
@@ -151,7 +195,29 @@ class Simulation {
     }
   }
 
+  #livePreparing(pod: PreparePod, faulty: boolean): void {
+    const chance = this.#random();
+    if (pod.deleting) {
+      if (chance < 0.4) {
+        this.#changePreparing(pod.name, undefined);
+      }
+    } else if (pod.phase === 'Pending' && chance < 0.5) {
+      this.#changePreparing(pod.name, { phase: 'Running' });
+    } else if (pod.phase === 'Running' && faulty && chance < 0.2) {
+      const exitCode = this.#pick([1, 3]);
+      const failure = exitCode === 3 ? 'no such model' : 'the hub does not answer';
+      this.#changePreparing(pod.name, { phase: 'Failed', exitCode, failure, finishedMs: this.#nowMs });
+    } else if (pod.phase === 'Running' && this.#queueIsUp && chance < 0.8) {
+      this.#catalogued = true;
+      this.#prepared.add(pod.modelHash);
+      this.#changePreparing(pod.name, { phase: 'Succeeded' });
+    }
+  }
+
   #loads(): ReadonlyMap<string, GroupLoad> {
+    if (!this.#queueIsUp) {
+      return new Map();
+    }
     const groups = groupsFromPods([...this.#pods.values()], new Map());
     return new Map(
       groups
@@ -159,7 +225,11 @@ class Simulation {
         .filter(({ pods }) => pods.length === pods[0]?.groupPods)
         .map(({ name }) => {
           const inFlightRequests = this.#between(0, 3);
-          return [name, { routable: true, inFlightRequests, inFlightTokens: inFlightRequests * 500 }];
+          const draining = this.#seenMarks.has(name);
+          return [
+            name,
+            { routable: true, draining, inFlightRequests, inFlightTokens: inFlightRequests * 500 },
+          ];
         }),
     );
   }
@@ -175,9 +245,7 @@ class Simulation {
     }
     if (done < actions.length) {
       this.#note('controller crashes');
-      this.#failures = noFailures;
-      this.#lastWrite = 0;
-      this.#cache = this.#snapshot();
+      this.#forget();
     } else if (faulty && this.#random() < 0.1) {
       // The same event again: whatever the second plan asks for is held to the same bounds.
       const again = this.#plan(this.#cache);
@@ -190,11 +258,29 @@ class Simulation {
 
   #plan(seen: Snapshot): readonly Action[] {
     const queue = 'unknown' as const;
+    const { metadata } = seen.service;
+    const preparation = planPrepare({
+      service: metadata.name,
+      generation: metadata.generation,
+      deleting: metadata.deletionTimestamp !== undefined,
+      modelHash: modelHashOf(seen.service.spec),
+      pods: seen.preparePods,
+      preparedModel: seen.status.preparedModel,
+      published: this.#queueIsUp ? this.#catalogued : 'unknown',
+      nameTakenBy: undefined,
+      memory: this.#preparation,
+      nowMs: this.#nowMs,
+    });
+    this.#preparation = preparation.memory;
     const { actions, failures } = planService({
       service: seen.service,
       revision: knownRevisionOf(seen.service.spec),
       pods: seen.pods,
       loads: this.#loads(),
+      loadsComplete: this.#queueIsUp,
+      marks: this.#queueIsUp ? new Map(this.#marks) : 'unknown',
+      preparation,
+      ownsCatalogueEntry: this.#queueIsUp ? this.#catalogued : 'unknown',
       settled: seen.version >= this.#lastWrite,
       decision: decisionOf(seen.wanted),
       queue,
@@ -211,6 +297,41 @@ class Simulation {
     switch (action.kind) {
       case 'addFinalizer': {
         this.#editService({ finalizers: ['mimo-cluster.dev/drain'] });
+        break;
+      }
+      case 'removeModel': {
+        this.#catalogued = false;
+        break;
+      }
+      case 'createPreparePod': {
+        const { name, modelHash } = action;
+        assertThat(!this.#preparePods.has(name), () => this.#story(`${name} was created while it exists`));
+        this.#version += 1;
+        this.#preparePods.set(name, {
+          name,
+          uid: `uid-${this.#nextUid++}`,
+          modelHash,
+          phase: 'Pending',
+          deleting: false,
+          exitCode: undefined,
+          finishedMs: undefined,
+          blocker: undefined,
+          failure: undefined,
+        });
+        break;
+      }
+      case 'deletePreparePod': {
+        if (this.#preparePods.get(action.pod.name)?.uid === action.pod.uid) {
+          this.#changePreparing(action.pod.name, { deleting: true });
+        }
+        break;
+      }
+      case 'markDraining': {
+        this.#marks.set(action.group, { sinceUnixMs: action.sinceUnixMs });
+        break;
+      }
+      case 'clearDraining': {
+        this.#marks.delete(action.group);
         break;
       }
       case 'removeFinalizer': {
@@ -249,6 +370,13 @@ class Simulation {
 
   #create(group: string, revision: string, index: number, service: ModelService, faulty: boolean): void {
     this.creations += 1;
+    const model = modelHashOf(service.spec);
+    assertThat(this.#prepared.has(model), () =>
+      this.#story(`${group} was created before its model was found`),
+    );
+    assertThat(!this.#queueIsUp || !this.#marks.has(group), () =>
+      this.#story(`${group} was created under the drain mark of an earlier life`),
+    );
     const { tensorParallel, placement } = service.spec;
     const groupPods = placement === 'spread' ? tensorParallel : 1;
     for (let rank = 0; rank < groupPods; rank++) {
@@ -274,6 +402,7 @@ class Simulation {
         drainingSinceMs: undefined,
         blocker: undefined,
         failure: undefined,
+        failedMs: undefined,
         routable: false,
       });
     }
@@ -284,7 +413,11 @@ class Simulation {
     const { maxSurge, maxUnavailable } = seen.service.spec.rollout;
     const wanted = seen.service.metadata.deletionTimestamp === undefined ? seen.wanted : 0;
     const groups = groupsFromPods(seen.pods, new Map());
-    const touched = new Set(actions.flatMap((action) => ('group' in action ? [action.group] : [])));
+    const touched = new Set(
+      actions.flatMap((action) =>
+        action.kind === 'drainGroup' || action.kind === 'deleteGroup' ? [action.group] : [],
+      ),
+    );
     const kindsOf = (kind: Action['kind']): number => actions.filter((action) => action.kind === kind).length;
     const created = kindsOf('createGroup');
 
@@ -299,6 +432,14 @@ class Simulation {
     const floor = Math.min(serving.length, Math.max(0, wanted - maxUnavailable));
     assertThat(kept >= floor, () => this.#story(`${kept} of ${serving.length} groups that serve are kept`));
 
+    for (const action of actions) {
+      if (action.kind === 'deleteGroup' && action.reason.includes('holds no requests')) {
+        assertThat(this.#seenMarks.has(action.group), () =>
+          this.#story(`${action.group} was deleted before the dispatcher saw that it drains`),
+        );
+      }
+    }
+
     const current = knownRevisionOf(seen.service.spec);
     const currentServing = serving.filter((group) => group.revision === current);
     const keptCurrent = currentServing.filter(({ name }) => !touched.has(name)).length;
@@ -312,6 +453,9 @@ class Simulation {
     const revision = knownRevisionOf(this.#service.spec);
     return (
       groups.length === this.#wanted &&
+      this.#preparePods.size === 0 &&
+      this.#marks.size === 0 &&
+      this.#catalogued &&
       groups.every((group) => group.revision === revision && group.state === 'ready')
     );
   }
@@ -354,10 +498,21 @@ class Simulation {
     }
   }
 
+  #changePreparing(name: string, fields: Partial<PreparePod> | undefined): void {
+    const pod = this.#preparePods.get(name);
+    this.#version += 1;
+    if (pod === undefined || fields === undefined) {
+      this.#preparePods.delete(name);
+    } else {
+      this.#preparePods.set(name, { ...pod, ...fields });
+    }
+  }
+
   #snapshot(): Snapshot {
     return {
       version: this.#version,
       pods: [...this.#pods.values()],
+      preparePods: [...this.#preparePods.values()],
       service: this.#service,
       wanted: this.#wanted,
       status: this.#status,
@@ -385,7 +540,7 @@ const revisions = new WeakMap<ModelServiceSpec, string>();
 
 /** Hashing is most of the time otherwise. */
 function knownRevisionOf(spec: ModelServiceSpec): string {
-  const revision = revisions.get(spec) ?? revisionOf(spec);
+  const revision = revisions.get(spec) ?? revisionOf(spec, worker);
   revisions.set(spec, revision);
   return revision;
 }
