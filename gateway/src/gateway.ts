@@ -17,7 +17,7 @@ import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
 import { Groups } from './groups.ts';
 import { createInferenceService } from './inference-service.ts';
-import { createGatewayMetrics } from './metrics.ts';
+import { createGatewayMetrics, observeQueues } from './metrics.ts';
 import { loadModels } from './models.ts';
 import { pollHeartbeats } from './polled-heartbeats.ts';
 import { Requests } from './requests.ts';
@@ -117,12 +117,10 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
     [requests.counts().requests, {}],
   ]);
-  meters.gauge('queue_depth_requests', 'Requests recorded and not ended, by the dispatcher', () =>
-    [...states.values()].flatMap(({ model, waitingRequests, runningRequests }) => [
-      [waitingRequests, { model, state: 'waiting' }] as const,
-      [runningRequests, { model, state: 'running' }] as const,
-    ]),
-  );
+  meters.gauge('gateway_queue_connected', '1 while requests can be recorded', () => [
+    [queue.connected ? 1 : 0, {}],
+  ]);
+  observeQueues(meters, () => states.values());
   await queue.opened(AbortSignal.timeout(openQueueMs)).catch(() => {
     log.warn(
       { waitedMs: openQueueMs },

@@ -1,6 +1,7 @@
 // The gateway's own metrics, by name. Times are handed over in milliseconds.
 
-import type { Metrics } from '@mimo/core/metrics';
+import type { Labels, Metrics } from '@mimo/core/metrics';
+import { queueStateFreshMs, type QueueState } from '@mimo/core/queue';
 
 /** What the gateway measures. */
 export interface GatewayMetrics {
@@ -39,4 +40,37 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
       'Records deleted because their gateway is gone',
     ),
   };
+}
+
+/**
+ * Shows what the dispatchers publish about their queues; every gateway shows the same. A model whose dispatcher has been
+ * silent for `queueStateFreshMs` has no value: what is not known is not zero.
+ */
+export function observeQueues(metrics: Metrics, states: () => Iterable<QueueState>): void {
+  const gauge = (
+    name: string,
+    description: string,
+    read: (state: QueueState) => readonly (readonly [number, Labels])[],
+  ): void =>
+    metrics.gauge(name, description, () =>
+      [...states()]
+        .filter(({ atUnixMs }) => Date.now() - atUnixMs < queueStateFreshMs)
+        .flatMap((state) =>
+          read(state).map(([value, labels]) => [value, { model: state.model, ...labels }] as const),
+        ),
+    );
+  gauge('queue_depth_requests', 'Requests recorded and not ended, by the dispatcher', (state) => [
+    [state.waitingRequests, { state: 'waiting' }],
+    [state.runningRequests, { state: 'running' }],
+  ]);
+  gauge('queue_backlog_tokens', 'The same in tokens: prompt plus permitted completion', (state) => [
+    [state.waitingTokens, { state: 'waiting' }],
+    [state.inFlightTokens, { state: 'running' }],
+  ]);
+  gauge('queue_oldest_waiting_seconds', 'Age of the request that has waited longest', (state) => [
+    [state.oldestWaitingMs / 1_000, {}],
+  ]);
+  gauge('queue_ready_groups', 'Groups that requests can be assigned to', (state) => [
+    [state.readyGroups, {}],
+  ]);
 }

@@ -1,0 +1,115 @@
+// The image's check, as the chart's `helm test` runs it: a process that asks a real gateway.
+
+import { execFile } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+import { createLog } from '@mimo/core/log';
+import { parseGatewayConfig } from '@mimo/gateway/config';
+import { startGateway, type Gateway } from '@mimo/gateway/gateway';
+import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+
+import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';
+
+const root = join(import.meta.dirname, '../..');
+const model = 'mimo-demo';
+const apiKey = 'a-key-of-a-tenant';
+
+let directory: string;
+let keysFile: string;
+let group: ScriptedGroup;
+let gateway: Gateway | undefined;
+
+beforeAll(async () => {
+  directory = await mkdtemp(join(tmpdir(), 'mimo-check-'));
+  keysFile = join(directory, 'keys.json');
+  const sha256 = createHash('sha256').update(apiKey).digest('hex');
+  await writeFile(keysFile, JSON.stringify({ keys: [{ sha256, tenant: 'alpha' }] }));
+  group = await startScriptedGroup({ model, group: 'g', queue: undefined });
+});
+
+afterEach(async () => {
+  await gateway?.close();
+  gateway = undefined;
+});
+
+afterAll(async () => {
+  await group.close();
+  await rm(directory, { recursive: true });
+});
+
+async function start(keys: string): Promise<string> {
+  const config = parseGatewayConfig({
+    MIMO_GATEWAY_LISTEN: '127.0.0.1:0',
+    MIMO_GATEWAY_MODELS: `${model}=${join(root, 'models/mimo-demo')}`,
+    MIMO_GATEWAY_WORKERS: group.address,
+    MIMO_GATEWAY_KEYS_FILE: keys,
+  });
+  gateway = await startGateway(config, createLog({ process: 'test', level: 'silent' }));
+  return gateway.address;
+}
+
+interface Answer {
+  readonly code: number;
+  readonly said: string;
+}
+
+async function check(args: readonly string[], key?: string): Promise<Answer> {
+  const { promise, resolve } = Promise.withResolvers<Answer>();
+  const env = key === undefined ? {} : { MIMO_API_KEY: key };
+  execFile(
+    process.execPath,
+    [join(root, 'gateway/src/check.ts'), ...args],
+    { env },
+    (error, stdout, stderr) => resolve({ code: Number(error?.code ?? 0), said: `${stdout}${stderr}`.trim() }),
+  );
+  return promise;
+}
+
+describe('check', () => {
+  it('names the models of an open gateway', async () => {
+    const answer = await check([`--address=${await start('')}`]);
+    expect(answer.code).toBe(0);
+    expect(answer.said).toMatch(/^serving mimo-demo \([01] ready\)$/);
+  });
+
+  it('gets in with a key, and not with a wrong one', async () => {
+    const address = await start(keysFile);
+    expect(await check([`--address=${address}`], apiKey)).toMatchObject({ code: 0 });
+    expect(await check([`--address=${address}`], 'another')).toEqual({
+      code: 1,
+      said: 'check: the API key is not known',
+    });
+  });
+
+  it('is content with a closed door where it should be closed, and only there', async () => {
+    const address = await start(keysFile);
+    expect(await check([`--address=${address}`, '--closed'])).toEqual({
+      code: 0,
+      said: 'serving, and nobody gets in without an API key',
+    });
+    expect(await check([`--address=${address}`])).toMatchObject({ code: 1 });
+    await gateway?.close();
+    expect(await check([`--address=${await start('')}`, '--closed'])).toEqual({
+      code: 1,
+      said: 'check: the gateway lets everybody in, and should not',
+    });
+  });
+
+  it('gives up on a gateway that drains, saying so', async () => {
+    const address = await start('');
+    await gateway?.drain(AbortSignal.timeout(5_000));
+    expect(await check([`--address=${address}`, '--timeout-seconds=2'])).toEqual({
+      code: 1,
+      said: 'check: the gateway does not serve: it says that it does not serve',
+    });
+  });
+
+  it('gives up on an address where nobody listens', async () => {
+    const answer = await check(['--address=127.0.0.1:1', '--timeout-seconds=2']);
+    expect(answer.code).toBe(1);
+    expect(answer.said).toMatch(/^check: the gateway does not serve: .*ECONNREFUSED/);
+  });
+});
