@@ -1,0 +1,313 @@
+// A cache of one collection that keeps up by list and watch, whatever happens to the connection. One loop, so there is
+// never a second watch: list, follow until the server ends the watch (which it is asked to do every minute or so, with a
+// bookmark before), go on from the last version; a watch that outlives its own end is silent and is cut. Tells keys only.
+
+import { beforeAbort, pause } from '@mimo/core/abort';
+import { ClusterError } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
+
+import { hasReason } from './api-status.ts';
+import type { KubeClient, Selection } from './client.ts';
+import { keyOf, type KubeObject, type ResourceType } from './resource.ts';
+
+export interface InformerOptions<T> {
+  readonly client: KubeClient;
+  readonly type: ResourceType;
+  readonly selection?: Selection;
+  /**
+   * Reads an object, which comes without `managedFields`, into what is cached. Where it throws, the value before stays
+   * and the error is logged: what must be acted on although it is wrong should be parsed into a value that says so.
+   */
+  readonly parse: (object: KubeObject) => T;
+  /** Groups the values for `indexed`; undefined leaves one out. */
+  readonly index?: (value: T) => string | undefined;
+  readonly log: Log;
+  readonly timing?: Partial<InformerTiming>;
+}
+
+export interface InformerTiming {
+  /** A watch is asked to end after this and up to twice as long. A connection that went silent is noticed then. */
+  readonly watchSeconds: number;
+  /** How long after its own end a watch counts as silent. */
+  readonly graceMs: number;
+  /** After the first failure in a row; doubles with each, with jitter. */
+  readonly retryMinMs: number;
+  readonly retryMaxMs: number;
+}
+
+const defaultTiming: InformerTiming = {
+  watchSeconds: 30,
+  graceMs: 5_000,
+  retryMinMs: 200,
+  retryMaxMs: 30_000,
+};
+
+/** So many watches in a row that could not go on from the last version, and it is listed anew. */
+const watchesBeforeList = 4;
+/** A watch that ends sooner counts as failed, so that a server that ends each at once is not asked without pause. */
+const shortWatchMs = 500;
+
+/** What an informer has done so far; for metrics and tests. */
+export interface InformerCounts {
+  readonly lists: number;
+  readonly watches: number;
+  readonly events: number;
+  readonly failures: number;
+}
+
+/** A cache that keeps up by itself until closed. What it holds is as old as `lastEventAgeMs` says. */
+export interface Informer<T> {
+  /** Whether the cache was filled once. Before that, an absent object says nothing. */
+  readonly synced: boolean;
+  /** Time since the server last said anything: an answer, an event, a bookmark, the end of a watch. */
+  readonly lastEventAgeMs: number;
+  readonly counts: InformerCounts;
+  get(key: string): T | undefined;
+  list(): Iterable<T>;
+  /** The values whose index is this. */
+  indexed(index: string): readonly T[];
+  /** Calls back with the key of every object that appeared, changed or went; at first with all. Returns the way out. */
+  onChange(listener: (key: string) => void): () => void;
+  /** Waits for the first fill. */
+  whenSynced(signal: AbortSignal): Promise<void>;
+  close(): Promise<void>;
+}
+
+/** Starts an informer; it is filled when `whenSynced` resolves. */
+export function startInformer<T>(options: InformerOptions<T>): Informer<T> {
+  return new ListWatchInformer(options);
+}
+
+interface Entry<T> {
+  readonly resourceVersion: string;
+  readonly value: T;
+  readonly index: string | undefined;
+}
+
+class ListWatchInformer<T> implements Informer<T> {
+  readonly #options: InformerOptions<T>;
+  readonly #timing: InformerTiming;
+  readonly #entries = new Map<string, Entry<T>>();
+  readonly #indexes = new Map<string, Map<string, T>>();
+  readonly #listeners = new Set<(key: string) => void>();
+  readonly #closing = new AbortController();
+  readonly #firstFill = Promise.withResolvers<void>();
+  readonly #running: Promise<void>;
+  readonly #counts = { lists: 0, watches: 0, events: 0, failures: 0 };
+  /** Where the next watch goes on; undefined: list first. */
+  #version: string | undefined;
+  #synced = false;
+  #lastEventMs = performance.now();
+
+  constructor(options: InformerOptions<T>) {
+    this.#options = options;
+    this.#timing = { ...defaultTiming, ...options.timing };
+    // Closing before the first fill is no unhandled rejection.
+    this.#firstFill.promise.catch(() => undefined);
+    this.#running = this.#run();
+  }
+
+  get synced(): boolean {
+    return this.#synced;
+  }
+
+  get lastEventAgeMs(): number {
+    return performance.now() - this.#lastEventMs;
+  }
+
+  get counts(): InformerCounts {
+    return { ...this.#counts };
+  }
+
+  get(key: string): T | undefined {
+    return this.#entries.get(key)?.value;
+  }
+
+  *list(): Iterable<T> {
+    for (const { value } of this.#entries.values()) {
+      yield value;
+    }
+  }
+
+  indexed(index: string): readonly T[] {
+    return [...(this.#indexes.get(index)?.values() ?? [])];
+  }
+
+  onChange(listener: (key: string) => void): () => void {
+    this.#listeners.add(listener);
+    for (const key of this.#entries.keys()) {
+      this.#tell(listener, key);
+    }
+    return () => this.#listeners.delete(listener);
+  }
+
+  async whenSynced(signal: AbortSignal): Promise<void> {
+    await beforeAbort(this.#firstFill.promise, signal);
+  }
+
+  async close(): Promise<void> {
+    const canceled = new ClusterError('canceled', 'the informer is closed');
+    this.#closing.abort(canceled);
+    this.#firstFill.reject(canceled);
+    await this.#running;
+  }
+
+  async #run(): Promise<void> {
+    const closing = this.#closing.signal;
+    let failures = 0;
+    while (!closing.aborted) {
+      const startedMs = performance.now();
+      try {
+        this.#version ??= await this.#fill();
+        await this.#follow(this.#version);
+        failures = performance.now() - startedMs < shortWatchMs ? failures + 1 : 0;
+      } catch (error) {
+        if (closing.aborted) {
+          return;
+        }
+        // A watch that worked for a while and was cut is a first failure.
+        failures = performance.now() - startedMs < shortWatchMs ? failures + 1 : 1;
+        this.#counts.failures += 1;
+        this.#fail(ClusterError.from(error), failures);
+      }
+      await pause(this.#retryAfterMs(failures), closing);
+    }
+  }
+
+  #fail(error: ClusterError, failures: number): void {
+    const { type, log } = this.#options;
+    const expired = hasReason(error, 'Expired');
+    // Whatever else a watch is refused for may lie in its version: a store that was put back to an earlier state.
+    if (expired || error.code !== 'unavailable' || failures >= watchesBeforeList) {
+      this.#version = undefined;
+    }
+    const level = expired || failures < watchesBeforeList ? 'info' : 'warn';
+    log[level]({ error, resource: type.plural, failures }, 'list or watch broke off');
+  }
+
+  #retryAfterMs(failures: number): number {
+    const { retryMinMs, retryMaxMs } = this.#timing;
+    return failures === 0
+      ? 0
+      : Math.min(retryMinMs * 2 ** (failures - 1), retryMaxMs) * (0.5 + Math.random());
+  }
+
+  /** Lists, takes over what differs, and gives the version that a watch goes on from. */
+  async #fill(): Promise<string> {
+    const { client, type, selection } = this.#options;
+    this.#counts.lists += 1;
+    const { items, resourceVersion } = await client.list(type, selection ?? {}, this.#closing.signal);
+    this.#lastEventMs = performance.now();
+    const seen = new Set<string>();
+    for (const object of items) {
+      seen.add(keyOf(object));
+      this.#put(object);
+    }
+    for (const key of [...this.#entries.keys()].filter((known) => !seen.has(known))) {
+      this.#remove(key);
+    }
+    this.#synced = true;
+    this.#firstFill.resolve();
+    return resourceVersion;
+  }
+
+  /** Follows one watch to its end. */
+  async #follow(resourceVersion: string): Promise<void> {
+    const { client, type, selection } = this.#options;
+    const { watchSeconds, graceMs } = this.#timing;
+    const timeoutSeconds = Math.ceil(watchSeconds * (1 + Math.random()));
+    const watching = new AbortController();
+    const cut = (reason: unknown): void => watching.abort(reason);
+    const close = (): void => cut(this.#closing.signal.reason);
+    this.#closing.signal.addEventListener('abort', close, { once: true });
+    const silent = setTimeout(
+      () => cut(new ClusterError('unavailable', `a watch of ${type.plural} did not end in time`)),
+      timeoutSeconds * 1000 + graceMs,
+    );
+    try {
+      this.#counts.watches += 1;
+      const options = { ...selection, resourceVersion, timeoutSeconds };
+      for await (const event of client.watch(type, options, watching.signal)) {
+        this.#lastEventMs = performance.now();
+        if (event.type === 'BOOKMARK') {
+          this.#version = event.resourceVersion;
+          continue;
+        }
+        this.#counts.events += 1;
+        if (event.type === 'DELETED') {
+          this.#remove(keyOf(event.object));
+        } else {
+          this.#put(event.object);
+        }
+        this.#version = event.object.metadata.resourceVersion;
+      }
+      this.#lastEventMs = performance.now();
+    } finally {
+      clearTimeout(silent);
+      this.#closing.signal.removeEventListener('abort', close);
+    }
+  }
+
+  #put(object: KubeObject): void {
+    const key = keyOf(object);
+    const { resourceVersion } = object.metadata;
+    const before = this.#entries.get(key);
+    if (before?.resourceVersion === resourceVersion) {
+      return;
+    }
+    // The API server's book-keeping of who set which field: often larger than the object.
+    delete (object.metadata as { managedFields?: unknown }).managedFields;
+    let value: T;
+    try {
+      value = this.#options.parse(object);
+    } catch (error) {
+      this.#options.log.error(
+        { error: ClusterError.from(error), resource: this.#options.type.plural, key },
+        'an object cannot be read',
+      );
+      return;
+    }
+    const index = this.#options.index?.(value);
+    this.#unindex(key, before);
+    this.#entries.set(key, { resourceVersion, value, index });
+    if (index !== undefined) {
+      const values = this.#indexes.get(index) ?? new Map<string, T>();
+      this.#indexes.set(index, values.set(key, value));
+    }
+    this.#tellAll(key);
+  }
+
+  #remove(key: string): void {
+    const entry = this.#entries.get(key);
+    if (entry !== undefined) {
+      this.#unindex(key, entry);
+      this.#entries.delete(key);
+      this.#tellAll(key);
+    }
+  }
+
+  #unindex(key: string, entry: Entry<T> | undefined): void {
+    if (entry?.index === undefined) {
+      return;
+    }
+    const values = this.#indexes.get(entry.index);
+    values?.delete(key);
+    if (values?.size === 0) {
+      this.#indexes.delete(entry.index);
+    }
+  }
+
+  #tellAll(key: string): void {
+    for (const listener of this.#listeners) {
+      this.#tell(listener, key);
+    }
+  }
+
+  #tell(listener: (key: string) => void, key: string): void {
+    try {
+      listener(key);
+    } catch (error) {
+      this.#options.log.error({ error: ClusterError.from(error), key }, 'a listener failed');
+    }
+  }
+}
