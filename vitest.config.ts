@@ -1,4 +1,5 @@
-// The layers of `npm test`, fastest first. `servers` starts real processes, so its files run one after another.
+// The layers of `npm test`, fastest first. `servers` and `kubernetes` start real processes, so their files run one after
+// another; `kubernetes` builds its programs before its first test.
 
 import { defineConfig } from 'vitest/config';
 
@@ -27,6 +28,16 @@ export default defineConfig({
           fileParallelism: false,
           testTimeout: 180_000,
           hookTimeout: 180_000,
+        },
+      },
+      {
+        test: {
+          name: 'kubernetes',
+          include: ['tests/kubernetes/**/*.test.ts'],
+          globalSetup: ['tests/harness/kubernetes/set-up.ts'],
+          fileParallelism: false,
+          testTimeout: 300_000,
+          hookTimeout: 300_000,
         },
       },
     ],
