@@ -1,4 +1,4 @@
-// Who is calling. Owns the API keys file and its check; knows no transport: it is given the `authorization` value. Keys
+// Who is calling. Owns the format of the API keys file and the check of a key; knows no transport: it is given the `authorization` value. Keys
 // are kept and compared as SHA-256 only, so that neither memory nor timing gives one away.
 
 import { createHash } from 'node:crypto';

@@ -5,7 +5,7 @@ import { parseGatewayConfig } from './config.ts';
 const enough = { MIMO_GATEWAY_MODELS: 'mimo=/models/mimo', MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' };
 
 describe('parseGatewayConfig', () => {
-  it('needs models and a queue, and fills in the rest', () => {
+  it('takes models and a queue, and fills in the rest', () => {
     expect(parseGatewayConfig(enough)).toMatchObject({
       listenAddress: '0.0.0.0:50051',
       models: ['mimo=/models/mimo'],
@@ -15,8 +15,12 @@ describe('parseGatewayConfig', () => {
     });
   });
 
+  it('needs no models where a catalogue brings them', () => {
+    expect(parseGatewayConfig({ MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' }).models).toEqual([]);
+  });
+
   it.each([
-    [{}, /MIMO_GATEWAY_MODELS is missing/],
+    [{ MIMO_GATEWAY_WORKERS: '127.0.0.1:1' }, /MIMO_GATEWAY_MODELS must name at least one model/],
     [{ ...enough, MIMO_GATEWAY_MODELS: 'mimo' }, /must hold name=directory, not "mimo"/],
     [{ ...enough, MIMO_GATEWAY_NATS: '' }, /MIMO_GATEWAY_WORKERS must name at least one worker/],
     [{ ...enough, MIMO_GATEWAY_WORKERS: '127.0.0.1:1' }, /it must be empty/],

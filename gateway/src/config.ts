@@ -3,6 +3,7 @@
 
 import {
   addressSetting,
+  booleanSetting,
   choiceSetting,
   durationSetting,
   integerSetting,
@@ -22,8 +23,10 @@ export const gatewaySettings = {
   /** Where Prometheus reads; empty serves no page. */
   metricsListenAddress: addressSetting('MIMO_GATEWAY_METRICS_LISTEN', ''),
   logLevel: choiceSetting('MIMO_GATEWAY_LOG_LEVEL', logLevels, 'info'),
-  /** `name=directory` of each model that may be asked for; the directory holds config.json and the tokenizer's files. */
-  models: listSetting('MIMO_GATEWAY_MODELS'),
+  /** `name=directory` of models beside the catalogue's; the directory holds config.json and the tokenizer's files. */
+  models: listSetting('MIMO_GATEWAY_MODELS', ''),
+  /** Where the files of the catalogue's models are kept while they are served; empty: the system's temporary directory. */
+  modelsDirectory: textSetting('MIMO_GATEWAY_MODELS_DIRECTORY', ''),
   /** Comma-separated. Empty: the queue is kept in memory, which is not durable, and `workers` must be given. */
   natsUrls: listSetting('MIMO_GATEWAY_NATS', ''),
   /** 1 suits one server; production runs three. */
@@ -32,8 +35,10 @@ export const gatewaySettings = {
   recordMaxAgeMs: durationSetting('MIMO_GATEWAY_RECORD_MAX_AGE', '24h'),
   /** Addresses of group leaders that are asked for their heartbeats directly, for want of NATS. */
   workers: listSetting('MIMO_GATEWAY_WORKERS', ''),
-  /** JSON file with API keys; empty: everybody is let in as tenant `anonymous`. */
+  /** JSON file with API keys, read again when it changes; empty: everybody is let in as tenant `anonymous`. */
   keysFile: textSetting('MIMO_GATEWAY_KEYS_FILE', ''),
+  /** `true`: nobody is let in until the file comes, as where a controller has yet to write the mounted Secret. */
+  keysFileOptional: booleanSetting('MIMO_GATEWAY_KEYS_FILE_OPTIONAL', false),
   /** How long a request waits for a group that takes it, where its own deadline is not sooner; covers a cold start. */
   maxWaitMs: durationSetting('MIMO_GATEWAY_MAX_WAIT', '10m'),
   /** How long a stopping gateway lets its streams run; below Kubernetes' own 30 s. */
@@ -58,7 +63,11 @@ export function parseGatewayConfig(env: Environment): GatewayConfig {
         ...config.models.flatMap((entry) =>
           /^[^=]+=.+$/.test(entry) ? [] : [`MIMO_GATEWAY_MODELS must hold name=directory, not "${entry}"`],
         ),
-        ...(config.models.length === 0 ? ['MIMO_GATEWAY_MODELS must name at least one model'] : []),
+        ...(config.models.length === 0 && config.natsUrls.length === 0
+          ? [
+              'MIMO_GATEWAY_MODELS must name at least one model where there is no catalogue, for want of MIMO_GATEWAY_NATS',
+            ]
+          : []),
         ...(config.natsUrls.length === 0 && config.workers.length === 0
           ? ['MIMO_GATEWAY_NATS is empty, so MIMO_GATEWAY_WORKERS must name at least one worker']
           : []),

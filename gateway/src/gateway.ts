@@ -2,25 +2,30 @@
 // reverse. Knows neither the environment nor signals: main.ts does.
 
 import { randomUUID } from 'node:crypto';
-import { hostname } from 'node:os';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { hostname, tmpdir } from 'node:os';
+import { join } from 'node:path';
 
 import { ClusterError } from '@mimo/core/errors';
 import { startGrpcServer } from '@mimo/core/grpc-server';
 import type { Log } from '@mimo/core/log';
 import { startMetrics } from '@mimo/core/metrics';
 import type { QueueState, RequestQueue } from '@mimo/core/queue';
+import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
 import { createMemoryQueue } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
 
-import { authenticateNobody, loadKeys } from './auth.ts';
+import { authenticateNobody } from './auth.ts';
 import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
 import { Groups } from './groups.ts';
 import { createInferenceService } from './inference-service.ts';
+import { openKeysFile } from './keys-file.ts';
 import { createGatewayMetrics, observeQueues } from './metrics.ts';
 import { loadModels } from './models.ts';
 import { pollHeartbeats } from './polled-heartbeats.ts';
 import { Requests } from './requests.ts';
+import { ServedModels } from './served-models.ts';
 import { Sessions } from './session.ts';
 
 /** What may be left behind: all zero when nothing runs. `sessions` stay open while their groups live. */
@@ -48,20 +53,26 @@ export interface Gateway {
 const services = ['', 'mimo.inference.v1.InferenceService'];
 /** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
 const openQueueMs = 5_000;
+/** To fetch and read the catalogue's models: a gateway that is ready without them would refuse what others serve. */
+const catchUpMs = 30_000;
 /** For the last statuses to reach their clients. */
 const closeGraceMs = 1_000;
 
 /**
- * Starts a gateway. Fails with `failed_precondition` where a model directory is not usable, `invalid_argument` where the
- * keys file is not, `unavailable` where an address is taken; the queue may come later.
+ * Starts a gateway. Fails with `failed_precondition` where a directory is not usable, `invalid_argument` where the keys
+ * file is not, `unavailable` where an address is taken; the queue may come later.
  */
 export async function startGateway(config: GatewayConfig, log: Log): Promise<Gateway> {
   const gatewayId = `${hostname()}-${randomUUID().slice(0, 8)}`;
-  const authenticate = config.keysFile === '' ? authenticateNobody : await loadKeys(config.keysFile);
-  if (config.keysFile === '') {
+  const keys =
+    config.keysFile === ''
+      ? undefined
+      : await openKeysFile({ path: config.keysFile, optional: config.keysFileOptional, log });
+  if (keys === undefined) {
     log.warn('no keys file: everybody is let in as tenant anonymous');
   }
-  const models = await loadModels(config.models);
+  const own = await loadModels(config.models);
+  const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir());
   const meters = await startMetrics({
     process: 'gateway',
     listenAddress: config.metricsListenAddress === '' ? undefined : config.metricsListenAddress,
@@ -74,6 +85,20 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const stopping = new AbortController();
   const closing = new AbortController();
   const states = new Map<string, QueueState>();
+  const runModel = async (model: string, signal: AbortSignal): Promise<void> => {
+    const followState = async (): Promise<void> => {
+      for await (const state of queue.followState(model, signal)) {
+        states.set(model, state);
+      }
+      states.delete(model);
+    };
+    await Promise.all([
+      followState(),
+      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal),
+    ]);
+  };
+  const catalog = openCatalog(config, gatewayId, log);
+  const models = new ServedModels({ own, requests, run: runModel, log });
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
     maxReceiveBytes: config.maxReceiveBytes,
@@ -83,7 +108,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
         models,
         groups,
         requests,
-        authenticate,
+        authenticate: keys?.authenticate ?? authenticateNobody,
         metrics,
         promptMaxBytes: config.promptMaxBytes,
         maxRequests: config.maxRequests,
@@ -91,6 +116,9 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       }),
     ],
   }).catch(async (error: unknown) => {
+    await models.close();
+    await rm(modelsDirectory, { recursive: true, force: true });
+    await catalog?.close();
     await queue.close();
     await meters.close();
     throw error;
@@ -101,19 +129,16 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       groups.observe(heartbeat, performance.now());
     }
   };
-  const followState = async (model: string): Promise<void> => {
-    for await (const state of queue.followState(model, closing.signal)) {
-      states.set(model, state);
-    }
-  };
   const background = [
     followGroups(),
     ...config.workers.map((address) => pollHeartbeats(address, queue, closing.signal)),
-    ...[...models.keys()].flatMap((model) => [
-      followState(model),
-      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, closing.signal),
-    ]),
   ];
+  if (keys !== undefined) {
+    background.push(keys.follow(closing.signal));
+  }
+  if (catalog !== undefined) {
+    background.push(models.follow(catalog, modelsDirectory, closing.signal));
+  }
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
     [requests.counts().requests, {}],
   ]);
@@ -121,16 +146,33 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     [queue.connected ? 1 : 0, {}],
   ]);
   observeQueues(meters, () => states.values());
-  await queue.opened(AbortSignal.timeout(openQueueMs)).catch(() => {
+  meters.gauge(
+    'gateway_models',
+    'Models that are served, and those of the catalogue that are not yet',
+    () => [
+      [models.all().length, { state: 'served' }],
+      [models.pending.length, { state: 'pending' }],
+    ],
+  );
+  const isOpen = await queue.opened(AbortSignal.timeout(openQueueMs)).then(
+    () => true,
+    () => false,
+  );
+  if (!isOpen) {
     log.warn(
       { waitedMs: openQueueMs },
       'serving without the queue: requests are refused until it is reached',
     );
-  });
+  } else if (catalog !== undefined) {
+    await models.caughtUp(AbortSignal.timeout(catchUpMs)).catch(() => {
+      log.warn({ waitedMs: catchUpMs }, 'serving before the model catalogue was read');
+    });
+  }
   for (const service of services) {
     server.health.set(service, true);
   }
-  log.info({ address: server.address, models: [...models.keys()], queue: queue.kind }, 'gateway ready');
+  const names = models.all().map(({ name }) => name);
+  log.info({ address: server.address, models: names, queue: queue.kind }, 'gateway ready');
 
   return {
     gatewayId,
@@ -157,15 +199,39 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       requests.failAll(stopped);
       await requests.settled(AbortSignal.timeout(closeGraceMs));
       closing.abort(stopped);
+      const modelsClosed = models.close();
       await server.close(AbortSignal.timeout(closeGraceMs));
       sessions.close();
       await served.close();
+      await catalog?.close();
       await queue.close();
-      await Promise.all(background);
-      await Promise.all([...models.values()].map(({ encoder }) => encoder.close()));
+      await Promise.all([...background, modelsClosed]);
+      await rm(modelsDirectory, { recursive: true, force: true });
       await meters.close();
     },
   };
+}
+
+/** Where this gateway keeps the files of the catalogue's models; nobody else writes there. */
+async function createModelsDirectory(parent: string): Promise<string> {
+  try {
+    return await mkdtemp(join(parent, 'mimo-gateway-models-'));
+  } catch (error) {
+    const text = `MIMO_GATEWAY_MODELS_DIRECTORY: no directory can be made in ${parent}`;
+    throw new ClusterError('failed_precondition', text, { cause: error });
+  }
+}
+
+/** The catalogue lies beside the queue: a queue in memory has none. */
+function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): ModelCatalog | undefined {
+  return config.natsUrls.length === 0
+    ? undefined
+    : createModelCatalog({
+        servers: config.natsUrls,
+        clientName: `mimo-gateway ${gatewayId} models`,
+        replicas: config.natsReplicas,
+        log,
+      });
 }
 
 function openQueue(config: GatewayConfig, gatewayId: string, log: Log): RequestQueue {

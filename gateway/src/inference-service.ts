@@ -41,11 +41,12 @@ import type { Groups } from './groups.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import { factsOf, type ServedModel } from './models.ts';
 import type { Requests } from './requests.ts';
+import type { ServedModels } from './served-models.ts';
 
 /** What the door works with. `stopping` fires when new requests are to be refused. */
 export interface InferenceServiceParts {
   readonly gatewayId: string;
-  readonly models: ReadonlyMap<string, ServedModel>;
+  readonly models: ServedModels;
   readonly groups: Groups;
   readonly requests: Requests;
   readonly authenticate: Authenticate;
@@ -249,7 +250,8 @@ async function listModels(
 ): Promise<ListModelsResponse> {
   const caller = callerOf(parts, metadata);
   const nowMs = performance.now();
-  const models = [...parts.models.values()]
+  const models = parts.models
+    .all()
     .filter(({ name }) => caller.models?.has(name) !== false)
     .map((model) => {
       const { name, maxContextTokens, draftTokens } = factsOf(model, parts.groups.alive(model.name, nowMs));
@@ -265,12 +267,26 @@ function callerOf(parts: InferenceServiceParts, metadata: grpc.Metadata): Caller
 function modelFor(parts: InferenceServiceParts, caller: Caller, name: string): ServedModel {
   const model = parts.models.get(name);
   if (model === undefined) {
-    const known = [...parts.models.keys()].filter((each) => caller.models?.has(each) !== false).join(', ');
-    throw new ClusterError(
-      'not_found',
-      `model ${JSON.stringify(name.slice(0, 200))} is not served here; there is: ${known}`,
-    );
+    throw unservedModel(parts, caller, name);
   }
   assertMayUse(caller, name);
   return model;
+}
+
+/** The error for a name that is not served: to be tried again where it is on its way, with what there is where it is not. */
+function unservedModel(parts: InferenceServiceParts, caller: Caller, name: string): ClusterError {
+  const shown = JSON.stringify(name.slice(0, 200));
+  if (parts.models.mayCome(name)) {
+    const text = `model ${shown} is not loaded here yet`;
+    return new ClusterError('unavailable', text, { detail: { retryAfterMs: 1_000 } });
+  }
+  const known = parts.models
+    .all()
+    .filter((model) => caller.models?.has(model.name) !== false)
+    .map((model) => model.name);
+  const there =
+    known.length === 0
+      ? 'there is no model yet: create a ModelService, or set MIMO_GATEWAY_MODELS'
+      : `there is: ${known.join(', ')}`;
+  return new ClusterError('not_found', `model ${shown} is not served here; ${there}`);
 }

@@ -1,4 +1,4 @@
-// The models that may be asked for. Owns reading a checkpoint's tokenizer and the few figures of config.json that
+// One model as the gateway knows it. Owns reading a checkpoint's tokenizer and the few figures of config.json that
 // admission needs; the weights are the workers' business. What only a running group knows comes from its heartbeat.
 
 import { readFile } from 'node:fs/promises';
@@ -30,17 +30,17 @@ const checkpointSchema = z.object({
 });
 
 /** Loads the models of `name=directory` entries; fails where a directory holds no usable checkpoint, naming it. */
-export async function loadModels(entries: readonly string[]): Promise<ReadonlyMap<string, ServedModel>> {
-  const models = await Promise.all(
+export function loadModels(entries: readonly string[]): Promise<readonly ServedModel[]> {
+  return Promise.all(
     entries.map((entry) => {
       const equals = entry.indexOf('=');
       return loadModel(entry.slice(0, equals), entry.slice(equals + 1));
     }),
   );
-  return new Map(models.map((model) => [model.name, model]));
 }
 
-async function loadModel(name: string, directory: string): Promise<ServedModel> {
+/** Loads a model from a directory with config.json and the tokenizer's files; fails as `loadModels` does. */
+export async function loadModel(name: string, directory: string): Promise<ServedModel> {
   const path = join(directory, 'config.json');
   const json = await readFile(path, 'utf8').catch((error: unknown) => {
     throw new ClusterError('failed_precondition', `model ${name}: ${path} cannot be read`, { cause: error });

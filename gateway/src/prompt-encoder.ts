@@ -83,6 +83,13 @@ export class PromptEncoder {
     }
   }
 
+  /** Stops the thread once the prompts before have been encoded. */
+  async retire(): Promise<void> {
+    await this.#turn;
+    await this.close();
+  }
+
+  /** Stops the thread at once; who waits for it gets `unavailable`. */
   async close(): Promise<void> {
     await this.#thread?.terminate();
   }

@@ -58,6 +58,11 @@ export class Requests {
     return { requests: this.#held.size, deletingRecords: this.#deleting.size };
   }
 
+  /** Requests of a model that have not ended. */
+  countOf(model: string): number {
+    return [...this.#held.values()].filter(({ record }) => record.model === model).length;
+  }
+
   /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
   open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
     const { requestId, deadlineUnixMs } = record;
@@ -120,6 +125,15 @@ export class Requests {
     }
     held.relay.fail(new ClusterError('canceled', 'the request was canceled with Cancel'));
     return true;
+  }
+
+  /** Ends the requests of a model that are in no group at this moment. */
+  failWaiting(model: string, error: ClusterError): void {
+    for (const { relay, record } of this.#held.values()) {
+      if (record.model === model && relay.place === undefined) {
+        relay.fail(error);
+      }
+    }
   }
 
   /** Ends every request with this error. */

@@ -1,0 +1,197 @@
+// The models that this gateway serves at this moment: those it was started with, which stay, and those of the catalogue,
+// which come, change and go while it runs. Owns their files, their tokenizers and the life of each one's dispatcher; knows
+// nothing of how a model is asked for.
+
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
+
+import { beforeAbort, pause } from '@mimo/core/abort';
+import { ClusterError } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
+import type { CatalogModel, ModelCatalog } from '@mimo/core/model-catalog';
+import { tokenFromName } from '@mimo/core/subjects';
+
+import { loadModel, type ServedModel } from './models.ts';
+import type { Requests } from './requests.ts';
+
+/** What the set works with. */
+export interface ServedModelsParts {
+  /** Never replaced by the catalogue's, and never taken away. */
+  readonly own: readonly ServedModel[];
+  readonly requests: Pick<Requests, 'countOf' | 'failWaiting'>;
+  /** Runs what a model needs beside its tokenizer, until the signal fires. Begun once while the model is served. */
+  readonly run: (model: string, signal: AbortSignal) => Promise<void>;
+  readonly log: Log;
+}
+
+interface CatalogServed {
+  readonly model: ServedModel;
+  readonly digest: string;
+  readonly directory: string;
+}
+
+interface Life {
+  readonly stop: AbortController;
+  readonly ended: Promise<void>;
+}
+
+/** Models whose requests have ended are found at this pace; changes of the catalogue are acted upon as they come. */
+const tickMs = 500;
+/** After a model could not be fetched or read. */
+const retryMs = 5_000;
+
+/** The set. Close it once its requests have ended. */
+export class ServedModels {
+  readonly #parts: ServedModelsParts;
+  readonly #own: ReadonlyMap<string, ServedModel>;
+  readonly #fetched = new Map<string, CatalogServed>();
+  readonly #lives = new Map<string, Life>();
+  readonly #retryAtMs = new Map<string, number>();
+  readonly #leaving = new Set<Promise<void>>();
+  readonly #closing = new AbortController();
+  readonly #caughtUp = Promise.withResolvers<void>();
+  /** Undefined: not read yet. */
+  #wanted: ReadonlyMap<string, CatalogModel> | undefined;
+  #wake = new AbortController();
+  #followed = false;
+
+  constructor(parts: ServedModelsParts) {
+    this.#parts = parts;
+    this.#own = new Map(parts.own.map((model) => [model.name, model]));
+    parts.own.forEach(({ name }) => this.#begin(name));
+  }
+
+  get(name: string): ServedModel | undefined {
+    return this.#own.get(name) ?? this.#fetched.get(name)?.model;
+  }
+
+  all(): readonly ServedModel[] {
+    return [...this.#own.values(), ...[...this.#fetched.values()].map(({ model }) => model)];
+  }
+
+  /** Models of the catalogue that are not served, though they should be. */
+  get pending(): readonly string[] {
+    return [...(this.#wanted?.keys() ?? [])].filter((name) => this.get(name) === undefined);
+  }
+
+  /** Whether a name that is not served may be soon: the catalogue has it, or was not read yet. */
+  mayCome(name: string): boolean {
+    return this.#followed && (this.#wanted === undefined || this.#wanted.has(name));
+  }
+
+  /**
+   * Follows the catalogue until the signal fires, with the fetched files in a directory that is its own. A model that
+   * cannot be had is tried again every few seconds; the others are served meanwhile.
+   */
+  async follow(catalog: ModelCatalog, directory: string, signal: AbortSignal): Promise<void> {
+    this.#followed = true;
+    const read = async (): Promise<void> => {
+      for await (const models of catalog.follow(signal)) {
+        this.#wanted = new Map(models.map((model) => [model.name, model]));
+        this.#wake.abort();
+      }
+    };
+    const reading = read();
+    while (!signal.aborted) {
+      this.#wake = new AbortController();
+      await this.#apply(catalog, directory, signal);
+      await pause(tickMs, AbortSignal.any([signal, this.#wake.signal]));
+    }
+    await reading;
+  }
+
+  /** Resolves once every model that the catalogue first named was served or has failed; rejects when the signal fires. */
+  caughtUp(signal: AbortSignal): Promise<void> {
+    return beforeAbort(this.#caughtUp.promise, signal);
+  }
+
+  /** Ends every dispatcher and tokenizer. */
+  async close(): Promise<void> {
+    this.#closing.abort();
+    await Promise.all([...this.#lives.values()].map(({ ended }) => ended));
+    await Promise.all(this.all().map(({ encoder }) => encoder.close()));
+    await Promise.all(this.#leaving);
+  }
+
+  async #apply(catalog: ModelCatalog, directory: string, signal: AbortSignal): Promise<void> {
+    const wanted = this.#wanted;
+    if (wanted === undefined) {
+      return;
+    }
+    for (const model of wanted.values()) {
+      const isServed = this.#own.has(model.name) || this.#fetched.get(model.name)?.digest === model.digest;
+      const isDue = performance.now() >= (this.#retryAtMs.get(model.name) ?? 0);
+      if (!isServed && isDue && !signal.aborted) {
+        await this.#load(catalog, model, { directory, signal });
+      }
+    }
+    for (const [name, served] of this.#fetched) {
+      if (!wanted.has(name)) {
+        this.#fetched.delete(name);
+        this.#retire(served);
+        this.#parts.log.info({ model: name }, 'model removed');
+      }
+    }
+    this.#sweep();
+    this.#caughtUp.resolve();
+  }
+
+  async #load(
+    catalog: ModelCatalog,
+    { name, digest }: CatalogModel,
+    to: { readonly directory: string; readonly signal: AbortSignal },
+  ): Promise<void> {
+    const { log } = this.#parts;
+    const directory = join(to.directory, `${tokenFromName(name)}-${digest.slice(0, 16)}`);
+    try {
+      await catalog.fetch({ name, digest }, directory, to.signal);
+      const model = await loadModel(name, directory);
+      const former = this.#fetched.get(name);
+      this.#fetched.set(name, { model, digest, directory });
+      this.#retryAtMs.delete(name);
+      if (former !== undefined) {
+        this.#retire(former);
+      }
+      this.#begin(name);
+      log.info({ model: name, digest }, former === undefined ? 'model added' : 'model changed');
+    } catch (error) {
+      await rm(directory, { recursive: true, force: true });
+      if (!to.signal.aborted) {
+        this.#retryAtMs.set(name, performance.now() + retryMs);
+        log.error({ error: ClusterError.from(error), model: name, digest }, 'model cannot be served');
+      }
+    }
+  }
+
+  /** A model that comes back before its last request has ended finds its dispatcher still there. */
+  #begin(name: string): void {
+    if (!this.#lives.has(name)) {
+      const stop = new AbortController();
+      const signal = AbortSignal.any([stop.signal, this.#closing.signal]);
+      const ended = this.#parts.run(name, signal).finally(() => this.#lives.delete(name));
+      this.#lives.set(name, { stop, ended });
+    }
+  }
+
+  /** Running requests of a removed model finish, with a dispatcher to take them further; waiting ones have nothing to wait for. */
+  #sweep(): void {
+    for (const [name, { stop }] of this.#lives) {
+      if (this.get(name) === undefined) {
+        const removed = new ClusterError('not_found', `model ${name} was removed while the request waited`);
+        this.#parts.requests.failWaiting(name, removed);
+        if (this.#parts.requests.countOf(name) === 0) {
+          stop.abort();
+        }
+      }
+    }
+  }
+
+  /** Ends a tokenizer after the prompts that it has begun; then its files go. */
+  #retire({ model, directory }: CatalogServed): void {
+    const leaving = model.encoder
+      .retire()
+      .then(() => rm(directory, { recursive: true, force: true }))
+      .finally(() => this.#leaving.delete(leaving));
+    this.#leaving.add(leaving);
+  }
+}
