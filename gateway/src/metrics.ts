@@ -14,6 +14,7 @@ export interface GatewayMetrics {
   readonly requests: (labels: { readonly code: string; readonly method: string }) => void;
   readonly completionTokens: (labels: { readonly model: string }, count: number) => void;
   readonly requeues: (labels: { readonly model: string }) => void;
+  readonly moves: (labels: { readonly model: string; readonly cause: 'broken' | 'handed over' }) => void;
   readonly orphans: (labels: { readonly model: string }) => void;
 }
 
@@ -35,6 +36,10 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
       'Completion tokens written to clients',
     ),
     requeues: metrics.counter('gateway_requeues_total', 'Attempts that failed before a token was delivered'),
+    moves: metrics.counter(
+      'gateway_moves_total',
+      'Streams with tokens delivered that went back to waiting for a group, by what happened to theirs',
+    ),
     orphans: metrics.counter(
       'queue_orphaned_requests_total',
       'Records deleted because their gateway is gone',

@@ -6,18 +6,20 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
-import { FinishKind, SequenceDelta, SequenceFinish } from '@mimo/proto/worker';
+import { FinishKind, SequenceDelta, SequenceFinish, type Submit } from '@mimo/proto/worker';
 import { loadTokenizer } from '@mimo/tokenizer';
+import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import { ClusterError } from '@mimo/core/errors';
 
-import { Relay, type RelayEnd, type RelayEvent } from './relay.ts';
+import { Relay, type LostAttempt, type RelayEnd, type RelayEvent } from './relay.ts';
 import type { SequenceListener, Session } from './session.ts';
 
 const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
 
 interface Attempt {
+  readonly submit: Omit<Submit, 'slot'>;
   readonly epoch: number;
   readonly listener: SequenceListener;
   readonly grants: number[];
@@ -29,12 +31,12 @@ class Rig {
   readonly attempts: Attempt[] = [];
   readonly events: RelayEvent[] = [];
   readonly ends: RelayEnd[] = [];
-  requeues = 0;
+  readonly lost: LostAttempt[] = [];
   readonly relay: Relay;
   readonly #session: Pick<Session, 'submit' | 'target'> = {
     target: { model: 'm', group: 'g', incarnation: 'g1', address: 'nowhere:1' },
-    submit: ({ epoch }, listener) => {
-      const attempt: Attempt = { epoch, listener, grants: [], aborts: 0 };
+    submit: (submit, listener) => {
+      const attempt: Attempt = { submit, epoch: submit.epoch, listener, grants: [], aborts: 0 };
       this.attempts.push(attempt);
       return { abort: () => void (attempt.aborts += 1), grant: (tokens) => void attempt.grants.push(tokens) };
     },
@@ -44,7 +46,7 @@ class Rig {
     const record = RequestRecord.fromPartial({ requestId: 'r', model: 'm', promptTokenIds: [1, 2] });
     const text = { tokenizer, stop, minTokens: 0, splitReasoning: false };
     this.relay = new Relay(record, text, {
-      onRequeued: () => void (this.requeues += 1),
+      onRequeued: (attempt) => void this.lost.push(attempt),
       onEnded: (end) => void this.ends.push(end),
     });
   }
@@ -67,6 +69,12 @@ function delta(index: number, text: string, finish?: Partial<SequenceFinish>): S
   const more = finish === undefined ? {} : { finish: SequenceFinish.fromPartial(finish) };
   return SequenceDelta.fromPartial({ index, tokenIds: tokenizer.encode(text), ...more });
 }
+
+const handedOver: Partial<SequenceFinish> = {
+  kind: FinishKind.ERROR,
+  errorCode: 'unavailable',
+  errorMessage: 'the group hands over',
+};
 
 const lengthOf = (text: string): number => tokenizer.encode(text).length;
 
@@ -99,7 +107,8 @@ describe('Relay', () => {
     const first = rig.begin();
     first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
     const second = rig.begin();
-    expect([first.epoch, second.epoch, rig.requeues]).toEqual([1, 2, 1]);
+    expect([first.epoch, second.epoch]).toEqual([1, 2]);
+    expect(rig.lost).toEqual([{ broke: true, tokens: 0 }]);
     first.listener.onDelta(delta(0, 'late'));
     first.listener.onLost(new ClusterError('unavailable', 'again'), true);
     expect(rig.relay.completionTokens).toBe(0);
@@ -150,31 +159,118 @@ describe('Relay', () => {
     expect(rig.ends.map(({ kind }) => kind)).toEqual(['finish']);
   });
 
-  it('waits again after a refusal as often as it takes, but breaks no third group', () => {
+  it('goes on in another group from what was delivered: the client sees contiguous indices and whole text', async () => {
     const rig = new Rig();
-    const refusal = { kind: FinishKind.ERROR, errorCode: 'unavailable', errorMessage: 'draining' };
-    for (let attempt = 0; attempt < 5; attempt += 1) {
-      rig.begin().listener.onDelta(delta(0, '', refusal));
-    }
-    rig.begin().listener.onLost(new ClusterError('unavailable', 'not there'), false);
-    expect(rig.requeues).toBe(6);
-    rig.begin().listener.onLost(new ClusterError('unavailable', 'broke'), true);
-    expect(rig.requeues).toBe(7);
-    rig.begin().listener.onLost(new ClusterError('unavailable', 'broke'), true);
-    expect(rig.ends).toMatchObject([{ kind: 'error', error: { code: 'aborted' } }]);
+    const prompt = [1, 2];
+    const first = rig.begin();
+    expect(first.submit).toMatchObject({ tokenIds: prompt, resumedTokens: 0, creditTokens: 256 });
+    const [one, two] = [tokenizer.encode('größer '), tokenizer.encode('終 🙂')];
+    first.listener.onDelta(delta(0, 'größer '));
+    first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
+    expect(rig.relay.place).toBeUndefined();
+    const second = rig.begin();
+    expect(second.submit).toMatchObject({
+      epoch: 2,
+      tokenIds: [...prompt, ...one],
+      resumedTokens: one.length,
+      // What the client has not taken yet is still in the window.
+      creditTokens: 256 - one.length,
+    });
+    first.listener.onDelta(delta(one.length, 'late'));
+    second.listener.onDelta(delta(one.length, '終 🙂'));
+    const total = one.length + two.length;
+    second.listener.onDelta(delta(total, '', { kind: FinishKind.LENGTH }));
+    await rig.deliver();
+    expect(rig.events).toEqual([
+      {
+        $case: 'delta',
+        value: { index: 0, tokenIds: [...one, ...two], logprobs: [], text: 'größer 終 🙂', reasoning: '' },
+      },
+      {
+        $case: 'finish',
+        value: expect.objectContaining({ usage: { promptTokens: 2, completionTokens: total } }) as unknown,
+      },
+    ]);
   });
 
-  it('ends with ABORTED where tokens had been delivered, saying how many', async () => {
+  it('finds a stop text that begins in one group and ends in the next', async () => {
+    const rig = new Rig(['two']);
+    const first = rig.begin();
+    first.listener.onDelta(delta(0, 'one t'));
+    first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
+    const second = rig.begin();
+    second.listener.onDelta(delta(lengthOf('one t'), 'wo three'));
+    second.listener.onDelta(delta(99, '', { kind: FinishKind.ABORTED }));
+    await rig.deliver();
+    expect(rig.events[0]?.value).toMatchObject({ text: 'one ' });
+    expect(rig.events[1]?.value).toMatchObject({ reason: FinishReason.STOP, matchedStop: 'two' });
+  });
+
+  it('sums up the figures of speculation over its attempts', async () => {
     const rig = new Rig();
+    rig.begin().listener.onDelta(delta(0, 'x', { ...handedOver, draftedTokens: 5, acceptedTokens: 3 }));
+    rig
+      .begin()
+      .listener.onDelta(delta(1, 'x', { kind: FinishKind.LENGTH, draftedTokens: 4, acceptedTokens: 1 }));
+    await rig.deliver();
+    expect(rig.events.at(-1)?.value).toMatchObject({ speculation: { draftedTokens: 9, acceptedTokens: 4 } });
+  });
+
+  it('lets a sequence begin also where the client is far behind', () => {
+    const rig = new Rig();
+    const tokenIds = Array<number>(256).fill(5);
     const { listener } = rig.begin();
-    listener.onDelta(delta(0, 'x'));
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds }));
     listener.onLost(new ClusterError('unavailable', 'gone'), true);
-    await expect(rig.deliver()).rejects.toMatchObject({
-      code: 'aborted',
-      message: expect.stringContaining('lost after 1 completion tokens') as unknown,
-    });
-    expect(rig.events).toHaveLength(1);
-    expect(rig.requeues).toBe(0);
+    expect(rig.begin().submit).toMatchObject({ resumedTokens: 256, creditTokens: 1 });
+  });
+
+  it('waits again after a refusal or a hand-over as often as it takes', () => {
+    const rig = new Rig();
+    for (let attempt = 0; attempt < 10; attempt += 1) {
+      rig.begin().listener.onDelta(delta(0, '', handedOver));
+      rig.begin().listener.onLost(new ClusterError('unavailable', 'not there'), false);
+    }
+    expect(rig.lost).toHaveLength(20);
+    expect(rig.lost.every(({ broke }) => !broke)).toBe(true);
+    expect(rig.ends).toEqual([]);
+  });
+
+  it('is given up when three groups in a row break with it before it gets on', () => {
+    const rig = new Rig();
+    const broken = new ClusterError('unavailable', 'broke');
+    let index = 0;
+    const attempt = (tokens: number): void => {
+      const { listener } = rig.begin();
+      if (tokens > 0) {
+        listener.onDelta(SequenceDelta.fromPartial({ index, tokenIds: Array<number>(tokens).fill(5) }));
+        index += tokens;
+      }
+      listener.onLost(broken, true);
+    };
+    // It gets on in every third group: it may be with as many as it takes.
+    for (let round = 0; round < 10; round += 1) {
+      [8, 0, 7].forEach(attempt);
+    }
+    expect(rig.lost).toHaveLength(30);
+    attempt(8);
+    attempt(1);
+    // What refuses or hands over in between neither counts nor forgives.
+    rig.begin().listener.onDelta(delta(index, '', handedOver));
+    attempt(0);
+    expect(rig.ends).toEqual([]);
+    attempt(7);
+    expect(rig.ends).toMatchObject([
+      {
+        kind: 'error',
+        error: {
+          code: 'aborted',
+          message: expect.stringMatching(
+            /given up after \d+ completion tokens, because 3 groups in a row broke/,
+          ) as unknown,
+        },
+      },
+    ]);
   });
 
   it('ends with the engine’s own error where trying again would not help', () => {
@@ -220,5 +316,89 @@ describe('Relay', () => {
     listener.onLost(new ClusterError('unavailable', 'gone'), true);
     expect(rig.ends).toMatchObject([{ kind: 'error', error: { code: 'canceled' } }]);
     expect(rig.attempts[0]?.aborts).toBe(1);
+  });
+
+  it('writes what an undisturbed run would, however often and wherever it is moved', async () => {
+    const loss = fc.record({
+      afterTokens: fc.nat(40),
+      how: fc.constantFrom('broken', 'handed over', 'refused', 'not greeted'),
+      /** Tokens in one frame. */
+      stride: fc.integer({ min: 1, max: 3 }),
+    });
+    await fc.assert(
+      fc.asyncProperty(
+        fc.array(loss, { maxLength: 8 }),
+        fc.integer({ min: 1, max: 120 }),
+        fc.boolean(),
+        async (losses, maxTokens, slow) => {
+          const rig = new Rig();
+          const delivering = rig.relay.deliver(async (event) => {
+            if (slow) {
+              await turn();
+            }
+            rig.events.push(event);
+          });
+          // An engine whose next token depends on all before it, as sampling keyed by position does.
+          const nextOf = (tokenIds: readonly number[]): number =>
+            65 + (tokenIds.reduce((hash, id) => (hash * 31 + id) % 9973, 7) % 26);
+          const run = async (stride: number, tokens: number): Promise<boolean> => {
+            const { submit, listener } = rig.begin();
+            const all = [...submit.tokenIds];
+            let index = submit.resumedTokens;
+            expect(index).toBe(all.length - rig.relay.record.promptTokenIds.length);
+            for (let sent = 0; sent < tokens && index < maxTokens;) {
+              const tokenIds: number[] = [];
+              while (tokenIds.length < stride && index + tokenIds.length < maxTokens) {
+                const next = nextOf([...all]);
+                all.push(next);
+                tokenIds.push(next);
+              }
+              listener.onDelta(SequenceDelta.fromPartial({ index, tokenIds }));
+              index += tokenIds.length;
+              sent += tokenIds.length;
+              await turn();
+            }
+            if (index >= maxTokens) {
+              listener.onDelta(delta(index, '', { kind: FinishKind.LENGTH }));
+            }
+            return index >= maxTokens;
+          };
+          let ended = false;
+          for (const { how, afterTokens, stride } of losses) {
+            if (!ended && rig.ends.length === 0) {
+              ended = await run(stride, how === 'refused' || how === 'not greeted' ? 0 : 8 + afterTokens);
+              const last = rig.attempts.at(-1);
+              if (how === 'handed over' || how === 'refused') {
+                last?.listener.onDelta(delta(rig.relay.completionTokens, '', handedOver));
+              } else {
+                last?.listener.onLost(new ClusterError('unavailable', 'gone'), how === 'broken');
+              }
+            }
+          }
+          if (!ended) {
+            await run(1, Number.POSITIVE_INFINITY);
+          }
+          await delivering;
+          const undisturbed = [...rig.relay.record.promptTokenIds];
+          while (undisturbed.length < 2 + maxTokens) {
+            undisturbed.push(nextOf(undisturbed));
+          }
+          const written: number[] = [];
+          let text = '';
+          for (const event of rig.events) {
+            if (event.$case === 'delta') {
+              expect(event.value.index).toBe(written.length);
+              written.push(...event.value.tokenIds);
+              text += event.value.text;
+            }
+          }
+          expect(written).toEqual(undisturbed.slice(2));
+          expect(text).toBe(tokenizer.decode(written));
+          expect(rig.ends.map(({ kind }) => kind)).toEqual(['finish']);
+          expect(rig.attempts.map(({ epoch }) => epoch)).toEqual(rig.attempts.map((_, index) => index + 1));
+        },
+      ),
+      { numRuns: 60 },
+    );
   });
 });

@@ -1,8 +1,10 @@
-// The life of one request in its gateway: waiting -> running -> ended, possibly back to waiting while nothing has been
-// delivered. Owns the client's stream: contiguous indices, frames of older attempts dropped, text, stop texts, credit, and
-// that the request ends exactly once. Knows neither the queue nor gRPC: it is handed a session and a `write`.
+// The life of one request in its gateway: waiting -> running -> ended, and back to waiting where its group is lost, refuses
+// or hands it over. What was delivered by then is given to the next group with the prompt, so that the client sees a
+// pause. Owns the client's stream: contiguous indices, frames of older attempts dropped, text, stop texts, credit, and that
+// the request ends exactly once. Knows neither the queue nor gRPC: it is handed a session and a `write`.
 //
-// INVARIANT: the indices of the deltas written are contiguous from 0; after the end nothing is written.
+// INVARIANT: the indices of the deltas written are contiguous from 0; what was written never changes; after the end nothing
+// is written.
 
 import { ClusterError, isErrorCode } from '@mimo/core/errors';
 import type { Delta, Finish, Usage } from '@mimo/proto/inference';
@@ -29,10 +31,18 @@ export interface AttemptPlace {
   readonly incarnation: string;
 }
 
+/** An attempt that is over while its request goes on. */
+export interface LostAttempt {
+  /** The group broke with the sequence in it; else it refused or handed over what it had. */
+  readonly broke: boolean;
+  /** Tokens that this attempt added. */
+  readonly tokens: number;
+}
+
 /** What its owner hears from a relay. */
 export interface RelayListener {
-  /** The attempt failed before anything was delivered: the request waits for another group. */
-  onRequeued(): void;
+  /** The attempt is over without a result: the request waits for another group. */
+  onRequeued(attempt: LostAttempt): void;
   /** Once. */
   onEnded(end: RelayEnd): void;
 }
@@ -41,21 +51,38 @@ export interface RelayListener {
 const creditWindowTokens = 256;
 /** Credit is given back in portions, so that it costs a message every so often and not one a token. */
 const creditPortionTokens = 64;
-/** A request that was with this many groups when they broke is not given to a further one: it may be what breaks them. */
-const maxAttempts = 2;
+/**
+ * A request may be what breaks its groups. It is given to no further one after this many breaks in a row in each of which
+ * it had got less than this many tokens; one that gets on is given to as many as it takes.
+ */
+const maxFruitlessBreaks = 3;
+const fruitfulTokens = 8;
+
+interface Attempt {
+  readonly epoch: number;
+  readonly place: AttemptPlace;
+  readonly handle: SequenceHandle;
+  /** How many tokens there were when it began. */
+  readonly firstIndex: number;
+  /** Tokens that it was allowed to send. */
+  creditTokens: number;
+}
 
 /** One request. Its owner begins attempts, cancels it, and relays with `deliver`. */
 export class Relay {
   readonly record: RequestRecord;
   readonly #listener: RelayListener;
   readonly #text: CompletionText;
-  #attempt:
-    | { readonly epoch: number; readonly place: AttemptPlace; readonly handle: SequenceHandle }
-    | undefined;
+  /** Completion tokens that came, in order: what is on its way to the client, or there. */
+  readonly #tokenIds: number[] = [];
+  #attempt: Attempt | undefined;
   #epoch = 0;
-  #brokenAttempts = 0;
-  #nextIndex = 0;
-  #owedCreditTokens = 0;
+  #fruitlessBreaks = 0;
+  /** Of `#tokenIds`, those that the client has not taken yet. */
+  #unwrittenTokens = 0;
+  /** Of the attempts that are over, as far as they told. */
+  #draftedTokens = 0;
+  #acceptedTokens = 0;
   /** Set when a stop text was found: what is left is the engine's last word on this sequence. */
   #matchedStop: string | undefined;
   #pending: Delta | undefined;
@@ -84,10 +111,10 @@ export class Relay {
 
   /** Completion tokens handed over to the client's side. */
   get completionTokens(): number {
-    return this.#nextIndex;
+    return this.#tokenIds.length;
   }
 
-  /** Begins an attempt on a group. Only while it waits. */
+  /** Begins an attempt on a group, from the tokens that there are. Only while it waits. */
   begin(session: Pick<Session, 'submit' | 'target'>): void {
     this.#epoch += 1;
     const epoch = this.#epoch;
@@ -110,20 +137,23 @@ export class Relay {
         }
       },
     };
+    const firstIndex = this.#tokenIds.length;
+    // At least one token, also where the client is behind: a sequence that may not begin would hold up its group's queue.
+    const creditTokens = Math.max(1, creditWindowTokens - this.#unwrittenTokens);
     const handle = session.submit(
       {
         requestId,
         epoch,
-        tokenIds: promptTokenIds,
-        resumedTokens: 0,
+        tokenIds: [...promptTokenIds, ...this.#tokenIds],
+        resumedTokens: firstIndex,
         sampling,
         deadlineUnixMs,
-        creditTokens: creditWindowTokens,
+        creditTokens,
       },
       listener,
     );
     const { group, incarnation } = session.target;
-    this.#attempt = { epoch, place: { group, incarnation }, handle };
+    this.#attempt = { epoch, place: { group, incarnation }, handle, firstIndex, creditTokens };
   }
 
   /** Ends the request with an error, unless it has ended; the engine frees its sequence. */
@@ -138,7 +168,8 @@ export class Relay {
       if (delta !== undefined) {
         this.#pending = undefined;
         await write({ $case: 'delta', value: delta });
-        this.#giveCredit(delta.tokenIds.length);
+        this.#unwrittenTokens -= delta.tokenIds.length;
+        this.#giveCredit();
       } else if (this.#end === undefined) {
         const { promise, resolve } = Promise.withResolvers<void>();
         this.#wake = resolve;
@@ -152,23 +183,24 @@ export class Relay {
     }
   }
 
-  #giveCredit(tokens: number): void {
-    this.#owedCreditTokens += tokens;
-    if (this.#owedCreditTokens >= creditPortionTokens) {
-      this.#attempt?.handle.grant(this.#owedCreditTokens);
-      this.#owedCreditTokens = 0;
+  #giveCredit(): void {
+    const attempt = this.#attempt;
+    if (attempt !== undefined) {
+      const comingTokens = attempt.creditTokens - (this.#tokenIds.length - attempt.firstIndex);
+      const owedTokens = creditWindowTokens - this.#unwrittenTokens - comingTokens;
+      if (owedTokens >= creditPortionTokens) {
+        attempt.creditTokens += owedTokens;
+        attempt.handle.grant(owedTokens);
+      }
     }
   }
 
   #receive(delta: SequenceDelta): void {
     if (this.#matchedStop === undefined && delta.tokenIds.length > 0) {
-      if (delta.index !== this.#nextIndex) {
-        this.fail(
-          new ClusterError(
-            'internal',
-            `a frame at index ${delta.index} came where ${this.#nextIndex} is next`,
-          ),
-        );
+      const nextIndex = this.#tokenIds.length;
+      if (delta.index !== nextIndex) {
+        const text = `a frame at index ${delta.index} came where ${nextIndex} is next`;
+        this.fail(new ClusterError('internal', text));
         return;
       }
       const text = this.#text.push(delta.tokenIds);
@@ -188,14 +220,15 @@ export class Relay {
     const tokenIds = from.tokenIds.slice(0, tokens);
     const logprobs = from.logprobs.slice(0, tokens);
     if (this.#pending === undefined) {
-      this.#pending = { index: this.#nextIndex, tokenIds, logprobs, text, reasoning };
+      this.#pending = { index: this.#tokenIds.length, tokenIds: [...tokenIds], logprobs, text, reasoning };
     } else {
       this.#pending.tokenIds.push(...tokenIds);
       this.#pending.logprobs.push(...logprobs);
       this.#pending.text += text;
       this.#pending.reasoning += reasoning;
     }
-    this.#nextIndex += tokens;
+    this.#tokenIds.push(...tokenIds);
+    this.#unwrittenTokens += tokens;
     this.#wake?.();
   }
 
@@ -219,7 +252,9 @@ export class Relay {
     const asked = last.kind === FinishKind.ERROR ? last.errorCode : 'aborted';
     const code = isErrorCode(asked) ? asked : 'internal';
     const text = last.errorMessage === '' ? 'the sequence was aborted' : last.errorMessage;
-    // A group that refuses is whole; one that aborts what it had taken is not.
+    this.#draftedTokens += last.draftedTokens;
+    this.#acceptedTokens += last.acceptedTokens;
+    // A group that refuses or hands over is whole; one that aborts what it had taken is not.
     this.#lose(new ClusterError(code, `group ${this.#attempt?.place.group}: ${text}`), code === 'aborted');
   }
 
@@ -232,30 +267,35 @@ export class Relay {
     }
     const retryable =
       error.code === 'unavailable' || error.code === 'aborted' || error.code === 'resource_exhausted';
-    this.#brokenAttempts += broke ? 1 : 0;
-    if (retryable && this.#nextIndex === 0 && this.#brokenAttempts < maxAttempts) {
-      this.#attempt = undefined;
-      this.#owedCreditTokens = 0;
-      this.#listener.onRequeued();
+    if (!retryable) {
+      this.#finish({ kind: 'error', error });
       return;
     }
-    const lost = retryable
-      ? new ClusterError('aborted', `lost after ${this.#nextIndex} completion tokens: ${error.message}`, {
-          cause: error,
-          detail: { retryAfterMs: 1_000 },
-        })
-      : error;
-    this.#finish({ kind: 'error', error: lost });
+    const tokens = this.#tokenIds.length - (this.#attempt?.firstIndex ?? 0);
+    if (tokens >= fruitfulTokens) {
+      this.#fruitlessBreaks = 0;
+    } else if (broke) {
+      this.#fruitlessBreaks += 1;
+    }
+    if (this.#fruitlessBreaks >= maxFruitlessBreaks) {
+      const text =
+        `given up after ${this.#tokenIds.length} completion tokens, because ${this.#fruitlessBreaks} groups in a row ` +
+        `broke with this request before it got on by ${fruitfulTokens} tokens; the last: ${error.message}`;
+      this.#finish({ kind: 'error', error: new ClusterError('aborted', text, { cause: error }) });
+      return;
+    }
+    this.#attempt = undefined;
+    this.#listener.onRequeued({ broke, tokens });
   }
 
   #finishOf(reason: FinishReason, matchedStop: string, last?: SequenceFinish): Finish {
     const usage: Usage = {
       promptTokens: this.record.promptTokenIds.length,
-      completionTokens: this.#nextIndex,
+      completionTokens: this.#tokenIds.length,
     };
     const speculation = {
-      draftedTokens: last?.draftedTokens ?? 0,
-      acceptedTokens: last?.acceptedTokens ?? 0,
+      draftedTokens: this.#draftedTokens + (last?.draftedTokens ?? 0),
+      acceptedTokens: this.#acceptedTokens + (last?.acceptedTokens ?? 0),
     };
     return { reason, matchedStop, usage, speculation };
   }

@@ -15,7 +15,7 @@ import {
 
 import type { CompletionTextOptions } from './completion-text.ts';
 import type { GatewayMetrics } from './metrics.ts';
-import { Relay, type RelayEnd } from './relay.ts';
+import { Relay, type LostAttempt, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
 
 /** What the table works with. */
@@ -36,6 +36,8 @@ export interface OpenRequest {
 interface HeldRequest extends OpenRequest {
   readonly record: RequestRecord;
   readonly deadlineTimer: NodeJS.Timeout | undefined;
+  /** Since when no group has given it a token: what the longest wait counts from. */
+  waitingSinceUnixMs: number;
   waitTimer: NodeJS.Timeout | undefined;
 }
 
@@ -67,7 +69,7 @@ export class Requests {
   open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
     const { requestId, deadlineUnixMs } = record;
     const relay = new Relay(record, text, {
-      onRequeued: () => this.#requeued(requestId),
+      onRequeued: (attempt) => this.#requeued(requestId, attempt),
       onEnded: (end) => this.#ended(requestId, end),
     });
     const recorded = this.#parts.queue.publish(record);
@@ -78,6 +80,7 @@ export class Requests {
       record,
       deadlineTimer:
         deadlineUnixMs === 0 ? undefined : setTimeout(() => this.#expire(held), delayUntil(deadlineUnixMs)),
+      waitingSinceUnixMs: record.acceptedUnixMs,
       waitTimer: undefined,
     };
     this.#held.set(requestId, held);
@@ -150,13 +153,21 @@ export class Requests {
     }
   }
 
-  #requeued(requestId: string): void {
+  #requeued(requestId: string, { broke, tokens }: LostAttempt): void {
     const held = this.#held.get(requestId);
     if (held !== undefined) {
-      const { model } = held.record;
-      this.#parts.metrics.requeues({ model });
+      const { relay, record } = held;
+      const { model } = record;
+      if (relay.completionTokens === 0) {
+        this.#parts.metrics.requeues({ model });
+      } else {
+        this.#parts.metrics.moves({ model, cause: broke ? 'broken' : 'handed over' });
+      }
+      if (tokens > 0) {
+        held.waitingSinceUnixMs = Date.now();
+      }
       this.#watchWait(held);
-      this.#parts.queue.publishEnded({ requestId, model, requeued: true });
+      this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch: relay.epoch });
     }
   }
 
@@ -175,10 +186,10 @@ export class Requests {
     }
   }
 
-  async #delete({ record: { requestId, model }, recorded }: HeldRequest): Promise<void> {
+  async #delete({ record: { requestId, model }, recorded, relay }: HeldRequest): Promise<void> {
     try {
       await this.#parts.queue.delete(await recorded);
-      this.#parts.queue.publishEnded({ requestId, model, requeued: false });
+      this.#parts.queue.publishEnded({ requestId, model, requeued: false, epoch: relay.epoch });
     } catch (error) {
       // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.
       this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'record not deleted');
@@ -190,10 +201,12 @@ export class Requests {
     const { maxWaitMs } = this.#parts;
     held.waitTimer = setTimeout(
       () => {
-        const text = `no group took the request within ${maxWaitMs} ms`;
+        const { completionTokens } = held.relay;
+        const which = completionTokens === 0 ? '' : ` up again, after ${completionTokens} completion tokens,`;
+        const text = `no group took the request${which} within ${maxWaitMs} ms`;
         held.relay.fail(new ClusterError('deadline_exceeded', text, { detail: { retryAfterMs: 5_000 } }));
       },
-      delayUntil(held.record.acceptedUnixMs + maxWaitMs),
+      delayUntil(held.waitingSinceUnixMs + maxWaitMs),
     );
   }
 

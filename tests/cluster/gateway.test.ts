@@ -441,43 +441,96 @@ describe('groups', () => {
     expect(draining.begun).toBe(0);
   });
 
-  it('that vanish end their running streams with ABORTED, and what they had not begun runs elsewhere', async () => {
+  it('that vanish lose no stream: each goes on in another group, with contiguous indices and the same text', async () => {
     const gateway = await openGateway();
     const client = clientOf(gateway);
-    const doomed = await openGroup({ group: 'a', script: endless, maxSequences: 4 });
-    const running = Array.from({ length: 2 }, () => generate(client, generation('x')));
-    await Promise.all(running.map((stream) => begin(stream, 3)));
+    const doomed = await openGroup({ group: 'a', stepMs: 5, maxSequences: 8 });
+    const texts = Array.from(
+      { length: 4 },
+      (_, index) => `stream ${index}: größer 終 🙂 ${'ab '.repeat(20)}`,
+    );
+    const running = texts.map((text) => collect(generate(client, generation(text))));
+    await vi.waitFor(() => expect(doomed.tokens).toBeGreaterThan(100), 5_000);
     doomed.stall();
     const quiet = collect(generate(client, generation('quiet')));
-    await vi.waitFor(() => expect(doomed.begun).toBe(3), 3_000);
-    await openGroup({ group: 'b' });
+    await vi.waitFor(() => expect(doomed.begun).toBe(5), 3_000);
+    const heir = await openGroup({ group: 'b', maxSequences: 8 });
     await doomed.vanish();
-    for (const stream of running) {
-      await expect(drainOf(stream)).rejects.toMatchObject({
-        code: 'aborted',
-        message: expect.stringMatching(/lost after \d+ completion tokens/) as string,
-      });
-    }
+    const results = await Promise.all(running);
+    expect(results.map(({ text }) => text)).toEqual(texts);
     expect((await quiet).text).toBe('quiet');
+    for (const [index, { finish, tokenIds }] of results.entries()) {
+      expect(tokenIds).toEqual(tokenizer.encode(texts[index] ?? ''));
+      expect(finish?.completionTokens).toBe(tokenIds.length);
+    }
+    expect(heir.prompts.filter((prompt) => prompt.length > tokenizer.encode('quiet').length)).toHaveLength(4);
     groups.splice(groups.indexOf(doomed), 1);
   });
 
-  it('that break twice under the same request end it', async () => {
+  it('that break three times under the same request, before it gets anywhere, end it', async () => {
     const gateway = await openGateway();
     const client = clientOf(gateway);
-    const first = await openGroup({ group: 'a' });
-    first.stall();
+    const open = async (group: string): Promise<ScriptedGroup> => {
+      const opened = await openGroup({ group });
+      opened.stall();
+      return opened;
+    };
+    let last = await open('a');
     const outcome = collect(generate(client, generation('poison'))).then(
-      () => 'finish',
-      (error: unknown) => ClusterError.from(error).code,
+      () => undefined,
+      (error: unknown) => ClusterError.from(error),
     );
-    await vi.waitFor(() => expect(first.begun).toBe(1), 3_000);
-    const second = await openGroup({ group: 'b' });
-    second.stall();
+    for (const name of ['b', 'c']) {
+      await vi.waitFor(() => expect(last.begun).toBe(1), 5_000);
+      const next = await open(name);
+      await last.vanish();
+      last = next;
+    }
+    await vi.waitFor(() => expect(last.begun).toBe(1), 5_000);
+    await last.vanish();
+    expect(await outcome).toMatchObject({
+      code: 'aborted',
+      message: expect.stringContaining('3 groups in a row broke') as string,
+    });
+    groups.length = 0;
+  });
+
+  it('that come back as another life take their streams up again', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const text = 'a rather long prompt that takes its time to be said again, word by word';
+    const running = collect(generate(client, generation(text)));
+    for (let life = 0; life < 3; life += 1) {
+      const group = await openGroup({ group: 'a', stepMs: 10 });
+      await vi.waitFor(() => expect(group.tokens).toBeGreaterThan(8), 10_000);
+      await group.vanish();
+      groups.splice(groups.indexOf(group), 1);
+    }
+    await openGroup({ group: 'a' });
+    expect((await running).text).toBe(text);
+  });
+
+  it('are waited for anew after each loss: the longest wait is not counted from the first token', async () => {
+    const gateway = await openGateway({ MIMO_GATEWAY_MAX_WAIT: '1500ms' });
+    const client = clientOf(gateway);
+    const first = await openGroup({ group: 'a', script: endless, stepMs: 20 });
+    const begunMs = performance.now();
+    const running = collect(generate(client, generation('x', { maxTokens: 150 }))).then(
+      () => undefined,
+      (error: unknown) => ClusterError.from(error),
+    );
+    await vi.waitFor(() => expect(performance.now() - begunMs).toBeGreaterThan(1_700), 5_000);
     await first.vanish();
-    await vi.waitFor(() => expect(second.begun).toBe(1), 5_000);
+    await sleep(700);
+    const second = await openGroup({ group: 'b', script: endless, stepMs: 20 });
+    await vi.waitFor(() => expect(second.tokens).toBeGreaterThan(3), 5_000);
     await second.vanish();
-    expect(await outcome).toBe('aborted');
+    expect(await running).toMatchObject({
+      code: 'deadline_exceeded',
+      message: expect.stringMatching(
+        /no group took the request up again, after \d+ completion tokens, within 1500 ms/,
+      ) as string,
+    });
     groups.length = 0;
   });
 

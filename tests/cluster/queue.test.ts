@@ -305,11 +305,11 @@ describe.each(Object.keys(backends))('%s', (name) => {
     };
     await vi.waitFor(() => {
       sender.publishHeartbeat(heartbeat);
-      sender.publishEnded({ requestId: 'other', model: 'other', requeued: false });
-      sender.publishEnded({ requestId: 'r', model, requeued: true });
+      sender.publishEnded({ requestId: 'other', model: 'other', requeued: false, epoch: 1 });
+      sender.publishEnded({ requestId: 'r', model, requeued: true, epoch: 1 });
       sender.publishState(state);
       expect(heartbeats.values[0]).toEqual(heartbeat);
-      expect(ended.values[0]).toEqual({ requestId: 'r', model, requeued: true });
+      expect(ended.values[0]).toEqual({ requestId: 'r', model, requeued: true, epoch: 1 });
       expect(states.values[0]).toEqual(state);
     }, 2_000);
     expect(ended.values.every((each) => each.model === model)).toBe(true);

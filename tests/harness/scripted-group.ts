@@ -25,7 +25,7 @@ export interface ScriptedGroupOptions {
   readonly stepMs?: number;
   readonly maxSequences?: number;
   readonly maxContextTokens?: number;
-  /** What a request is answered with; the end of the script is an end-of-text. */
+  /** What a prompt is answered with; the end of the script is an end-of-text. */
   readonly script?: (request: SequenceRequest) => Iterable<number>;
 }
 
@@ -65,6 +65,22 @@ interface Live {
 
 /** `<|im_end|>` of models/mimo-demo. */
 const endOfText = 606;
+
+/** The script from where an earlier attempt left it; one that delivered something else has gone astray. */
+function resume(
+  request: SequenceRequest,
+  script: NonNullable<ScriptedGroupOptions['script']>,
+): Iterator<number> {
+  const promptTokens = request.tokenIds.length - request.resumedTokens;
+  const tokens = script({ ...request, tokenIds: request.tokenIds.slice(0, promptTokens) })[Symbol.iterator]();
+  for (const tokenId of request.tokenIds.slice(promptTokens)) {
+    const said = tokens.next();
+    if (said.done === true || said.value !== tokenId) {
+      throw new ClusterError('data_loss', `resumed with token ${tokenId} where ${said.value} was said`);
+    }
+  }
+  return tokens;
+}
 
 export async function startScriptedGroup(options: ScriptedGroupOptions): Promise<ScriptedGroup> {
   const { model, group, queue } = options;
@@ -110,8 +126,8 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
         prompts.push([...request.tokenIds]);
         live.set(request.sequenceId, {
           request,
-          tokens: script(request)[Symbol.iterator](),
-          index: 0,
+          tokens: resume(request, script),
+          index: request.resumedTokens,
           creditTokens: request.creditTokens,
         });
       },

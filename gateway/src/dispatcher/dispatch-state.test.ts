@@ -68,10 +68,42 @@ describe('DispatchState', () => {
     expect(waitingIn(state)).toEqual(['a', 'b']);
   });
 
+  it('does not believe a group that still speaks of an attempt that is over', () => {
+    const state = stateOf('a', 'b');
+    const stalled = beat('stalled', { running: [{ requestId: 'a', epoch: 1 }] });
+    state.reconcile([stalled], at);
+    state.requeue('a', 1, at);
+    state.reconcile([stalled], at + 1);
+    expect(waitingIn(state)).toEqual(['a', 'b']);
+    state.confirm('a', { group: 'heir', incarnation: 'heir1', epoch: 2 }, at + 2);
+    state.requeue('a', 1, at + 3);
+    const heir = beat('heir', { running: [{ requestId: 'a', epoch: 2 }] });
+    state.reconcile([heir, stalled], at + 4);
+    expect(waitingIn(state)).toEqual(['b']);
+    expect([...state.loads().keys()]).toEqual([JSON.stringify(['heir', 'heir1'])]);
+    // What the owner answers about an attempt that has ended since does not count either.
+    state.requeue('a', 2, at + 5);
+    state.confirm('a', { group: 'heir', incarnation: 'heir1', epoch: 2 }, at + 6);
+    expect(waitingIn(state)).toEqual(['a', 'b']);
+  });
+
+  it('believes the later attempt where two groups speak of a request that it knows nothing of', () => {
+    const running = (epoch: number): Partial<Heartbeat> => ({ running: [{ requestId: 'a', epoch }] });
+    for (const groups of [
+      [beat('old', running(1)), beat('new', running(2))],
+      [beat('new', running(2)), beat('old', running(1))],
+    ]) {
+      const state = stateOf('a');
+      state.reconcile(groups, at);
+      state.reconcile(groups, at + 1);
+      expect([...state.loads().keys()]).toEqual([JSON.stringify(['new', 'new1'])]);
+    }
+  });
+
   it('does not trust a group for a while on which an attempt failed, but its next life at once', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
-    state.requeue('a', at);
+    state.requeue('a', 1, at);
     const lives = [beat('g'), beat('g', { incarnation: 'g2' })];
     expect(state.openGroups(lives, unmarked).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([
       at + 2_000,
@@ -183,7 +215,7 @@ describe('DispatchState', () => {
           } else if (act === 'place') {
             state.place(requestId, heartbeat, nowMs);
           } else if (act === 'requeue') {
-            state.requeue(requestId, nowMs);
+            state.requeue(requestId, 1, nowMs);
           } else if (act === 'unanswered') {
             state.unanswered(requestId, false, nowMs);
           } else if (act === 'remove') {

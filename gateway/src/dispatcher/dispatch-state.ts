@@ -45,6 +45,8 @@ export class DispatchState {
   readonly #requests = new Map<string, QueuedRecord>();
   /** The few of them that are with a group. */
   readonly #placed = new Map<string, Placed>();
+  /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
+  readonly #epochs = new Map<string, number>();
   readonly #suspects = new Map<string, number>();
   readonly #silent = new Map<string, SilentGateway>();
   // Kept as things change: a queue may hold tens of thousands of requests.
@@ -70,12 +72,21 @@ export class DispatchState {
       this.#endedTokens += this.#placed.has(requestId) ? tokensOf(request.record) : 0;
       this.#unplace(requestId);
       this.#requests.delete(requestId);
+      this.#epochs.delete(requestId);
       this.#waitingTokens -= tokensOf(request.record);
     }
   }
 
   get(requestId: string): QueuedRecord | undefined {
     return this.#requests.get(requestId);
+  }
+
+  /** The request is with a group, as its owner says: the attempt has this number. */
+  confirm(requestId: string, where: Place & { readonly epoch: number }, nowUnixMs: number): void {
+    if (where.epoch >= (this.#epochs.get(requestId) ?? 0)) {
+      this.place(requestId, where, nowUnixMs);
+      this.#begin(requestId, where.epoch);
+    }
   }
 
   /** The request is with a group, as far as is known. */
@@ -90,8 +101,12 @@ export class DispatchState {
     }
   }
 
-  /** Its attempt failed: it waits again, and the group is not trusted for a while. */
-  requeue(requestId: string, nowUnixMs: number): void {
+  /** Its attempt of this number is over: it waits again, and the group is not trusted for a while. */
+  requeue(requestId: string, epoch: number, nowUnixMs: number): void {
+    if (epoch < (this.#epochs.get(requestId) ?? 0)) {
+      return;
+    }
+    this.#begin(requestId, epoch + 1);
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
       this.#suspects.set(placeKey(place), nowUnixMs + suspectMs);
@@ -132,9 +147,12 @@ export class DispatchState {
   reconcile(groups: readonly Heartbeat[], nowUnixMs: number): void {
     const running = new Set<string>();
     for (const heartbeat of groups) {
-      for (const { requestId } of heartbeat.running) {
-        running.add(requestId);
-        this.place(requestId, heartbeat, nowUnixMs);
+      for (const { requestId, epoch } of heartbeat.running) {
+        if (epoch >= (this.#epochs.get(requestId) ?? 0)) {
+          running.add(requestId);
+          this.place(requestId, heartbeat, nowUnixMs);
+          this.#begin(requestId, epoch);
+        }
       }
     }
     for (const [requestId, { sinceUnixMs }] of this.#placed) {
@@ -221,6 +239,12 @@ export class DispatchState {
       arrivedTokens: this.#arrivedTokens,
       endedTokens: this.#endedTokens,
     };
+  }
+
+  #begin(requestId: string, epoch: number): void {
+    if (this.#requests.has(requestId)) {
+      this.#epochs.set(requestId, epoch);
+    }
   }
 
   #unplace(requestId: string): void {

@@ -114,12 +114,12 @@ class Dispatcher {
   }
 
   async #followEnded(): Promise<void> {
-    for await (const { requestId, requeued } of this.#parts.queue.followEnded(
+    for await (const { requestId, requeued, epoch } of this.#parts.queue.followEnded(
       this.#parts.model,
       this.#until,
     )) {
       if (requeued) {
-        this.#state.requeue(requestId, Date.now());
+        this.#state.requeue(requestId, epoch, Date.now());
       } else {
         this.#state.remove(requestId);
       }
@@ -220,12 +220,15 @@ class Dispatcher {
         dispatcherEpoch: this.#epoch,
       });
       this.#state.heard(gatewayId);
-      if (reply.outcome === AssignmentOutcome.ALREADY_ASSIGNED) {
-        this.#state.place(requestId, reply, Date.now());
+      if (
+        reply.outcome === AssignmentOutcome.ACCEPTED ||
+        reply.outcome === AssignmentOutcome.ALREADY_ASSIGNED
+      ) {
+        this.#state.confirm(requestId, reply, Date.now());
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();
-      } else if (reply.outcome !== AssignmentOutcome.ACCEPTED) {
+      } else {
         this.#state.remove(requestId);
         await queue.delete(queued);
       }

@@ -123,10 +123,12 @@ export interface RequestEnded {
   requestId: string;
   model: string;
   /**
-   * True: only the attempt has ended, because its group was lost or refused it, and the request waits for another one.
-   * False: the request has ended and its record is deleted.
+   * True: only the attempt has ended, because its group was lost, refused it or handed it over, and the request waits for
+   * another one. False: the request has ended and its record is deleted.
    */
   requeued: boolean;
+  /** The attempt that has ended: heartbeats that still speak of it, or of an earlier one, are out of date. */
+  epoch: number;
 }
 
 function createBaseRequestRecord(): RequestRecord {
@@ -630,7 +632,7 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
 };
 
 function createBaseRequestEnded(): RequestEnded {
-  return { requestId: "", model: "", requeued: false };
+  return { requestId: "", model: "", requeued: false, epoch: 0 };
 }
 
 export const RequestEnded: MessageFns<RequestEnded> = {
@@ -643,6 +645,9 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     }
     if (message.requeued !== false) {
       writer.uint32(24).bool(message.requeued);
+    }
+    if (message.epoch !== 0) {
+      writer.uint32(32).uint32(message.epoch);
     }
     return writer;
   },
@@ -684,6 +689,14 @@ export const RequestEnded: MessageFns<RequestEnded> = {
             message.requeued = reader.bool();
             continue;
           }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.epoch = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -705,6 +718,7 @@ export const RequestEnded: MessageFns<RequestEnded> = {
         : "",
       model: isSet(object.model) ? globalThis.String(object.model) : "",
       requeued: isSet(object.requeued) ? globalThis.Boolean(object.requeued) : false,
+      epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
     };
   },
 
@@ -719,6 +733,9 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     if (message.requeued !== false) {
       obj.requeued = message.requeued;
     }
+    if (message.epoch !== 0) {
+      obj.epoch = Math.round(message.epoch);
+    }
     return obj;
   },
 
@@ -730,6 +747,7 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     message.requestId = object.requestId ?? "";
     message.model = object.model ?? "";
     message.requeued = object.requeued ?? false;
+    message.epoch = object.epoch ?? 0;
     return message;
   },
 };

@@ -247,7 +247,7 @@ export interface DrainRequest {
 }
 
 export interface DrainResponse {
-  /** Sequences that ended while draining. */
+  /** Sequences that ended while draining, those that were handed over included. */
   finishedSequences: number;
 }
 
@@ -264,7 +264,10 @@ export interface StatsResponse {
   acceptedTokens: number;
 }
 
-/** Heartbeat is published by the leader on NATS `workers.<model>.<group>` several times a second. Three missing: gone. */
+/**
+ * Heartbeat is published by the leader on NATS `workers.<model>.<group>` several times a second. Three missing: the group
+ * is given nothing more until the next one.
+ */
 export interface Heartbeat {
   model: string;
   group: string;
@@ -2671,7 +2674,10 @@ export const WorkerServiceService = {
     responseSerialize: (value: SessionResponse): Buffer => Buffer.from(SessionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): SessionResponse => SessionResponse.decode(value),
   },
-  /** Drain stops the group from taking sequences and returns once the last has ended. */
+  /**
+   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
+   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   */
   drain: {
     path: "/mimo.worker.v1.WorkerService/Drain" as const,
     requestStream: false as const,
@@ -2699,7 +2705,10 @@ export interface WorkerServiceServer extends UntypedServiceImplementation {
    * close the connection and every stream on it.
    */
   session: handleBidiStreamingCall<SessionRequest, SessionResponse>;
-  /** Drain stops the group from taking sequences and returns once the last has ended. */
+  /**
+   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
+   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   */
   drain: handleUnaryCall<DrainRequest, DrainResponse>;
   stats: handleUnaryCall<StatsRequest, StatsResponse>;
 }
@@ -2713,7 +2722,10 @@ export interface WorkerServiceClient extends Client {
   session(): ClientDuplexStream<SessionRequest, SessionResponse>;
   session(options: Partial<CallOptions>): ClientDuplexStream<SessionRequest, SessionResponse>;
   session(metadata: Metadata, options?: Partial<CallOptions>): ClientDuplexStream<SessionRequest, SessionResponse>;
-  /** Drain stops the group from taking sequences and returns once the last has ended. */
+  /**
+   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
+   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   */
   drain(
     request: DrainRequest,
     callback: (error: ServiceError | null, response: DrainResponse) => void,
