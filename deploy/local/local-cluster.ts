@@ -187,6 +187,7 @@ async function startGroup(shared: SharedParts, index: number): Promise<Superviso
               MIMO_WORKER_GROUP_TOKEN: groupToken,
               MIMO_WORKER_LISTEN: rank === 0 ? leaderAddresses[index] : addresses[rank],
               MIMO_WORKER_DRAIN_GRACE: '5s',
+              MIMO_WORKER_DRAIN_FINISH: '2s',
               ...(natsUrl === undefined ? {} : { MIMO_WORKER_NATS_URL: natsUrl }),
               ...options.workerEnv,
             },

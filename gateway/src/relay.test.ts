@@ -76,6 +76,11 @@ const handedOver: Partial<SequenceFinish> = {
   errorMessage: 'the group hands over',
 };
 
+/** The next token of an engine that depends on all before it, as sampling keyed by position does. */
+function nextOf(tokenIds: readonly number[]): number {
+  return 65 + (tokenIds.reduce((hash, id) => (hash * 31 + id) % 9973, 7) % 26);
+}
+
 const lengthOf = (text: string): number => tokenizer.encode(text).length;
 
 describe('Relay', () => {
@@ -338,9 +343,6 @@ describe('Relay', () => {
             }
             rig.events.push(event);
           });
-          // An engine whose next token depends on all before it, as sampling keyed by position does.
-          const nextOf = (tokenIds: readonly number[]): number =>
-            65 + (tokenIds.reduce((hash, id) => (hash * 31 + id) % 9973, 7) % 26);
           const run = async (stride: number, tokens: number): Promise<boolean> => {
             const { submit, listener } = rig.begin();
             const all = [...submit.tokenIds];
@@ -383,14 +385,13 @@ describe('Relay', () => {
           while (undisturbed.length < 2 + maxTokens) {
             undisturbed.push(nextOf(undisturbed));
           }
-          const written: number[] = [];
-          let text = '';
-          for (const event of rig.events) {
-            if (event.$case === 'delta') {
-              expect(event.value.index).toBe(written.length);
-              written.push(...event.value.tokenIds);
-              text += event.value.text;
-            }
+          const deltas = rig.events.flatMap((event) => (event.$case === 'delta' ? [event.value] : []));
+          const written = deltas.flatMap(({ tokenIds }) => tokenIds);
+          const text = deltas.map((each) => each.text).join('');
+          let next = 0;
+          for (const { index, tokenIds } of deltas) {
+            expect(index).toBe(next);
+            next += tokenIds.length;
           }
           expect(written).toEqual(undisturbed.slice(2));
           expect(text).toBe(tokenizer.decode(written));

@@ -117,6 +117,12 @@ async function openGroup(options: Partial<ScriptedGroupOptions> = {}): Promise<S
   return group;
 }
 
+async function openStalledGroup(group: string): Promise<ScriptedGroup> {
+  const opened = await openGroup({ group });
+  opened.stall();
+  return opened;
+}
+
 function clientOf(gateway: Gateway): InferenceServiceClient {
   const client = new InferenceServiceClient(gateway.address, grpc.credentials.createInsecure());
   clients.push(client);
@@ -470,19 +476,14 @@ describe('groups', () => {
   it('that break three times under the same request, before it gets anywhere, end it', async () => {
     const gateway = await openGateway();
     const client = clientOf(gateway);
-    const open = async (group: string): Promise<ScriptedGroup> => {
-      const opened = await openGroup({ group });
-      opened.stall();
-      return opened;
-    };
-    let last = await open('a');
+    let last = await openStalledGroup('a');
     const outcome = collect(generate(client, generation('poison'))).then(
       () => undefined,
       (error: unknown) => ClusterError.from(error),
     );
     for (const name of ['b', 'c']) {
       await vi.waitFor(() => expect(last.begun).toBe(1), 5_000);
-      const next = await open(name);
+      const next = await openStalledGroup(name);
       await last.vanish();
       last = next;
     }

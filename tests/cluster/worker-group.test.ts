@@ -102,7 +102,8 @@ describe('a replica group of two ranks', () => {
   let directory: string;
   let nats: NatsServer;
   let bus: RequestQueue;
-  let ranks: readonly Child[];
+  let ranks: readonly Child[] = [];
+  let shardDirectory: string;
   let addresses: readonly string[];
   let client: WorkerServiceClient;
   const heartbeats: Heartbeat[] = [];
@@ -122,7 +123,7 @@ describe('a replica group of two ranks', () => {
       precision: 'int8',
       tensorParallel: 2,
     } as const;
-    const shardDirectory = await shardDirectoryIn(set);
+    shardDirectory = await shardDirectoryIn(set);
     await compile({ ...set, modelDirectory, outDirectory: shardDirectory }, signal);
     nats = await startNatsServer({ binary, storeDirectory: join(directory, 'nats'), port: 0 });
     bus = createNatsQueue({
@@ -141,6 +142,9 @@ describe('a replica group of two ranks', () => {
       }
     })();
     await waitFor('the bus', () => bus.connected);
+  });
+
+  async function startGroup(env: NodeJS.ProcessEnv = {}): Promise<void> {
     const ports = await freePorts(4);
     addresses = ports.slice(2).map((port) => `127.0.0.1:${port}`);
     ranks = await Promise.all(
@@ -162,13 +166,14 @@ describe('a replica group of two ranks', () => {
             MIMO_WORKER_LISTEN: addresses[rank],
             MIMO_WORKER_NATS_URL: nats.url,
             MIMO_WORKER_MAX_SEQUENCES: '4',
+            ...env,
           },
         }),
       ),
     );
     client = new WorkerServiceClient(addresses[0] ?? '', grpc.credentials.createInsecure());
     await waitFor('the group to be ready', () => heartbeats.at(-1)?.state === GroupState.READY);
-  });
+  }
   afterEach(async () => {
     client.close();
     following.stop.abort();
@@ -179,6 +184,7 @@ describe('a replica group of two ranks', () => {
   });
 
   it('serves sessions with credit, aborts and deadlines, and says what it holds', async () => {
+    await startGroup();
     const first = heartbeats.find(({ state }) => state === GroupState.READY);
     expect(first).toMatchObject({ model, group: 'group-0', worldSize: 2, maxSequences: 4, draftTokens: 1 });
     expect(first?.address).toBe(addresses[0]);
@@ -263,6 +269,7 @@ describe('a replica group of two ranks', () => {
   });
 
   it('drains on SIGTERM: finishes what it holds, refuses what comes, exits with 0 on every rank', async () => {
+    await startGroup();
     const session = new SessionPeer(client);
     session.submit(1, { sampling: { ...sampling, maxTokens: 400 } });
     await waitFor('tokens', () => session.tokensOf(1).length > 0);
@@ -280,7 +287,57 @@ describe('a replica group of two ranks', () => {
     ]);
   });
 
+  it.each([
+    ['every rank', [0, 1]],
+    ['the leader alone', [0]],
+    ['the follower alone', [1]],
+  ])(
+    'hands over what does not finish in time on SIGTERM to %s, and exits with 0 as a whole',
+    async (_, asked) => {
+      await startGroup({ MIMO_WORKER_DRAIN_FINISH: '300ms' });
+      const session = new SessionPeer(client);
+      session.submit(1, { sampling: { ...sampling, maxTokens: 100 } });
+      await session.finished(1);
+      const endless = { ...sampling, maxTokens: 2_000 };
+      session.submit(2, { sampling: endless, creditTokens: 2_000 });
+      session.submit(3, { sampling: endless, creditTokens: 3 });
+      await waitFor('tokens', () => session.tokensOf(2).length > 0 && session.tokensOf(3).length === 3);
+      for (const rank of asked) {
+        process.kill(ranks[rank]?.pid ?? 0, 'SIGTERM');
+      }
+      for (const slot of [2, 3]) {
+        const finish = await session.finished(slot);
+        expect(finish).toMatchObject({ kind: FinishKind.ERROR, errorCode: 'unavailable' });
+        const tokens = session.tokensOf(slot);
+        expect(finish.completionTokens).toBe(tokens.length);
+        expect(finish.draftedTokens).toBeGreaterThan(0);
+        const common = Math.min(tokens.length, 100);
+        expect(tokens.slice(0, common)).toEqual(session.tokensOf(1).slice(0, common));
+      }
+      expect(session.tokensOf(2).length).toBeLessThan(2_000);
+      expect(heartbeats.at(-1)?.state).toBe(GroupState.DRAINING);
+      expect(await Promise.all(ranks.map(({ exited }) => exited))).toEqual([
+        { code: 0, signal: null },
+        { code: 0, signal: null },
+      ]);
+    },
+  );
+
+  it.each([
+    // Its leader says so; nobody is left to say it of the leader.
+    ['follower', 1, GroupState.FAILED],
+    ['leader', 0, GroupState.READY],
+  ])('notices within seconds that its %s is gone, also while idle', async (_, killed, lastState) => {
+    await startGroup();
+    ranks[killed]?.kill();
+    const goneMs = performance.now();
+    expect(await ranks[1 - killed]?.exited).toEqual({ code: 1, signal: null });
+    expect(performance.now() - goneMs).toBeLessThan(8_000);
+    expect(heartbeats.at(-1)?.state).toBe(lastState);
+  });
+
   async function loseRank(killed: number): Promise<SessionPeer> {
+    await startGroup();
     const session = new SessionPeer(client);
     session.submit(1, { sampling: { ...sampling, maxTokens: 2_000 } });
     await waitFor('tokens', () => session.tokensOf(1).length > 0);

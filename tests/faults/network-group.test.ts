@@ -82,6 +82,7 @@ describe('a network group', () => {
       leader!.send({ kind: 'close' });
       for (const follower of followers) {
         expect(await follower.response('failed')).toMatchObject({
+          code: 'canceled',
           message: 'the leader has dissolved the group',
         });
       }

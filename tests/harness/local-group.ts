@@ -60,6 +60,7 @@ export async function openLocalGroup({
           collective: { kind: 'in-process', group: shared, rank: i + 1 },
           limits: testLimits(manifest),
           pingMs: 1000,
+          leaving: new Int32Array(1),
         },
       }),
   );

@@ -13,6 +13,7 @@ describe('parseWorkerConfig', () => {
       heartbeatIntervalMs: 250,
       kvBytes: 2 ** 30,
       drainGraceMs: 25_000,
+      drainFinishMs: 10_000,
     });
   });
 
@@ -38,6 +39,11 @@ describe('parseWorkerConfig', () => {
     ],
     ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be given'],
     ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, fp16, bf16, int8, int4'],
+    [
+      'a drain that leaves no time to hand over',
+      { MIMO_WORKER_DRAIN_GRACE: '5s', MIMO_WORKER_DRAIN_FINISH: '5s' },
+      'MIMO_WORKER_DRAIN_FINISH (5000 ms) must be below MIMO_WORKER_DRAIN_GRACE (5000 ms)',
+    ],
     [
       'an unknown setting',
       { MIMO_WORKER_TENSOR_PARALEL: '2' },

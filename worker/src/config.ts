@@ -73,6 +73,8 @@ export const workerSettings = {
 
   /** Kubernetes gives a pod 30 s by default between SIGTERM and SIGKILL. */
   drainGraceMs: durationSetting('MIMO_WORKER_DRAIN_GRACE', '25s'),
+  /** What runs for longer than this while draining is handed over: moving costs a stream a pause and its prompt again. */
+  drainFinishMs: durationSetting('MIMO_WORKER_DRAIN_FINISH', '10s'),
   logLevel: choiceSetting('MIMO_WORKER_LOG_LEVEL', logLevels, 'info'),
 } as const;
 
@@ -97,6 +99,11 @@ function checkWorkerConfig(config: WorkerConfig): string[] {
   if (config.tensorParallel > 1 && config.peers.length !== config.tensorParallel) {
     problems.push(
       `MIMO_WORKER_PEERS must name ${config.tensorParallel} addresses, one a rank, not ${config.peers.length}`,
+    );
+  }
+  if (config.drainFinishMs >= config.drainGraceMs) {
+    problems.push(
+      `MIMO_WORKER_DRAIN_FINISH (${config.drainFinishMs} ms) must be below MIMO_WORKER_DRAIN_GRACE (${config.drainGraceMs} ms)`,
     );
   }
   const listenHost = config.listen.slice(0, config.listen.lastIndexOf(':'));

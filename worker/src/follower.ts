@@ -1,5 +1,6 @@
 // Any other rank of a replica group: holds its shard and computes what the leader plans. Owns its health and its end:
-// it goes when the leader goes, and while draining it computes on until then. Takes no requests, sends no heartbeats.
+// it goes when the leader goes. Asked to end by itself it lets the leader know, who drains the group, and computes on until
+// then. Takes no requests, sends no heartbeats.
 
 import { beforeAbort } from '@mimo/core/abort';
 import type { ClusterError } from '@mimo/core/errors';
@@ -19,6 +20,7 @@ export async function startFollower(parts: RankParts): Promise<{ readonly lost: 
   lifecycle.onClose('gRPC server', () => server.close(AbortSignal.timeout(closeServerMs)));
   lifecycle.onDrain('leader', async (signal) => {
     server.health.set('', false);
+    engine.leave();
     await beforeAbort(engine.failed, signal);
   });
   server.health.set('', true);

@@ -2,7 +2,8 @@
 // that say so. Owns the group's state as others see it and the order of its end; knows no model and no tensors.
 //
 // starting -> ready -> draining -> gone; from any of them -> failed, where every sequence ends with `aborted`, a last
-// heartbeat says FAILED, and the process ends: a group lives and dies whole.
+// heartbeat says FAILED, and the process ends: a group lives and dies whole. While draining, what runs may finish for a
+// while; what is left then is handed over, for its gateways to go on with elsewhere.
 
 import { randomUUID } from 'node:crypto';
 
@@ -36,7 +37,8 @@ export interface RankParts {
 
 /**
  * Starts the leader; resolves when the group serves. What is opened is closed by the lifecycle. Resolves `lost` with the
- * reason when the group is lost: the caller stops the lifecycle and exits with a failure.
+ * reason when the group is over: the caller stops the lifecycle and exits, with a failure unless the code is `canceled`,
+ * which says that it was dissolved in order.
  */
 export async function startLeader(parts: RankParts): Promise<{ readonly lost: Promise<ClusterError> }> {
   const { config, log, lifecycle } = parts;
@@ -78,7 +80,17 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
     sessions.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
     view.become(GroupState.DRAINING);
     heartbeats?.beat();
-    await engine.drain(signal);
+    const finishing = AbortSignal.any([signal, AbortSignal.timeout(config.drainFinishMs)]);
+    try {
+      await engine.drain(finishing);
+    } catch (error) {
+      if (signal.aborted) {
+        throw error;
+      }
+      log.info({ sequences: sessions.sequenceCount }, 'handing over');
+      sessions.handOver();
+      await engine.drain(signal);
+    }
     return before;
   };
   const server = await startGrpcServer({
@@ -101,7 +113,7 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   lifecycle.ready();
   log.info({ address: server.address, engine: summaryOf(engine) }, 'serving');
 
-  const lost = engine.failed.then((error) => {
+  const failed = engine.failed.then((error) => {
     view.become(GroupState.FAILED);
     server.health.set('', false);
     sessions.fail(
@@ -110,7 +122,10 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
     heartbeats?.beat();
     return error;
   });
-  return { lost };
+  const leaving = engine.leaving.then(
+    () => new ClusterError('canceled', 'another rank of the group was asked to end'),
+  );
+  return { lost: Promise.race([failed, leaving]) };
 }
 
 function summaryOf({ info }: EngineHost): Readonly<Record<string, unknown>> {

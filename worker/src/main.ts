@@ -1,5 +1,5 @@
 // The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Owns the exit code: 0 after
-// a drain that was asked for, 1 where the rank could not start or its group was lost.
+// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost.
 
 import { ClusterError } from '@mimo/core/errors';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
@@ -25,9 +25,10 @@ async function run(): Promise<void> {
       // Its end was asked for; whoever asked waits for the exit that follows.
       return;
     }
-    log.error({ error }, message);
+    const isInOrder = error.code === 'canceled';
+    log[isInOrder ? 'info' : 'error']({ error }, isInOrder ? 'the group ends' : message);
     await lifecycle.stop(message);
-    process.exit(1);
+    process.exit(isInOrder ? 0 : 1);
   };
   try {
     const start = config.rank === 0 ? startLeader : startFollower;

@@ -14,7 +14,7 @@ export interface SequenceOnWire {
   /** Completion index of the next token. */
   nextIndex: number;
   /** Why this side aborted it. The engine's `aborted` for no reason of ours is the loss of the group. */
-  abortedFor: 'gateway' | 'deadline' | undefined;
+  abortedFor: 'gateway' | 'deadline' | 'handOver' | undefined;
 }
 
 const finishKinds = {
@@ -62,6 +62,9 @@ function errorOf(
   }
   if (finish.kind !== 'aborted' || sequence.abortedFor === 'gateway') {
     return undefined;
+  }
+  if (sequence.abortedFor === 'handOver') {
+    return { code: 'unavailable', message: 'the group ends, and hands over its sequences' };
   }
   return sequence.abortedFor === 'deadline'
     ? { code: 'deadline_exceeded', message: 'the deadline passed while the sequence ran' }

@@ -166,6 +166,28 @@ describe('Sessions', () => {
     ]);
   });
 
+  it('hands over what runs: with its last tokens, its figures, and a code that is no failure of the group', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1));
+    session.receive(submitMessage(2));
+    session.receive({ message: { $case: 'abort', value: { slot: 2, epoch: 1 } } });
+    sessions.handOver();
+    expect(engine.aborted).toEqual([2, 1, 2]);
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [5] }]);
+    step(2, [
+      { sequenceId: 1, index: 1, tokenIds: [], finish: { kind: 'aborted', ...counts } },
+      { sequenceId: 2, index: 0, tokenIds: [], finish: { kind: 'aborted', ...counts } },
+    ]);
+    const deltas = peer.frames.flatMap((frame) => frame.deltas);
+    expect(deltas.map(({ index, tokenIds, finish }) => [index, tokenIds, finish?.errorCode])).toEqual([
+      [0, [5], undefined],
+      [1, [], 'unavailable'],
+      [0, [], ''],
+    ]);
+    expect(deltas[1]?.finish).toMatchObject({ kind: FinishKind.ERROR, ...counts });
+    expect(peer.ended).toBeUndefined();
+  });
+
   it('ignores aborts and credit for another epoch or for what has ended', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { epoch: 3 }));

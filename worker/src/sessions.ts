@@ -79,6 +79,13 @@ export class Sessions {
     this.#refusing ??= error;
   }
 
+  /** Has the engine end every sequence: each tells its last tokens and figures, and that another group may go on. */
+  handOver(): void {
+    for (const sequence of this.#sequences.values()) {
+      this.abort(sequence, 'handOver');
+    }
+  }
+
   /** Ends every sequence with this error, at once and without waiting for the engine, and every session after them. */
   fail(error: ClusterError): void {
     this.refuse(error);
@@ -154,7 +161,7 @@ export class Sessions {
     return sequence;
   }
 
-  abort(sequence: Sequence, reason: 'gateway' | 'deadline'): void {
+  abort(sequence: Sequence, reason: NonNullable<Sequence['abortedFor']>): void {
     sequence.abortedFor ??= reason;
     this.#engine.abort(sequence.id);
   }

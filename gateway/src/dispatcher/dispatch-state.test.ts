@@ -88,10 +88,11 @@ describe('DispatchState', () => {
   });
 
   it('believes the later attempt where two groups speak of a request that it knows nothing of', () => {
-    const running = (epoch: number): Partial<Heartbeat> => ({ running: [{ requestId: 'a', epoch }] });
+    const old = beat('old', { running: [{ requestId: 'a', epoch: 1 }] });
+    const late = beat('new', { running: [{ requestId: 'a', epoch: 2 }] });
     for (const groups of [
-      [beat('old', running(1)), beat('new', running(2))],
-      [beat('new', running(2)), beat('old', running(1))],
+      [old, late],
+      [late, old],
     ]) {
       const state = stateOf('a');
       state.reconcile(groups, at);

@@ -34,13 +34,20 @@ export interface EngineInfo {
 }
 
 /**
- * The running engine as its process sees it. On a follower only `info`, `failed` and `close` mean something; `submit`
+ * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something; `submit`
  * throws `failed_precondition`.
  */
 export interface EngineHost {
   readonly info: EngineInfo;
-  /** Resolves (never rejects) with the reason when the group is lost; every live sequence has then ended with `aborted`. */
+  /**
+   * Resolves (never rejects) with the reason when the group is over; every live sequence has then ended with `aborted`. The
+   * code is `canceled` on a follower whose leader has dissolved the group in order.
+   */
   readonly failed: Promise<ClusterError>;
+  /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
+  readonly leaving: Promise<void>;
+  /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
+  leave(): void;
   /** Throws `unavailable` while draining or closed. A request that cannot run ends with an `error` delta instead. */
   submit(request: SequenceRequest): void;
   /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
@@ -80,7 +87,9 @@ export async function startEngine(options: EngineOptions, signal?: AbortSignal):
 
 class RunningEngine implements EngineHost {
   readonly failed: Promise<ClusterError>;
+  readonly leaving: Promise<void>;
   readonly #resolveFailed: (error: ClusterError) => void;
+  readonly #resolveLeaving: () => void;
   readonly #complete: CompleteOptions;
   readonly #ranks: LocalRanks;
   readonly #threads: readonly Worker[];
@@ -99,6 +108,9 @@ class RunningEngine implements EngineHost {
     const { promise, resolve } = Promise.withResolvers<ClusterError>();
     this.failed = promise;
     this.#resolveFailed = resolve;
+    const leaving = Promise.withResolvers<void>();
+    this.leaving = leaving.promise;
+    this.#resolveLeaving = leaving.resolve;
     this.#complete = complete;
     this.#ranks = ranks;
     this.#stats = idleStats(complete.limits.kvBlocks);
@@ -136,6 +148,10 @@ class RunningEngine implements EngineHost {
     } finally {
       signal?.removeEventListener('abort', onAbort);
     }
+  }
+
+  leave(): void {
+    Atomics.store(this.#ranks.leaving, 0, 1);
   }
 
   submit(request: SequenceRequest): void {
@@ -218,6 +234,7 @@ class RunningEngine implements EngineHost {
       collective: this.#ranks.sources[index]!,
       limits,
       pingMs: this.#ranks.pingMs,
+      leaving: this.#ranks.leaving,
     };
     const thread = new Worker(new URL('step-thread.ts', import.meta.url), {
       workerData,
@@ -241,8 +258,11 @@ class RunningEngine implements EngineHost {
       case 'frame':
         this.#deliver(response.frame);
         break;
+      case 'leaving':
+        this.#resolveLeaving();
+        break;
       case 'ended':
-        this.#fail(new ClusterError('unavailable', 'the leader has dissolved the group'));
+        this.#fail(new ClusterError('canceled', 'the leader has dissolved the group'));
         break;
       case 'failed':
         // A rank that was stopped tells nothing new: what stopped the group is told by another, or is `close`.

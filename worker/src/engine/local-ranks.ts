@@ -16,6 +16,8 @@ const maxPingMs = 1000;
 export interface LocalRanks {
   readonly sources: readonly CollectiveSource[];
   readonly pingMs: number;
+  /** Shared with the step threads: not zero once this process has been asked to end. */
+  readonly leaving: Int32Array;
   stop(): void;
 }
 
@@ -25,14 +27,16 @@ export async function openGroup(
   { manifests }: CompleteOptions,
   signal: AbortSignal,
 ): Promise<LocalRanks> {
+  const leaving = new Int32Array(new SharedArrayBuffer(4));
   if (group.kind === 'in-process') {
     if (manifests.length === 1) {
-      return { sources: [{ kind: 'single' }], pingMs: maxPingMs, stop: () => undefined };
+      return { sources: [{ kind: 'single' }], pingMs: maxPingMs, leaving, stop: () => undefined };
     }
     const shared = createInProcessGroup(manifests.length);
     return {
       sources: manifests.map(({ rank }) => ({ kind: 'in-process', group: shared, rank })),
       pingMs: maxPingMs,
+      leaving,
       stop: () => stopInProcessGroup(shared),
     };
   }
@@ -55,6 +59,7 @@ export async function openGroup(
   return {
     sources: [{ kind: 'network', options: { rank, worldSize, peers, peerTimeoutMs, firstTimeoutMs, stop } }],
     pingMs: Math.min(maxPingMs, peerTimeoutMs / pingsPerTimeout),
+    leaving,
     stop: () => Atomics.store(stop, 0, 1),
   };
 }

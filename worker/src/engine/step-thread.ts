@@ -29,8 +29,10 @@ export interface StepThreadOptions {
   readonly collective: CollectiveSource;
   /** The leader's; followers are told what they need. */
   readonly limits: EngineLimits;
-  /** The leader shows signs of life at this interval while idle. */
+  /** The ranks show one another signs of life at this interval, whether there is work or not. */
   readonly pingMs: number;
+  /** Shared: not zero once this rank has been asked to end. */
+  readonly leaving: Int32Array;
 }
 
 /** From the main thread. */
@@ -40,10 +42,11 @@ export type StepThreadRequest =
   | { readonly kind: 'credit'; readonly sequenceId: number; readonly tokens: number }
   | { readonly kind: 'close' };
 
-/** To the main thread. `ended`: the leader has dissolved the group. */
+/** To the main thread. `leaving`: another rank has been asked to end. `ended`: the leader has dissolved the group. */
 export type StepThreadResponse =
   | { readonly kind: 'ready'; readonly runtime: 'ort-capi' | 'ort-node' }
   | { readonly kind: 'frame'; readonly frame: EngineFrame }
+  | { readonly kind: 'leaving' }
   | { readonly kind: 'ended' }
   | { readonly kind: 'failed'; readonly code: ClusterError['code']; readonly message: string };
 
@@ -65,14 +68,14 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     // Connections are taken over first: whatever fails below closes them, and the peers know at once.
     collective = openCollective(options.collective);
     runtime = await createRuntime(options.runtime);
-    const { directory, manifest, limits, pingMs } = options;
+    const { directory, manifest, limits, pingMs, leaving } = options;
     const { implementation } = runtime;
     const runner = new ShardRunner({ runtime, directory, manifest, collective });
     const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
     if (collective.rank === 0) {
       await lead({ limits, pingMs, runner, collective, port, onReady });
     } else {
-      follow(runner, collective, onReady);
+      follow({ runner, collective, leaving, onReady });
       respond({ kind: 'ended' });
     }
     runner.close();
@@ -117,6 +120,7 @@ async function lead({ runner, collective, port, limits, pingMs, onReady }: Leadi
   };
   const engine = new Engine(executor, limits);
   const inbox = new Inbox(port);
+  let metMs = performance.now();
   for (;;) {
     for (let request = inbox.next(); request !== undefined; request = inbox.next()) {
       if (request.kind === 'close') {
@@ -130,15 +134,26 @@ async function lead({ runner, collective, port, limits, pingMs, onReady }: Leadi
     if (frame !== undefined) {
       const stepMs = performance.now() - startedMs;
       port.postMessage({ kind: 'frame', frame: { ...frame, stepMs } } satisfies StepThreadResponse);
-    } else if (!(await inbox.wait(pingMs))) {
+    } else {
+      await inbox.wait(metMs + pingMs - performance.now());
+    }
+    if (performance.now() - metMs >= pingMs) {
+      metMs = performance.now();
       collective.broadcast(encodeStepPlan({ kind: 'ping' }));
-      meet(collective);
+      if (meet(collective) > 0) {
+        port.postMessage({ kind: 'leaving' } satisfies StepThreadResponse);
+      }
     }
   }
 }
 
 /** Returns when the leader dissolves the group. */
-function follow(runner: ShardRunner, collective: Collective, onReady: () => void): void {
+function follow({
+  runner,
+  collective,
+  leaving,
+  onReady,
+}: Pick<Leading, 'runner' | 'collective' | 'onReady'> & Pick<StepThreadOptions, 'leaving'>): void {
   for (;;) {
     const plan = decodeStepPlan(collective.receive());
     switch (plan.kind) {
@@ -152,7 +167,7 @@ function follow(runner: ShardRunner, collective: Collective, onReady: () => void
         runner.run(plan);
         break;
       case 'ping':
-        meet(collective);
+        meet(collective, Atomics.load(leaving, 0));
         break;
       case 'stop':
         return;
@@ -160,9 +175,11 @@ function follow(runner: ShardRunner, collective: Collective, onReady: () => void
   }
 }
 
-/** Everybody learns that everybody is alive. */
-function meet(collective: Collective): void {
-  collective.allReduce(new Float32Array(1));
+/** Everybody learns that everybody is alive, and how many of them were asked to end. */
+function meet(collective: Collective, leaving = 0): number {
+  const values = Float32Array.of(leaving);
+  collective.allReduce(values);
+  return values[0] ?? 0;
 }
 
 function apply(engine: Engine, request: Exclude<StepThreadRequest, { kind: 'close' }>): void {
@@ -199,15 +216,14 @@ class Inbox {
     );
   }
 
-  /** False when nothing came within `timeoutMs`. */
-  async wait(timeoutMs: number): Promise<boolean> {
-    const { promise, resolve } = Promise.withResolvers<boolean>();
-    const timer = setTimeout(() => resolve(false), timeoutMs);
-    this.#wake = () => resolve(true);
-    const came = await promise;
+  /** Until something comes, but no longer than `timeoutMs`. */
+  async wait(timeoutMs: number): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, timeoutMs);
+    this.#wake = resolve;
+    await promise;
     clearTimeout(timer);
     this.#wake = undefined;
-    return came || this.#arrived.length > 0;
   }
 }
 
