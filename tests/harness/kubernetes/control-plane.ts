@@ -82,7 +82,7 @@ function base64(text: string): string {
 }
 
 /** A kubeconfig's text, in JSON, which is YAML: one cluster, one user with a client certificate or a token. */
-function formatKubeconfig(
+export function formatKubeconfig(
   url: string,
   authorityCertificate: string,
   user: KeyPair | { readonly token: string },

@@ -1,0 +1,207 @@
+// The cluster that the other tests of this layer stand on: a real kubelet, containerd, kube-proxy and DNS in a box, and
+// what is left of it afterwards, which is nothing.
+
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { readFileSync, existsSync, globSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import { startRealCluster, type RealCluster } from '../harness/kubernetes/cluster.ts';
+import { cut, heal } from '../harness/kubernetes/network-faults.ts';
+import { createRunDirectory } from '../harness/kubernetes/run-directory.ts';
+import { findTools } from '../harness/kubernetes/tools.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const leftovers = (): readonly string[] => [
+  ...globSync(join(tmpdir(), 'mimo-kube-*')),
+  ...globSync('/sys/fs/cgroup/*/mimo-kube-*'),
+];
+const overcommit = (): string => readFileSync('/proc/sys/vm/overcommit_memory', 'utf8');
+
+describe('a real cluster of two nodes', () => {
+  const before = overcommit();
+  let cluster: RealCluster;
+  beforeAll(async () => {
+    cluster = await startRealCluster({
+      tools: await findTools(),
+      nodes: 2,
+      gpusPerNode: 4,
+      onProgress: (line) => console.error(line),
+    });
+  });
+  afterAll(async () => {
+    await cluster.close();
+  });
+
+  const shell = (pod: string, script: string): Promise<string> =>
+    cluster.kubectl('exec', pod, '--', 'busybox', 'sh', '-c', script);
+
+  it('runs pods with GPUs that find one another by name across nodes', async () => {
+    for (const [index, { name }] of cluster.nodes.entries()) {
+      await cluster.apply(webPod(`web-${index}`, name));
+    }
+    await cluster.apply({
+      apiVersion: 'v1',
+      kind: 'Service',
+      metadata: { name: 'web', namespace: 'default' },
+      spec: { selector: { app: 'web-1' }, ports: [{ port: 80, targetPort: 8080 }] },
+    });
+    await cluster.kubectl('wait', '--for=condition=Ready', 'pod/web-0', 'pod/web-1', '--timeout=60s');
+
+    await waitFor('the Service to answer in a pod of the other node', async () => {
+      const answer = await shell('web-0', 'busybox wget -qO- http://web.default.svc.cluster.local/name');
+      return answer.trim() === 'web-1';
+    });
+    const address = await cluster.kubectl('get', 'service', 'web', '-o', 'jsonpath={.spec.clusterIP}');
+    const { port } = await cluster.forward({ host: address, port: 80 });
+    expect(await (await fetch(`http://127.0.0.1:${port}/name`)).text()).toBe('web-1\n');
+    expect((await shell('web-0', 'echo $NVIDIA_VISIBLE_DEVICES')).split(',')).toHaveLength(3);
+    expect(cluster.gpus[0]?.allocations).toHaveLength(1);
+  });
+
+  it('offers one GPU less while one is sick', async () => {
+    const offered = (): Promise<string> =>
+      cluster.kubectl(
+        'get',
+        'node',
+        'node-1',
+        '-o',
+        String.raw`jsonpath={.status.allocatable.nvidia\.com/gpu}`,
+      );
+    expect(await offered()).toBe('4');
+    cluster.gpus[0]?.setHealthy(3, false);
+    await waitFor('three GPUs', async () => (await offered()) === '3');
+    cluster.gpus[0]?.setHealthy(3, true);
+    await waitFor('four GPUs', async () => (await offered()) === '4');
+  });
+
+  it('keeps its pods while the kubelet, containerd and etcd die and come back', async () => {
+    const [node] = cluster.nodes;
+    const restarts = '-o=jsonpath={.items[*].status.containerStatuses[*].restartCount}';
+    await node?.kubelet.kill();
+    await node?.containerd.kill();
+    await cluster.controlPlane.etcd.kill();
+    await cluster.controlPlane.restartEtcd();
+    await node?.restartContainerd();
+    await node?.restartKubelet();
+    await cluster.controlPlane.ready();
+    await waitFor('the pods to answer', async () => (await shell('web-0', 'echo here')) === 'here\n', 60_000);
+    expect(await cluster.kubectl('get', 'pods', restarts)).toBe('0 0');
+    await waitFor(
+      'the GPUs to be offered again',
+      async () =>
+        (await cluster.kubectl(
+          'get',
+          'node',
+          'node-1',
+          '-o',
+          String.raw`jsonpath={.status.allocatable.nvidia\.com/gpu}`,
+        )) === '4',
+      60_000,
+    );
+  });
+
+  it('loses a node that is cut off, and finds it again', async () => {
+    const [, node] = cluster.nodes;
+    if (node === undefined) {
+      throw new Error('there is no second node');
+    }
+    const path = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}';
+    const ready = (): Promise<string> => cluster.kubectl('get', 'node', node.name, '-o', path);
+    await cut(node.box, cluster.controlPlaneBox);
+    await waitFor('the node to count as lost', async () => (await ready()) === 'Unknown', 60_000);
+    await heal(node.box, cluster.controlPlaneBox);
+    await waitFor('the node to be back', async () => (await ready()) === 'True', 60_000);
+    expect(await ready()).toBe('True');
+  });
+
+  it('leaves nothing behind', async () => {
+    await cluster.close();
+    expect(leftovers()).toEqual([]);
+    expect(overcommit()).toBe(before);
+  });
+});
+
+describe('a run that is killed', () => {
+  const script = `
+    import { createRunDirectory } from './tests/harness/kubernetes/run-directory.ts';
+    import { createBox } from './tests/harness/kubernetes/box.ts';
+    const run = await createRunDirectory();
+    await createBox({ run, name: 'box', address: '198.18.0.1' });
+    console.log(run.path);
+    setInterval(() => {}, 1000);
+  `;
+  const start = async () => {
+    const child = spawn(process.execPath, ['--input-type=module-typescript', '-e', script], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    const [output] = (await once(child.stdout, 'data')) as [Buffer];
+    return { child, path: output.toString().trim() };
+  };
+
+  it('is cleaned up at once', async () => {
+    const { child, path } = await start();
+    expect(existsSync(path)).toBe(true);
+    child.kill('SIGKILL');
+    await waitFor('everything to be removed', () => leftovers().length === 0);
+  });
+
+  it('is cleaned up by the next run where its cleaner was killed too', async () => {
+    const { child, path } = await start();
+    const cleaners = globSync('/proc/[0-9]*/cmdline').filter((file) => {
+      const text = readFileOr(file);
+      return text.startsWith('/bin/sh') && text.includes(path);
+    });
+    expect(cleaners).toHaveLength(1);
+    process.kill(Number(cleaners[0]?.split('/')[2]), 'SIGKILL');
+    child.kill('SIGKILL');
+    await once(child, 'exit');
+    expect(existsSync(path)).toBe(true);
+    const next = await createRunDirectory();
+    expect(existsSync(path)).toBe(false);
+    await next.close();
+    expect(leftovers()).toEqual([]);
+  });
+});
+
+function readFileOr(file: string): string {
+  try {
+    return readFileSync(file, 'utf8');
+  } catch {
+    return '';
+  }
+}
+
+function webPod(name: string, node: string): unknown {
+  return {
+    apiVersion: 'v1',
+    kind: 'Pod',
+    metadata: { name, namespace: 'default', labels: { app: name } },
+    spec: {
+      nodeSelector: { 'kubernetes.io/hostname': node },
+      terminationGracePeriodSeconds: 1,
+      containers: [
+        {
+          name: 'web',
+          image: 'registry.k8s.io/pause:mimo-tests',
+          imagePullPolicy: 'Never',
+          command: ['busybox', 'sh', '-c', 'echo $HOSTNAME > /www/name; busybox httpd -f -p 8080 -h /www'],
+          volumeMounts: [{ name: 'www', mountPath: '/www' }],
+          resources: { limits: { 'nvidia.com/gpu': '3' } },
+          readinessProbe: { httpGet: { port: 8080, path: '/name' }, periodSeconds: 1 },
+          securityContext: {
+            runAsNonRoot: true,
+            readOnlyRootFilesystem: true,
+            allowPrivilegeEscalation: false,
+            capabilities: { drop: ['ALL'] },
+            seccompProfile: { type: 'RuntimeDefault' },
+          },
+        },
+      ],
+      volumes: [{ name: 'www', emptyDir: {} }],
+    },
+  };
+}
