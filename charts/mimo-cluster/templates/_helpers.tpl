@@ -12,7 +12,7 @@
 {{/* (dict "root" $ "component" "gateway"): what never changes, so that it can select. */}}
 {{- define "mimo.selectorLabels" -}}
 app.kubernetes.io/name: mimo-{{ .component }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- end -}}
 
 {{- define "mimo.labels" -}}
@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- with .Values.images.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}
@@ -63,7 +63,7 @@ capabilities:
 {{/* (dict "root" $ "component" "gateway" "values" .Values.gateway): where pods may run. */}}
 {{- define "mimo.placement" -}}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector:

@@ -6,13 +6,17 @@ podSelector:
     {{- include "mimo.selectorLabels" . | nindent 4 }}
 {{- end -}}
 
-{{/* Pods that the controller makes: a release's name is not among their labels. */}}
+{{/* Pods that the controller makes: those of groups, and those that prepare a model. No release's name is on them. */}}
 {{- define "mimo.policyWorkers" -}}
 podSelector:
   matchLabels:
+    app.kubernetes.io/name: mimo-worker
     app.kubernetes.io/managed-by: mimo-controller
-  matchExpressions:
-    - {key: app.kubernetes.io/name, operator: In, values: [mimo-worker, mimo-prepare]}
+{{- end -}}
+
+{{- define "mimo.policyGroups" -}}
+{{ include "mimo.policyWorkers" . }}
+    app.kubernetes.io/component: group
 {{- end -}}
 
 {{- define "mimo.policyDns" -}}

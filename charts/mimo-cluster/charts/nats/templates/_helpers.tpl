@@ -4,7 +4,7 @@
 
 {{- define "nats.selectorLabels" -}}
 app.kubernetes.io/name: mimo-nats
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "nats.labels" -}}

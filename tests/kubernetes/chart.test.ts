@@ -1,0 +1,345 @@
+// The chart on a real API server with its controllers, in namespaces that enforce Pod Security "restricted": what is
+// installed is admitted and makes its pods, the controller's rights are exactly those of the table, an upgrade keeps what
+// the controller wrote, and nothing is left behind. There are no machines: what the pods do is the node layer's.
+
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
+import {
+  chartDirectory,
+  renderChart,
+  runHelm,
+  type KubernetesObject,
+  type Values,
+} from '../harness/kubernetes/helm.ts';
+import { findTools } from '../harness/kubernetes/tools.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const sha256 = 'a'.repeat(64);
+const controllerAccount = 'mimo-mimo-cluster-controller';
+const tenantSecret = 'mimo-mimo-cluster-tenant-keys';
+let helm: string;
+let cluster: ControlPlane;
+
+beforeAll(async () => {
+  const tools = await findTools();
+  ({ helm } = tools);
+  cluster = await startControlPlane({ tools });
+});
+
+afterAll(async () => {
+  await cluster?.close();
+});
+
+async function createNamespace(name: string): Promise<void> {
+  await cluster.kubectl(['create', 'namespace', name]);
+  await cluster.kubectl([
+    'label',
+    'namespace',
+    name,
+    'pod-security.kubernetes.io/enforce=restricted',
+    'pod-security.kubernetes.io/enforce-version=latest',
+  ]);
+}
+
+async function helmIn(namespace: string, args: readonly string[], values?: Values): Promise<string> {
+  return runHelm(helm, [...args, '--namespace', namespace, '--kubeconfig', cluster.kubeconfig], { values });
+}
+
+async function install(namespace: string, values: Values): Promise<string> {
+  await createNamespace(namespace);
+  return helmIn(namespace, ['install', 'mimo', chartDirectory], values);
+}
+
+async function list(namespace: string, kinds: string): Promise<readonly KubernetesObject[]> {
+  const text = await cluster.kubectl(['get', kinds, '--namespace', namespace, '--output', 'json']);
+  return (JSON.parse(text) as { items: KubernetesObject[] }).items;
+}
+
+const everyKind =
+  'deployments,statefulsets,replicasets,pods,services,configmaps,secrets,serviceaccounts,roles,rolebindings,leases,' +
+  'persistentvolumeclaims,poddisruptionbudgets,networkpolicies,horizontalpodautoscalers,jobs,endpointslices,' +
+  'modelservices.mimo-cluster.dev,tenants.mimo-cluster.dev';
+
+const modelService = {
+  name: 'demo',
+  spec: {
+    model: { name: 'demo', precision: 'bf16', source: { hub: { repository: 'a/b' } } },
+    resources: { accelerators: 1 },
+    scaling: { min: 0, max: 2 },
+  },
+};
+
+const choices: readonly (readonly [name: string, values: Values, pods: number])[] = [
+  ['defaults', {}, 7],
+  ['external-nats', { nats: { enabled: false, externalUrls: ['nats://queue.infra.svc:4222'] } }, 4],
+  ['1e3', { nats: { replicas: 1 }, gateway: { replicas: 1 }, controller: { replicas: 1 } }, 3],
+  [
+    'full',
+    {
+      images: { pullSecrets: ['pull'] },
+      gateway: {
+        spread: 'required',
+        replicas: 3,
+        models: [{ name: 'org/local', claimName: 'tokenizer', path: 'mimo' }],
+        service: { type: 'LoadBalancer', loadBalancerSourceRanges: ['10.0.0.0/8'] },
+        affinity: { nodeAffinity: {} },
+      },
+      nats: { replicas: 5, spread: 'required' },
+      modelCache: { type: 'pvc', pvc: { keepOnUninstall: false } },
+      accelerators: { resourceName: 'example.com/gpu', runtimeClassName: 'nvidia' },
+      networkPolicy: { apiServerCidrs: ['10.0.0.1/32'], hub: { cidrs: ['0.0.0.0/0'] } },
+      dashboards: { enabled: true },
+      tenants: [
+        { name: 'alpha', apiKeySha256: [sha256], limits: { tokensPerMinute: 1000 }, allowedModels: ['demo'] },
+        { name: 'beta', existingSecrets: [{ name: 'their-key' }], priorityClass: 'batch' },
+      ],
+      modelServices: [modelService],
+    },
+    10,
+  ],
+  [
+    'off',
+    {
+      gateway: { authentication: 'none', service: { headless: false }, autoscaling: { enabled: true } },
+      nats: { podDisruptionBudget: { enabled: false }, networkPolicy: { enabled: false } },
+      podDisruptionBudget: { enabled: false },
+      networkPolicy: { enabled: false },
+    },
+    6,
+  ],
+];
+
+// Names that YAML takes for something else are names too.
+describe.each(choices)('installed as %s', (namespace, values, podCount) => {
+  it('is admitted, makes its pods under Pod Security "restricted", and is gone after helm uninstall', async () => {
+    expect(await install(namespace, values)).toContain('STATUS: deployed');
+
+    // Pods are made by the API server's controllers: one that is not admitted does not appear.
+    await waitFor('the pods', async () => (await list(namespace, 'pods')).length >= podCount, 60_000);
+    const failures = (await list(namespace, 'events')).filter(({ reason }) => reason === 'FailedCreate');
+    expect(failures.map(({ message }) => message)).toEqual([]);
+
+    await helmIn(namespace, ['uninstall', 'mimo', '--wait']);
+    const own = new Set(['kube-root-ca.crt', 'default']);
+    await waitFor(
+      'nothing to be left',
+      async () => (await list(namespace, everyKind)).every(({ metadata }) => own.has(metadata.name)),
+      60_000,
+    );
+  });
+
+  it('renders objects that the API server takes with every field known, the hooks too', async () => {
+    const dry = `${namespace}-dry`;
+    await createNamespace(dry);
+    const objects = await renderChart(helm, values);
+    const said = await cluster.kubectl(
+      ['apply', '--server-side', '--dry-run=server', '--validate=strict', '--filename', '-'],
+      JSON.stringify({
+        apiVersion: 'v1',
+        kind: 'List',
+        items: objects.map((object) => inNamespace(object, dry)),
+      }),
+    );
+    expect(said.trim().split('\n')).toHaveLength(objects.length);
+  });
+});
+
+function inNamespace(object: KubernetesObject, namespace: string): KubernetesObject {
+  return { ...object, metadata: { ...object.metadata, namespace } };
+}
+
+describe('what the API server refuses', () => {
+  it('a ModelService by its field, and nothing stays installed', async () => {
+    const broken = { ...modelService, spec: { ...modelService.spec, tensorParallel: 3 } };
+    await expect(install('refused', { modelServices: [broken] })).rejects.toThrow(/spec\.tensorParallel/);
+    await helmIn('refused', ['uninstall', 'mimo', '--wait']);
+    expect(await list('refused', 'deployments,statefulsets')).toEqual([]);
+  });
+
+  it('a worker pod on a machine\'s directory, where "restricted" is enforced', async () => {
+    await createNamespace('host-path');
+    const pod = {
+      apiVersion: 'v1',
+      kind: 'Pod',
+      metadata: { name: 'w', namespace: 'host-path' },
+      spec: { containers: [{ name: 'c', image: 'i' }], volumes: [{ name: 'v', hostPath: { path: '/x' } }] },
+    };
+    await expect(
+      cluster.kubectl(['create', '--dry-run=server', '--filename', '-'], JSON.stringify(pod)),
+    ).rejects.toThrow(/violates PodSecurity/);
+  });
+});
+
+interface Right {
+  readonly verb: string;
+  readonly group?: string;
+  readonly resource: string;
+  readonly subresource?: string;
+  readonly name?: string;
+  readonly namespace?: string;
+}
+
+/** `verbs` of a `group/resource/subresource` (the core group is empty), of one name or of any. */
+function rights(verbs: string, what: string, where: Partial<Right> = {}): readonly Right[] {
+  const [group = '', resource = '', subresource] = what.split('/');
+  return verbs.split(' ').map((verb) => ({
+    verb,
+    group,
+    resource,
+    ...(subresource === undefined ? {} : { subresource }),
+    ...where,
+  }));
+}
+
+/** A right in words, for a failing table. */
+function words({ verb, group = '', resource, subresource, name = '', namespace = '' }: Right): string {
+  return [verb, [group, resource, subresource].filter(Boolean).join('/'), name, namespace].join(' ').trim();
+}
+
+describe("the controller's rights", () => {
+  const namespace = 'rights';
+  const own = 'mimo-cluster.dev';
+  const allowed = [
+    ...rights('get list watch patch update', `${own}/modelservices`),
+    ...rights('get list watch patch update', `${own}/tenants`),
+    ...rights('get patch update', `${own}/modelservices/status`),
+    ...rights('get patch update', `${own}/tenants/status`),
+    ...rights('update', `${own}/modelservices/finalizers`),
+    ...rights('get list watch create patch delete', '/pods'),
+    ...rights('get patch', '/pods/status'),
+    ...rights('get list watch create patch delete', '/services'),
+    ...rights('get list watch create patch delete', 'policy/poddisruptionbudgets'),
+    ...rights('create patch', '/events'),
+    ...rights('create patch', 'events.k8s.io/events'),
+    ...rights('create', 'coordination.k8s.io/leases'),
+    ...rights('get patch update', 'coordination.k8s.io/leases', { name: 'mimo-controller' }),
+    ...rights('get', '/secrets', { name: 'any-tenants-key' }),
+    ...rights('patch update', '/secrets', { name: tenantSecret }),
+  ];
+  const denied = [
+    // Everything elsewhere, and what belongs to the cluster.
+    ...rights('get list watch create patch delete', '/pods', { namespace: 'default' }),
+    ...rights('get list', '/secrets', { namespace: 'kube-system' }),
+    ...rights('get list watch', `${own}/modelservices`, { namespace: 'default' }),
+    ...rights('get list watch patch', '/nodes'),
+    ...rights('list', '/namespaces'),
+    ...rights('get create patch', 'apiextensions.k8s.io/customresourcedefinitions'),
+    // Into pods, and around their limits.
+    ...rights('create get', '/pods/exec'),
+    ...rights('create get', '/pods/attach'),
+    ...rights('create get', '/pods/portforward'),
+    ...rights('create get', '/pods/proxy'),
+    ...rights('get', '/pods/log'),
+    ...rights('patch update', '/pods/ephemeralcontainers'),
+    ...rights('create', '/pods/eviction'),
+    ...rights('create', '/pods/binding'),
+    ...rights('update deletecollection', '/pods'),
+    // Secrets.
+    ...rights('list watch create delete deletecollection', '/secrets'),
+    ...rights('patch update', '/secrets', { name: 'any-tenants-key' }),
+    ...rights('delete', '/secrets', { name: tenantSecret }),
+    ...rights('create', '/serviceaccounts/token', { name: 'default' }),
+    // More rights for itself.
+    ...rights('create patch update bind escalate', 'rbac.authorization.k8s.io/roles'),
+    ...rights('create patch update', 'rbac.authorization.k8s.io/rolebindings'),
+    ...rights('impersonate', '/serviceaccounts'),
+    ...rights('use', 'policy/podsecuritypolicies'),
+    // Other things of the release.
+    ...rights('create delete', `${own}/modelservices`),
+    ...rights('create delete', `${own}/tenants`),
+    ...rights('get list create patch delete', 'apps/deployments'),
+    ...rights('get list create patch delete', 'apps/statefulsets'),
+    ...rights('get list create patch delete', '/configmaps'),
+    ...rights('create patch delete', '/persistentvolumeclaims'),
+    ...rights('create patch delete', 'networking.k8s.io/networkpolicies'),
+    ...rights('list watch delete', 'coordination.k8s.io/leases'),
+    ...rights('get patch update', 'coordination.k8s.io/leases', { name: 'another' }),
+  ];
+
+  /** Asks the API server whether a ServiceAccount of the release may. */
+  async function review(account: string, asked: readonly Right[]): Promise<readonly boolean[]> {
+    const items = asked.map(({ verb, group = '', resource, subresource, name, namespace: where }) => ({
+      apiVersion: 'authorization.k8s.io/v1',
+      kind: 'SubjectAccessReview',
+      spec: {
+        user: `system:serviceaccount:${namespace}:${account}`,
+        groups: ['system:serviceaccounts', `system:serviceaccounts:${namespace}`, 'system:authenticated'],
+        resourceAttributes: { namespace: where ?? namespace, verb, group, resource, subresource, name },
+      },
+    }));
+    const answer = await cluster.kubectl(
+      ['create', '--output', 'json', '--filename', '-'],
+      JSON.stringify({ apiVersion: 'v1', kind: 'List', items }),
+    );
+    const reviews = JSON.parse(`[${answer.replaceAll(/\}\s*\{/g, '},{')}]`) as {
+      items?: { status: { allowed: boolean } }[];
+      status: { allowed: boolean };
+    }[];
+    return reviews.flatMap((one) => one.items ?? [one]).map(({ status }) => status.allowed);
+  }
+
+  beforeAll(async () => {
+    await install(namespace, {});
+  });
+
+  it('are these', async () => {
+    const answers = await review(controllerAccount, allowed);
+    expect(answers).toHaveLength(allowed.length);
+    expect(allowed.filter((_right, index) => answers[index] !== true).map(words)).toEqual([]);
+  });
+
+  it('are not these', async () => {
+    const answers = await review(controllerAccount, denied);
+    expect(answers).toHaveLength(denied.length);
+    expect(denied.filter((_right, index) => answers[index] !== false).map(words)).toEqual([]);
+  });
+
+  it("are nobody else's", async () => {
+    for (const account of ['mimo-mimo-cluster-gateway', 'mimo-mimo-cluster-worker', 'default']) {
+      expect((await review(account, allowed)).filter((isAllowed) => isAllowed)).toEqual([]);
+    }
+  });
+
+  it('suffice for the keys of tenants, which an upgrade keeps', async () => {
+    const kubeconfig = await cluster.kubeconfigForServiceAccount(namespace, controllerAccount);
+    const keys = Buffer.from(JSON.stringify({ keys: [{ sha256, tenant: 'alpha' }] })).toString('base64');
+    await cluster.kubectl(
+      [
+        `--kubeconfig=${kubeconfig}`,
+        'apply',
+        '--server-side',
+        '--field-manager=mimo-controller',
+        '--filename=-',
+      ],
+      JSON.stringify({
+        apiVersion: 'v1',
+        kind: 'Secret',
+        metadata: { name: tenantSecret, namespace },
+        data: { 'keys.json': keys },
+      }),
+    );
+    await helmIn(namespace, ['upgrade', 'mimo', chartDirectory], { gateway: { replicas: 3 } });
+    const secret = (await list(namespace, 'secrets')).find(({ metadata }) => metadata.name === tenantSecret);
+    expect(secret?.['data']).toEqual({ 'keys.json': keys });
+    const gateway = (await list(namespace, 'deployments')).find(({ metadata }) =>
+      metadata.name.endsWith('-gateway'),
+    );
+    expect(gateway?.['spec']).toMatchObject({ replicas: 3 });
+  });
+
+  it('do not let it run a command in a pod', async () => {
+    const kubeconfig = await cluster.kubeconfigForServiceAccount(namespace, controllerAccount);
+    const [pod] = await list(namespace, 'pods');
+    await expect(
+      cluster.kubectl([
+        `--kubeconfig=${kubeconfig}`,
+        `--namespace=${namespace}`,
+        'exec',
+        pod?.metadata.name ?? '',
+        '--',
+        'true',
+      ]),
+    ).rejects.toThrow(/cannot (get|create) resource "pods\/exec"/);
+  });
+});
