@@ -37,6 +37,12 @@ describe('parseWorkerConfig', () => {
       { MIMO_WORKER_TENSOR_PARALLEL: '2', MIMO_WORKER_PEERS: 'a:1,b' },
       'entries must be host:port, not "b"',
     ],
+    [
+      'a repository that is none',
+      { MIMO_WORKER_HUB_REPOSITORY: '../a' },
+      'must be organisation/name, not "../a"',
+    ],
+    ['a hub that is no URL', { MIMO_WORKER_HUB_ENDPOINT: 'hub' }, 'MIMO_WORKER_HUB_ENDPOINT must be a URL'],
     ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be given'],
     ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, fp16, bf16, int8, int4'],
     [
@@ -51,5 +57,18 @@ describe('parseWorkerConfig', () => {
     ],
   ])('refuses %s', (_, changes, message) => {
     expect(() => parseWorkerConfig({ ...minimal, ...changes })).toThrow(message);
+  });
+
+  it('asks no addresses of prepare, but a checkpoint', () => {
+    const env = { ...minimal, MIMO_WORKER_NATS_URL: 'nats://n', MIMO_WORKER_TENSOR_PARALLEL: '2' };
+    expect(() => parseWorkerConfig(env, 'prepare')).toThrow(
+      'MIMO_WORKER_SHARD_DIRECTORY leaves nothing to prepare',
+    );
+    const checkpoint = {
+      MIMO_WORKER_SHARD_DIRECTORY: undefined,
+      MIMO_WORKER_CHECKPOINT_DIRECTORY: '/model',
+      MIMO_WORKER_CACHE_DIRECTORY: '/cache',
+    };
+    expect(parseWorkerConfig({ ...env, ...checkpoint }, 'prepare')).toMatchObject({ hubRevision: 'main' });
   });
 });

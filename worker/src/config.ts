@@ -28,6 +28,15 @@ export const workerSettings = {
   /** Hash of the spec that the group was started from; only handed on in heartbeats. */
   revision: textSetting('MIMO_WORKER_REVISION', ''),
 
+  /** What `prepare` fetches into the checkpoint directory, as `organisation/name`; empty: the checkpoint is there already. */
+  hubRepository: textSetting('MIMO_WORKER_HUB_REPOSITORY', ''),
+  /** A branch, tag or commit; a commit stays the same for ever. */
+  hubRevision: textSetting('MIMO_WORKER_HUB_REVISION', 'main'),
+  /** URL of a hub; empty: the public one. */
+  hubEndpoint: textSetting('MIMO_WORKER_HUB_ENDPOINT', ''),
+  /** For models that the hub does not show to everybody. Its name is the one that all of the hub's tools know. */
+  hubToken: secretSetting('HF_TOKEN', ''),
+
   /** A Hugging Face checkpoint directory, compiled into the cache at the first start ... */
   checkpointDirectory: textSetting('MIMO_WORKER_CHECKPOINT_DIRECTORY', ''),
   /** ... or what `mimo compile` wrote: the directory that holds `rank-0`, `rank-1`, ... */
@@ -81,7 +90,10 @@ export const workerSettings = {
 /** The configuration of one rank. Times in milliseconds, sizes in bytes; '' where an optional text was not given. */
 export type WorkerConfig = ConfigOf<typeof workerSettings>;
 
-function checkWorkerConfig(config: WorkerConfig): string[] {
+/** What is run: a rank, or the command that finds, compiles and publishes its model beforehand. */
+export type WorkerCommand = 'rank' | 'prepare';
+
+function checkModel(config: WorkerConfig): string[] {
   const problems: string[] = [];
   if ((config.checkpointDirectory === '') === (config.shardDirectory === '')) {
     problems.push(
@@ -91,6 +103,19 @@ function checkWorkerConfig(config: WorkerConfig): string[] {
   if (config.checkpointDirectory !== '' && config.cacheDirectory === '') {
     problems.push('MIMO_WORKER_CACHE_DIRECTORY must be given where a checkpoint has to be compiled');
   }
+  if (config.hubRepository !== '' && !/^\w[\w.-]*(\/\w[\w.-]*)?$/.test(config.hubRepository)) {
+    problems.push(
+      `MIMO_WORKER_HUB_REPOSITORY must be organisation/name, not ${JSON.stringify(config.hubRepository)}`,
+    );
+  }
+  if (config.hubEndpoint !== '' && !/^https?:\/\/./.test(config.hubEndpoint)) {
+    problems.push(`MIMO_WORKER_HUB_ENDPOINT must be a URL, not ${JSON.stringify(config.hubEndpoint)}`);
+  }
+  return problems;
+}
+
+function checkRank(config: WorkerConfig): string[] {
+  const problems: string[] = [];
   if (config.rank >= config.tensorParallel) {
     problems.push(
       `MIMO_WORKER_RANK must be below MIMO_WORKER_TENSOR_PARALLEL (${config.tensorParallel}), not ${config.rank}`,
@@ -121,7 +146,18 @@ function checkWorkerConfig(config: WorkerConfig): string[] {
   return problems;
 }
 
-/** Reads a rank's environment; fails with `invalid_argument` listing every problem. */
-export function parseWorkerConfig(env: Environment): WorkerConfig {
-  return parseConfig({ prefix: 'MIMO_WORKER_', settings: workerSettings, check: checkWorkerConfig }, env);
+/**
+ * Reads the environment of a rank, or that of its pod's `prepare`, which needs no addresses; fails with
+ * `invalid_argument` listing every problem.
+ */
+export function parseWorkerConfig(env: Environment, command: WorkerCommand = 'rank'): WorkerConfig {
+  const check = (config: WorkerConfig): string[] => [
+    ...checkModel(config),
+    ...(command === 'rank'
+      ? checkRank(config)
+      : config.shardDirectory === ''
+        ? []
+        : ['MIMO_WORKER_SHARD_DIRECTORY leaves nothing to prepare: give MIMO_WORKER_CHECKPOINT_DIRECTORY']),
+  ];
+  return parseConfig({ prefix: 'MIMO_WORKER_', settings: workerSettings, check }, env);
 }

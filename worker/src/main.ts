@@ -1,5 +1,6 @@
 // The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Owns the exit code: 0 after
-// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost.
+// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost. `prepare` as
+// an argument runs prepare.ts instead, in the same environment.
 
 import { ClusterError } from '@mimo/core/errors';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
@@ -45,7 +46,23 @@ async function run(): Promise<void> {
   }
 }
 
+/** The other command, whose own modules no rank needs. */
+async function prepare(args: readonly string[]): Promise<never> {
+  const { runPrepare } = await import('./prepare.ts');
+  const stopping = new AbortController();
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+    process.once(signal, () => stopping.abort(new ClusterError('canceled', `stopped by ${signal}`)));
+  }
+  process.exit(await runPrepare(args, process.env, stopping.signal));
+}
+
 try {
+  const [command, ...args] = process.argv.slice(2);
+  if (command === 'prepare') {
+    await prepare(args);
+  } else if (command !== undefined) {
+    throw new ClusterError('invalid_argument', `${JSON.stringify(command)} is no command: there is prepare`);
+  }
   await run();
 } catch (error) {
   console.error(ClusterError.from(error).message);

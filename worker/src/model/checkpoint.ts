@@ -33,6 +33,18 @@ const problemsShown = 8;
  * `data_loss` where a file is damaged.
  */
 export async function openCheckpoint(directory: string): Promise<Checkpoint> {
+  const config = await readModelConfig(directory);
+  const located = await locateTensors(directory);
+  assertTensors(config, located);
+  return {
+    config,
+    tensors: new Map(located.map((tensor) => [tensor.name, tensor])),
+    files: [...new Set(located.map((tensor) => tensor.path))].toSorted(),
+  };
+}
+
+/** The config alone, as `openCheckpoint` reads it: for a directory whose weights are still to come. */
+export async function readModelConfig(directory: string): Promise<ModelConfig> {
   const [config, generationConfig, tokenizerConfig] = await Promise.all([
     readJson(join(directory, 'config.json')),
     readJson(join(directory, 'generation_config.json')),
@@ -41,14 +53,7 @@ export async function openCheckpoint(directory: string): Promise<Checkpoint> {
   if (config === undefined) {
     throw new ClusterError('not_found', `${directory}: has no config.json`);
   }
-  const modelConfig = parseModelConfig({ config, generationConfig, tokenizerConfig });
-  const located = await locateTensors(directory);
-  assertTensors(modelConfig, located);
-  return {
-    config: modelConfig,
-    tensors: new Map(located.map((tensor) => [tensor.name, tensor])),
-    files: [...new Set(located.map((tensor) => tensor.path))].toSorted(),
-  };
+  return parseModelConfig({ config, generationConfig, tokenizerConfig });
 }
 
 /** The name and shape of every tensor that a checkpoint of this config holds, and no other. */

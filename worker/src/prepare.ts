@@ -1,0 +1,185 @@
+// `node worker/src/main.ts prepare`: what must be there before a group of a model can start. Finds the checkpoint or
+// fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue; each
+// is done once, whoever asks. Owns the command's exit code, which tells Kubernetes what is worth a retry.
+
+import { readFile } from 'node:fs/promises';
+import { hostname } from 'node:os';
+import { join } from 'node:path';
+import { parseArgs } from 'node:util';
+
+import type { Environment } from '@mimo/core/config';
+import { ClusterError, type ErrorCode } from '@mimo/core/errors';
+import { createLog, type Log } from '@mimo/core/log';
+import { createModelCatalog } from '@mimo/core/model-catalog';
+
+import { parseWorkerConfig, type WorkerConfig } from './config.ts';
+import { fetchCheckpoint } from './hub.ts';
+import { openCheckpoint } from './model/checkpoint.ts';
+import { prepareShard } from './shards.ts';
+
+interface PrepareSteps {
+  readonly compile: boolean;
+  readonly publish: boolean;
+}
+
+/** What another attempt would only repeat: the model, or what is asked of it, has to change first. */
+const terminalCodes: ReadonlySet<ErrorCode> = new Set([
+  'not_found',
+  'invalid_argument',
+  'failed_precondition',
+  'permission_denied',
+  'unauthenticated',
+  'unimplemented',
+]);
+const exitCodes = { done: 0, again: 1, settings: 2, terminal: 3 } as const;
+
+const publishMs = 60_000;
+const logProgressMs = 5_000;
+
+/** What gateways read of a checkpoint; tokenizer.json, or what stands for it. */
+const commonFiles = ['config.json', 'generation_config.json', 'tokenizer_config.json', 'chat_template.jinja'];
+const tokenizerFile = 'tokenizer.json';
+const vocabularyFiles = ['vocab.json', 'merges.txt'];
+
+/**
+ * Runs the command and gives its exit code: 0 done, 3 the model cannot be found or cannot be run as asked, 2 wrong
+ * settings or arguments, 1 anything else. What failed is the last line on standard error. The signal cancels; what is done
+ * by then is kept for the next call.
+ */
+export async function runPrepare(
+  args: readonly string[],
+  env: Environment,
+  signal: AbortSignal,
+): Promise<number> {
+  let steps: PrepareSteps;
+  let config: WorkerConfig;
+  try {
+    steps = parsePrepareArgs(args);
+    config = parseWorkerConfig(env, 'prepare');
+    if (steps.publish && config.natsUrl === '') {
+      throw new ClusterError('invalid_argument', '--publish needs MIMO_WORKER_NATS_URL');
+    }
+  } catch (error) {
+    return fail(ClusterError.from(error), exitCodes.settings);
+  }
+  const log = createLog({ process: 'prepare', level: config.logLevel }).child({ model: config.model });
+  try {
+    await prepare(config, steps, { log, signal });
+    return exitCodes.done;
+  } catch (error) {
+    const failure = ClusterError.from(error);
+    log.error({ error: failure }, 'not prepared');
+    return fail(failure, terminalCodes.has(failure.code) ? exitCodes.terminal : exitCodes.again);
+  }
+}
+
+/** The last line of a container is what Kubernetes shows of its end: one line, however the message is laid out. */
+function fail({ message }: ClusterError, exitCode: number): number {
+  process.stderr.write(`prepare: ${message.replaceAll(/\s*\n\s*/g, '; ')}\n`);
+  return exitCode;
+}
+
+function parsePrepareArgs(args: readonly string[]): PrepareSteps {
+  const options = {
+    compile: { type: 'boolean', default: false },
+    publish: { type: 'boolean', default: false },
+  } as const;
+  try {
+    return parseArgs({ args: [...args], options }).values;
+  } catch (error) {
+    throw new ClusterError('invalid_argument', ClusterError.from(error).message, { cause: error });
+  }
+}
+
+async function prepare(
+  config: WorkerConfig,
+  steps: PrepareSteps,
+  { log, signal }: { readonly log: Log; readonly signal: AbortSignal },
+): Promise<void> {
+  const { checkpointDirectory: directory } = config;
+  if (config.hubRepository !== '') {
+    await fetchFromHub(config, log, signal);
+  }
+  await openCheckpoint(directory);
+  const files = await readModelFiles(directory);
+  log.info({ directory }, 'checkpoint found');
+  if (steps.compile) {
+    await prepareShard(config, log, signal);
+  }
+  // Last: what is in the catalogue can be run.
+  if (steps.publish) {
+    await publish(config, files, { log, signal });
+  }
+}
+
+async function fetchFromHub(config: WorkerConfig, log: Log, signal: AbortSignal): Promise<void> {
+  const begin = performance.now();
+  let loggedAt = begin;
+  const { hubRepository: repository, hubRevision: revision } = config;
+  log.info({ repository, revision, directory: config.checkpointDirectory }, 'fetching unless it is there');
+  await fetchCheckpoint(
+    {
+      repository,
+      revision,
+      directory: config.checkpointDirectory,
+      ...(config.hubEndpoint === '' ? {} : { endpoint: config.hubEndpoint }),
+      ...(config.hubToken === '' ? {} : { token: config.hubToken }),
+      onProgress: (progress) => {
+        if (performance.now() - loggedAt > logProgressMs) {
+          loggedAt = performance.now();
+          log.info(progress, 'fetching');
+        }
+      },
+    },
+    signal,
+  );
+  log.info({ repository, revision, elapsedMs: Math.round(performance.now() - begin) }, 'fetched');
+}
+
+/** The files that are published; fails with `failed_precondition` where there is no tokenizer among them. */
+async function readModelFiles(directory: string): Promise<ReadonlyMap<string, Uint8Array>> {
+  const files = new Map<string, Uint8Array>();
+  const read = async (names: readonly string[]): Promise<boolean> => {
+    for (const name of names) {
+      const bytes = await readFile(join(directory, name)).catch(() => undefined);
+      if (bytes !== undefined) {
+        files.set(name, bytes);
+      }
+    }
+    return names.every((name) => files.has(name));
+  };
+  await read(commonFiles);
+  if (!(await read([tokenizerFile])) && !(await read(vocabularyFiles))) {
+    const text = `${directory}: has no tokenizer: neither ${tokenizerFile} nor ${vocabularyFiles.join(' with ')}`;
+    throw new ClusterError('failed_precondition', text);
+  }
+  return files;
+}
+
+async function publish(
+  config: WorkerConfig,
+  files: ReadonlyMap<string, Uint8Array>,
+  { log, signal }: { readonly log: Log; readonly signal: AbortSignal },
+): Promise<void> {
+  const catalog = createModelCatalog({
+    servers: config.natsUrl.split(','),
+    clientName: `mimo-prepare ${hostname()}`,
+    // The gateways say how many copies there are to be.
+    replicas: 1,
+    log,
+  });
+  const limit = AbortSignal.timeout(publishMs);
+  try {
+    const model = { name: config.model, files };
+    const { digest } = await catalog.publish(model, AbortSignal.any([signal, limit]));
+    log.info({ digest, files: [...files.keys()] }, 'published');
+  } catch (error) {
+    if (limit.aborted) {
+      const text = `NATS of MIMO_WORKER_NATS_URL did not take the model within ${publishMs} ms`;
+      throw new ClusterError('unavailable', text, { cause: error });
+    }
+    throw error;
+  } finally {
+    await catalog.close();
+  }
+}
