@@ -34,10 +34,15 @@ const secondsBounds = [
   0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 ];
 
+/** Another page beside /metrics, such as /healthz: 200 where it is well, else 503. */
+export type StatusPage = () => { readonly ok: boolean; readonly text: string };
+
 /** Starts the metrics of a process; `listenAddress` undefined serves no page. Fails with `unavailable` where the address is taken. */
 export async function startMetrics(options: {
   readonly process: string;
   readonly listenAddress: string | undefined;
+  /** By their paths. */
+  readonly pages?: Readonly<Record<string, StatusPage>>;
 }): Promise<Metrics> {
   const exporter = new PrometheusExporter({ preventServerStart: true });
   const provider = new MeterProvider({
@@ -46,7 +51,9 @@ export async function startMetrics(options: {
   });
   const meter = provider.getMeter('mimo');
   const page =
-    options.listenAddress === undefined ? undefined : await servePage(exporter, options.listenAddress);
+    options.listenAddress === undefined
+      ? undefined
+      : await servePages(exporter, options.pages ?? {}, options.listenAddress);
   return {
     address: page?.address,
     counter: (name, description) => {
@@ -74,8 +81,9 @@ export async function startMetrics(options: {
   };
 }
 
-async function servePage(
+async function servePages(
   exporter: PrometheusExporter,
+  pages: Readonly<Record<string, StatusPage>>,
   listenAddress: string,
 ): Promise<{ address: string; close(): Promise<void> }> {
   const colon = listenAddress.lastIndexOf(':');
@@ -83,8 +91,13 @@ async function servePage(
   const server = createServer((request, response) => {
     if (request.url === '/metrics') {
       exporter.getMetricsRequestHandler(request, response);
-    } else {
+      return;
+    }
+    const page = Object.hasOwn(pages, request.url ?? '') ? pages[request.url ?? '']?.() : undefined;
+    if (page === undefined) {
       response.writeHead(404).end();
+    } else {
+      response.writeHead(page.ok ? 200 : 503, { 'content-type': 'text/plain' }).end(`${page.text}\n`);
     }
   });
   const bareHost = host.startsWith('[') ? host.slice(1, -1) : host;

@@ -54,3 +54,8 @@ export function rankServiceName(service: string): string {
 export function disruptionBudgetName(service: string): string {
   return `${service}-groups`;
 }
+
+/** The service of a pod, by the pod's name: all that is left of one that is gone. */
+export function serviceOfPodName(pod: string): string | undefined {
+  return /^(.+)-[0-9a-f]{8}-(?:\d+-\d+|prepare)$/.exec(pod)?.[1];
+}

@@ -49,6 +49,8 @@ export type Action =
       readonly group: string;
       readonly pods: readonly PodRef[];
       readonly reason: string;
+      /** It broke; else it is not needed any more. */
+      readonly failed: boolean;
     }
   | {
       readonly kind: 'drainGroup';
@@ -124,12 +126,12 @@ export function planService(input: PlanInput): Plan {
       ...planGates(groups, input),
       ...markActions,
       ...planDeletions(groups, input),
-      ...rollout.drain.map(({ group, reason }) => ({
-        kind: group.ready ? ('drainGroup' as const) : ('deleteGroup' as const),
-        group: group.name,
-        pods: refsOf(group),
-        reason,
-      })),
+      ...rollout.drain.map(({ group, reason }): Action => {
+        const gone = { group: group.name, pods: refsOf(group), reason };
+        return group.ready
+          ? { kind: 'drainGroup', ...gone }
+          : { kind: 'deleteGroup', ...gone, failed: false };
+      }),
       ...rollout.resume.map((group) => ({
         kind: 'resumeGroup' as const,
         group: group.name,
@@ -184,7 +186,15 @@ function planDeletions(groups: readonly ReplicaGroup[], input: PlanInput): Actio
           : undefined;
     return reason === undefined
       ? []
-      : [{ kind: 'deleteGroup' as const, group: group.name, pods: refsOf(group), reason }];
+      : [
+          {
+            kind: 'deleteGroup' as const,
+            group: group.name,
+            pods: refsOf(group),
+            reason,
+            failed: group.state === 'broken',
+          },
+        ];
   });
 }
 

@@ -1,0 +1,94 @@
+// The controller's settings: one table with the defaults and their reasons, and the checks across fields. Its input is the
+// environment as main.ts hands it over; nothing else reads it.
+
+import {
+  addressSetting,
+  choiceSetting,
+  durationSetting,
+  integerSetting,
+  listSetting,
+  parseConfig,
+  textSetting,
+  type ConfigOf,
+  type Environment,
+} from '@mimo/core/config';
+import { logLevels } from '@mimo/core/log';
+
+import type { WorkerSettings } from './decide/containers.ts';
+
+/** The controller's settings by their variables. */
+export const controllerSettings = {
+  /** The one namespace whose ModelServices and Tenants are served; the pods are made there too. */
+  namespace: textSetting('MIMO_CONTROLLER_NAMESPACE'),
+  /** Path of a kubeconfig; empty: the pod's own service account. */
+  kubeconfig: textSetting('MIMO_CONTROLLER_KUBECONFIG', ''),
+  /** Comma-separated. */
+  natsUrls: listSetting('MIMO_CONTROLLER_NATS_URLS'),
+  /** As the gateways have them: whoever connects first makes the stream. */
+  natsReplicas: integerSetting('MIMO_CONTROLLER_NATS_REPLICAS', { min: 1, max: 5 }, 1),
+  recordMaxAgeMs: durationSetting('MIMO_CONTROLLER_RECORD_MAX_AGE', '24h'),
+
+  workerImage: textSetting('MIMO_CONTROLLER_WORKER_IMAGE'),
+  /** For services that ask for accelerators; default: the same image. */
+  workerCudaImage: textSetting('MIMO_CONTROLLER_WORKER_CUDA_IMAGE', ''),
+  workerImagePullPolicy: choiceSetting(
+    'MIMO_CONTROLLER_WORKER_IMAGE_PULL_POLICY',
+    ['Always', 'IfNotPresent', 'Never'],
+    'IfNotPresent',
+  ),
+  /** Where workers reach the queue; default: the first of MIMO_CONTROLLER_NATS_URLS. */
+  workerNatsUrl: textSetting('MIMO_CONTROLLER_WORKER_NATS_URL', ''),
+  /** Where compiled shards are kept, unless a service names a claim; neither: in each pod, compiled at each start. */
+  cacheVolumeClaim: textSetting('MIMO_CONTROLLER_CACHE_VOLUME_CLAIM', ''),
+  cacheHostPath: textSetting('MIMO_CONTROLLER_CACHE_HOST_PATH', ''),
+
+  /** One controller acts at a time: the holder of this Lease. */
+  leaseName: textSetting('MIMO_CONTROLLER_LEASE_NAME', 'mimo-controller'),
+  /** Of this process among the candidates: the pod's name; default: made up. */
+  identity: textSetting('MIMO_CONTROLLER_IDENTITY', ''),
+  /** The Secret that gateways read their API keys from. */
+  tenantSecret: textSetting('MIMO_CONTROLLER_TENANT_SECRET', 'mimo-tenant-keys'),
+  /** /metrics, /healthz and /readyz. */
+  listen: addressSetting('MIMO_CONTROLLER_LISTEN', '0.0.0.0:9465'),
+  logLevel: choiceSetting('MIMO_CONTROLLER_LOG_LEVEL', logLevels, 'info'),
+} as const;
+
+/** The controller's configuration; '' where an optional text was not given. */
+export type ControllerConfig = ConfigOf<typeof controllerSettings>;
+
+/** Reads the environment; fails with `invalid_argument` listing every problem. */
+export function parseControllerConfig(env: Environment): ControllerConfig {
+  return parseConfig(
+    {
+      prefix: 'MIMO_CONTROLLER_',
+      settings: controllerSettings,
+      check: ({ natsUrls, cacheVolumeClaim, cacheHostPath }) => [
+        ...(natsUrls.length === 0 ? ['MIMO_CONTROLLER_NATS_URLS must name at least one server'] : []),
+        ...(cacheVolumeClaim !== '' && cacheHostPath !== ''
+          ? ['MIMO_CONTROLLER_CACHE_VOLUME_CLAIM and MIMO_CONTROLLER_CACHE_HOST_PATH exclude each other']
+          : []),
+        ...(cacheHostPath === '' || cacheHostPath.startsWith('/')
+          ? []
+          : [`MIMO_CONTROLLER_CACHE_HOST_PATH must begin with /, not "${cacheHostPath}"`]),
+      ],
+    },
+    env,
+  );
+}
+
+/** What the configuration says about workers. */
+export function workerSettingsOf(config: ControllerConfig): WorkerSettings {
+  const { workerImage, workerCudaImage, cacheVolumeClaim, cacheHostPath, natsUrls, workerNatsUrl } = config;
+  return {
+    image: workerImage,
+    cudaImage: workerCudaImage || workerImage,
+    imagePullPolicy: config.workerImagePullPolicy,
+    natsUrl: workerNatsUrl || (natsUrls[0] ?? ''),
+    cache:
+      cacheVolumeClaim !== ''
+        ? { kind: 'claim', claimName: cacheVolumeClaim }
+        : cacheHostPath !== ''
+          ? { kind: 'hostPath', path: cacheHostPath }
+          : { kind: 'pod' },
+  };
+}

@@ -1,0 +1,31 @@
+// The controller as a process: environment -> configuration -> running controller; SIGTERM gives its lease back. Nothing
+// else of the controller reads the environment or ends the process.
+
+import { printableConfig } from '@mimo/core/config';
+import { ClusterError } from '@mimo/core/errors';
+import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { createLog } from '@mimo/core/log';
+
+import { controllerSettings, parseControllerConfig } from './config.ts';
+import { startController } from './controller.ts';
+
+/** Giving the lease back takes one request; below Kubernetes' own 30 s. */
+const graceMs = 10_000;
+
+try {
+  const config = parseControllerConfig(process.env);
+  const log = createLog({ process: 'controller', level: config.logLevel });
+  log.info({ config: printableConfig(controllerSettings, config), node: process.version }, 'starting');
+  const lifecycle = new Lifecycle({ log, graceMs });
+  stopOnSignals(lifecycle);
+  const controller = await startController(config, log);
+  lifecycle.onDrain('controller', () => controller.close());
+  lifecycle.ready();
+  controller.ended.catch((error: unknown) => {
+    log.error({ error: ClusterError.from(error) }, 'controller ended');
+    void lifecycle.stop('the controller ended').then(() => process.exit(1));
+  });
+} catch (error) {
+  process.stderr.write(`controller: ${ClusterError.from(error).message}\n`);
+  process.exit(1);
+}

@@ -1,0 +1,420 @@
+// One ModelService: observe, decide, act. Owns what is remembered of a service between rounds (decisions, failures, own
+// writes), which is kept in memory only: after a restart it begins with what the status and the pods say. Everything that
+// is decided is decided by decide/; everything that is done is done by act.ts.
+
+import { ClusterError } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
+import type { Metrics } from '@mimo/core/metrics';
+
+import type { Actor, ActOn } from './act.ts';
+import { createScaleMemory, decideScale, type ScaleMemory } from './decide/autoscale.ts';
+import type { WorkerSettings } from './decide/containers.ts';
+import { noDisruption, planDisruption, type DisruptionMemory } from './decide/disruption.ts';
+import { noFailures, type FailureMemory } from './decide/failures.ts';
+import { groupsFromPods, type ReplicaGroup } from './decide/groups.ts';
+import { disruptionBudgetName, drainFinalizer, rankServiceName } from './decide/labels.ts';
+import { planService, type Action } from './decide/plan.ts';
+import { noPreparation, planPrepare, type Preparation, type PrepareMemory } from './decide/prepare.ts';
+import { noStartUp, observeStartUps, readyInMs, type StartUpMemory } from './decide/start-up.ts';
+import { Expectations, isAtLeast } from './expectations.ts';
+import type { EventRecorder } from './kube/events.ts';
+import type { Informer } from './kube/informer.ts';
+import { resourceTypes, type ObjectMetadata } from './kube/resource.ts';
+import type { QueueObservation, QueueWatch } from './queue-watch.ts';
+import type { PodRecord, ServiceRecord, SupportRecord } from './records.ts';
+import type { ModelService } from './resources.ts';
+import { modelHashOf, revisionOf } from './revision.ts';
+import type { Condition, ModelServiceStatus, ScaleDecision } from './status.ts';
+
+/** What the API server says, kept up by watches. Pods are indexed by their service, services by their model. */
+export interface Caches {
+  readonly services: Informer<ServiceRecord>;
+  readonly pods: Informer<PodRecord>;
+  readonly budgets: Informer<SupportRecord>;
+  readonly rankServices: Informer<SupportRecord>;
+}
+
+export interface ReconcilerOptions {
+  readonly namespace: string;
+  readonly caches: Caches;
+  readonly watch: QueueWatch;
+  readonly actor: Actor;
+  readonly events: EventRecorder;
+  readonly settings: WorkerSettings;
+  readonly log: Log;
+  readonly countDecision: ReturnType<Metrics['counter']>;
+}
+
+interface ServiceMemory {
+  readonly uid: string;
+  readonly expectations: Expectations;
+  scale: ScaleMemory;
+  failures: FailureMemory;
+  preparation: PrepareMemory;
+  startUp: StartUpMemory;
+  disruption: DisruptionMemory;
+  /** Our last write of the service, until the watch shows one as new. */
+  written: { readonly resourceVersion: string; readonly status: ModelServiceStatus } | undefined;
+  /** Creations that the API server refused: not tried again before `untilMs`. */
+  refused: { readonly count: number; readonly untilMs: number; readonly message: string } | undefined;
+  queueKnown: boolean;
+  modelCondition: string;
+}
+
+/** What a service has, for metrics. */
+export interface ServiceGauge {
+  readonly service: string;
+  readonly wanted: number;
+  readonly ready: number;
+}
+
+/** A refused creation is tried again after 2 s, 4 s ... 2 min. */
+const firstRefusalMs = 2_000;
+const longestRefusalMs = 120_000;
+
+/** Reconciles the services of one namespace while this process leads. */
+export class Reconciler {
+  readonly #options: ReconcilerOptions;
+  readonly #memories = new Map<string, ServiceMemory>();
+  readonly #gauges = new Map<string, ServiceGauge>();
+
+  constructor(options: ReconcilerOptions) {
+    this.#options = options;
+  }
+
+  /** Wanted and ready groups of each service, as of its last round. */
+  get gauges(): Iterable<ServiceGauge> {
+    return this.#gauges.values();
+  }
+
+  /** One round for the service of this name; false where it is gone. Fails with what an action failed with. */
+  async reconcile(name: string, signal: AbortSignal): Promise<boolean> {
+    const record = this.#options.caches.services.get(`${this.#options.namespace}/${name}`);
+    if (record === undefined) {
+      this.#memories.delete(name);
+      this.#gauges.delete(name);
+      return false;
+    }
+    await (record.service === undefined
+      ? this.#refuse(record, signal)
+      : this.#round(record, record.service, signal));
+    return true;
+  }
+
+  async #round(record: ServiceRecord, service: ModelService, signal: AbortSignal): Promise<void> {
+    const { caches, watch, settings } = this.#options;
+    const nowMs = Date.now();
+    const { name, uid } = record.metadata;
+    const pods = caches.pods.indexed(name).filter(({ ownerUid }) => ownerUid === uid);
+    const queue = watch.observe(service.spec.model.name, nowMs);
+    const groups = groupsFromPods(
+      pods.flatMap(({ rank }) => rank ?? []),
+      queue.loads,
+    );
+    const previous = this.#statusOf(record);
+    const memory = this.#memoryOf(record, groups, nowMs);
+    const deleting = service.metadata.deletionTimestamp !== undefined;
+    const settled = memory.expectations.settle((pod) => {
+      const found = caches.pods.get(`${this.#options.namespace}/${pod}`);
+      return found === undefined ? undefined : { ...found };
+    }, nowMs);
+
+    const modelHash = modelHashOf(service.spec);
+    const sharers = caches.services
+      .indexed(service.spec.model.name)
+      .filter((other) => other.metadata.uid !== uid);
+    const preparation = planPrepare({
+      service: name,
+      generation: service.metadata.generation,
+      deleting,
+      modelHash,
+      pods: pods.flatMap(({ prepare }) => prepare ?? []),
+      preparedModel: previous.preparedModel,
+      published: queue.published,
+      nameTakenBy: deleting ? undefined : sharers.find((other) => isOlder(other, record))?.metadata.name,
+      memory: memory.preparation,
+      nowMs,
+    });
+    memory.preparation = preparation.memory;
+    memory.startUp = observeStartUps(memory.startUp, groups, nowMs);
+
+    const decision = this.#decide({ service, memory, groups, preparation, queue, nowMs });
+    const { actions, failures } = planService({
+      service,
+      revision: revisionOf(service.spec, settings),
+      pods: pods.flatMap(({ rank }) => rank ?? []),
+      loads: queue.loads,
+      loadsComplete: queue.loadsComplete,
+      marks: queue.marks,
+      preparation,
+      ownsCatalogueEntry: sharers.length > 0 ? false : queue.published,
+      settled,
+      decision,
+      queue: queue.queue,
+      previous,
+      failures: memory.failures,
+      nowMs,
+    });
+    memory.failures = failures;
+    this.#gauges.set(name, {
+      service: name,
+      wanted: deleting ? 0 : decision.wanted,
+      ready: groups.filter(({ state }) => state === 'ready').length,
+    });
+    this.#tell(record, memory, { decision, preparation, queue });
+
+    const on: ActOn = {
+      record,
+      service,
+      signal,
+      onWrite: (write) => memory.expectations.expect(write, Date.now()),
+      onServiceWrite: ({ metadata, status }) => {
+        memory.written = {
+          resourceVersion: metadata.resourceVersion,
+          status: status ?? {},
+        };
+      },
+    };
+    if (!deleting && settled) {
+      await this.#support(on, { memory, groups, decision, nowMs });
+    }
+    await this.#actAll(actions, on, memory);
+  }
+
+  #decide({
+    service,
+    memory,
+    groups,
+    preparation,
+    queue,
+    nowMs,
+  }: {
+    readonly service: ModelService;
+    readonly memory: ServiceMemory;
+    readonly groups: readonly ReplicaGroup[];
+    readonly preparation: Preparation;
+    readonly queue: QueueObservation;
+    readonly nowMs: number;
+  }): ScaleDecision {
+    const { scaling } = service.spec;
+    const { startUpMs } = memory.startUp;
+    const blocker =
+      preparation.blocker ??
+      memory.refused?.message ??
+      groups.find((group) => group.state === 'starting' && group.blocker !== undefined)?.blocker;
+    const { decision, memory: after } = decideScale(
+      scaling,
+      {
+        queue: queue.queue,
+        readyGroups: groups.filter(({ state }) => state === 'ready').length,
+        startingReadyInMs: readyInMs(groups, startUpMs ?? scaling.startUpSeconds * 1000, nowMs),
+        startUpMs,
+        blocker: blocker?.slice(0, 1024),
+      },
+      memory.scale,
+      nowMs,
+    );
+    memory.scale = after;
+    return decision;
+  }
+
+  /** The Service and the disruption budget of a service's groups. */
+  async #support(
+    on: ActOn,
+    {
+      memory,
+      groups,
+      decision,
+      nowMs,
+    }: {
+      readonly memory: ServiceMemory;
+      readonly groups: readonly ReplicaGroup[];
+      readonly decision: ScaleDecision;
+      readonly nowMs: number;
+    },
+  ): Promise<void> {
+    const { caches, namespace, actor } = this.#options;
+    const { name, uid } = on.record.metadata;
+    if (caches.rankServices.get(`${namespace}/${rankServiceName(name)}`)?.ownerUid !== uid) {
+      await actor.applyRankService(on);
+    }
+    const { placement, tensorParallel } = on.service.spec;
+    const wantedPods = decision.wanted * (placement === 'spread' ? tensorParallel : 1);
+    const plan = planDisruption(groups, wantedPods, { memory: memory.disruption, nowMs });
+    memory.disruption = plan.memory;
+    const budget = caches.budgets.get(`${namespace}/${disruptionBudgetName(name)}`);
+    if (budget?.ownerUid !== uid || budget.minAvailable !== plan.minAvailable) {
+      await actor.applyBudget(plan.minAvailable, on);
+    }
+  }
+
+  /** All actions in order. One that fails keeps only those from being done that need it; the first failure is thrown. */
+  async #actAll(actions: readonly Action[], on: ActOn, memory: ServiceMemory): Promise<void> {
+    let failure: ClusterError | undefined;
+    let refusal: ClusterError | undefined;
+    for (const action of actions) {
+      on.signal.throwIfAborted();
+      const creates = action.kind === 'createGroup' || action.kind === 'createPreparePod';
+      if (creates && (refusal !== undefined || Date.now() < (memory.refused?.untilMs ?? 0))) {
+        continue;
+      }
+      try {
+        await this.#options.actor.act(action, on);
+        if (creates) {
+          memory.refused = undefined;
+        }
+      } catch (caught) {
+        const error = ClusterError.from(caught);
+        failure ??= error;
+        if (creates && error.code !== 'unavailable' && error.code !== 'canceled') {
+          refusal = error;
+        }
+        if (action.kind === 'addFinalizer' || action.kind === 'removeModel') {
+          break;
+        }
+      }
+    }
+    if (refusal !== undefined) {
+      const count = (memory.refused?.count ?? 0) + 1;
+      const untilMs = Date.now() + Math.min(longestRefusalMs, firstRefusalMs * 2 ** (count - 1));
+      memory.refused = { count, untilMs, message: refusal.message };
+    }
+    if (failure !== undefined) {
+      throw failure;
+    }
+  }
+
+  /** Events and counters of what has changed with this round. */
+  #tell(
+    record: ServiceRecord,
+    memory: ServiceMemory,
+    {
+      decision,
+      preparation,
+      queue,
+    }: {
+      readonly decision: ScaleDecision;
+      readonly preparation: Preparation;
+      readonly queue: QueueObservation;
+    },
+  ): void {
+    const { log, countDecision } = this.#options;
+    const { name } = record.metadata;
+    if (decision.wanted !== decision.before) {
+      log.info({ service: name, decision }, 'count changed');
+      countDecision({ service: name, reason: decision.reason });
+      this.#event(record.metadata, 'Normal', 'Scaled', `${decision.message}; ${decision.formula}`);
+    }
+    const queueKnown = queue.queue !== 'unknown';
+    if (queueKnown !== memory.queueKnown) {
+      memory.queueKnown = queueKnown;
+      if (!queueKnown) {
+        this.#event(
+          record.metadata,
+          'Warning',
+          'QueueUnknown',
+          'the queue cannot be read: the count is held',
+        );
+      }
+    }
+    const { status, reason, message } = preparation.condition;
+    if (`${status} ${reason}` !== memory.modelCondition) {
+      memory.modelCondition = `${status} ${reason}`;
+      this.#event(record.metadata, status === 'False' ? 'Warning' : 'Normal', `Model${reason}`, message);
+    }
+  }
+
+  #event(metadata: ObjectMetadata, type: 'Normal' | 'Warning', reason: string, message: string): void {
+    this.#options.events.record({ ...resourceTypes.modelServices, metadata }, { type, reason, message });
+  }
+
+  /** The status as far as is known: our own last write may be newer than what the watch shows. */
+  #statusOf({ metadata, status }: ServiceRecord): ModelServiceStatus {
+    const memory = this.#memories.get(metadata.name);
+    if (memory?.written === undefined || memory.uid !== metadata.uid) {
+      return status;
+    }
+    if (isAtLeast(metadata.resourceVersion, memory.written.resourceVersion)) {
+      memory.written = undefined;
+      return status;
+    }
+    return memory.written.status;
+  }
+
+  #memoryOf(record: ServiceRecord, groups: readonly ReplicaGroup[], nowMs: number): ServiceMemory {
+    const { name, uid } = record.metadata;
+    const known = this.#memories.get(name);
+    if (known?.uid === uid) {
+      return known;
+    }
+    const living = groups.filter(({ state }) => state === 'starting' || state === 'ready').length;
+    const memory: ServiceMemory = {
+      uid,
+      expectations: new Expectations(),
+      scale: createScaleMemory(record.status.groups?.wanted ?? living, nowMs),
+      failures: noFailures,
+      preparation: noPreparation,
+      startUp: noStartUp,
+      disruption: noDisruption,
+      written: undefined,
+      refused: undefined,
+      queueKnown: false,
+      modelCondition: modelConditionOf(record.status),
+    };
+    this.#memories.set(name, memory);
+    return memory;
+  }
+
+  /** A service whose spec breaks a rule: it says so, and otherwise is left as it is; deleted, its pods go at once. */
+  async #refuse(record: ServiceRecord, signal: AbortSignal): Promise<void> {
+    const { caches, actor } = this.#options;
+    const { metadata, status, problem } = record;
+    const on: ActOn = {
+      record,
+      service: { metadata: { ...metadata } } as unknown as ModelService,
+      signal,
+      onWrite: () => undefined,
+      onServiceWrite: () => undefined,
+    };
+    if (metadata.deletionTimestamp === undefined) {
+      const message = problem.slice(0, 1024);
+      const before = status.conditions?.find(({ type }) => type === 'Ready');
+      if (before?.reason !== 'InvalidSpec' || before.message !== message) {
+        const ready: Condition = {
+          type: 'Ready',
+          status: 'False',
+          reason: 'InvalidSpec',
+          message,
+          observedGeneration: metadata.generation ?? 0,
+          lastTransitionTime: new Date().toISOString(),
+        };
+        const others = (status.conditions ?? []).filter(({ type }) => type !== 'Ready');
+        await actor.act({ kind: 'patchStatus', status: { ...status, conditions: [...others, ready] } }, on);
+      }
+      return;
+    }
+    const pods = caches.pods.indexed(metadata.name).filter(({ ownerUid }) => ownerUid === metadata.uid);
+    for (const pod of pods.filter(({ deleting }) => !deleting)) {
+      await actor.act({ kind: 'deletePreparePod', pod, reason: 'the service is deleted' }, on);
+    }
+    if (pods.length === 0 && metadata.finalizers?.includes(drainFinalizer) === true) {
+      await actor.act({ kind: 'removeFinalizer' }, on);
+    }
+  }
+}
+
+function modelConditionOf({ conditions }: ModelServiceStatus): string {
+  const found = conditions?.find(({ type }) => type === 'ModelFound');
+  return found === undefined ? '' : `${found.status} ${found.reason}`;
+}
+
+/** Of two services of one model the older serves it; one that is being deleted does not. */
+function isOlder(other: ServiceRecord, than: ServiceRecord): boolean {
+  const [a, b] = [other.metadata, than.metadata];
+  if (a.deletionTimestamp !== undefined) {
+    return false;
+  }
+  return a.creationTimestamp === b.creationTimestamp
+    ? a.name < b.name
+    : a.creationTimestamp < b.creationTimestamp;
+}
