@@ -4,8 +4,7 @@
 //   npm run bench -- engine [--precision int8] [--tokens 24] [--prompt 256] [--directory DIR]
 //   npm run bench -- engine --model mimo-7b --tokens 8 --prompt 32     the full size: minutes, 30 GB of disk, 15 GB of memory
 //
-// Random weights accept no drafts, so "speculation on" shows its cost. The synthetic mode knows the completion from a run
-// without speculation and overwrites the draft logits with it for a share of the drafts; everything else is computed.
+// Random weights accept no drafts, so "speculation on" shows its cost; the synthetic mode makes a share of them right.
 // Times are medians over steps, which forgives a machine that others use too; CPU milliseconds forgive more.
 
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -13,15 +12,12 @@ import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
-import { Engine, type PassExecutor } from '@mimo/worker/engine/engine';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import type { PassPlan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
 import type { ModelConfig } from '@mimo/worker/model/model-config';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
-import { openLocalGroup, testLimits, type LocalGroup } from '../harness/local-group.ts';
-import { greedySampling } from '../harness/greedy-sampling.ts';
+import { openLocalGroup } from '../harness/local-group.ts';
+import { measureEngine, type EngineFigures, type Speculation } from './engine-run.ts';
 
 /** MiMo's proportions at 0.54 B parameters. */
 const half: ModelConfig = {
@@ -50,28 +46,6 @@ const models = {
 /** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
 const syntheticAcceptance = 0.85;
 const prefillChunkTokens = 64;
-
-type Speculation = 'off' | 'on' | 'synthetic';
-
-interface Run {
-  readonly group: LocalGroup;
-  readonly batch: number;
-  readonly promptTokens: number;
-  readonly tokens: number;
-  readonly speculation: Speculation;
-  /** The completion without speculation; needed by `synthetic`. */
-  readonly known: readonly number[];
-}
-
-interface Measured {
-  readonly decodePerSecond: number;
-  readonly prefillPerSecond: number;
-  readonly stepMs: number;
-  /** Of all ranks and threads, per decoded token. */
-  readonly cpuMsPerToken: number;
-  readonly acceptedRatio: number;
-  readonly completion: readonly number[];
-}
 
 /** Prints a table and, last, one JSON line. The signal ends it; what it wrote is removed in any case. */
 export async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
@@ -120,14 +94,20 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       });
       try {
         for (const batch of chosen.batches) {
-          let known: readonly number[] = [];
           for (const speculation of ['off', 'on', 'synthetic'] as const) {
             signal.throwIfAborted();
-            const measured = measure({ group, batch, promptTokens, tokens, speculation, known });
-            const { completion, ...figures } = measured;
-            known = speculation === 'off' ? completion : known;
+            const figures = measureEngine({
+              group,
+              batch,
+              promptTokens,
+              tokens,
+              prefillChunkTokens,
+              kvBlocks: 256,
+              speculation,
+              acceptance: syntheticAcceptance,
+            });
             results.push({ tensorParallel, batch, speculation, ...figures });
-            printRow({ tensorParallel, batch, speculation }, measured);
+            printRow({ tensorParallel, batch, speculation }, figures);
           }
         }
       } finally {
@@ -153,7 +133,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
 
 function printRow(
   of: { tensorParallel: number; batch: number; speculation: Speculation },
-  measured: Measured,
+  measured: EngineFigures,
 ): void {
   const { decodePerSecond, prefillPerSecond, stepMs, cpuMsPerToken, acceptedRatio } = measured;
   process.stdout.write(
@@ -162,105 +142,4 @@ function printRow(
       `${cpuMsPerToken.toFixed(1).padStart(6)} cpu-ms/tok  ` +
       `prefill ${prefillPerSecond.toFixed(0).padStart(5)} tok/s  accepted ${acceptedRatio.toFixed(2)}\n`,
   );
-}
-
-/** `batch` sequences of one prompt: all chunks of prefill, then greedy decoding. */
-function measure({ group, batch, promptTokens, tokens, speculation, known }: Run): Measured {
-  const executor = speculation === 'synthetic' ? withKnownDrafts(group, { promptTokens, known }) : group;
-  const engine = new Engine(
-    executor,
-    testLimits(group.manifest, {
-      maxSequences: batch,
-      maxBatchTokens: 2 * prefillChunkTokens,
-      prefillChunkTokens,
-      kvBlocks: 256,
-      maxContextTokens: 32 * kvBlockTokens,
-    }),
-  );
-  const sampling = greedySampling({ maxTokens: tokens, draftTokens: speculation === 'off' ? 0 : 1 });
-  const tokenIds = Array.from(
-    { length: promptTokens },
-    (_, i) => (i * 7919) % group.manifest.config.vocabSize,
-  );
-  for (let sequenceId = 0; sequenceId < batch; sequenceId++) {
-    // With credit for one token all sequences wait for the last to be read, and then decode together.
-    engine.submit({ sequenceId, tokenIds, resumedTokens: 0, sampling, creditTokens: 1 });
-  }
-  const completion: number[] = [];
-  const prefillMs: number[] = [];
-  const decodeMs: number[] = [];
-  let decoded = 0;
-  let decodeCpuMs = 0;
-  for (;;) {
-    const promptBefore = engine.stats().promptTokens;
-    const startedMs = performance.now();
-    const startedCpuMs = cpuMs();
-    const frame = engine.step();
-    const elapsedMs = performance.now() - startedMs;
-    if (frame === undefined) {
-      if (completion.length > 1) {
-        break;
-      }
-      for (let sequenceId = 0; sequenceId < batch; sequenceId++) {
-        engine.addCredit(sequenceId, Infinity);
-      }
-      continue;
-    }
-    const promptRows = frame.stats.promptTokens - promptBefore;
-    const produced = frame.deltas.reduce((sum, delta) => sum + delta.tokenIds.length, 0);
-    if (promptRows > 0) {
-      prefillMs.push(elapsedMs / promptRows);
-    } else if (frame.stats.runningSequences === batch) {
-      decodeMs.push(elapsedMs);
-      decodeCpuMs += cpuMs() - startedCpuMs;
-      decoded += produced;
-    }
-    completion.push(
-      ...frame.deltas.filter(({ sequenceId }) => sequenceId === 0).flatMap((delta) => delta.tokenIds),
-    );
-  }
-  const { draftedTokens, acceptedTokens } = engine.stats();
-  const stepMs = median(decodeMs);
-  return {
-    decodePerSecond: (1000 * decoded) / decodeMs.length / stepMs,
-    prefillPerSecond: 1000 / median(prefillMs),
-    stepMs,
-    cpuMsPerToken: decodeCpuMs / decoded,
-    acceptedRatio: draftedTokens === 0 ? 0 : acceptedTokens / draftedTokens,
-    completion,
-  };
-}
-
-/** Draft logits that name the known next token, but for a share that names another one. */
-function withKnownDrafts(
-  group: LocalGroup,
-  { promptTokens, known }: { readonly promptTokens: number; readonly known: readonly number[] },
-): PassExecutor {
-  const { vocabSize } = group.manifest.config;
-  let drafts = 0;
-  return {
-    run: (plan: PassPlan): Float32Array => {
-      const logits = group.run(plan);
-      if (plan.kind === 'draft') {
-        let row = 0;
-        for (const span of plan.spans.filter(({ headRows }) => headRows > 0)) {
-          const next = known[span.start + span.rows + 1 - promptTokens] ?? 0;
-          const isRight = (drafts * syntheticAcceptance) % 1 < syntheticAcceptance;
-          logits[row * vocabSize + (isRight ? next : (next + 1) % vocabSize)] = Infinity;
-          row += 1;
-          drafts += 1;
-        }
-      }
-      return logits;
-    },
-  };
-}
-
-function cpuMs(): number {
-  const { user, system } = process.cpuUsage();
-  return (user + system) / 1000;
-}
-
-function median(values: readonly number[]): number {
-  return values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? NaN;
 }

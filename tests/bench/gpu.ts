@@ -1,17 +1,20 @@
-// What a CUDA device gives: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
-// decode at batch 1, 8 and 32, verifying a draft, prefill, as milliseconds of a pass and share of the bandwidth limit.
+// What CUDA devices give: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
+// decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
+// milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //
-//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
+//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part golden]
+//                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
 //
 // Needs the CUDA provider beside the library and CUDA's own libraries on the library path (docs/gpu.md). A pass is the
-// engine's: token ids in, float logits on the host out; sampling is not in it.
+// engine's: token ids in, the best token of each row out, or its logits; an engine step is everything but the network.
 
+import { spawn } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
-import type { PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
+import type { HeadOutput, PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
@@ -23,17 +26,32 @@ import {
   relativeError,
 } from '../golden/fixture.ts';
 import { openLocalGroup, promptLogits, type LocalGroup } from '../harness/local-group.ts';
+import { openProcessGroup } from '../harness/process-group.ts';
+import { measureEngine, median } from './engine-run.ts';
 
 const contextTokens = 512;
 const repetitions = 20;
 const maxRows = 512;
+const kvBlocks = 1024;
+const batches = [1, 8, 32] as const;
+/** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
+const syntheticAcceptance = 0.9;
+const engineTokens = 96;
 
 /** What a pass computes: `batch` sequences of `rows` rows each, after `past` positions. */
 interface Load {
   readonly batch: number;
   readonly rows: number;
   readonly past: number;
+  readonly wants: HeadOutput;
 }
+
+interface Device {
+  readonly executionProvider: 'cuda';
+  readonly libraryPath: string;
+}
+
+type Report = (result: Record<string, unknown>) => void;
 
 /** Prints JSON lines, the last with everything. The signal ends it; what it wrote is removed in any case. */
 export async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
@@ -45,79 +63,110 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       precision: { type: 'string', default: 'bf16' },
       /** `golden`, `model` or both. */
       part: { type: 'string', default: 'both' },
-      /** Bytes a second of the device's memory; default: an H100 SXM's by its data sheet. */
+      /** Devices that hold the model, one run of everything for each number. */
+      ranks: { type: 'string', default: '1' },
+      /** A Python with torch and transformers. */
+      peer: { type: 'string' },
+      /** Bytes a second of a device's memory; default: an H100 SXM's by its data sheet. */
       bandwidth: { type: 'string', default: '3.35e12' },
     },
   });
   if (values.library === undefined) {
     throw new ClusterError('invalid_argument', '--library: must name libonnxruntime, is missing');
   }
-  const device = { executionProvider: 'cuda', libraryPath: values.library } as const;
+  const device: Device = { executionProvider: 'cuda', libraryPath: values.library };
   const results: Record<string, unknown>[] = [];
-  const report = (result: Record<string, unknown>): void => {
+  const report: Report = (result) => {
     results.push(result);
     process.stdout.write(`${JSON.stringify(result)}\n`);
   };
+  const rankCounts = values.ranks.split(',').map(Number);
   if (values.part !== 'model') {
-    await compareFixtures(device, report);
+    await compareFixtures(device, rankCounts, report);
   }
   if (values.part === 'golden') {
     return;
   }
   const directory = await mkdtemp(join(values.directory, 'mimo-bench-gpu-'));
   try {
-    let startedMs = performance.now();
-    await writeRandomCheckpoint({ directory, config: mimo7b, seed: 1, files: 4 }, signal);
-    report({ step: 'checkpoint', seconds: (performance.now() - startedMs) / 1000 });
-    startedMs = performance.now();
-    const { rankDirectories } = await compile(
-      {
-        modelDirectory: directory,
-        outDirectory: join(directory, 'shards'),
-        precision: values.precision as Precision,
-        tensorParallel: 1,
-        maxPositions: 8192,
-        threads: Math.min(8, availableParallelism()),
-      },
-      signal,
+    await timed('checkpoint', report, () =>
+      writeRandomCheckpoint({ directory, config: mimo7b, seed: 1, files: 4 }, signal),
     );
-    report({ step: 'compile', seconds: (performance.now() - startedMs) / 1000 });
-    startedMs = performance.now();
-    const group = await openLocalGroup({
-      directories: rankDirectories,
-      implementation: 'ort-capi',
-      device,
-      maxRows,
-      maxHeadRows: 64,
-      kvBlocks: 1024,
-    });
-    report({ step: 'load', seconds: (performance.now() - startedMs) / 1000 });
-    try {
-      measureAll(group, Number(values.bandwidth), report);
-    } finally {
-      await group.close();
+    for (const ranks of rankCounts) {
+      const { rankDirectories } = await timed('compile', report, () =>
+        compile(
+          {
+            modelDirectory: directory,
+            outDirectory: join(directory, `shards-${ranks}`),
+            precision: values.precision as Precision,
+            tensorParallel: ranks,
+            maxPositions: 8192,
+            threads: Math.min(8, availableParallelism()),
+          },
+          signal,
+        ),
+      );
+      // Where devices reach one another, also the way over the host, in short.
+      for (const sumOnHost of ranks === 1 ? [false] : [false, true]) {
+        const group = await timed('load', report, () => openGroup(rankDirectories, { device, sumOnHost }));
+        try {
+          const place = { ranks, ...(ranks === 1 ? {} : { sumOnHost }) };
+          measureAll(group, { isShort: sumOnHost, bandwidth: ranks * Number(values.bandwidth) }, (result) =>
+            report({ ...place, ...result }),
+          );
+        } finally {
+          await group.close();
+        }
+      }
     }
   } finally {
     await rm(directory, { recursive: true, force: true });
   }
+  if (values.peer !== undefined) {
+    await runPeer(values.peer, report, signal);
+  }
   process.stdout.write(`${JSON.stringify({ bench: 'gpu', precision: values.precision, results })}\n`);
 }
 
-type Report = (result: Record<string, unknown>) => void;
+async function timed<T>(step: string, report: Report, work: () => Promise<T>): Promise<T> {
+  const startedMs = performance.now();
+  const result = await work();
+  report({ step, seconds: (performance.now() - startedMs) / 1000 });
+  return result;
+}
+
+function openGroup(
+  directories: readonly string[],
+  { device, sumOnHost }: { readonly device: Device; readonly sumOnHost: boolean },
+): Promise<LocalGroup> {
+  const size = { maxRows, maxHeadRows: 128, kvBlocks };
+  if (directories.length === 1) {
+    return openLocalGroup({ directories, implementation: 'ort-capi', device, ...size });
+  }
+  return openProcessGroup({
+    directories,
+    device,
+    ...size,
+    sumOnHost,
+    environmentOf: (rank) => ({ CUDA_VISIBLE_DEVICES: String(rank) }),
+  });
+}
 
 /** The relative error of the logits, whole prompts and in chunks beside another. */
-async function compareFixtures(
-  device: { readonly executionProvider: 'cuda'; readonly libraryPath: string },
-  report: Report,
-): Promise<void> {
+async function compareFixtures(device: Device, rankCounts: readonly number[], report: Report): Promise<void> {
   const fixtures = new CompiledFixtures();
   try {
     for (const precision of ['fp16', 'bf16'] as const) {
-      for (const name of fixtureNames) {
-        const directories = await fixtures.compile(name, { precision, tensorParallel: 1 });
-        const group = await openLocalGroup({ directories, implementation: 'ort-capi', device });
+      const worlds = fixtureNames.flatMap((name) => {
+        const { tensorParallel } = readExpectedIds(name);
+        return rankCounts.filter((ranks) => tensorParallel.includes(ranks)).map((ranks) => ({ name, ranks }));
+      });
+      for (const { name, ranks } of worlds) {
+        const directories = await fixtures.compile(name, { precision, tensorParallel: ranks });
+        const group = await openGroup(directories, { device, sumOnHost: false });
         const { promptIds } = readExpectedIds(name);
-        const errors = [promptIds.length, 7, 1].map((chunkTokens) => {
+        // Twice more one by one: the first time on the same keys, a device may begin to do passes again by itself.
+        const errors = [promptIds.length, 7, 1, 1, 1].map((chunkTokens) => {
           const [, second] = promptLogits(group, [promptIds.toReversed(), promptIds], chunkTokens);
           const backbone = relativeError(second!.backbone, readExpectedMatrix(name, 'logits'));
           const hasMtp = group.manifest.config.mtpLayers > 0;
@@ -126,7 +175,7 @@ async function compareFixtures(
             hasMtp ? relativeError(second!.mtp, readExpectedMatrix(name, 'mtp_logits')) : 0,
           );
         });
-        report({ step: 'golden', precision, name, relativeErrors: errors });
+        report({ step: 'golden', precision, name, ranks, relativeErrors: errors });
         await group.close();
       }
     }
@@ -135,28 +184,32 @@ async function compareFixtures(
   }
 }
 
-function measureAll(group: LocalGroup, bandwidth: number, report: Report): void {
-  const { hiddenSize, queryHeads, kvHeads, headDim, intermediateSize, vocabSize, layers } = mimo7b;
-  const layerWeights =
-    hiddenSize * (2 * queryHeads + 2 * kvHeads) * headDim + 3 * hiddenSize * intermediateSize;
-  const weightBytes = 2 * (layers * layerWeights + vocabSize * hiddenSize);
-  const rowKvBytes = 2 * 2 * layers * kvHeads * headDim;
-  for (const batch of [1, 2, 8, 32]) {
-    const ms = measure(group, { batch, rows: 1, past: contextTokens });
-    const limitMs = ((weightBytes + batch * contextTokens * rowKvBytes) / bandwidth) * 1000;
-    report({
-      step: 'decode',
-      batch,
-      contextTokens,
-      ms,
-      tokensPerSecond: (1000 * batch) / ms,
-      limitRatio: limitMs / ms,
-    });
+function measureAll(
+  group: LocalGroup,
+  { isShort, bandwidth }: { readonly isShort: boolean; readonly bandwidth: number },
+  report: Report,
+): void {
+  for (const wants of isShort ? (['best'] as const) : (['best', 'logits'] as const)) {
+    for (const batch of isShort ? [1] : batches) {
+      const ms = measurePass(group, { batch, rows: 1, past: contextTokens, wants });
+      report({
+        step: 'decode',
+        wants,
+        batch,
+        contextTokens,
+        ms,
+        tokensPerSecond: (1000 * batch) / ms,
+        limitRatio: (1000 * readBytes(batch)) / bandwidth / ms,
+      });
+    }
   }
-  report({ step: 'verify', rows: 2, ms: measure(group, { batch: 1, rows: 2, past: contextTokens }) });
-  for (const promptTokens of [512, 4096]) {
+  for (const batch of isShort ? [] : batches) {
+    const ms = measurePass(group, { batch, rows: 2, past: contextTokens, wants: 'best' });
+    report({ step: 'verify', batch, rows: 2, ms });
+  }
+  for (const promptTokens of isShort ? [] : [512, 4096]) {
     const ms = Array.from({ length: promptTokens / maxRows }, (_, chunk) =>
-      measure(group, { batch: 1, rows: maxRows, past: chunk * maxRows }, 5),
+      measurePass(group, { batch: 1, rows: maxRows, past: chunk * maxRows, wants: 'best' }, 5),
     ).reduce((sum, chunkMs) => sum + chunkMs, 0);
     report({
       step: 'prefill',
@@ -166,10 +219,42 @@ function measureAll(group: LocalGroup, bandwidth: number, report: Report): void 
       tokensPerSecond: (1000 * promptTokens) / ms,
     });
   }
+  for (const batch of isShort ? [] : batches) {
+    for (const speculation of ['off', 'on', 'synthetic'] as const) {
+      const { decodePerSecond, stepMs, acceptedRatio } = measureEngine({
+        group,
+        batch,
+        promptTokens: contextTokens,
+        tokens: engineTokens,
+        prefillChunkTokens: 256,
+        kvBlocks,
+        speculation,
+        acceptance: syntheticAcceptance,
+      });
+      const limitRatio = (decodePerSecond * readBytes(batch)) / batch / bandwidth;
+      report({ step: 'engine', batch, speculation, decodePerSecond, stepMs, acceptedRatio, limitRatio });
+    }
+  }
+  // Frees the slots that the passes above have used.
+  const releasedSlots = Array.from({ length: Math.max(...batches) }, (_, slot) => slot);
+  group.run({ kind: 'forward', wants: 'best', releasedSlots, spans: [], tokenIds: new Int32Array(0) });
 }
 
-/** Median milliseconds of a pass, after two of warm-up. */
-function measure(group: LocalGroup, { batch, rows, past }: Load, times = repetitions): number {
+/** What a decode pass must read: the weights, and the keys and values of the context. */
+function readBytes(batch: number): number {
+  const { hiddenSize, queryHeads, kvHeads, headDim, intermediateSize, vocabSize, layers } = mimo7b;
+  const layerWeights =
+    hiddenSize * (2 * queryHeads + 2 * kvHeads) * headDim + 3 * hiddenSize * intermediateSize;
+  const weightBytes = 2 * (layers * layerWeights + vocabSize * hiddenSize);
+  return weightBytes + batch * contextTokens * 2 * 2 * layers * kvHeads * headDim;
+}
+
+/** Median milliseconds of a pass, after three of warm-up. */
+function measurePass(
+  group: LocalGroup,
+  { batch, rows, past, wants }: Load,
+  times: number = repetitions,
+): number {
   const spans = Array.from({ length: batch }, (_, slot): RowSpan => ({
     slot,
     start: past,
@@ -179,12 +264,39 @@ function measure(group: LocalGroup, { batch, rows, past }: Load, times = repetit
     capacityTokens: past + rows <= 1024 ? 1024 : 8192,
   }));
   const tokenIds = Int32Array.from({ length: batch * rows }, (_, i) => (i * 7919) % mimo7b.vocabSize);
-  const plan: PassPlan = { kind: 'forward', releasedSlots: [], spans, tokenIds };
+  const plan: PassPlan = { kind: 'forward', wants, releasedSlots: [], spans, tokenIds };
   const elapsed: number[] = [];
-  for (let i = 0; i < times + 2; i++) {
+  for (let i = 0; i < times + 3; i++) {
     const startedMs = performance.now();
     group.run(plan);
     elapsed.push(performance.now() - startedMs);
   }
-  return elapsed.slice(2).toSorted((a, b) => a - b)[times >> 1]!;
+  return median(elapsed.slice(3));
+}
+
+/** The same shapes through transformers, as JSON lines of gpu_peer.py. */
+async function runPeer(python: string, report: Report, signal: AbortSignal): Promise<void> {
+  const { hiddenSize, layers, queryHeads, kvHeads, headDim, intermediateSize, vocabSize, ropeTheta } = mimo7b;
+  const config = {
+    hidden_size: hiddenSize,
+    num_hidden_layers: layers,
+    num_attention_heads: queryHeads,
+    num_key_value_heads: kvHeads,
+    head_dim: headDim,
+    intermediate_size: intermediateSize,
+    vocab_size: vocabSize,
+    rope_theta: ropeTheta,
+  };
+  const child = spawn(
+    python,
+    [join(import.meta.dirname, 'gpu_peer.py'), JSON.stringify(config), String(contextTokens), batches.join()],
+    { stdio: ['ignore', 'pipe', 'inherit'], signal },
+  );
+  let text = '';
+  for await (const chunk of child.stdout.setEncoding('utf8')) {
+    text += chunk as string;
+  }
+  for (const line of text.split('\n').filter((each) => each.startsWith('{'))) {
+    report({ peer: 'transformers', ...(JSON.parse(line) as Record<string, unknown>) });
+  }
 }

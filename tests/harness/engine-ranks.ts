@@ -13,8 +13,8 @@ export class RankProcess {
   readonly #responses: RankResponse[] = [];
   #wake = Promise.withResolvers<void>();
 
-  constructor(options: EngineOptions) {
-    this.process = fork(new URL('engine-rank.ts', import.meta.url), [JSON.stringify(options)]);
+  constructor(options: EngineOptions, env: NodeJS.ProcessEnv = process.env) {
+    this.process = fork(new URL('engine-rank.ts', import.meta.url), [JSON.stringify(options)], { env });
     this.process.on('message', (response: RankResponse) => {
       this.#responses.push(response);
       this.deltas.push(...(response.kind === 'frame' ? response.frame.deltas : []));

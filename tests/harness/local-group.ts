@@ -69,7 +69,14 @@ export async function openLocalGroup({
     worldSize === 1 ? createSingleRankCollective() : createInProcessCollective(shared, 0);
   const runtime = await createRuntime(runtimeOptions);
   const runner = new ShardRunner({ runtime, directory: directories[0]!, manifest, collective });
-  const configure = { kind: 'configure', kvBlocks, maxRows, maxHeadRows } as const;
+  const configure = {
+    kind: 'configure',
+    kvBlocks,
+    maxRows,
+    maxHeadRows,
+    usableVocab: manifest.config.vocabSize,
+    deviceGroupId: worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
+  } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);
   collective.allReduce(new Float32Array(1));
@@ -134,7 +141,13 @@ export function promptLogits(
     }));
     const forward = live.filter(({ ids }) => ids.length > 0);
     const run = (kind: PassPlan['kind'], spans: readonly RowSpan[], tokenIds: readonly number[]): void => {
-      const logits = group.run({ kind, releasedSlots: [], spans, tokenIds: Int32Array.from(tokenIds) });
+      const logits = group.run({
+        kind,
+        wants: 'logits',
+        releasedSlots: [],
+        spans,
+        tokenIds: Int32Array.from(tokenIds),
+      });
       const width = group.manifest.config.vocabSize;
       let row = 0;
       for (const span of spans) {
@@ -175,6 +188,7 @@ export function promptLogits(
   }
   group.run({
     kind: 'forward',
+    wants: 'logits',
     releasedSlots: prompts.map((_, slot) => slot),
     spans: [],
     tokenIds: new Int32Array(0),

@@ -24,6 +24,8 @@ export interface Collective {
   broadcast(frame: Int32Array): void;
   /** Other ranks: the next frame of rank 0. */
   receive(): Int32Array;
+  /** For whoever waits by other means for what peers take part in: throws as the blocking calls do. */
+  watch(waitedMs: number): void;
   /** Leaves the group. Idempotent. */
   close(): void;
 }
@@ -68,6 +70,7 @@ export function createSingleRankCollective(): Collective {
     receive: () => {
       throw new ClusterError('internal', 'a group of one has no leader to receive from');
     },
+    watch: () => undefined,
     close: () => undefined,
   };
 }

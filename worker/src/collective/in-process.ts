@@ -108,6 +108,10 @@ class InProcessCollective implements Collective {
     return words.slice(1, 1 + words[0]!);
   }
 
+  watch(): void {
+    assertNotStopped(this.#stop);
+  }
+
   close(): void {
     Atomics.store(this.#stop, 0, 1);
     for (let i = 0; i < this.#control.length; i++) {

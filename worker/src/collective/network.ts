@@ -127,6 +127,11 @@ class NetworkCollective implements Collective {
     return new Int32Array(leader.inbox.buffer, 0, bytes / 4).slice();
   }
 
+  watch(waitedMs: number): void {
+    assertNotStopped(this.#options.stop);
+    this.#assertInTime(this.#peers, waitedMs);
+  }
+
   close(): void {
     if (!this.#closed) {
       this.#closed = true;

@@ -45,7 +45,7 @@ it('refuses a bf16 shard where bfloat16 has no kernels, naming both', async () =
     intraOpThreads: 1,
   });
   const manifest = await readShardManifest(shard);
-  expect(manifest.segments.find(({ name }) => name === 'attention')?.inputs).toEqual([
+  expect(manifest.segments.find(({ name }) => name === 'attention.paged')?.inputs).toEqual([
     'qkv',
     'keys',
     'values',

@@ -2,7 +2,7 @@
 // Owns both ways of it; knows no layer's weights. Which slot may hold how much is the leader's decision (kv-cache.ts).
 
 import { ClusterError } from '@mimo/core/errors';
-import { activationType, isPaged, pageTokens, type ShardManifest } from '../model/shard.ts';
+import { activationType, pageTokens, type ShardManifest } from '../model/shard.ts';
 import type { Runtime, RuntimeMemory, RuntimeTensor, Segment } from '../runtime/runtime.ts';
 import { KvBuffers } from './kv-buffers.ts';
 import type { Rows } from './scratch.ts';
@@ -11,8 +11,11 @@ import type { RowSpan } from './step-plan.ts';
 /** Keys and values of all slots. `place` the spans of a pass, then `run` each layer; `close` frees all. */
 export interface Attention {
   release(slot: number): void;
-  /** Room for the spans' slots, and where the runs of this pass find them. */
-  place(spans: readonly RowSpan[]): void;
+  /**
+   * Room for the spans' slots, and where the runs of this pass find them. Returns what the runs read on the host or take
+   * for shapes, as a key: passes of equal keys and rows are the same to a device.
+   */
+  place(spans: readonly RowSpan[]): string;
   /** `qkv` [rows, W] to `attended` [rows, Q]; `layer` counts the MTP layer last. */
   run(layer: number, qkv: Rows, attended: Rows): void;
   close(): void;
@@ -31,7 +34,9 @@ export interface AttentionOptions {
 
 /** The caller closes it. */
 export function createAttention(options: AttentionOptions): Attention {
-  return isPaged(options.manifest.precision) ? new PagedAttention(options) : new SequenceAttention(options);
+  return options.runtime.kernels.pagedAttention
+    ? new PagedAttention(options)
+    : new SequenceAttention(options);
 }
 
 /** GroupQueryAttention, one run a span: its kernel refuses several with more than one row and a past. */
@@ -59,7 +64,7 @@ class SequenceAttention implements Attention {
       headDim: config.headDim,
       budgetTokens,
     });
-    const lastPositions = runtime.allocate('int32', maxSpans);
+    const lastPositions = runtime.allocate('int32', maxSpans, 'exchanged');
     this.#lastPositions = lastPositions;
     this.#spans = Array.from({ length: maxSpans }, (_, i) => {
       const total = new Int32Array(1);
@@ -71,7 +76,7 @@ class SequenceAttention implements Attention {
     this.#kv.release(slot);
   }
 
-  place(spans: readonly RowSpan[]): void {
+  place(spans: readonly RowSpan[]): string {
     this.#placed = spans;
     const ends = spans.map((span) => span.start + attentionRows(span.rows));
     this.#lastPositions.write(
@@ -82,6 +87,7 @@ class SequenceAttention implements Attention {
       this.#kv.reserve(span.slot, span.capacityTokens, span.start);
       this.#spans[i]!.total[0] = ends[i]!;
     }
+    return spans.map(({ slot, rows }, i) => `${slot}.${rows}.${ends[i]}`).join();
   }
 
   run(layer: number, qkv: Rows, attended: Rows): void {
@@ -147,13 +153,13 @@ class PagedAttention implements Attention {
     const dims = [pages, pageTokens, config.kvHeads / tensorParallel, config.headDim];
     const pool = (): Pool => {
       const length = dims.reduce((product, dim) => product * dim, 1);
-      const memory = runtime.allocate(activationType(precision), length);
+      const memory = runtime.allocate(activationType(precision), length, 'resident');
       return { memory, tensor: memory.tensor(0, dims) };
     };
     this.#pools = Array.from({ length: layers }, () => ({ keys: pool(), values: pool() }));
     this.#free = Array.from({ length: pages }, (_, page) => page);
     const slotPages = Math.ceil(maxPositions / pageTokens) + 1;
-    this.#places = runtime.allocate('int32', 1 + maxSpans * (2 + slotPages));
+    this.#places = runtime.allocate('int32', 1 + maxSpans * (2 + slotPages), 'exchanged');
     this.#boundsTensor = runtime.tensor(this.#bounds, [3]);
   }
 
@@ -162,7 +168,7 @@ class PagedAttention implements Attention {
     this.#slots.delete(slot);
   }
 
-  place(spans: readonly RowSpan[]): void {
+  place(spans: readonly RowSpan[]): string {
     const tables = spans.map((span) => this.#reserve(span));
     const width = Math.max(...tables.map((pages) => pages.length));
     const starts = [0];
@@ -173,7 +179,9 @@ class PagedAttention implements Attention {
     const table = tables.flatMap((pages) => Array.from({ length: width }, (_, i) => pages[i] ?? 0));
     this.#places.write(0, Int32Array.from([...starts, ...spans.map((span) => span.start), ...table]));
     this.#bounds[0] = Math.max(...spans.map((span) => span.rows));
-    this.#bounds[1] = Math.max(...spans.map((span) => span.start + span.rows));
+    // An upper bound; whole pages, so that it is the same for many passes.
+    const positions = Math.max(...spans.map((span) => span.start + span.rows));
+    this.#bounds[1] = pageTokens * Math.ceil(positions / pageTokens);
     this.#placed.tensors.forEach((tensor) => tensor.release());
     const count = spans.length;
     this.#placed = {
@@ -184,6 +192,7 @@ class PagedAttention implements Attention {
         this.#places.tensor(2 * count + 1, [count, width]),
       ],
     };
+    return [count, width, ...this.#bounds].join();
   }
 
   run(layer: number, qkv: Rows, attended: Rows): void {

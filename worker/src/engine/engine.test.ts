@@ -91,7 +91,8 @@ class HashModel implements PassExecutor {
     if (plan.kind === 'forward') {
       this.#rows = rows;
     }
-    return Float32Array.from(logits.flatMap((row) => Array.from(row)));
+    const wanted = plan.wants === 'logits' ? logits : logits.map((row) => [argmax(row), Math.max(...row)]);
+    return Float32Array.from(wanted.flatMap((row) => Array.from(row)));
   }
 
   #draft(slot: { backbone: number[]; mtp: number[] }, slots: number): Float32Array {
@@ -300,13 +301,13 @@ describe('Engine', () => {
       const right: boolean[] = [];
       const model = new HashModel();
       const run = (plan: PassPlan): Float32Array => {
-        const logits = model.run(plan);
+        const best = model.run(plan);
         if (plan.kind === 'draft' && plan.spans[0]!.headRows > 0) {
           const { start, rows } = plan.spans[0]!;
           // Slot s drafts the token at position s + 2; the prompt has three.
-          right.push(argmax(logits) === truth[start + rows - 1 + 2 - 3]);
+          right.push(best[0] === truth[start + rows - 1 + 2 - 3]);
         }
-        return logits;
+        return best;
       };
       const engine = new Engine({ run }, limits);
       const sampling = { ...greedy, maxTokens: 60, ignoreEos: true, stopTokenIds: [stopTokenId] };
@@ -400,8 +401,9 @@ describe('Engine', () => {
     const model = new HashModel();
     const executor = {
       run: (plan: PassPlan): Float32Array => {
-        const logits = model.run(plan);
-        return plan.tokenIds[0] === 13 ? logits.fill(NaN, 0, vocabSize) : logits;
+        const output = model.run(plan);
+        assert.equal(plan.wants, 'best');
+        return plan.tokenIds[0] === 13 ? output.fill(NaN, 1, 2) : output;
       },
     };
     const engine = new Engine(executor, limits);

@@ -12,7 +12,7 @@
 import { ClusterError } from '@mimo/core/errors';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceEnd, SequenceRequest } from './engine-api.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
-import { argmax, drawToken } from './sampler.ts';
+import { drawToken, type DrawnToken } from './sampler.ts';
 import {
   capacityTokens,
   planStep,
@@ -21,9 +21,12 @@ import {
   type SchedulerSequence,
 } from './scheduler.ts';
 import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
-import type { PassPlan, RowSpan } from './step-plan.ts';
+import type { HeadOutput, PassPlan, RowSpan } from './step-plan.ts';
 
-/** Runs a pass over the group; returns the logits of the spans' head rows, [headRows, vocabSize], valid until the next pass. */
+/**
+ * Runs a pass over the group. Returns what the plan wants of the spans' head rows, valid until the next pass: logits,
+ * [headRows, vocabSize], or of each the id and the logit of the best token, [headRows, 2].
+ */
 export interface PassExecutor {
   run(plan: PassPlan): Float32Array;
 }
@@ -43,6 +46,12 @@ export interface EngineLimits {
   readonly draftTokens: number;
   /** With more sequences decoding than this, verifying costs more than it gives. */
   readonly maxSpeculatingSequences: number;
+}
+
+/** What a pass gave for its head rows. */
+interface HeadRows {
+  readonly wants: HeadOutput;
+  readonly values: Float32Array;
 }
 
 /** A sequence's rows of the step, with what the MTP pass needs of them. */
@@ -132,8 +141,9 @@ export class Engine {
     }
     if (rows.length > 0) {
       this.#counters.steps += 1;
-      const logits = this.#executor.run(this.#forwardPlan(rows));
-      const surviving = this.#drawTokens(rows, logits);
+      const plan = this.#forwardPlan(rows);
+      const output = this.#executor.run(plan);
+      const surviving = this.#drawTokens(rows, { wants: plan.wants, values: output });
       this.#makeDrafts(rows, surviving);
     }
     const deltas = [...this.#ended];
@@ -233,6 +243,10 @@ export class Engine {
     ]);
     return {
       kind: 'forward',
+      // Logits of a whole vocabulary are copied and looked through only where a choice needs more than the best.
+      wants: rows.every(({ sequence, span }) => span.headRows === 0 || sequence.takesBest)
+        ? 'best'
+        : 'logits',
       releasedSlots: this.#takeReleasedSlots(),
       spans: rows.map(({ span }) => span),
       tokenIds: Int32Array.from(tokenIds),
@@ -240,14 +254,14 @@ export class Engine {
   }
 
   /** Chooses the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
-  #drawTokens(rows: readonly StepRows[], logits: Float32Array): number[] {
+  #drawTokens(rows: readonly StepRows[], output: HeadRows): number[] {
     let headRow = 0;
     return rows.map(({ sequence, scheduled, span }) => {
       const firstHeadRow = headRow;
       headRow += span.headRows;
       const computedBefore = Math.min(sequence.promptTokens, span.start);
       let survivors = scheduled.pendingRows;
-      const tokenId = span.headRows > 0 ? this.#draw(sequence, firstHeadRow, logits) : undefined;
+      const tokenId = span.headRows > 0 ? this.#draw(sequence, firstHeadRow, output) : undefined;
       if (scheduled.withDraft) {
         sequence.draftedTokens += 1;
         this.#counters.draftedTokens += 1;
@@ -257,7 +271,7 @@ export class Engine {
           // A right draft may be the token that ends the sequence.
           if (sequence.end === undefined) {
             survivors += 1;
-            this.#draw(sequence, firstHeadRow + 1, logits);
+            this.#draw(sequence, firstHeadRow + 1, output);
           }
         }
       }
@@ -269,12 +283,20 @@ export class Engine {
   }
 
   /** Chooses the sequence's next token from a head row, and returns it, whether it goes on or ends there. */
-  #draw(sequence: Sequence, headRow: number, logits: Float32Array): number {
+  #draw(sequence: Sequence, headRow: number, { wants, values }: HeadRows): number {
     const { sampling, seen, forbidden } = sequence;
     const position = sequence.tokenIds.length;
-    const row = this.#row(logits, headRow);
-    const drawn = drawToken(row, { sampling, position, seen, forbidden });
-    if (Number.isFinite(row[drawn.tokenId])) {
+    let drawn: DrawnToken;
+    let logit: number | undefined;
+    if (wants === 'best') {
+      drawn = { tokenId: values[2 * headRow]! };
+      logit = values[2 * headRow + 1];
+    } else {
+      const row = this.#row(values, headRow);
+      drawn = drawToken(row, { sampling, position, seen, forbidden });
+      logit = row[drawn.tokenId];
+    }
+    if (Number.isFinite(logit)) {
       sequence.append(drawn);
     } else {
       const message = `the model gives no finite logit for position ${position}`;
@@ -302,8 +324,9 @@ export class Engine {
     const tokenIds = drafting.flatMap(({ sequence, span, survivors }) =>
       sequence.tokenIds.slice(span.start + 1, span.start + 1 + survivors),
     );
-    const logits = this.#executor.run({
+    const best = this.#executor.run({
       kind: 'draft',
+      wants: 'best',
       releasedSlots: [],
       spans,
       tokenIds: Int32Array.from(tokenIds),
@@ -311,7 +334,7 @@ export class Engine {
     let headRow = 0;
     for (const [i, { sequence }] of drafting.entries()) {
       if (spans[i]!.headRows > 0) {
-        sequence.draft = argmax(this.#row(logits, headRow++));
+        sequence.draft = best[2 * headRow++]!;
       }
     }
   }

@@ -104,7 +104,7 @@ export class KvBuffers {
     const limit = 2 * this.#shape.layers * this.#shape.budgetTokens;
     this.#drop(() => this.#allocatedTokens + capacity > limit);
     const { floatType, kvHeads, headDim } = this.#shape;
-    const memory = this.#runtime.allocate(floatType, kvHeads * capacity * headDim);
+    const memory = this.#runtime.allocate(floatType, kvHeads * capacity * headDim, 'resident');
     this.#allocatedTokens += capacity;
     return { memory, tensor: memory.tensor(0, [1, kvHeads, capacity, headDim]) };
   }

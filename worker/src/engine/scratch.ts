@@ -2,7 +2,7 @@
 // ranges. Owns sizes and views; knows no segment and no sequence.
 
 import type { ElementType, FloatType } from '../runtime/element-type.ts';
-import type { CopyRange, Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
+import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
 
 /** A scratch buffer and its views by first row and row count. */
 export class Rows {
@@ -25,6 +25,11 @@ export class Rows {
     return this.#view(start, rows, [1, rows, this.width]);
   }
 
+  /** Replaces the first rows by their sums over the ranks, where the device does that. */
+  sum(rows: number, runtime: Runtime): void {
+    runtime.sum(this.#memory, rows * this.width);
+  }
+
   /** The first rows as float32; see RuntimeMemory. */
   read(rows: number): Float32Array {
     return this.#memory.read(0, rows * this.width);
@@ -33,12 +38,6 @@ export class Rows {
   /** From the first row on. */
   write(values: Float32Array | Int32Array | BigInt64Array): void {
     this.#memory.write(0, values);
-  }
-
-  /** Copies `count` rows, from row `from` of the source, which is as wide, to row `to`. */
-  copyFrom(source: Rows, { from, to, count }: CopyRange): void {
-    const { width } = this;
-    this.#memory.copyFrom(source.#memory, { from: from * width, to: to * width, count: count * width });
   }
 
   close(): void {
@@ -69,7 +68,11 @@ const maxViews = 1024;
 export interface Scratch {
   readonly maxRows: number;
   readonly maxHeadRows: number;
-  readonly tokenIds: Rows; // int64 [rows]
+  readonly tokenIds: Rows; // int32 [rows]
+  /** Draft pass: the forward pass's rows that these continue. */
+  readonly hiddenRows: Rows; // int32 [rows]
+  /** Those of a pass that get logits. */
+  readonly headRows: Rows; // int32 [headRows]
   readonly residual: Rows; // [rows, H]
   readonly residualNext: Rows; // [rows, H]
   readonly delta: Rows; // [rows, H]
@@ -80,11 +83,10 @@ export interface Scratch {
   readonly attended: Rows; // [rows, Q]
   readonly hidden: Rows; // [rows, H]
   readonly normed: Rows; // [rows, H]
-  readonly draftHidden: Rows; // [rows, H]
   readonly draftNormed: Rows; // [rows, H]
-  readonly headInput: Rows; // [headRows, H]
   readonly headOutput: Rows; // [headRows, this rank's vocabulary]
-  /** Rank 0: every rank's logits as they arrive, and all of them in one row each. */
+  readonly best: Rows; // [headRows, 2]
+  /** Rank 0: every rank's part of the head's output as it arrives, and all of them in one row each. */
   readonly gathered: readonly Float32Array[];
   readonly logits: Float32Array; // [headRows, V]
 }
@@ -105,33 +107,41 @@ export interface ScratchShape {
   readonly vocabulary: number;
   /** Rank 0: every rank's part of the vocabulary; else none. */
   readonly gathered: readonly number[];
+  /** Whether the host adds the ranks' partial sums. */
+  readonly sumsOnHost: boolean;
 }
 
 /** Allocates all rows. The caller ends them with `closeScratch`. */
 export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
   const { maxRows, maxHeadRows } = shape;
-  const rows = (count: number, width: number, type: ElementType = shape.floatType): Rows =>
-    new Rows(runtime.allocate(type, count * Math.max(1, width)), width);
-  const hiddenRows = (): Rows => rows(maxRows, shape.hidden);
+  const rows = (
+    count: number,
+    width: number,
+    { type = shape.floatType, use = 'resident' }: { type?: ElementType; use?: MemoryUse } = {},
+  ): Rows => new Rows(runtime.allocate(type, count * Math.max(1, width), use), width);
+  const hiddenRows = (use?: MemoryUse): Rows => rows(maxRows, shape.hidden, use === undefined ? {} : { use });
+  const indices = (count: number): Rows => rows(count, 0, { type: 'int32', use: 'exchanged' });
+  const sums = shape.sumsOnHost ? 'exchanged' : 'resident';
   const vocabulary = shape.gathered.reduce((sum, count) => sum + count, 0);
   return {
     maxRows,
     maxHeadRows,
-    tokenIds: rows(maxRows, 0, 'int64'),
+    tokenIds: indices(maxRows),
+    hiddenRows: indices(maxRows),
+    headRows: indices(maxHeadRows),
     residual: hiddenRows(),
     residualNext: hiddenRows(),
-    delta: hiddenRows(),
-    zero: hiddenRows(),
-    deltaNext: hiddenRows(),
+    delta: hiddenRows(sums),
+    zero: hiddenRows('exchanged'),
+    deltaNext: hiddenRows(sums),
     // One more row, for attention's neighbour of a last single row.
     qkv: rows(maxRows + 1, shape.qkv),
     attended: rows(maxRows + 1, shape.attended),
     hidden: hiddenRows(),
     normed: hiddenRows(),
-    draftHidden: hiddenRows(),
     draftNormed: hiddenRows(),
-    headInput: rows(maxHeadRows, shape.hidden),
-    headOutput: rows(maxHeadRows, shape.vocabulary, 'float'),
+    headOutput: rows(maxHeadRows, shape.vocabulary, { type: 'float', use: 'exchanged' }),
+    best: rows(maxHeadRows, 2, { type: 'float', use: 'exchanged' }),
     gathered: shape.gathered.map((count) => new Float32Array(maxHeadRows * count)),
     logits: new Float32Array(maxHeadRows * vocabulary),
   };

@@ -131,6 +131,12 @@ export class Sequence {
     return this.sampling.draftTokens > 0;
   }
 
+  /** Is its next token simply that of the largest logit? */
+  get takesBest(): boolean {
+    const { temperature, logprobs } = this.sampling;
+    return temperature === 0 && logprobs < 0 && !hasPenalties(this.sampling) && this.forbidden.length === 0;
+  }
+
   /** Ids that may not be drawn next: those that would end it before `minTokens`. */
   get forbidden(): readonly number[] {
     return this.completionTokens < this.sampling.minTokens ? [...this.#stopIds] : [];

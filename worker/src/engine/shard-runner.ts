@@ -9,8 +9,9 @@ import { ClusterError } from '@mimo/core/errors';
 import type { Collective } from '../collective/collective.ts';
 import { planShards } from '../model/shard-plan.ts';
 import { activationType, type ShardManifest } from '../model/shard.ts';
-import type { Runtime, Segment } from '../runtime/runtime.ts';
+import type { Runtime, RuntimeTensor, Segment } from '../runtime/runtime.ts';
 import { type Attention, createAttention } from './attention.ts';
+import { argmax } from './sampler.ts';
 import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
 import { countHeadRows, type ConfigurePlan, type PassPlan } from './step-plan.ts';
 
@@ -25,7 +26,15 @@ export interface ShardRunnerOptions {
 /** What a configured shard computes in. */
 interface Memory extends Scratch {
   readonly attention: Attention;
+  /** This rank's ids below are usable, counted from its first; on the host, int64 [1]. */
+  readonly usableIds: number;
+  readonly usableEnd: RuntimeTensor;
+  /** Devices add the ranks' shares, or the host does; with one rank nobody. */
+  readonly sums: 'none' | 'device' | 'host';
 }
+
+/** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
+const maxReplayedRows = 128;
 
 /** `isFirst`: nothing to add to the residual yet. */
 interface LayerPlace {
@@ -49,6 +58,8 @@ export class ShardRunner {
   readonly #blocks: readonly Block[];
   readonly #final: Segment;
   readonly #head: Segment;
+  /** Where the device looks for the best token. */
+  readonly #best: Segment | undefined;
   /** The first MTP layer; further ones draft further ahead, which this engine does not. */
   readonly #mtp: { readonly input: Segment; readonly block: Block; readonly final: Segment } | undefined;
   readonly #rankVocabulary: readonly number[];
@@ -80,11 +91,19 @@ export class ShardRunner {
         `${directory}: precision ${precision} computes in ${floatType}; this runtime computes in ${runtime.floatTypes.join(' or ')}`,
       );
     }
+    const attention = runtime.kernels.pagedAttention ? 'attention.paged' : 'attention';
+    if (!entries.has(attention)) {
+      throw new ClusterError(
+        'failed_precondition',
+        `${directory}: precision ${precision} has no segment ${attention}, which this runtime computes`,
+      );
+    }
     this.#embed = load('embed');
-    this.#attention = load('attention');
+    this.#attention = load(attention);
     this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
     this.#final = load('final');
     this.#head = load('head');
+    this.#best = runtime.kernels.topK && entries.has('best') ? load('best') : undefined;
     this.#mtp =
       config.mtpLayers > 0
         ? { input: load('mtp.0.input'), block: loadBlock('mtp.0'), final: load('mtp.0.final') }
@@ -96,9 +115,15 @@ export class ShardRunner {
 
   /** Allocates scratch rows and the KV pool. */
   configure(plan: ConfigurePlan, blockTokens: number): void {
-    const { config, tensorParallel, vocabRows, precision } = this.manifest;
+    const { config, tensorParallel, vocabStart, vocabRows, precision } = this.manifest;
     const floatType = activationType(precision);
-    const leads = this.#collective.rank === 0;
+    const { rank, worldSize } = this.#collective;
+    const leads = rank === 0;
+    if (plan.deviceGroupId.length > 0) {
+      const watch = (waitedMs: number): void => this.#collective.watch(waitedMs);
+      this.#runtime.joinGroup(plan.deviceGroupId, { rank, worldSize, watch });
+    }
+    const sums = worldSize === 1 ? 'none' : plan.deviceGroupId.length > 0 ? 'device' : 'host';
     const scratch = createScratch(this.#runtime, {
       maxRows: plan.maxRows,
       maxHeadRows: plan.maxHeadRows,
@@ -108,6 +133,7 @@ export class ShardRunner {
       qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
       vocabulary: vocabRows,
       gathered: leads ? this.#rankVocabulary : [],
+      sumsOnHost: sums === 'host',
     });
     const attention = createAttention({
       runtime: this.#runtime,
@@ -117,12 +143,14 @@ export class ShardRunner {
       maxSpans: Math.min(plan.maxRows, plan.maxHeadRows),
       budgetTokens: plan.kvBlocks * blockTokens,
     });
-    this.#memory = { ...scratch, attention };
+    const usableIds = Math.min(vocabRows, Math.max(0, plan.usableVocab - vocabStart));
+    const usableEnd = this.#runtime.tensor(BigInt64Array.of(BigInt(usableIds)), [1]);
+    this.#memory = { ...scratch, attention, usableIds, usableEnd, sums };
   }
 
   /**
-   * Runs one pass with the other ranks. Rank 0 gets the logits of the spans' head rows in order, [headRows, V], in
-   * memory that the next pass overwrites; other ranks get none.
+   * Runs one pass with the other ranks. Rank 0 gets what the plan wants of the spans' head rows in order (see
+   * PassExecutor), in memory that the next pass overwrites; other ranks get nothing.
    */
   run(plan: PassPlan): Float32Array {
     const memory = this.#memory;
@@ -136,21 +164,47 @@ export class ShardRunner {
     if (plan.spans.length === 0) {
       return new Float32Array(0);
     }
-    memory.attention.place(plan.spans);
-    return plan.kind === 'forward' ? this.#forward(plan, memory) : this.#draft(plan, memory);
+    const places = memory.attention.place(plan.spans);
+    const rows = plan.tokenIds.length;
+    const headRows = rowsWithHead(plan);
+    memory.tokenIds.write(plan.tokenIds);
+    memory.headRows.write(headRows);
+    if (plan.kind === 'draft') {
+      memory.hiddenRows.write(continuedRows(plan));
+    }
+    const wantsBest = plan.wants === 'best' && this.#best !== undefined && memory.usableIds > 0;
+    const work = (): void => {
+      const normed = plan.kind === 'forward' ? this.#forward(rows, memory) : this.#draft(rows, memory);
+      if (headRows.length > 0) {
+        this.#runHead(normed.first(rows), headRows.length, { memory, wantsBest });
+      }
+    };
+    // Many rows keep a device busy for longer than it takes to tell it what to do.
+    if (memory.sums !== 'host' && rows <= maxReplayedRows) {
+      this.#runtime.replay([plan.kind, wantsBest, rows, headRows.length, places].join(), work);
+    } else {
+      work();
+    }
+    if (headRows.length === 0) {
+      return new Float32Array(0);
+    }
+    return plan.wants === 'best'
+      ? this.#gatherBest(headRows.length, memory)
+      : this.#gatherLogits(headRows.length, memory);
   }
 
   close(): void {
     if (this.#memory !== undefined) {
       this.#memory.attention.close();
+      this.#memory.usableEnd.release();
       closeScratch(this.#memory);
       this.#memory = undefined;
     }
   }
 
-  #forward(plan: PassPlan, memory: Memory): Float32Array {
-    const rows = plan.tokenIds.length;
-    this.#embedInto(plan.tokenIds, memory.residual, memory); // [rows, H]
+  /** Returns the rows that the head takes. */
+  #forward(rows: number, memory: Memory): Rows {
+    this.#embedInto(memory.residual, rows, memory); // [rows, H]
     for (const [layer, block] of this.#blocks.entries()) {
       this.#runBlock(block, { layer, isFirst: layer === 0 }, rows, memory);
     }
@@ -159,24 +213,18 @@ export class ShardRunner {
       [memory.residual.first(rows), memory.delta.first(rows)],
       [memory.hidden.first(rows), memory.normed.first(rows)],
     );
-    return this.#runHead(plan, memory.normed, memory);
+    return memory.normed;
   }
 
-  #draft(plan: PassPlan, memory: Memory): Float32Array {
+  #draft(rows: number, memory: Memory): Rows {
     if (this.#mtp === undefined) {
       throw new ClusterError('internal', 'draft pass: the model has no MTP layer');
     }
-    const rows = plan.tokenIds.length;
     const source = this.manifest.mtpHidden === 'pre-norm' ? memory.hidden : memory.normed;
-    let row = 0;
-    for (const span of plan.spans) {
-      memory.draftHidden.copyFrom(source, { from: span.hiddenRow, to: row, count: span.rows }); // [span.rows, H]
-      row += span.rows;
-    }
-    this.#embedInto(plan.tokenIds, memory.residualNext, memory); // [rows, H]
+    this.#embedInto(memory.residualNext, rows, memory); // [rows, H]
     this.#runtime.run(
       this.#mtp.input,
-      [memory.draftHidden.first(rows), memory.residualNext.first(rows)],
+      [source.first(memory.maxRows), memory.hiddenRows.first(rows), memory.residualNext.first(rows)],
       [memory.residual.first(rows)],
     );
     this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, rows, memory);
@@ -185,17 +233,18 @@ export class ShardRunner {
       [memory.residual.first(rows), memory.delta.first(rows)],
       [memory.residualNext.first(rows), memory.draftNormed.first(rows)],
     );
-    return this.#runHead(plan, memory.draftNormed, memory);
+    return memory.draftNormed;
   }
 
-  #embedInto(tokenIds: Int32Array, target: Rows, memory: Memory): void {
-    memory.tokenIds.write(BigInt64Array.from(tokenIds, BigInt));
-    this.#runtime.run(this.#embed, [memory.tokenIds.first(tokenIds.length)], [target.first(tokenIds.length)]);
+  #embedInto(target: Rows, rows: number, memory: Memory): void {
+    this.#runtime.run(this.#embed, [memory.tokenIds.first(rows)], [target.first(rows)]);
   }
 
   /** Adds the ranks' shares of the first rows, in place. */
-  #addRanks(shares: Rows, rows: number): void {
-    if (this.#collective.worldSize > 1) {
+  #addRanks(shares: Rows, rows: number, { sums }: Memory): void {
+    if (sums === 'device') {
+      shares.sum(rows, this.#runtime);
+    } else if (sums === 'host') {
       const values = shares.read(rows);
       this.#collective.allReduce(values);
       shares.write(values);
@@ -216,30 +265,56 @@ export class ShardRunner {
     runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
     memory.attention.run(at.layer, memory.qkv, memory.attended);
     runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
-    this.#addRanks(memory.deltaNext, rows);
+    this.#addRanks(memory.deltaNext, rows, memory);
     runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
-    this.#addRanks(memory.delta, rows);
+    this.#addRanks(memory.delta, rows, memory);
   }
 
-  #runHead(plan: PassPlan, normed: Rows, memory: Memory): Float32Array {
-    const headRows = countHeadRows(plan);
-    if (headRows === 0) {
-      return new Float32Array(0);
-    }
-    let row = 0;
-    let headRow = 0;
-    for (const span of plan.spans) {
-      row += span.rows;
-      memory.headInput.copyFrom(normed, {
-        from: row - span.headRows,
-        to: headRow,
-        count: span.headRows,
-      });
-      headRow += span.headRows;
-    }
+  #runHead(
+    normed: RuntimeTensor,
+    headRows: number,
+    { memory, wantsBest }: { memory: Memory; wantsBest: boolean },
+  ): void {
     const output = memory.headOutput.first(headRows); // [headRows, this rank's vocabulary]
-    this.#runtime.run(this.#head, [memory.headInput.first(headRows)], [output]);
-    return this.#gatherLogits(headRows, memory);
+    this.#runtime.run(this.#head, [normed, memory.headRows.first(headRows)], [output]);
+    if (wantsBest) {
+      this.#runtime.run(this.#best!, [output, memory.usableEnd], [memory.best.first(headRows)]);
+    }
+  }
+
+  /** Rank 0: [headRows, 2]; other ranks: nothing. */
+  #gatherBest(headRows: number, memory: Memory): Float32Array {
+    const local =
+      this.#best !== undefined && memory.usableIds > 0
+        ? memory.best.read(headRows)
+        : this.#findBest(headRows, memory);
+    if (this.#collective.worldSize === 1) {
+      return local;
+    }
+    const lengths = this.#rankVocabulary.map(() => 2 * headRows);
+    const parts = memory.gathered.map((part) => part.subarray(0, 2 * headRows));
+    this.#collective.gather(local, lengths, parts);
+    const best = memory.logits.subarray(0, parts.length === 0 ? 0 : 2 * headRows);
+    for (let at = 0; at < best.length; at += 2) {
+      // The first at ties: ranks hold ascending ids.
+      const winner = parts.reduce((most, part) => (part[at + 1]! > most[at + 1]! ? part : most));
+      best.set(winner.subarray(at, at + 2), at);
+    }
+    return best;
+  }
+
+  /** This rank's best tokens, looked for on the host; with none usable, id 0 of minus infinity. */
+  #findBest(headRows: number, { headOutput, usableIds }: Memory): Float32Array {
+    const logits = headOutput.read(headRows);
+    const { vocabStart } = this.manifest;
+    const best = new Float32Array(2 * headRows);
+    for (let row = 0; row < headRows; row++) {
+      const usable = logits.subarray(row * headOutput.width, row * headOutput.width + usableIds);
+      const id = argmax(usable);
+      best[2 * row] = vocabStart + id;
+      best[2 * row + 1] = usable[id] ?? -Infinity;
+    }
+    return best;
   }
 
   /** Rank 0: [headRows, V]; other ranks: nothing. */
@@ -262,6 +337,26 @@ export class ShardRunner {
     }
     return memory.logits.subarray(0, parts.length === 0 ? 0 : headRows * column);
   }
+}
+
+/** The rows of the pass that get logits, [headRows]. */
+function rowsWithHead(plan: PassPlan): Int32Array {
+  const rows: number[] = [];
+  let end = 0;
+  for (const span of plan.spans) {
+    end += span.rows;
+    for (let row = end - span.headRows; row < end; row++) {
+      rows.push(row);
+    }
+  }
+  return Int32Array.from(rows);
+}
+
+/** The forward pass's rows that a draft pass continues, [rows]. */
+function continuedRows(plan: PassPlan): Int32Array {
+  return Int32Array.from(
+    plan.spans.flatMap(({ hiddenRow, rows }) => Array.from({ length: rows }, (_, i) => hiddenRow + i)),
+  );
 }
 
 function assertFits(plan: PassPlan, { maxRows, maxHeadRows }: Scratch): void {

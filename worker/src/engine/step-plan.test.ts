@@ -14,13 +14,14 @@ const spans = fc.record({
 const passes = fc
   .tuple(
     fc.constantFrom('forward' as const, 'draft' as const),
+    fc.constantFrom('logits' as const, 'best' as const),
     fc.array(fc.nat(100), { maxLength: 5 }),
     fc.array(spans, { maxLength: 6 }),
   )
-  .map(([kind, releasedSlots, allSpans]): StepPlan => {
+  .map(([kind, wants, releasedSlots, allSpans]): StepPlan => {
     const rows = allSpans.reduce((sum, span) => sum + span.rows, 0);
     const tokenIds = Int32Array.from({ length: rows }, (_, i) => i * 31);
-    return { kind, releasedSlots, spans: allSpans, tokenIds };
+    return { kind, wants, releasedSlots, spans: allSpans, tokenIds };
   });
 
 describe('step plans', () => {
@@ -28,7 +29,14 @@ describe('step plans', () => {
     const others: StepPlan[] = [
       { kind: 'ping' },
       { kind: 'stop' },
-      { kind: 'configure', kvBlocks: 7, maxRows: 128, maxHeadRows: 32 },
+      ...[[], [3, -1, 0x7fffffff]].map((words): StepPlan => ({
+        kind: 'configure',
+        kvBlocks: 7,
+        maxRows: 128,
+        maxHeadRows: 32,
+        usableVocab: 151_669,
+        deviceGroupId: Int32Array.from(words),
+      })),
     ];
     others.forEach((plan) => expect(decodeStepPlan(encodeStepPlan(plan))).toEqual(plan));
     fc.assert(

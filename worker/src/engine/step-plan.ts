@@ -1,7 +1,7 @@
 // What rank 0 tells the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
 //
-//   configure  [1, kvBlocks, maxRows, maxHeadRows]
-//   forward    [2, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)..., tokenIds...]
+//   configure  [1, kvBlocks, maxRows, maxHeadRows, usableVocab, words of the device group's id, words...]
+//   forward    [2, wants, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)..., tokenIds...]
 //   draft      [3, the same]
 //   ping       [4]
 //   stop       [5]
@@ -27,6 +27,8 @@ export interface RowSpan {
 export interface PassPlan {
   readonly kind: 'forward' | 'draft';
   /** Slots whose KV buffers go back to the pool before the pass. */
+  /** Of each head row: all its logits, or the id and the logit of the best token, the lowest id at ties. */
+  readonly wants: HeadOutput;
   readonly releasedSlots: readonly number[];
   readonly spans: readonly RowSpan[];
   /** [rows of all spans]. Draft pass: the token after each row's position. */
@@ -38,9 +40,17 @@ export interface ConfigurePlan {
   readonly kvBlocks: number;
   readonly maxRows: number;
   readonly maxHeadRows: number;
+  /** Ids at or above are never the best. */
+  readonly usableVocab: number;
+  /** By which the ranks' devices find one another (`Runtime.createGroupId`); empty: they sum on the host. */
+  readonly deviceGroupId: Int32Array;
 }
 
 export type StepPlan = PassPlan | ConfigurePlan | { readonly kind: 'ping' } | { readonly kind: 'stop' };
+
+const headOutputs = ['logits', 'best'] as const;
+
+export type HeadOutput = (typeof headOutputs)[number];
 
 const kinds = ['configure', 'forward', 'draft', 'ping', 'stop'] as const;
 const spanWords = 6;
@@ -56,15 +66,25 @@ export function encodeStepPlan(plan: StepPlan): Int32Array {
     return Int32Array.of(kind);
   }
   if (plan.kind === 'configure') {
-    return Int32Array.of(kind, plan.kvBlocks, plan.maxRows, plan.maxHeadRows);
+    const { kvBlocks, maxRows, maxHeadRows, usableVocab, deviceGroupId } = plan;
+    return Int32Array.of(
+      kind,
+      kvBlocks,
+      maxRows,
+      maxHeadRows,
+      usableVocab,
+      deviceGroupId.length,
+      ...deviceGroupId,
+    );
   }
-  const { releasedSlots, spans, tokenIds } = plan;
-  const header = 3 + releasedSlots.length + spanWords * spans.length;
+  const { wants, releasedSlots, spans, tokenIds } = plan;
+  const header = 4 + releasedSlots.length + spanWords * spans.length;
   const frame = new Int32Array(header + tokenIds.length);
   frame[0] = kind;
-  frame[1] = releasedSlots.length;
-  frame.set(releasedSlots, 2);
-  let at = 2 + releasedSlots.length;
+  frame[1] = headOutputs.indexOf(wants);
+  frame[2] = releasedSlots.length;
+  frame.set(releasedSlots, 3);
+  let at = 3 + releasedSlots.length;
   frame[at++] = spans.length;
   for (const span of spans) {
     frame[at++] = span.slot;
@@ -96,7 +116,19 @@ export function decodeStepPlan(frame: Int32Array): StepPlan {
     return { kind };
   }
   if (kind === 'configure') {
-    return { kind, kvBlocks: next(), maxRows: next(), maxHeadRows: next() };
+    const size = { kvBlocks: next(), maxRows: next(), maxHeadRows: next(), usableVocab: next() };
+    const words = next();
+    if (frame.length - at !== words) {
+      throw new ClusterError(
+        'data_loss',
+        `step plan: an id of ${words} words, but ${frame.length - at} follow`,
+      );
+    }
+    return { kind, ...size, deviceGroupId: frame.slice(at) };
+  }
+  const wants = headOutputs[next()];
+  if (wants === undefined) {
+    throw new ClusterError('data_loss', `step plan: unknown head output ${frame[1]}`);
   }
   const releasedSlots = Array.from({ length: next() }, next);
   const spans = Array.from({ length: next() }, () => ({
@@ -111,5 +143,5 @@ export function decodeStepPlan(frame: Int32Array): StepPlan {
   if (frame.length - at !== rows) {
     throw new ClusterError('data_loss', `step plan: ${rows} rows, but ${frame.length - at} token ids`);
   }
-  return { kind, releasedSlots, spans, tokenIds: frame.slice(at) };
+  return { kind, wants, releasedSlots, spans, tokenIds: frame.slice(at) };
 }

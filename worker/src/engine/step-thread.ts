@@ -73,7 +73,7 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     const runner = new ShardRunner({ runtime, directory, manifest, collective });
     const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
     if (collective.rank === 0) {
-      await lead({ limits, pingMs, runner, collective, port, onReady });
+      await lead({ runtime, limits, pingMs, runner, collective, port, onReady });
     } else {
       follow({ runner, collective, leaving, onReady });
       respond({ kind: 'ended' });
@@ -93,6 +93,7 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
 interface Leading {
   readonly limits: EngineLimits;
   readonly pingMs: number;
+  readonly runtime: Runtime;
   readonly runner: ShardRunner;
   readonly collective: Collective;
   readonly port: MessagePort;
@@ -100,12 +101,14 @@ interface Leading {
 }
 
 /** Returns when asked to close, after telling the others. */
-async function lead({ runner, collective, port, limits, pingMs, onReady }: Leading): Promise<void> {
+async function lead({ runtime, runner, collective, port, limits, pingMs, onReady }: Leading): Promise<void> {
   const configure = {
     kind: 'configure',
     kvBlocks: limits.kvBlocks,
     maxRows: limits.maxBatchTokens,
     maxHeadRows: 2 * limits.maxSequences,
+    usableVocab: limits.usableVocab,
+    deviceGroupId: collective.worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
   } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);

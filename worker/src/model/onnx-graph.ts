@@ -35,6 +35,7 @@ export interface GraphNode {
   readonly outputs: readonly string[];
   readonly ints?: Readonly<Record<string, number>>;
   readonly floats?: Readonly<Record<string, number>>;
+  readonly intLists?: Readonly<Record<string, readonly number[]>>;
 }
 
 /** A whole graph, nodes in an order where every value is written before it is read. */
@@ -48,7 +49,7 @@ export interface Graph {
 
 const irVersion = 10;
 const opsets = { '': 21, 'com.microsoft': 1 } as const;
-const attributeTypes = { float: 1, int: 2 } as const;
+const attributeTypes = { float: 1, int: 2, ints: 7 } as const;
 const externalDataLocation = 1;
 
 /** The bytes of an ONNX ModelProto with this one graph; the same graph always gives the same bytes. */
@@ -101,6 +102,13 @@ function writeNode(writer: BinaryWriter, node: GraphNode, index: number): void {
       text(writer, 1, name);
       writer.tag(3, WireType.Varint).int64(value);
       writer.tag(20, WireType.Varint).int32(attributeTypes.int);
+    });
+  }
+  for (const [name, values] of Object.entries(node.intLists ?? {})) {
+    message(writer, 5, () => {
+      text(writer, 1, name);
+      values.forEach((value) => writer.tag(8, WireType.Varint).int64(value));
+      writer.tag(20, WireType.Varint).int32(attributeTypes.ints);
     });
   }
   text(writer, 7, node.domain ?? '');

@@ -172,10 +172,12 @@ interface Shard {
   close(): Promise<void>;
 }
 
+/** Pages have no kernel on the CPU. */
 async function openShard(rankDirectory: string): Promise<Shard> {
   const manifest = await readShardManifest(rankDirectory);
   const sessions = new Map<string, ort.InferenceSession>();
-  for (const { name, file, inputs, outputs } of manifest.segments) {
+  const segments = manifest.segments.filter(({ name }) => name !== 'attention.paged');
+  for (const { name, file, inputs, outputs } of segments) {
     const session = await ort.InferenceSession.create(join(rankDirectory, file), { intraOpNumThreads: 1 });
     expect([name, session.inputNames, session.outputNames]).toEqual([name, inputs, outputs]);
     sessions.set(name, session);
@@ -253,21 +255,27 @@ async function runBlock(
   };
 }
 
+function indices(rows: readonly number[]): ort.Tensor {
+  return new ort.Tensor('int32', Int32Array.from(rows), [rows.length]);
+}
+
 async function runFinal(
   shards: readonly Shard[],
   name: string,
   x: Residual,
 ): Promise<{ hidden: Matrix; logits: Matrix }> {
   const [final] = await onAll(shards, name, { residual: float(x.residual), delta: float(x.delta) });
-  const heads = await onAll(shards, 'head', { normed: final?.['normed'] ?? float([]) });
+  const heads = await onAll(shards, 'head', {
+    normed: final?.['normed'] ?? float([]),
+    headRows: indices(x.residual.map((_, row) => row)),
+  });
   const parts = heads.map((head) => toMatrix(head['logits']));
   const logits = x.residual.map((_, row) => parts.flatMap((part) => part[row] ?? []));
   return { hidden: toMatrix(final?.['hidden']), logits };
 }
 
 async function runModel(shards: readonly Shard[]): Promise<{ logits: Matrix; draftLogits: Matrix }> {
-  const ids = new ort.Tensor('int64', BigInt64Array.from(tokenIds, BigInt), [tokenIds.length]);
-  const embedded = toMatrix((await onAll(shards, 'embed', { tokenIds: ids }))[0]?.['hidden']);
+  const embedded = toMatrix((await onAll(shards, 'embed', { tokenIds: indices(tokenIds) }))[0]?.['hidden']);
   const zeros = (rows: Matrix): Matrix => rows.map((row) => row.map(() => 0));
   let x: Residual = { residual: embedded, delta: zeros(embedded) };
   for (let layer = 0; layer < config.layers; layer++) {
@@ -275,7 +283,8 @@ async function runModel(shards: readonly Shard[]): Promise<{ logits: Matrix; dra
   }
   const { hidden, logits } = await runFinal(shards, 'final', x);
   const [input] = await onAll(shards, 'mtp.0.input', {
-    hidden: float(hidden.slice(0, -1)),
+    hidden: float(hidden),
+    hiddenRows: indices(hidden.slice(1).map((_, row) => row)),
     embedding: float(embedded.slice(1)),
   });
   const residual = toMatrix(input?.['residual']);
@@ -292,6 +301,34 @@ function relativeError(actual: Matrix, expected: Matrix): number {
     ) / scale
   );
 }
+
+it('finds the best usable token of each row and rank in halves, the lowest id at ties', async () => {
+  const { rankDirectories } = await compile(
+    {
+      modelDirectory: join(directory, 'checkpoint'),
+      outDirectory: join(directory, 'fp16'),
+      tensorParallel: 2,
+      precision: 'fp16',
+    },
+    signal,
+  );
+  const shards = await Promise.all(rankDirectories.map(openShard));
+  const [, second] = shards;
+  const { vocabStart = 0, vocabRows = 0 } = second?.manifest ?? {};
+  const row = (peaks: Record<number, number>): number[] =>
+    Array.from({ length: vocabRows }, (_, id) => peaks[id] ?? -1);
+  const outputs = await second?.run('best', {
+    // The last has its largest logit beyond what is usable.
+    logits: float([row({ 3: 2, 9: 5 }), row({ 7: 4, 8: 4 }), row({ 20: 9, 5: 0.5 })]),
+    end: new ort.Tensor('int64', BigInt64Array.of(20n), [1]),
+  });
+  await Promise.all(shards.map((shard) => shard.close()));
+  expect(toMatrix(outputs?.['best'])).toEqual([
+    [vocabStart + 9, 5],
+    [vocabStart + 7, 4],
+    [vocabStart + 5, 0.5],
+  ]);
+});
 
 describe.each(['fp32', 'int8', 'int4'] as const)('segments in %s', { timeout: 60_000 }, (precision) => {
   it.each([1, 2, 4])('on %i ranks compute what the formulas say', async (tensorParallel) => {

@@ -15,7 +15,7 @@ import {
   type GraphWeight,
 } from './onnx-graph.ts';
 import type { ElementDtype } from './safetensors.ts';
-import { activationType, isPaged, pageTokens, type Precision, type SegmentEntry } from './shard.ts';
+import { activationType, attentionSegments, pageTokens, type Precision, type SegmentEntry } from './shard.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from './shard-plan.ts';
 import { createWeightLayout, type Part, type WeightLayout } from './weight-layout.ts';
 
@@ -28,7 +28,7 @@ export interface RankSpec {
   readonly accuracyLevel: 0 | 4;
   /** Positions that the RoPE tables cover. */
   readonly maxPositions: number;
-  /** The embedding is stored as the checkpoint stores it. */
+  /** The embedding is stored as the checkpoint stores it, but for fp16 shards. */
   readonly embeddingDtype: ElementDtype;
 }
 
@@ -56,12 +56,17 @@ export function buildSegments(spec: RankSpec): RankSegments {
   };
 
   add('embed', fillEmbed);
-  add('attention', fillAttention);
+  for (const name of attentionSegments(spec.precision)) {
+    add(name, (segment) => fillAttention(segment, name === 'attention.paged'));
+  }
   for (let layer = 0; layer < spec.config.layers; layer++) {
     addBlock(add, `layer.${layer}`, `model.layers.${layer}`);
   }
   add('final', (segment) => fillFinal(segment, backboneTensors.norm));
   add('head', fillHead);
+  if (activationType(spec.precision) !== 'float') {
+    add('best', fillBest);
+  }
   for (let layer = 0; layer < spec.config.mtpLayers; layer++) {
     const source = `model.mtp_layers.${layer}`;
     add(`mtp.${layer}.input`, (segment) => fillDraftInput(segment, source));
@@ -84,25 +89,31 @@ function addBlock(
 function fillEmbed(segment: Segment): void {
   const { config, embeddingDtype } = segment.spec;
   const { hiddenSize, vocabSize } = config;
-  segment.input('tokenIds', ['rows'], 'int64');
-  const table = segment.weight(
-    segment.layout.plain(
-      'embedding',
-      [whole(backboneTensors.embedding, vocabSize, hiddenSize)],
-      embeddingDtype,
-    ),
-  ); // [vocab, H], as stored
-  segment.node({ op: 'Gather', inputs: [table, 'tokenIds'], outputs: ['row'], ints: { axis: 0 } });
-  const to = elementTypes[activationType(segment.spec.precision)];
-  segment.node({ op: 'Cast', inputs: ['row'], outputs: ['hidden'], ints: { to } });
+  segment.input('tokenIds', ['rows'], 'int32');
+  const type = activationType(segment.spec.precision);
+  const parts = [whole(backboneTensors.embedding, vocabSize, hiddenSize)];
+  // WebGPU, which computes fp16 shards, has no bfloat16 to cast from.
+  const table =
+    type === 'float16'
+      ? segment.layout.plain('embedding', parts)
+      : segment.layout.plain('embedding', parts, embeddingDtype); // [vocab, H]
+  const isStored = table.type === type;
+  segment.node({
+    op: 'Gather',
+    inputs: [segment.weight(table), 'tokenIds'],
+    outputs: [isStored ? 'hidden' : 'row'],
+    ints: { axis: 0 },
+  });
+  if (!isStored) {
+    segment.node({ op: 'Cast', inputs: ['row'], outputs: ['hidden'], ints: { to: elementTypes[type] } });
+  }
   segment.output('hidden', ['rows', hiddenSize]);
 }
 
-function fillAttention(segment: Segment): void {
-  const { config, plan, maxPositions, precision } = segment.spec;
+function fillAttention(segment: Segment, paged: boolean): void {
+  const { config, plan, maxPositions } = segment.spec;
   const { headDim } = config;
   const packed = (plan.queryHeads + 2 * plan.kvHeads) * headDim;
-  const paged = isPaged(precision);
   const cache = paged ? ['pages', pageTokens, plan.kvHeads, headDim] : [1, plan.kvHeads, 'capacity', headDim];
   const places = paged ? ['starts', 'past', 'table'] : ['seqlensK', 'totalLength'];
   const [pastKey, pastValue] = paged ? (['keys', 'values'] as const) : (['pastKey', 'pastValue'] as const);
@@ -211,10 +222,12 @@ function fillFinal(segment: Segment, norm: string): void {
 
 function fillHead(segment: Segment): void {
   const { config, plan } = segment.spec;
-  segment.input('normed', ['n', config.hiddenSize]);
+  segment.input('normed', ['rows', config.hiddenSize]);
+  segment.input('headRows', ['n'], 'int32');
+  segment.node({ op: 'Gather', inputs: ['normed', 'headRows'], outputs: ['chosen'], ints: { axis: 0 } });
   const isHalf = activationType(segment.spec.precision) !== 'float';
   linear(segment, {
-    input: 'normed', // [n, H]
+    input: 'chosen', // [n, H]
     output: isHalf ? 'halfLogits' : 'logits', // [n, V]
     name: 'weight', // [V, H]
     parts: [
@@ -232,18 +245,51 @@ function fillHead(segment: Segment): void {
   segment.output('logits', ['n', rangeLength(plan.vocabulary)], 'float');
 }
 
+function fillBest(segment: Segment): void {
+  const { start, end } = segment.spec.plan.vocabulary;
+  segment.input('logits', ['n', end - start], 'float');
+  segment.input('end', [1], 'int64');
+  const constant = (output: string, ints: readonly number[]): string => {
+    segment.node({ op: 'Constant', inputs: [], outputs: [output], intLists: { value_ints: ints } });
+    return output;
+  };
+  segment.node({
+    op: 'Slice',
+    inputs: ['logits', constant('zero', [0]), 'end', constant('axis', [1])],
+    outputs: ['usable'],
+  });
+  segment.node({
+    op: 'TopK',
+    inputs: ['usable', constant('one', [1])],
+    outputs: ['value', 'index'], // [n, 1]
+    ints: { axis: -1 },
+  });
+  segment.node({
+    op: 'Add',
+    inputs: ['index', constant('vocabStart', [start])],
+    outputs: ['id'],
+  });
+  // As a float, which holds ids up to 2^24 exactly: one output is one copy to the host.
+  segment.node({ op: 'Cast', inputs: ['id'], outputs: ['idValue'], ints: { to: elementTypes.float } });
+  segment.node({ op: 'Concat', inputs: ['idValue', 'value'], outputs: ['best'], ints: { axis: -1 } });
+  segment.output('best', ['n', 2], 'float');
+}
+
 function fillDraftInput(segment: Segment, source: string): void {
   const { hiddenSize, rmsNormEps } = segment.spec.config;
-  for (const [input, norm] of [
-    ['hidden', `${source}.hidden_layernorm.weight`],
-    ['embedding', `${source}.token_layernorm.weight`],
+  segment.input('hidden', ['all', hiddenSize]);
+  segment.input('hiddenRows', ['rows'], 'int32');
+  segment.input('embedding', ['rows', hiddenSize]);
+  segment.node({ op: 'Gather', inputs: ['hidden', 'hiddenRows'], outputs: ['chosen'], ints: { axis: 0 } });
+  for (const [input, norm, name] of [
+    ['chosen', `${source}.hidden_layernorm.weight`, 'hidden'],
+    ['embedding', `${source}.token_layernorm.weight`, 'embedding'],
   ] as const) {
-    segment.input(input, ['rows', hiddenSize]);
-    const gain = segment.weight(segment.layout.plain(`${input}.norm`, [rowsOf(norm, allOf(hiddenSize), 1)])); // [H]
+    const gain = segment.weight(segment.layout.plain(`${name}.norm`, [rowsOf(norm, allOf(hiddenSize), 1)])); // [H]
     segment.node({
       op: 'SimplifiedLayerNormalization',
       inputs: [input, gain],
-      outputs: [`${input}.normed`],
+      outputs: [`${name}.normed`],
       ints: { axis: -1 },
       floats: { epsilon: rmsNormEps },
     });

@@ -5,20 +5,23 @@
 // Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences together.
 // H hidden size; T tensorParallel; D head dim; Qr = query heads / T; Kr = KV heads / T; Vr = this rank's vocabulary rows.
 //
-//   embed              tokenIds int64 [rows]                            -> hidden [rows, H]
+//   embed              tokenIds int32 [rows]                            -> hidden [rows, H]
 //   layer.{i}.qkv      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], qkv [rows, (Qr + 2 Kr) D]
 //   attention          qkv [1, s, (Qr + 2 Kr) D], pastKey [1, Kr, cap, D], pastValue, seqlensK int32 [1],
 //                      totalLength int32 []                             -> attended [1, s, Qr D], presentKey, presentValue
 //                      (bound in place: present is the same memory as past)
-//   in bf16            qkv [rows, (Qr + 2 Kr) D], keys [pages, 256, Kr, D], values, starts int32 [spans + 1],
+//   attention.paged    qkv [rows, (Qr + 2 Kr) D], keys [pages, 256, Kr, D], values, starts int32 [spans + 1],
 //                      past int32 [spans], table int32 [spans, n], bounds int32 [3]
 //                                                                       -> attended [rows, Qr D], keysOut, valuesOut
-//                      (all spans in one run; bound in place)
+//                      (all spans in one run; bound in place; bf16 shards have this one only, fp16 shards both)
 //   layer.{i}.o        attended [rows, Qr D]                            -> delta [rows, H] (partial sum over ranks)
 //   layer.{i}.mlp      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], deltaOut [rows, H] (partial)
 //   final              residual [rows, H], delta [rows, H]              -> hidden [rows, H] (pre-norm), normed [rows, H]
-//   head               normed [n, H]                                    -> logits [n, Vr]
-//   mtp.{j}.input      hidden [rows, H], embedding [rows, H]            -> residual [rows, H] (W_in . [norm(hidden) ; norm(embedding)])
+//   head               normed [rows, H], headRows int32 [n]             -> logits [n, Vr] of those rows
+//   best               logits [n, Vr], end int64 [1]                    -> best [n, 2]: the largest logit of the ids below
+//                      (fp16 and bf16)                                     vocabStart + end, and its id, the lowest at ties
+//   mtp.{j}.input      hidden [all, H], hiddenRows int32 [rows], embedding [rows, H]
+//                                                                       -> residual [rows, H] (W_in . [norm(hidden) ; norm(embedding)])
 //   mtp.{j}.qkv .o .mlp .final: the same signatures as a layer's and the backbone's `final`; the shared `head` follows.
 //
 // `qkv` first adds: residualOut = residual + delta, then normalises residualOut. Layer 0 is fed a zero delta. So does
@@ -44,9 +47,12 @@ export function activationType(precision: Precision): FloatType {
   return precision === 'fp16' ? 'float16' : precision === 'bf16' ? 'bfloat16' : 'float';
 }
 
-/** Whether `attention` takes all spans in one run, from pages; there are kernels of it on GPUs only, as of bf16. */
-export function isPaged(precision: Precision): boolean {
-  return precision === 'bf16';
+/** The segments of attention that a shard has: there are kernels of bf16 and of pages on GPUs only. */
+export function attentionSegments(precision: Precision): readonly ('attention' | 'attention.paged')[] {
+  if (precision === 'bf16') {
+    return ['attention.paged'];
+  }
+  return precision === 'fp16' ? ['attention', 'attention.paged'] : ['attention'];
 }
 
 /** Positions of a page. The fastest kernel wants its tile of positions within one page. */
@@ -82,7 +88,7 @@ export interface ShardManifest {
 }
 
 /** Raised whenever graphs, layout or manifest change; part of the key. */
-export const shardFormatVersion = 2;
+export const shardFormatVersion = 3;
 
 /** The manifest's name inside a rank's directory. */
 export const manifestFile = 'shard.json';

@@ -4,11 +4,13 @@
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/errors';
 import { decodeHalves, elementBytes, type ElementType, encodeHalves } from './element-type.ts';
-import type { CopyRange, RuntimeMemory, RuntimeTensor } from './runtime.ts';
+import type { MemoryInfo, RuntimeMemory, RuntimeTensor } from './runtime.ts';
 
 /** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 is linked to. */
 const libraryName = 'libcudart.so.13';
-const copyKinds = { hostToDevice: 1, deviceToHost: 2, deviceToDevice: 3 } as const;
+const copyKinds = { hostToDevice: 1, deviceToHost: 2 } as const;
+
+const notReady = 600;
 
 type Out = [bigint | null];
 
@@ -36,6 +38,14 @@ function loadCuda() {
     mallocHost: library.func('cudaMallocHost', 'int', ['_Out_ void **', 'size_t']),
     freeHost: library.func('cudaFreeHost', 'int', ['void *']),
     memset: library.func('cudaMemsetAsync', 'int', ['void *', 'int', 'size_t', 'void *']),
+    getLastError: library.func('cudaGetLastError', 'int', []),
+    streamQuery: library.func('cudaStreamQuery', 'int', ['void *']),
+    streamBeginCapture: library.func('cudaStreamBeginCapture', 'int', ['void *', 'int']),
+    streamEndCapture: library.func('cudaStreamEndCapture', 'int', ['void *', '_Out_ void **']),
+    graphInstantiate: library.func('cudaGraphInstantiate', 'int', ['_Out_ void **', 'void *', 'uint64_t']),
+    graphLaunch: library.func('cudaGraphLaunch', 'int', ['void *', 'void *']),
+    graphDestroy: library.func('cudaGraphDestroy', 'int', ['void *']),
+    graphExecDestroy: library.func('cudaGraphExecDestroy', 'int', ['void *']),
     copy: library.func('cudaMemcpyAsync', 'int', ['void *', 'void *', 'size_t', 'int', 'void *']),
   };
 }
@@ -49,6 +59,8 @@ export type CreateDeviceView = (address: bigint, dims: readonly number[], type: 
 export class CudaDevice {
   readonly api = (loadedCuda ??= loadCuda());
   readonly stream: bigint;
+  /** Looked at while a wait lasts, where it may last for ever: other ranks take part in what is computed. */
+  watch: ((waitedMs: number) => void) | undefined;
 
   /** Throws `failed_precondition` without libcudart or a device. */
   constructor() {
@@ -70,20 +82,32 @@ export class CudaDevice {
     if (status !== 0 || out[0] === null) {
       throw new ClusterError(
         'resource_exhausted',
-        `device memory: needs ${bytes} bytes, ${this.freeBytes()} are free: ${this.api.errorString(status)}`,
+        `device memory: needs ${bytes} bytes, ${this.memoryInfo().freeBytes} are free: ${this.api.errorString(status)}`,
       );
     }
     return out[0];
   }
 
-  freeBytes(): number {
+  memoryInfo(): MemoryInfo {
     const free: [number | bigint] = [0];
-    this.check(this.api.memGetInfo(free, [0]));
-    return Number(free[0]);
+    const total: [number | bigint] = [0];
+    this.check(this.api.memGetInfo(free, total));
+    return { freeBytes: Number(free[0]), totalBytes: Number(total[0]) };
   }
 
+  /** Waits for the stream. Throws what `watch` throws. */
   synchronize(): void {
-    this.check(this.api.streamSynchronize(this.stream));
+    if (this.watch === undefined) {
+      this.check(this.api.streamSynchronize(this.stream));
+      return;
+    }
+    const startedMs = performance.now();
+    let status: number = this.api.streamQuery(this.stream);
+    while (status === notReady) {
+      this.watch(performance.now() - startedMs);
+      status = this.api.streamQuery(this.stream);
+    }
+    this.check(status);
   }
 
   check(status: number): void {
@@ -102,7 +126,7 @@ export class CudaDevice {
 export class DeviceMemory implements RuntimeMemory {
   readonly type: ElementType;
   readonly #device: CudaDevice;
-  readonly #address: bigint;
+  readonly address: bigint;
   readonly #bytes: number;
   readonly #createView: CreateDeviceView;
   #mirror: { readonly address: bigint; readonly buffer: ArrayBuffer } | undefined;
@@ -116,9 +140,9 @@ export class DeviceMemory implements RuntimeMemory {
     this.type = shape.type;
     this.#device = device;
     this.#bytes = Math.max(1, shape.length) * elementBytes[shape.type];
-    this.#address = device.allocate(this.#bytes);
+    this.address = device.allocate(this.#bytes);
     this.#createView = createView;
-    device.check(device.api.memset(this.#address, 0, this.#bytes, device.stream));
+    device.check(device.api.memset(this.address, 0, this.#bytes, device.stream));
   }
 
   tensor(start: number, dims: readonly number[]): RuntimeTensor {
@@ -144,15 +168,14 @@ export class DeviceMemory implements RuntimeMemory {
       : new Float32Array(buffer, 0, count);
   }
 
-  copyFrom(source: RuntimeMemory, { from, to, count }: CopyRange): void {
-    const bytes = count * elementBytes[this.type];
-    this.#copy(this.#at(to), (source as DeviceMemory).#at(from), bytes, copyKinds.deviceToDevice);
+  copyFrom(): void {
+    throw new ClusterError('internal', 'device memory is copied by segments alone');
   }
 
   release(): void {
     if (!this.#released) {
       this.#released = true;
-      this.#device.check(this.#device.api.free(this.#address));
+      this.#device.check(this.#device.api.free(this.address));
       if (this.#mirror !== undefined) {
         this.#device.check(this.#device.api.freeHost(this.#mirror.address));
       }
@@ -160,7 +183,7 @@ export class DeviceMemory implements RuntimeMemory {
   }
 
   #at(element: number): bigint {
-    return this.#address + BigInt(element * elementBytes[this.type]);
+    return this.address + BigInt(element * elementBytes[this.type]);
   }
 
   #createMirror(): { address: bigint; buffer: ArrayBuffer } {

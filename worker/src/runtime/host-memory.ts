@@ -1,7 +1,27 @@
-// Memory of the CPU execution provider: typed arrays of JavaScript. Owns the conversion of halves; knows no library.
+// Memory of the host: typed arrays of JavaScript, and how much of it this process may take. Owns the conversion of halves;
+// knows no library.
 
+import { totalmem } from 'node:os';
+import { ClusterError } from '@mimo/core/errors';
 import { decodeHalves, type ElementType, encodeHalves } from './element-type.ts';
-import type { CopyRange, RuntimeMemory, RuntimeTensor, TensorData } from './runtime.ts';
+import type { CopyRange, MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './runtime.ts';
+
+/** What the container's limit leaves to this process; undefined without a limit. */
+export function hostMemoryInfo(
+  limitBytes: number = process.constrainedMemory(),
+  usedBytes: number = process.memoryUsage.rss(),
+): MemoryInfo | undefined {
+  // Without a limit it is 0, or what the kernel takes for infinity.
+  if (limitBytes === 0 || limitBytes >= totalmem()) {
+    return undefined;
+  }
+  return { freeBytes: Math.max(0, limitBytes - usedBytes), totalBytes: limitBytes };
+}
+
+/** What a runtime that computes on the host answers to whoever wants its device to sum. */
+export function noDeviceGroup(): ClusterError {
+  return new ClusterError('internal', 'this runtime has no device that could reach other ranks');
+}
 
 /** Makes a native view of `data`, whose elements are of `type`. */
 export type CreateView = (data: TensorData, dims: readonly number[], type: ElementType) => RuntimeTensor;

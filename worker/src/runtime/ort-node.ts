@@ -7,8 +7,9 @@ import { createRequire } from 'node:module';
 import { Tensor, type InferenceSession } from 'onnxruntime-node';
 import { ClusterError } from '@mimo/core/errors';
 import type { ElementType } from './element-type.ts';
-import { HostMemory } from './host-memory.ts';
+import { HostMemory, hostMemoryInfo, noDeviceGroup } from './host-memory.ts';
 import type {
+  MemoryInfo,
   Runtime,
   RuntimeMemory,
   RuntimeOptions,
@@ -71,6 +72,7 @@ class OrtNodeRuntime implements Runtime {
   readonly implementation = 'ort-node';
   // The binding takes Float16Array for float16 and finds its elements 0 bytes wide.
   readonly floatTypes = ['float'] as const;
+  readonly kernels = { pagedAttention: false, topK: false };
   readonly #binding: Binding;
   readonly #options: InferenceSession.SessionOptions;
   readonly #segments: NodeSegment[] = [];
@@ -108,6 +110,26 @@ class OrtNodeRuntime implements Runtime {
 
   allocate(type: ElementType, length: number): RuntimeMemory {
     return new HostMemory(type, length, (data, dims) => new NodeTensor(data, dims));
+  }
+
+  memoryInfo(): MemoryInfo | undefined {
+    return hostMemoryInfo();
+  }
+
+  replay(_key: string, work: () => void): void {
+    work();
+  }
+
+  createGroupId(): Int32Array {
+    return new Int32Array(0);
+  }
+
+  joinGroup(): void {
+    throw noDeviceGroup();
+  }
+
+  sum(): void {
+    throw noDeviceGroup();
   }
 
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void {

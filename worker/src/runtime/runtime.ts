@@ -8,7 +8,7 @@ import type { ElementType, FloatType } from './element-type.ts';
 export type RuntimeImplementation = 'ort-capi' | 'ort-node';
 
 /** Where segments are computed. */
-export const executionProviders = ['cpu', 'cuda'] as const;
+export const executionProviders = ['cpu', 'cuda', 'webgpu'] as const;
 
 export type ExecutionProvider = (typeof executionProviders)[number];
 
@@ -22,9 +22,12 @@ export interface RuntimeTensor {
   release(): void;
 }
 
+/** Who touches memory: runs alone, or the host too, in every pass (token ids, partial sums, logits). */
+export type MemoryUse = 'resident' | 'exchanged';
+
 /**
- * Elements where the execution provider computes: JavaScript memory, or a device's. Zero at first. Reads and writes are
- * in order with the runs.
+ * Elements where the execution provider computes: JavaScript memory, or a device's. Reads and writes are in order with
+ * the runs, and for exchanged memory only, which is zero at first.
  */
 export interface RuntimeMemory {
   readonly type: ElementType;
@@ -34,7 +37,7 @@ export interface RuntimeMemory {
   write(start: number, values: Float32Array | Int32Array | BigInt64Array): void;
   /** Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read overwrites. */
   read(start: number, count: number): Float32Array;
-  /** `source` is memory of the same runtime and type. */
+  /** `source` is memory of the same runtime and type. Not where `kernels.pagedAttention`: nothing needs it there. */
   copyFrom(source: RuntimeMemory, range: CopyRange): void;
   release(): void;
 }
@@ -59,9 +62,32 @@ export interface SegmentSource {
   readonly outputs: readonly string[];
 }
 
+/** Kernels that not every execution provider has. */
+export interface OptionalKernels {
+  /** PagedAttention; GroupQueryAttention is then not used. */
+  readonly pagedAttention: boolean;
+  /** TopK over a vocabulary, faster than looking through it on the host. */
+  readonly topK: boolean;
+}
+
+/** Memory of the device that segments are loaded to, in bytes. */
+export interface MemoryInfo {
+  readonly freeBytes: number;
+  readonly totalBytes: number;
+}
+
+/** This rank's place in a group whose devices reach one another. */
+export interface DeviceGroupMember {
+  readonly rank: number;
+  readonly worldSize: number;
+  /** Called while a wait for the device lasts; throws when it has lasted too long or shall end. */
+  readonly watch: (waitedMs: number) => void;
+}
+
 /** Loaded graphs and their runs; not shared between threads. */
 export interface Runtime {
   readonly implementation: RuntimeImplementation;
+  readonly kernels: OptionalKernels;
   /** Types of activations that have kernels for everything a model does. */
   readonly floatTypes: readonly FloatType[];
   /** Throws `data_loss` when the file cannot be loaded. */
@@ -72,12 +98,25 @@ export interface Runtime {
    */
   tensor(data: Float32Array | Int32Array | BigInt64Array, dims: readonly number[]): RuntimeTensor;
   /** Throws `resource_exhausted` where the device has too little left. The caller releases it. */
-  allocate(type: ElementType, length: number): RuntimeMemory;
+  allocate(type: ElementType, length: number, use: MemoryUse): RuntimeMemory;
+  /** Undefined where nobody knows a limit. */
+  memoryInfo(): MemoryInfo | undefined;
   /**
    * Computes into the outputs' memory; a device may still be computing on return, reads wait for it. An output may be the same memory as an input where the graph
    * allows it (attention's KV). Throws `internal` with ONNX Runtime's message.
    */
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void;
+  /**
+   * Does `work`, which only runs segments and sums. A device may remember what it was told under a key and do it again
+   * without asking: all calls with a key must work on the same memory, with the same values where kernels read the host.
+   */
+  replay(key: string, work: () => void): void;
+  /** For rank 0 of a group: what all ranks `joinGroup` with. Empty where devices cannot reach one another. */
+  createGroupId(): Int32Array;
+  /** Blocks until all ranks have joined. Throws `failed_precondition` naming what is missing. */
+  joinGroup(id: Int32Array, member: DeviceGroupMember): void;
+  /** Replaces the first `count` elements by the sum over the ranks that joined, in order with the runs. */
+  sum(memory: RuntimeMemory, count: number): void;
   /** Frees the sessions and the tensors that were not released. Idempotent. */
   close(): void;
 }

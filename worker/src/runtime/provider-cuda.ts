@@ -1,0 +1,97 @@
+// The CUDA execution provider of onnxruntime-gpu: weights and memory on the device, everything in one stream, runs that
+// do not wait. Owns the provider's options; the stream, the ranks and the recorded passes have modules of their own.
+
+import { existsSync } from 'node:fs';
+import * as path from 'node:path';
+import { ClusterError } from '@mimo/core/errors';
+import { CudaDevice, DeviceMemory } from './cuda-device.ts';
+import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
+import { CudaReplays } from './cuda-replay.ts';
+import { NativeOptions, ort } from './ort-api.ts';
+import type { Provider, ProviderParts } from './provider.ts';
+import type { RuntimeMemory } from './runtime.ts';
+
+/** Throws `failed_precondition`: the provider is a library of its own, which ONNX Runtime looks for beside itself. */
+export function assertCudaProvider(library: string): void {
+  const names = ['libonnxruntime_providers_shared.so', 'libonnxruntime_providers_cuda.so'];
+  const missing = [library, ...names.map((name) => path.join(path.dirname(library), name))].filter(
+    (file) => !existsSync(file),
+  );
+  if (missing.length > 0) {
+    throw new ClusterError(
+      'failed_precondition',
+      `executionProvider cuda: needs ${missing.join(', ')} (from onnxruntime-gpu 1.30.0); libraryPath names libonnxruntime`,
+    );
+  }
+}
+
+/** See `Provider`. Throws `failed_precondition` naming what is missing. */
+export function createCudaProvider({ api, sessionOptions, view }: ProviderParts): Provider {
+  const { functions } = api;
+  const device = new CudaDevice();
+  const replays = new CudaReplays(device);
+  let group: CudaGroup | undefined;
+  const cudaOptions = api.create((out) => functions.createCudaOptions(out));
+  const options = new NativeOptions({
+    device_id: '0',
+    // Without it the address below is taken for none, and everything runs in the legacy stream.
+    has_user_compute_stream: '1',
+    user_compute_stream: String(device.stream),
+    arena_extend_strategy: 'kSameAsRequested',
+  });
+  api.check(functions.updateCudaOptions(cudaOptions, options.keys, options.values, options.count));
+  api.check(functions.appendCuda(sessionOptions, cudaOptions));
+  functions.releaseCudaOptions(cudaOptions);
+  // A node without a CUDA kernel would send its inputs to the host and back in every run.
+  api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
+  api.check(functions.addConfigEntry(sessionOptions, 'session.use_device_allocator_for_initializers', '1'));
+  const runOptions = api.create((out) => functions.createRunOptions(out));
+  api.check(functions.addRunConfigEntry(runOptions, 'disable_synchronize_execution_providers', '1'));
+  const memory = api.create((out) =>
+    functions.createMemoryInfo('Cuda', ort.deviceAllocator, 0, ort.memTypeDefault, out),
+  );
+  return {
+    // GroupQueryAttention has no kernel for float.
+    floatTypes: ['float16', 'bfloat16'],
+    kernels: { pagedAttention: true, topK: true },
+    memory,
+    runOptions,
+    allocate: (type, length) => new DeviceMemory(device, { type, length }, view),
+    memoryInfo: () => device.memoryInfo(),
+    replay: (key, work) => replays.run(key, work),
+    createGroupId: createCudaGroupId,
+    joinGroup: (id, member) => {
+      group = new CudaGroup(id, member);
+      device.watch = (waitedMs) => {
+        try {
+          member.watch(waitedMs);
+        } catch (error) {
+          // A sum that waits for a lost rank would keep the stream for ever.
+          group?.abort();
+          throw error;
+        }
+      };
+    },
+    sum: (shares: RuntimeMemory, count) => {
+      if (group === undefined) {
+        throw new ClusterError('internal', 'the device has joined no group');
+      }
+      const { address, type } = shares as DeviceMemory;
+      group.sum(address, { type, count, stream: device.stream });
+    },
+    stop: () => {
+      try {
+        device.synchronize();
+      } catch {
+        // Its group is lost, and aborted; whoever waited was told.
+      }
+      replays.close();
+      group?.abort();
+    },
+    close: () => {
+      functions.releaseRunOptions(runOptions);
+      functions.releaseMemoryInfo(memory);
+      device.close();
+    },
+  };
+}

@@ -1,0 +1,134 @@
+// The WebGPU execution provider that onnxruntime-node bundles (Dawn on Vulkan, Metal or Direct3D): weights, keys, values
+// and activations in buffers of the device. Owns those buffers; knows no segment.
+//
+// A buffer has a handle and no address: a view begins where the buffer begins. What crosses to the host in every pass
+// (token ids, partial sums, logits) lies in JavaScript memory, and a run copies it in or out.
+
+import { ClusterError } from '@mimo/core/errors';
+import { elementBytes, type ElementType } from './element-type.ts';
+import { HostMemory, noDeviceGroup } from './host-memory.ts';
+import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
+import type { Provider, ProviderParts } from './provider.ts';
+import type { RuntimeMemory, RuntimeTensor } from './runtime.ts';
+
+/** See `Provider`. Throws `failed_precondition` where this library has no WebGPU; a device is looked for at the first load. */
+export function createWebgpuProvider({ api, sessionOptions, view, anySession }: ProviderParts): Provider {
+  const { functions } = api;
+  const options = new NativeOptions({});
+  try {
+    api.check(
+      functions.appendProvider(sessionOptions, 'WebGPU', options.keys, options.values, options.count),
+    );
+  } catch (error) {
+    throw new ClusterError(
+      'failed_precondition',
+      `executionProvider webgpu: this libonnxruntime has none: ${ClusterError.from(error).message}`,
+      { cause: error },
+    );
+  }
+  api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
+  const memory = api.create((out) =>
+    functions.createMemoryInfo('WebGPU_Buf', ort.deviceAllocator, 0, ort.memTypeDefault, out),
+  );
+  let allocator: bigint | undefined;
+  return {
+    // PagedAttention has a kernel for float16 only.
+    floatTypes: ['float16'],
+    kernels: { pagedAttention: true, topK: false },
+    memory,
+    runOptions: null,
+    allocate: (type, length, use) => {
+      if (use === 'exchanged') {
+        return new HostMemory(type, length, view);
+      }
+      allocator ??= createAllocator(api, memory, anySession());
+      return new BufferMemory({ api, allocator, type, length, view });
+    },
+    memoryInfo: () => undefined,
+    replay: (_key, work) => work(),
+    createGroupId: () => new Int32Array(0),
+    joinGroup: () => {
+      throw noDeviceGroup();
+    },
+    sum: () => {
+      throw noDeviceGroup();
+    },
+    stop: () => {
+      // A session's allocator must not outlive it.
+      if (allocator !== undefined) {
+        functions.releaseAllocator(allocator);
+      }
+    },
+    close: () => functions.releaseMemoryInfo(memory),
+  };
+}
+
+/** The device's buffers are handed out by the provider of a session; all sessions share one device. */
+function createAllocator(api: OrtApi, memory: bigint, session: bigint | undefined): bigint {
+  if (session === undefined) {
+    throw new ClusterError('internal', 'WebGPU memory is allocated after the first segment is loaded');
+  }
+  return api.create((out) => api.functions.createAllocator(session, memory, out));
+}
+
+class BufferMemory implements RuntimeMemory {
+  readonly type: ElementType;
+  readonly #api: OrtApi;
+  readonly #allocator: bigint;
+  readonly #buffer: bigint;
+  readonly #view: ProviderParts['view'];
+  #released = false;
+
+  constructor(of: {
+    readonly api: OrtApi;
+    readonly allocator: bigint;
+    readonly type: ElementType;
+    readonly length: number;
+    readonly view: ProviderParts['view'];
+  }) {
+    this.type = of.type;
+    this.#api = of.api;
+    this.#allocator = of.allocator;
+    this.#view = of.view;
+    const bytes = Math.max(1, of.length) * elementBytes[of.type];
+    try {
+      this.#buffer = of.api.create((out) => of.api.functions.allocatorAlloc(of.allocator, bytes, out));
+    } catch (error) {
+      throw new ClusterError(
+        'resource_exhausted',
+        `device memory: a buffer of ${bytes} bytes: ${ClusterError.from(error).message}`,
+        { cause: error },
+      );
+    }
+  }
+
+  tensor(start: number, dims: readonly number[]): RuntimeTensor {
+    if (start !== 0) {
+      throw new ClusterError('internal', `a view of a WebGPU buffer begins at 0, not at ${start}`);
+    }
+    return this.#view(this.#buffer, dims, this.type);
+  }
+
+  write(): void {
+    throw resident();
+  }
+
+  read(): Float32Array {
+    throw resident();
+  }
+
+  copyFrom(): void {
+    throw resident();
+  }
+
+  release(): void {
+    if (!this.#released) {
+      this.#released = true;
+      this.#api.check(this.#api.functions.allocatorFree(this.#allocator, this.#buffer));
+    }
+  }
+}
+
+function resident(): ClusterError {
+  return new ClusterError('internal', 'resident memory of a WebGPU device is touched by segments alone');
+}

@@ -1,0 +1,34 @@
+// What differs between execution providers of the C API: where memory lies, how runs are told to it, and whether the
+// devices of a group reach one another. Owns the interface only.
+
+import type { ElementType, FloatType } from './element-type.ts';
+import type { OrtApi } from './ort-api.ts';
+import type { OptionalKernels, Runtime, RuntimeTensor, TensorData } from './runtime.ts';
+
+/** What a provider is made from. */
+export interface ProviderParts {
+  readonly api: OrtApi;
+  /** To which it appends itself. */
+  readonly sessionOptions: bigint;
+  /** A native view of JavaScript memory or, by an address, of the device's. */
+  readonly view: (at: TensorData | bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
+  /** A session, once there is one. */
+  readonly anySession: () => bigint | undefined;
+}
+
+/** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
+export interface Provider extends Pick<
+  Runtime,
+  'allocate' | 'memoryInfo' | 'replay' | 'createGroupId' | 'joinGroup' | 'sum'
+> {
+  readonly floatTypes: readonly FloatType[];
+  readonly kernels: OptionalKernels;
+  /** OrtMemoryInfo of views by address; null where there are none. */
+  readonly memory: bigint | null;
+  /** OrtRunOptions, or null. */
+  readonly runOptions: bigint | null;
+  /** Ends what the device still computes, before sessions and tensors are freed. */
+  stop(): void;
+  /** After they are freed. */
+  close(): void;
+}
