@@ -20,7 +20,7 @@ export interface SupervisorOptions {
 
 const minPauseMs = 200;
 const maxPauseMs = 10_000;
-/** A life of this length is a good one: the pause begins small again. */
+/** A life of this length is a good one, and so is one that ended in order: the pause begins small again. */
 const goodLifeMs = 10_000;
 /** Lives in a row, none of them good, after which it will not work the next time either. */
 const maxBadLives = 5;
@@ -86,7 +86,7 @@ export class Supervisor {
         return;
       }
       await Promise.all(this.#children.map((child) => child.stop(lossGraceMs)));
-      const isGood = performance.now() - begin >= goodLifeMs;
+      const isGood = performance.now() - begin >= goodLifeMs || lost.exit.code === 0;
       badLives = isGood ? 0 : badLives + 1;
       pauseMs = isGood ? minPauseMs : Math.min(pauseMs * 2, maxPauseMs);
       const how = lost.exit.signal ?? `exit code ${lost.exit.code}`;

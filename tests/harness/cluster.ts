@@ -60,6 +60,8 @@ export interface TestCluster {
   readonly client: InferenceServiceClient;
   /** What the local supervisor said, line by line. */
   readonly events: readonly string[];
+  /** A connection to the cluster's queue; throws where that is in the gateway's memory. */
+  readonly queue: RequestQueue;
   stats(group: number): Promise<StatsResponse>;
   held(): Promise<HeldCounts>;
   /** Waits until every group takes requests, as the gateway says. */
@@ -149,6 +151,13 @@ class RunningCluster implements TestCluster {
             recordMaxAgeMs: 86_400_000,
             log: createLog({ process: 'test', level: 'silent' }),
           });
+  }
+
+  get queue(): RequestQueue {
+    if (this.#queue === undefined) {
+      throw new Error('this cluster has no nats-server');
+    }
+    return this.#queue;
   }
 
   async stats(group: number): Promise<StatsResponse> {
