@@ -14,7 +14,10 @@ import {
 } from '@mimo/core/config';
 import { logLevels } from '@mimo/core/log';
 
-import type { WorkerSettings } from './decide/containers.ts';
+import type { Toleration, WorkerSettings } from './decide/containers.ts';
+
+const nodeLabel = /^([^=\s]+)=([^=\s]*)$/;
+const taint = /^([^=:\s]+)(?:=([^=:\s]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?$/;
 
 /** The controller's settings by their variables. */
 export const controllerSettings = {
@@ -42,6 +45,17 @@ export const controllerSettings = {
   cacheVolumeClaim: textSetting('MIMO_CONTROLLER_CACHE_VOLUME_CLAIM', ''),
   cacheHostPath: textSetting('MIMO_CONTROLLER_CACHE_HOST_PATH', ''),
 
+  /** Of worker pods, unless a service names another; empty: the namespace's default. */
+  workerServiceAccount: textSetting('MIMO_CONTROLLER_WORKER_SERVICE_ACCOUNT', ''),
+  /** Names of Secrets with registry credentials, for every worker pod. */
+  imagePullSecrets: listSetting('MIMO_CONTROLLER_IMAGE_PULL_SECRETS', ''),
+  /** Where pods that ask for accelerators run, unless a service says otherwise; empty: the machine's default runtime. */
+  acceleratorRuntimeClass: textSetting('MIMO_CONTROLLER_ACCELERATOR_RUNTIME_CLASS', ''),
+  /** `label=value`, comma-separated. */
+  acceleratorNodeSelector: listSetting('MIMO_CONTROLLER_ACCELERATOR_NODE_SELECTOR', ''),
+  /** As kubectl writes taints: `key=value:effect`, `key:effect` for any value, `key` for any effect too. */
+  acceleratorTolerations: listSetting('MIMO_CONTROLLER_ACCELERATOR_TOLERATIONS', ''),
+
   /** One controller acts at a time: the holder of this Lease. */
   leaseName: textSetting('MIMO_CONTROLLER_LEASE_NAME', 'mimo-controller'),
   /** Of this process among the candidates: the pod's name; default: made up. */
@@ -62,7 +76,13 @@ export function parseControllerConfig(env: Environment): ControllerConfig {
     {
       prefix: 'MIMO_CONTROLLER_',
       settings: controllerSettings,
-      check: ({ natsUrls, cacheVolumeClaim, cacheHostPath }) => [
+      check: ({
+        natsUrls,
+        cacheVolumeClaim,
+        cacheHostPath,
+        acceleratorNodeSelector,
+        acceleratorTolerations,
+      }) => [
         ...(natsUrls.length === 0 ? ['MIMO_CONTROLLER_NATS_URLS must name at least one server'] : []),
         ...(cacheVolumeClaim !== '' && cacheHostPath !== ''
           ? ['MIMO_CONTROLLER_CACHE_VOLUME_CLAIM and MIMO_CONTROLLER_CACHE_HOST_PATH exclude each other']
@@ -70,6 +90,16 @@ export function parseControllerConfig(env: Environment): ControllerConfig {
         ...(cacheHostPath === '' || cacheHostPath.startsWith('/')
           ? []
           : [`MIMO_CONTROLLER_CACHE_HOST_PATH must begin with /, not "${cacheHostPath}"`]),
+        ...acceleratorNodeSelector.flatMap((entry) =>
+          nodeLabel.test(entry)
+            ? []
+            : [`MIMO_CONTROLLER_ACCELERATOR_NODE_SELECTOR must hold label=value, not "${entry}"`],
+        ),
+        ...acceleratorTolerations.flatMap((entry) =>
+          taint.test(entry)
+            ? []
+            : [`MIMO_CONTROLLER_ACCELERATOR_TOLERATIONS must hold key[=value][:effect], not "${entry}"`],
+        ),
       ],
     },
     env,
@@ -90,5 +120,28 @@ export function workerSettingsOf(config: ControllerConfig): WorkerSettings {
         : cacheHostPath !== ''
           ? { kind: 'hostPath', path: cacheHostPath }
           : { kind: 'pod' },
+    podDefaults: {
+      serviceAccountName: config.workerServiceAccount,
+      imagePullSecrets: config.imagePullSecrets,
+      accelerated: {
+        runtimeClassName: config.acceleratorRuntimeClass,
+        nodeSelector: Object.fromEntries(config.acceleratorNodeSelector.map(labelOf)),
+        tolerations: config.acceleratorTolerations.map(tolerationOf),
+      },
+    },
+  };
+}
+
+function labelOf(text: string): readonly [string, string] {
+  const [, label = '', value = ''] = nodeLabel.exec(text) ?? [];
+  return [label, value];
+}
+
+function tolerationOf(text: string): Toleration {
+  const [, key = '', value, effect] = taint.exec(text) ?? [];
+  return {
+    key,
+    ...(value === undefined ? { operator: 'Exists' } : { operator: 'Equal', value }),
+    ...(effect === undefined ? {} : { effect }),
   };
 }

@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 
+import { parseControllerConfig, workerSettingsOf } from '@mimo/controller/config';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { beforeAll, describe, expect, it } from 'vitest';
 
@@ -185,6 +186,14 @@ describe.each(choices)('rendered with %s', (_name, values) => {
     expect(withToken.map(({ owner }) => owner)).toEqual(['Deployment/mimo-mimo-cluster-controller']);
   });
 
+  it('the controller reads its environment', async () => {
+    expect(await controllerConfig(values)).toMatchObject({
+      leaseName: 'mimo-controller',
+      tenantSecret: 'mimo-mimo-cluster-tenant-keys',
+      listen: '0.0.0.0:9465',
+    });
+  });
+
   it('the gateway reads its environment', () => {
     const [gateway] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-gateway')]);
     const env = environmentOf(gateway?.spec.containers[0] ?? { name: '', image: '' });
@@ -196,6 +205,13 @@ describe.each(choices)('rendered with %s', (_name, values) => {
     expect(graceMs).toBeGreaterThan(config.graceMs + 10_000);
   });
 });
+
+/** What the controller makes of the environment that the chart gives it. */
+async function controllerConfig(values: Values): Promise<ReturnType<typeof parseControllerConfig>> {
+  const objects = await renderChart(helm, values);
+  const [pod] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-controller')]);
+  return parseControllerConfig(environmentOf(pod?.spec.containers[0] ?? { name: '', image: '' }));
+}
 
 describe('what is refused', () => {
   const refusals: readonly (readonly [Values, RegExp])[] = [
@@ -233,6 +249,10 @@ describe('what is refused', () => {
     [{ images: { worker: { pullPolicy: 'Sometimes' } } }, /at '\/images\/worker\/pullPolicy'/],
     [{ images: { pullSecrets: [{ name: 'pull' }] } }, /at '\/images\/pullSecrets\/0': got object/],
     [{ accelerators: { resourceName: 'gpu' } }, /at '\/accelerators\/resourceName'/],
+    [
+      { accelerators: { tolerations: [{ operator: 'Exists' }] } },
+      /at '\/accelerators\/tolerations\/0': missing property 'key'/,
+    ],
     [{ modelCache: { type: 'nfs' } }, /at '\/modelCache\/type'/],
     [{ modelCache: { pvc: { size: 100 } } }, /at '\/modelCache\/pvc\/size': got number, want string/],
     [{ modelCache: { hostPath: { path: 'var' } } }, /at '\/modelCache\/hostPath\/path'/],
@@ -301,11 +321,64 @@ describe('the values reach their objects', () => {
         expect.stringMatching(/^docker\.io\/library\/nats:/),
       ]),
     );
-    const [controller] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-controller')]);
-    expect(environmentOf(controller?.spec.containers[0] ?? { name: '', image: '' })).toMatchObject({
-      MIMO_CONTROLLER_WORKER_IMAGE: 'r.example.com/mimo-cluster/worker:0.1.0',
-      MIMO_CONTROLLER_WORKER_CUDA_IMAGE: 'r.example.com/mimo-cluster/worker-cuda:0.1.0',
+    expect(await controllerConfig({ images: { registry: 'r.example.com' } })).toMatchObject({
+      workerImage: 'r.example.com/mimo-cluster/worker:0.1.0',
+      workerCudaImage: 'r.example.com/mimo-cluster/worker-cuda:0.1.0',
     });
+    expect(await controllerConfig({ images: { workerCuda: { repository: '' } } })).toMatchObject({
+      workerCudaImage: '',
+    });
+  });
+
+  it('worker pods: account, registries, cache, accelerators', async () => {
+    const settings = workerSettingsOf(
+      await controllerConfig({
+        images: { pullSecrets: ['a', 'b'] },
+        modelCache: { type: 'pvc' },
+        accelerators: {
+          runtimeClassName: 'nvidia',
+          nodeSelector: { pool: 'gpu', 'example.com/class': 'h100' },
+          tolerations: [
+            { key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' },
+            { key: 'pool', operator: 'Equal', value: 'gpu' },
+          ],
+        },
+      }),
+    );
+    expect(settings).toMatchObject({
+      natsUrl: 'nats://mimo-nats.serving.svc:4222',
+      cache: { kind: 'claim', claimName: 'mimo-mimo-cluster-model-cache' },
+      podDefaults: {
+        serviceAccountName: 'mimo-mimo-cluster-worker',
+        imagePullSecrets: ['a', 'b'],
+        accelerated: {
+          runtimeClassName: 'nvidia',
+          nodeSelector: { pool: 'gpu', 'example.com/class': 'h100' },
+          tolerations: [
+            { key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' },
+            { key: 'pool', operator: 'Equal', value: 'gpu' },
+          ],
+        },
+      },
+    });
+    const host = await controllerConfig({ modelCache: { type: 'hostPath', hostPath: { path: '/models' } } });
+    expect(workerSettingsOf(host).cache).toEqual({ kind: 'hostPath', path: '/models' });
+  });
+
+  it('the queue: streams have up to three replicas, whoever makes them first', async () => {
+    for (const [replicas, ofStreams] of [
+      [1, 1],
+      [3, 3],
+      [5, 3],
+    ] as const) {
+      const values = { nats: { replicas } };
+      const [gateway] = podsOf([
+        objectOf(await renderChart(helm, values), 'Deployment', 'mimo-mimo-cluster-gateway'),
+      ]);
+      const env = environmentOf(gateway?.spec.containers[0] ?? { name: '', image: '' });
+      expect(parseGatewayConfig(env).natsReplicas).toBe(ofStreams);
+      expect((await controllerConfig(values)).natsReplicas).toBe(ofStreams);
+    }
   });
 
   it('tenants: hashes go to Secrets of their own, the shared one stays empty', async () => {

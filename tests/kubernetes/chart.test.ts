@@ -201,21 +201,20 @@ describe("the controller's rights", () => {
   const namespace = 'rights';
   const own = 'mimo-cluster.dev';
   const allowed = [
-    ...rights('get list watch patch update', `${own}/modelservices`),
-    ...rights('get list watch patch update', `${own}/tenants`),
-    ...rights('get patch update', `${own}/modelservices/status`),
-    ...rights('get patch update', `${own}/tenants/status`),
+    ...rights('get list watch patch', `${own}/modelservices`),
+    ...rights('get list watch', `${own}/tenants`),
+    ...rights('patch', `${own}/modelservices/status`),
+    ...rights('patch', `${own}/tenants/status`),
     ...rights('update', `${own}/modelservices/finalizers`),
     ...rights('get list watch create patch delete', '/pods'),
-    ...rights('get patch', '/pods/status'),
-    ...rights('get list watch create patch delete', '/services'),
-    ...rights('get list watch create patch delete', 'policy/poddisruptionbudgets'),
+    ...rights('patch', '/pods/status'),
+    ...rights('get list watch create patch', '/services'),
+    ...rights('get list watch create patch', 'policy/poddisruptionbudgets'),
     ...rights('create patch', '/events'),
-    ...rights('create patch', 'events.k8s.io/events'),
     ...rights('create', 'coordination.k8s.io/leases'),
-    ...rights('get patch update', 'coordination.k8s.io/leases', { name: 'mimo-controller' }),
+    ...rights('get patch', 'coordination.k8s.io/leases', { name: 'mimo-controller' }),
     ...rights('get', '/secrets', { name: 'any-tenants-key' }),
-    ...rights('patch update', '/secrets', { name: tenantSecret }),
+    ...rights('patch', '/secrets', { name: tenantSecret }),
   ];
   const denied = [
     // Everything elsewhere, and what belongs to the cluster.
@@ -238,7 +237,7 @@ describe("the controller's rights", () => {
     // Secrets.
     ...rights('list watch create delete deletecollection', '/secrets'),
     ...rights('patch update', '/secrets', { name: 'any-tenants-key' }),
-    ...rights('delete', '/secrets', { name: tenantSecret }),
+    ...rights('update delete', '/secrets', { name: tenantSecret }),
     ...rights('create', '/serviceaccounts/token', { name: 'default' }),
     // More rights for itself.
     ...rights('create patch update bind escalate', 'rbac.authorization.k8s.io/roles'),
@@ -246,14 +245,17 @@ describe("the controller's rights", () => {
     ...rights('impersonate', '/serviceaccounts'),
     ...rights('use', 'policy/podsecuritypolicies'),
     // Other things of the release.
-    ...rights('create delete', `${own}/modelservices`),
-    ...rights('create delete', `${own}/tenants`),
+    ...rights('create update delete deletecollection', `${own}/modelservices`),
+    ...rights('create update patch delete', `${own}/tenants`),
+    ...rights('update delete', '/services'),
+    ...rights('update delete', 'policy/poddisruptionbudgets'),
+    ...rights('get list delete', '/events'),
     ...rights('get list create patch delete', 'apps/deployments'),
     ...rights('get list create patch delete', 'apps/statefulsets'),
     ...rights('get list create patch delete', '/configmaps'),
     ...rights('create patch delete', '/persistentvolumeclaims'),
     ...rights('create patch delete', 'networking.k8s.io/networkpolicies'),
-    ...rights('list watch delete', 'coordination.k8s.io/leases'),
+    ...rights('list watch update delete', 'coordination.k8s.io/leases'),
     ...rights('get patch update', 'coordination.k8s.io/leases', { name: 'another' }),
   ];
 

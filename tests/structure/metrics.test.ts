@@ -1,4 +1,5 @@
-// Alerts and dashboards speak of metrics and labels that the code has, in PromQL that Prometheus' own grammar accepts.
+// Alerts and dashboards speak of metrics and labels that the code has, in PromQL that Prometheus' own grammar accepts;
+// and each metric of the code can be seen on some dashboard.
 
 import { globSync, readFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
@@ -32,7 +33,18 @@ const series = new Set(
 );
 
 /** Labels of our instruments, and those that the scrape adds (the chart's monitors; `le` is the histogram's). */
-const ownLabels = ['code', 'method', 'model', 'phase', 'result', 'state'];
+const ownLabels = [
+  'cause',
+  'code',
+  'method',
+  'model',
+  'phase',
+  'reason',
+  'resource',
+  'result',
+  'service',
+  'state',
+];
 const scrapeLabels = ['namespace', 'pod', 'le', 'mimo_cluster_dev_service', 'mimo_cluster_dev_group'];
 const labels = new Set([...ownLabels, ...scrapeLabels]);
 
@@ -169,4 +181,10 @@ describe.each(dashboards)('%s', (file, { uid, panels, templating }) => {
       expect([series.has(name ?? ''), labels.has(label ?? '')]).toEqual([true, true]);
     }
   });
+});
+
+it('every metric of the code is on a dashboard', () => {
+  const shown = new Set(panelQueries.flatMap(({ expr }) => read(expr).series));
+  const unseen = [...metrics.keys()].filter((name) => !shown.has(name) && !shown.has(`${name}_bucket`));
+  expect(unseen).toEqual([]);
 });

@@ -23,6 +23,31 @@ export interface WorkerSettings {
   readonly imagePullPolicy: string;
   readonly natsUrl: string;
   readonly cache: ModelCache;
+  /** What pods get that their service does not say; absent: nothing. */
+  readonly podDefaults?: PodDefaults;
+}
+
+interface PodDefaults {
+  /** Empty: the namespace's default. */
+  readonly serviceAccountName: string;
+  /** Names of Secrets, beside the service's own. */
+  readonly imagePullSecrets: readonly string[];
+  readonly accelerated: AcceleratedPods;
+}
+
+/** Where pods that ask for accelerators run; each part gives way to the service's own. */
+interface AcceleratedPods {
+  /** Empty: the machine's default. */
+  readonly runtimeClassName: string;
+  readonly nodeSelector: Readonly<Record<string, string>>;
+  readonly tolerations: readonly Toleration[];
+}
+
+export interface Toleration {
+  readonly key: string;
+  readonly operator: 'Exists' | 'Equal';
+  readonly value?: string;
+  readonly effect?: string;
 }
 
 export interface GroupIdentity {

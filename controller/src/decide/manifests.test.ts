@@ -252,3 +252,53 @@ describe('the objects beside the pods', () => {
     });
   });
 });
+
+describe('what the configuration says of pods', () => {
+  const configured: WorkerSettings = {
+    ...settings,
+    podDefaults: {
+      serviceAccountName: 'worker',
+      imagePullSecrets: ['pull', 'own'],
+      accelerated: {
+        runtimeClassName: 'nvidia',
+        nodeSelector: { pool: 'gpu', zone: 'a' },
+        tolerations: [{ key: 'nvidia.com/gpu', operator: 'Exists', effect: 'NoSchedule' }],
+      },
+    },
+  };
+  const gpu = { model: { name: 'm', precision: 'bf16', source: { hostPath: '/m' } } };
+  const specOf = (spec: object): Readonly<Record<string, unknown>> => {
+    const { spec: pod } = preparePod(serviceWith(spec), 'hash', configured);
+    return pod as Readonly<Record<string, unknown>>;
+  };
+
+  it('is given to pods: an account and registries to all, a place to those with accelerators', () => {
+    const accelerated = specOf({ ...gpu, resources: { accelerators: 1 } });
+    expect(accelerated).toMatchObject({
+      serviceAccountName: 'worker',
+      imagePullSecrets: [{ name: 'pull' }, { name: 'own' }],
+      runtimeClassName: 'nvidia',
+      nodeSelector: { pool: 'gpu', zone: 'a' },
+    });
+    expect(accelerated['tolerations']).toContainEqual(configured.podDefaults?.accelerated.tolerations[0]);
+    const plain = specOf({});
+    expect(plain).toMatchObject({ serviceAccountName: 'worker', nodeSelector: {} });
+    expect(plain).not.toHaveProperty('runtimeClassName');
+    expect(JSON.stringify(plain['tolerations'])).not.toContain('nvidia');
+  });
+
+  it('gives way to the service', () => {
+    const template = {
+      serviceAccountName: 'mine',
+      runtimeClassName: 'kata',
+      nodeSelector: { zone: 'b' },
+      imagePullSecrets: [{ name: 'own' }],
+    };
+    expect(specOf({ ...gpu, resources: { accelerators: 1 }, template })).toMatchObject({
+      serviceAccountName: 'mine',
+      runtimeClassName: 'kata',
+      nodeSelector: { pool: 'gpu', zone: 'b' },
+      imagePullSecrets: [{ name: 'own' }, { name: 'pull' }],
+    });
+  });
+});

@@ -172,6 +172,12 @@ function ownerOf({ metadata }: ModelService): Manifest {
 
 function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
   const { template } = spec;
+  const { podDefaults } = settings;
+  const accelerated = spec.resources.accelerators > 0 ? podDefaults?.accelerated : undefined;
+  const pullSecrets = new Set([
+    ...template.imagePullSecrets.map(({ name }) => name),
+    ...(podDefaults?.imagePullSecrets ?? []),
+  ]);
   return {
     // A rank that ends takes its group with it; the controller rebuilds groups, the kubelet must not.
     restartPolicy: 'Never',
@@ -179,13 +185,13 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
     enableServiceLinks: false,
     automountServiceAccountToken: false,
     ...definedOnly({
-      serviceAccountName: template.serviceAccountName,
+      serviceAccountName: template.serviceAccountName ?? podDefaults?.serviceAccountName,
       priorityClassName: template.priorityClassName,
-      runtimeClassName: template.runtimeClassName,
+      runtimeClassName: template.runtimeClassName ?? accelerated?.runtimeClassName,
     }),
-    nodeSelector: template.nodeSelector,
-    tolerations: [...template.tolerations, ...lostMachineTolerations],
-    imagePullSecrets: template.imagePullSecrets,
+    nodeSelector: { ...accelerated?.nodeSelector, ...template.nodeSelector },
+    tolerations: [...template.tolerations, ...(accelerated?.tolerations ?? []), ...lostMachineTolerations],
+    imagePullSecrets: [...pullSecrets].map((name) => ({ name })),
     securityContext: podSecurity,
     volumes: volumesOf(spec, settings),
   };
@@ -231,5 +237,5 @@ function placementOf(
 }
 
 function definedOnly(fields: Readonly<Record<string, string | undefined>>): Manifest {
-  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => (value ?? '') !== ''));
 }
