@@ -33,6 +33,12 @@ export interface FindOptions {
   readonly env?: NodeJS.ProcessEnv;
 }
 
+/** For `findNatsServer` alone. */
+export interface FindNatsOptions extends FindOptions {
+  /** Passes over the PATH: the one built here is static, and of `natsServerVersion` exactly. */
+  readonly isBuiltHere?: boolean;
+}
+
 async function isRecentEnough(binary: string): Promise<boolean> {
   try {
     const { stdout } = await promisify(execFile)(binary, ['--version']);
@@ -80,8 +86,8 @@ async function build(target: string, options: FindOptions): Promise<boolean> {
  * Gives the path of a nats-server of at least 2.10, building one where there is none yet; null where that is
  * impossible, with the reason told to `onProgress`. Processes that ask at the same time build once.
  */
-export async function findNatsServer(options: FindOptions): Promise<string | null> {
-  if (await isRecentEnough('nats-server')) {
+export async function findNatsServer(options: FindNatsOptions): Promise<string | null> {
+  if (options.isBuiltHere !== true && (await isRecentEnough('nats-server'))) {
     return 'nats-server';
   }
   const directory = join(options.cacheDirectory, 'nats-server', natsServerVersion);

@@ -6,7 +6,6 @@ import { execFile } from 'node:child_process';
 import { generateKeyPairSync } from 'node:crypto';
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import https from 'node:https';
-import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
@@ -15,6 +14,7 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 
 import { startChild, type Child } from '../../../deploy/local/child-process.ts';
+import { freePorts } from '../../../deploy/local/local-cluster.ts';
 import { createAuthority, type Authority, type KeyPair } from './certificates.ts';
 import type { KubernetesTools } from './tools.ts';
 
@@ -58,23 +58,6 @@ export interface ControlPlane {
   /** Process ids of what runs, for tests that look at or kill them. */
   pids(): readonly number[];
   close(): Promise<void>;
-}
-
-/** Gives so many ports of loopback that were free a moment ago. */
-async function findFreePorts(count: number): Promise<readonly number[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer();
-      await new Promise<void>((resolve, reject) => {
-        server.once('error', reject);
-        server.listen(0, '127.0.0.1', resolve);
-      });
-      return server;
-    }),
-  );
-  const ports = servers.map((server) => (server.address() as { port: number }).port);
-  await Promise.all(servers.map(async (server) => new Promise((resolve) => server.close(resolve))));
-  return ports;
 }
 
 function base64(text: string): string {
@@ -210,8 +193,7 @@ export async function startControlPlane(options: ControlPlaneOptions): Promise<C
   };
   try {
     const begin = performance.now();
-    const [etcdPort = 0, peerPort = 0, apiPort = 0, managerPort = 0, schedulerPort = 0] =
-      await findFreePorts(5);
+    const [etcdPort = 0, peerPort = 0, apiPort = 0, managerPort = 0, schedulerPort = 0] = await freePorts(5);
     const url = `https://127.0.0.1:${apiPort}`;
     await writeServerFiles(files);
     await mkdir(files.path('etcd'));

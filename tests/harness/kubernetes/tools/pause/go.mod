@@ -1,0 +1,3 @@
+module mimo-cluster.dev/tests/pause
+
+go 1.26.0

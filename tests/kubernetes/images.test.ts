@@ -1,0 +1,206 @@
+import { execFileSync } from 'node:child_process';
+import { existsSync, globSync, lstatSync, readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { ask, chatRequest, createClient } from '../harness/cluster.ts';
+import {
+  startContainer,
+  unpackImage,
+  type Container,
+  type UnpackedImage,
+} from '../harness/kubernetes/container.ts';
+import { copiedPaths, findImages, type BuiltImage, type ImageName } from '../harness/kubernetes/images.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const root = join(import.meta.dirname, '../..');
+const names = ['gateway', 'worker', 'controller', 'nats', 'pause'] as const;
+const ours = ['gateway', 'worker', 'controller'] as const;
+/** Images are built within this; it takes six minutes on two busy cores with an empty cache. */
+const buildTimeoutMs = 30 * 60_000;
+const gatewayMaxMegabytes = 250;
+
+const unpacked: Partial<Record<ImageName, UnpackedImage>> = {};
+let images: Readonly<Record<(typeof names)[number], BuiltImage>>;
+beforeAll(async () => {
+  images = await findImages(names);
+  for (const name of names) {
+    unpacked[name] = await unpackImage(images[name]);
+  }
+}, buildTimeoutMs);
+afterAll(async () => {
+  for (const image of Object.values(unpacked)) {
+    await image.close();
+  }
+});
+
+function find(name: ImageName): UnpackedImage {
+  const image = unpacked[name];
+  if (image === undefined) {
+    throw new Error(`image ${name} was not unpacked`);
+  }
+  return image;
+}
+
+function megabytes(directory: string): number {
+  const bytes = readdirSync(directory, { recursive: true, encoding: 'utf8' })
+    .map((path) => lstatSync(join(directory, path)))
+    .filter((entry) => entry.isFile())
+    .reduce((sum, entry) => sum + entry.size, 0);
+  return bytes / 1e6;
+}
+
+/** `name@version` of each package in a node_modules folder, but for our own. */
+function installedPackages(directory: string): readonly string[] {
+  return globSync('**/node_modules/{*,@*/*}/package.json', { cwd: directory })
+    .map(
+      (file) => JSON.parse(readFileSync(join(directory, file), 'utf8')) as { name: string; version: string },
+    )
+    .filter(({ name }) => !name.startsWith('@mimo/'))
+    .map(({ name, version }) => `${name}@${version}`);
+}
+
+describe('a Dockerfile', () => {
+  it('is read for what it copies out of its context', () => {
+    expect(copiedPaths('FROM a\nCOPY b c/ d/\nCOPY --from=x /y /z\nRUN COPY\nCOPY e f\n')).toEqual([
+      'b',
+      'c/',
+      'e',
+    ]);
+  });
+
+  it.each(ours)('of the %s copies the manifest of every workspace', (name) => {
+    const { workspaces } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as {
+      workspaces: string[];
+    };
+    const paths = copiedPaths(readFileSync(join(root, 'deploy/images', name, 'Dockerfile'), 'utf8'));
+    expect(paths).toEqual(expect.arrayContaining(workspaces.map((workspace) => `${workspace}/package.json`)));
+  });
+});
+
+describe('an image', () => {
+  it('weighs what README.md says, the gateway below its limit', () => {
+    const readme = readFileSync(join(root, 'deploy/images/README.md'), 'utf8');
+    expect(megabytes(find('gateway').directory)).toBeLessThan(gatewayMaxMegabytes);
+    for (const name of ours) {
+      const unpackedMegabytes = megabytes(find(name).directory);
+      const archiveMegabytes = images[name].archiveBytes / 1e6;
+      console.log(
+        `${name}: ${unpackedMegabytes.toFixed(0)} MB, ${archiveMegabytes.toFixed(0)} MB compressed`,
+      );
+      const [, said] = new RegExp(`^\\| ${name} +\\| (\\d+) MB`, 'm').exec(readme) ?? [];
+      expect(Math.abs(unpackedMegabytes - Number(said)) / unpackedMegabytes).toBeLessThan(0.1);
+    }
+  });
+
+  it.each(ours)('of the %s holds Node and sources, no shell, no npm, no tests', (name) => {
+    const { directory, config } = find(name);
+    expect(config.user).toBe('10001:10001');
+    expect(globSync('{,usr/,usr/local/}{bin,sbin}/*', { cwd: directory })).toEqual(['usr/local/bin/node']);
+    expect(globSync('usr/local/lib/*', { cwd: directory })).toEqual([]);
+    expect(globSync('app/{node_modules/**/*.{ts,map},*/src/**/*.test.ts}', { cwd: directory })).toEqual([]);
+    expect(existsSync(join(directory, 'app', name, 'src/main.ts'))).toBe(
+      existsSync(join(root, name, 'src/main.ts')),
+    );
+  });
+
+  it.each(ours)('of the %s names what is installed in it', (name) => {
+    const { directory, config } = find(name);
+    const path = config.labels['dev.mimo-cluster.sbom'] ?? '';
+    const { packages } = JSON.parse(readFileSync(join(directory, path), 'utf8')) as {
+      packages: readonly { name: string; versionInfo: string }[];
+    };
+    const listed = packages.filter((entry) => !/^(@mimo\/|mimo-cluster$)/.test(entry.name));
+    expect(listed.map((entry) => `${entry.name}@${entry.versionInfo}`).toSorted()).toEqual(
+      installedPackages(join(directory, 'app')).toSorted(),
+    );
+  });
+
+  it('shares the layer of Node with the others', async () => {
+    const firstLayers = ours.map((name) => {
+      const list = (file: string): string =>
+        execFileSync('tar', ['--extract', '--to-stdout', `--file=${images[name].archive}`, file], {
+          encoding: 'utf8',
+        });
+      const index = JSON.parse(list('index.json')) as { manifests: readonly { digest: string }[] };
+      const digest = index.manifests[0]?.digest.replace(':', '/') ?? '';
+      const manifest = JSON.parse(list(`blobs/${digest}`)) as { layers: readonly { digest: string }[] };
+      return manifest.layers[0]?.digest;
+    });
+    expect(new Set(firstLayers).size).toBe(1);
+  });
+});
+
+describe('the processes of the images', () => {
+  const containers: Container[] = [];
+  const start = async (...args: Parameters<typeof startContainer>): Promise<Container> => {
+    const container = await startContainer(...args);
+    containers.push(container);
+    return container;
+  };
+  afterAll(async () => {
+    for (const container of containers.toReversed()) {
+      await container.close();
+    }
+  });
+
+  it('answer a request together, each with a read-only root and as nobody', async () => {
+    const [natsPort = 0, workerPort = 0, gatewayPort = 0] = await freePorts(3);
+    const natsUrl = `nats://127.0.0.1:${natsPort}`;
+    const directories = { '/models/mimo-demo': join(root, 'models/mimo-demo') };
+    await start(find('nats'), {
+      args: ['--jetstream', '--store_dir=/data', '--addr=127.0.0.1', `--port=${natsPort}`],
+      writable: ['/data'],
+    });
+    const worker = await start(find('worker'), {
+      env: {
+        MIMO_WORKER_MODEL: 'mimo-demo',
+        MIMO_WORKER_CHECKPOINT_DIRECTORY: '/models/mimo-demo',
+        MIMO_WORKER_CACHE_DIRECTORY: '/cache',
+        MIMO_WORKER_LISTEN: `127.0.0.1:${workerPort}`,
+        MIMO_WORKER_NATS_URL: natsUrl,
+      },
+      directories,
+      writable: ['/cache'],
+    });
+    const gateway = await start(find('gateway'), {
+      env: {
+        MIMO_GATEWAY_LISTEN: `127.0.0.1:${gatewayPort}`,
+        MIMO_GATEWAY_MODELS: 'mimo-demo=/models/mimo-demo',
+        MIMO_GATEWAY_NATS: natsUrl,
+      },
+      directories,
+      writable: ['/tmp'],
+    });
+    const client = createClient(`127.0.0.1:${gatewayPort}`);
+    try {
+      // The gateway may still be starting; what it does not answer is asked again.
+      let text = '';
+      await waitFor(
+        'an answer from the containers',
+        async () => {
+          text = (await ask(client, { request: chatRequest('Hello', { maxTokens: 8 }) })).text;
+          return true;
+        },
+        120_000,
+      );
+      expect(text + (await gateway.log())).not.toBe('');
+      expect(await worker.log()).not.toContain('error');
+    } finally {
+      client.close();
+    }
+    await gateway.child.stop(20_000);
+    await worker.child.stop(20_000);
+    expect(await gateway.child.exited).toEqual({ code: 0, signal: null });
+    expect(await worker.child.exited).toEqual({ code: 0, signal: null });
+  });
+
+  it('of a sandbox waits, and ends when asked to', async () => {
+    const sandbox = await start(find('pause'));
+    await waitFor('its word', async () => (await sandbox.log()).includes('waiting'));
+    await sandbox.child.stop(20_000);
+    expect(await sandbox.child.exited).toEqual({ code: 0, signal: null });
+  });
+});
