@@ -8,6 +8,7 @@ import {
   integerSetting,
   listSetting,
   parseConfig,
+  natsServersSetting,
   printableConfig,
   secretSetting,
   sizeSetting,
@@ -103,6 +104,23 @@ describe('parseConfig', () => {
     const failing = (): unknown =>
       parseConfig({ prefix: 'MIMO_TEST_', settings: { token: strict } }, { MIMO_TEST_TOKEN: 'hush' });
     expect(failing).toThrow('MIMO_TEST_TOKEN must be longer, not ***');
+  });
+});
+
+describe('natsServersSetting', () => {
+  it('prints the servers without what they are told', () => {
+    const table = { servers: natsServersSetting('X') };
+    const { servers } = parseConfig(
+      { prefix: 'X', settings: table },
+      { X: 'nats://user:pass@a:4222,token@b:4222,c:4222' },
+    );
+    expect(servers[0]).toBe('nats://user:pass@a:4222');
+    expect(printableConfig(table, { servers })).toEqual({
+      servers: ['nats://***@a:4222', '***@b:4222', 'c:4222'],
+    });
+    expect(() => parseConfig({ prefix: 'X', settings: table }, { X: 'nats://user:pass@a,' })).toThrow(
+      'not "nats://***@a,"',
+    );
   });
 });
 

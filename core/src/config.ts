@@ -10,6 +10,8 @@ export interface Setting<T> {
   readonly fallback: string | undefined;
   readonly parse: (text: string) => T;
   readonly secret: boolean;
+  /** Takes out of the text, or of an entry of a list, what may not be printed. */
+  readonly redact?: (text: string) => string;
 }
 
 export type Settings = Readonly<Record<string, Setting<unknown>>>;
@@ -53,7 +55,7 @@ export function parseConfig<Table extends Settings>(
     try {
       values[key] = setting.parse(text);
     } catch (error) {
-      const shown = setting.secret ? '***' : JSON.stringify(text);
+      const shown = setting.secret ? '***' : JSON.stringify(setting.redact?.(text) ?? text);
       problems.push(`${setting.variable} ${ClusterError.from(error).message}, not ${shown}`);
     }
   }
@@ -80,11 +82,16 @@ export function printableConfig<Table extends Settings>(
   config: ConfigOf<Table>,
 ): Readonly<Record<string, unknown>> {
   return Object.fromEntries(
-    Object.entries(config).map(([key, value]) => [
-      key,
-      settings[key]?.secret === true && value !== '' ? '***' : value,
-    ]),
+    Object.entries(config).map(([key, value]) => [key, printable(value, settings[key])]),
   );
+}
+
+function printable(value: unknown, setting: Setting<unknown> | undefined): unknown {
+  if (setting?.secret === true && value !== '') {
+    return '***';
+  }
+  const { redact } = setting ?? {};
+  return redact !== undefined && Array.isArray(value) ? value.map((entry) => redact(String(entry))) : value;
 }
 
 function createSetting<T>(
@@ -209,4 +216,12 @@ export function listSetting(variable: string, fallback?: string): Setting<readon
     }
     return Object.freeze(entries);
   });
+}
+
+/** NATS servers between commas, as `nats-connect.ts` reads them; a user and password in them are printed as ***. */
+export function natsServersSetting(variable: string, fallback?: string): Setting<readonly string[]> {
+  return {
+    ...listSetting(variable, fallback),
+    redact: (text) => text.replaceAll(/[^/,@]+@/g, '***@'),
+  };
 }

@@ -12,19 +12,17 @@ import {
   type JetStreamManager,
 } from '@nats-io/jetstream';
 import { Kvm, type KV } from '@nats-io/kv';
-import { connect, nanos, type NatsConnection } from '@nats-io/transport-node';
+import { nanos, type NatsConnection } from '@nats-io/transport-node';
 
 import { beforeAbort, pause } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
+import { connectNats, type NatsServers } from './nats-connect.ts';
 import { leaseTtlMs } from './queue.ts';
 import { drainBucket, leaseBucket, requestStream, subjects } from './subjects.ts';
 
 /** What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. */
-export interface NatsOptions {
-  readonly servers: readonly string[];
-  /** Shown by the server's own tools. */
-  readonly clientName: string;
+export interface NatsOptions extends NatsServers {
   readonly replicas: number;
   readonly recordMaxAgeMs: number;
   readonly log: Log;
@@ -53,6 +51,7 @@ export function unavailable(message: string, cause?: unknown): ClusterError {
 export class NatsLink {
   readonly #options: NatsOptions;
   readonly #closing = new AbortController();
+  readonly #connecting: Promise<NatsConnection>;
   readonly #ended: Promise<void>;
   readonly #opened = Promise.withResolvers<NatsSession>();
   #connected = false;
@@ -62,6 +61,7 @@ export class NatsLink {
 
   constructor(options: NatsOptions) {
     this.#options = options;
+    this.#connecting = connectNats(options);
     this.#opened.promise.catch(() => undefined);
     this.#ended = this.#run().catch((error: unknown) => {
       this.#opened.reject(error);
@@ -121,17 +121,7 @@ export class NatsLink {
   }
 
   async #run(): Promise<void> {
-    const connecting = connect({
-      servers: [...this.#options.servers],
-      name: this.#options.clientName,
-      waitOnFirstConnect: true,
-      maxReconnectAttempts: -1,
-      reconnectTimeWait: 250,
-      reconnectJitter: 250,
-      // A server that stopped answering is noticed within 15 s, where the default takes minutes.
-      pingInterval: 5_000,
-      maxPingOut: 2,
-    });
+    const connecting = this.#connecting;
     const connection = await beforeAbort(connecting, this.#closing.signal).catch((error: unknown) => {
       // A connection that comes after the queue was closed has no other owner.
       void connecting.then((late) => late.close()).catch(() => undefined);

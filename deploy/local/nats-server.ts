@@ -114,6 +114,8 @@ export interface StartOptions {
   readonly storeDirectory: string;
   /** 0: any free one. */
   readonly port: number;
+  /** What it is to be told beside these, such as who may connect. */
+  readonly configFile?: string;
 }
 
 /** A running server. Close it. */
@@ -137,6 +139,7 @@ export async function startNatsServer(options: StartOptions): Promise<NatsServer
       '--addr=127.0.0.1',
       `--port=${options.port === 0 ? -1 : options.port}`,
       `--ports_file_dir=${portsDirectory}`,
+      ...(options.configFile === undefined ? [] : [`--config=${options.configFile}`]),
     ],
     logFile: join(options.storeDirectory, 'nats-server.log'),
   });

@@ -8,6 +8,7 @@ import {
   durationSetting,
   integerSetting,
   listSetting,
+  natsServersSetting,
   parseConfig,
   sizeSetting,
   textSetting,
@@ -28,7 +29,9 @@ export const gatewaySettings = {
   /** Where the files of the catalogue's models are kept while they are served; empty: the system's temporary directory. */
   modelsDirectory: textSetting('MIMO_GATEWAY_MODELS_DIRECTORY', ''),
   /** Comma-separated. Empty: the queue is kept in memory, which is not durable, and `workers` must be given. */
-  natsUrls: listSetting('MIMO_GATEWAY_NATS', ''),
+  natsUrls: natsServersSetting('MIMO_GATEWAY_NATS', ''),
+  /** A .creds file, or one line with `user:password` or a token; read anew for each connection. */
+  natsCredentialsFile: textSetting('MIMO_GATEWAY_NATS_CREDENTIALS_FILE', ''),
   /** 1 suits one server; production runs three. */
   natsReplicas: integerSetting('MIMO_GATEWAY_NATS_REPLICAS', { min: 1, max: 5 }, 1),
   /** A record that nobody deleted goes after this; longer than any request lives. */

@@ -72,13 +72,20 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     log.warn('no keys file: everybody is let in as tenant anonymous');
   }
   const own = await loadModels(config.models);
-  const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir());
   const meters = await startMetrics({
     process: 'gateway',
     listenAddress: config.metricsListenAddress === '' ? undefined : config.metricsListenAddress,
   });
   const metrics = createGatewayMetrics(meters);
   const queue = openQueue(config, gatewayId, log);
+  const catalog = openCatalog(config, gatewayId, log);
+  const leave = async (error: unknown): Promise<never> => {
+    await catalog?.close();
+    await queue.close();
+    await meters.close();
+    throw error;
+  };
+  const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir()).catch(leave);
   const groups = new Groups();
   const sessions = new Sessions(gatewayId, log);
   const requests = new Requests({ queue, sessions, maxWaitMs: config.maxWaitMs, metrics, log });
@@ -97,7 +104,6 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal),
     ]);
   };
-  const catalog = openCatalog(config, gatewayId, log);
   const models = new ServedModels({ own, requests, run: runModel, log });
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
@@ -118,10 +124,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   }).catch(async (error: unknown) => {
     await models.close();
     await rm(modelsDirectory, { recursive: true, force: true });
-    await catalog?.close();
-    await queue.close();
-    await meters.close();
-    throw error;
+    return leave(error);
   });
   const served = queue.serveAssignments(gatewayId, (assignment) => requests.assign(assignment));
   const followGroups = async (): Promise<void> => {
@@ -228,6 +231,7 @@ function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): ModelC
     ? undefined
     : createModelCatalog({
         servers: config.natsUrls,
+        credentialsFile: config.natsCredentialsFile,
         clientName: `mimo-gateway ${gatewayId} models`,
         replicas: config.natsReplicas,
         log,
@@ -243,6 +247,7 @@ function openQueue(config: GatewayConfig, gatewayId: string, log: Log): RequestQ
   }
   return createNatsQueue({
     servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
     clientName: `mimo-gateway ${gatewayId}`,
     replicas: config.natsReplicas,
     recordMaxAgeMs: config.recordMaxAgeMs,

@@ -7,6 +7,7 @@ import {
   durationSetting,
   integerSetting,
   listSetting,
+  natsServersSetting,
   parseConfig,
   secretSetting,
   sizeSetting,
@@ -64,7 +65,9 @@ export const workerSettings = {
   /** Where Prometheus reads a leader's metrics, `host:port`; empty serves no page. */
   metricsListen: textSetting('MIMO_WORKER_METRICS_LISTEN', ''),
   /** Without it no heartbeats are sent: whoever started the group asks its Stats. */
-  natsUrl: textSetting('MIMO_WORKER_NATS_URL', ''),
+  natsUrls: natsServersSetting('MIMO_WORKER_NATS_URL', ''),
+  /** A .creds file, or one line with `user:password` or a token; read anew for each connection. */
+  natsCredentialsFile: textSetting('MIMO_WORKER_NATS_CREDENTIALS_FILE', ''),
   /** A dispatcher takes a group for gone after three missing ones. */
   heartbeatIntervalMs: durationSetting('MIMO_WORKER_HEARTBEAT_INTERVAL', '250ms'),
 
@@ -132,7 +135,7 @@ function checkRank(config: WorkerConfig): string[] {
     );
   }
   const listenHost = config.listen.slice(0, config.listen.lastIndexOf(':'));
-  if (config.natsUrl !== '' && config.advertise === '' && ['0.0.0.0', '[::]'].includes(listenHost)) {
+  if (config.natsUrls.length > 0 && config.advertise === '' && ['0.0.0.0', '[::]'].includes(listenHost)) {
     problems.push(
       `MIMO_WORKER_ADVERTISE must be given where MIMO_WORKER_LISTEN is every address (${config.listen})`,
     );

@@ -1,10 +1,11 @@
 // A leader's heartbeats: what they say (pure, from what it is told) and their sending over core NATS. Owns the connection,
 // which is made again for ever; a heartbeat that cannot be sent is dropped, since the next one says more.
 
-import { connect, type NatsConnection } from '@nats-io/transport-node';
+import type { NatsConnection } from '@nats-io/transport-node';
 
 import { beforeAbort } from '@mimo/core/abort';
 import type { Log } from '@mimo/core/log';
+import { connectNats, type NatsServers } from '@mimo/core/nats-connect';
 import { subjects } from '@mimo/core/subjects';
 import { Heartbeat } from '@mimo/proto/worker';
 
@@ -52,20 +53,18 @@ export interface HeartbeatSender {
   close(): Promise<void>;
 }
 
-export interface HeartbeatOptions {
-  readonly natsUrl: string;
-  readonly clientName: string;
+export interface HeartbeatOptions extends NatsServers {
   readonly intervalMs: number;
   /** Asked for each heartbeat. */
   readonly read: () => Heartbeat;
   readonly log: Log;
 }
 
-const reconnectMs = 250;
 const closeTimeoutMs = 1_000;
 
-/** Starts sending; returns at once and connects in the background. */
+/** Starts sending; returns at once and connects in the background. Throws as `connectNats` does. */
 export function startHeartbeats(options: HeartbeatOptions): HeartbeatSender {
+  const connecting = connectNats(options);
   // Set while the server can be reached: publishing to a lost one would hoard stale heartbeats and send them later.
   let connected: NatsConnection | undefined;
   let closing = false;
@@ -77,13 +76,7 @@ export function startHeartbeats(options: HeartbeatOptions): HeartbeatSender {
     );
   };
   const run = async (): Promise<void> => {
-    const connection = await connect({
-      servers: options.natsUrl,
-      name: options.clientName,
-      waitOnFirstConnect: true,
-      reconnectTimeWait: reconnectMs,
-      maxReconnectAttempts: -1,
-    });
+    const connection = await connecting;
     if (closing) {
       await connection.close();
       return;

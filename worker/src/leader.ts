@@ -44,10 +44,11 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   const { config, log, lifecycle } = parts;
   const view = new GroupView(config);
   const heartbeats: HeartbeatSender | undefined =
-    config.natsUrl === ''
+    config.natsUrls.length === 0
       ? undefined
       : startHeartbeats({
-          natsUrl: config.natsUrl,
+          servers: config.natsUrls,
+          credentialsFile: config.natsCredentialsFile,
           clientName: `worker ${config.model} ${config.group}`,
           intervalMs: config.heartbeatIntervalMs,
           read: () => view.heartbeat(),

@@ -56,7 +56,7 @@ export async function runPrepare(
   try {
     steps = parsePrepareArgs(args);
     config = parseWorkerConfig(env, 'prepare');
-    if (steps.publish && config.natsUrl === '') {
+    if (steps.publish && config.natsUrls.length === 0) {
       throw new ClusterError('invalid_argument', '--publish needs MIMO_WORKER_NATS_URL');
     }
   } catch (error) {
@@ -162,7 +162,8 @@ async function publish(
   { log, signal }: { readonly log: Log; readonly signal: AbortSignal },
 ): Promise<void> {
   const catalog = createModelCatalog({
-    servers: config.natsUrl.split(','),
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
     clientName: `mimo-prepare ${hostname()}`,
     // The gateways say how many copies there are to be.
     replicas: 1,
