@@ -60,9 +60,9 @@ export interface KubeClientOptions {
   readonly namespace?: string;
   /** How long one request, or the beginning of a watch, may take. */
   readonly timeoutMs?: number;
+  /** Objects per request of a list. */
+  readonly pageSize?: number;
 }
-
-const pageSize = 500;
 
 /** Finds the API server: by a kubeconfig file, or as a pod of its cluster where none is given. */
 export function loadKubeConfig(file: string | undefined): KubeConfig {
@@ -83,11 +83,13 @@ export function loadKubeConfig(file: string | undefined): KubeConfig {
 /** Talks to one API server about one namespace and the cluster-wide types. Close it to free its connections. */
 export class KubeClient {
   readonly namespace: string;
+  readonly #pageSize: number;
   readonly #transport: Transport;
 
   constructor(config: KubeConfig, options: KubeClientOptions = {}) {
     const context = config.getContextObject(config.getCurrentContext());
     this.namespace = options.namespace ?? context?.namespace ?? 'default';
+    this.#pageSize = options.pageSize ?? 500;
     this.#transport = new Transport(config, {
       timeoutMs: options.timeoutMs ?? 30_000,
       userAgent: fieldOwner,
@@ -111,7 +113,7 @@ export class KubeClient {
     signal: AbortSignal,
   ): Promise<ObjectList<T>> {
     try {
-      return await this.#list<T>(type, { ...selection, limit: pageSize }, signal);
+      return await this.#list<T>(type, { ...selection, limit: this.#pageSize }, signal);
     } catch (error) {
       // The moment of the first page is not kept for ever. In one piece there is nothing to expire.
       if (!hasReason(error, 'Expired')) {

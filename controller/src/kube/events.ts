@@ -9,7 +9,7 @@ import type { Log } from '@mimo/core/log';
 
 import { hasReason } from './api-status.ts';
 import type { KubeClient } from './client.ts';
-import { resourceTypes, type KubeObject } from './resource.ts';
+import { resourceTypes, type KubeObject, type ObjectManifest } from './resource.ts';
 
 /** What happened to an object. */
 export interface Note {
@@ -163,10 +163,10 @@ export class EventRecorder {
     { type, reason, message }: Note,
     name: string,
     time: string,
-  ): { readonly apiVersion: string; readonly kind: string; readonly metadata: { readonly name: string } } {
+  ): ObjectManifest {
     const { component, instance } = this.#options;
     const { uid, resourceVersion } = metadata;
-    const event = {
+    return {
       apiVersion: resourceTypes.events.apiVersion,
       kind: resourceTypes.events.kind,
       metadata: { name },
@@ -188,7 +188,6 @@ export class EventRecorder {
       reportingComponent: component,
       reportingInstance: instance,
     };
-    return event;
   }
 }
 

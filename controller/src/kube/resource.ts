@@ -52,7 +52,8 @@ export interface KubeObject {
 export interface ObjectManifest {
   readonly apiVersion: string;
   readonly kind: string;
-  readonly metadata: { readonly name: string; readonly namespace?: string } & Partial<ObjectMetadata>;
+  readonly metadata: { readonly name: string } & Partial<ObjectMetadata>;
+  readonly [field: string]: unknown;
 }
 
 const custom = `${resourceGroup}/${resourceVersion}`;

@@ -57,8 +57,7 @@ export class WorkQueue {
       return;
     }
     this.#ready.set(key, performance.now());
-    const [taker] = this.#takers;
-    taker?.();
+    this.#wakeOne();
   }
 
   /** Makes a key ready later. Of two times the earlier counts. */
@@ -79,7 +78,11 @@ export class WorkQueue {
   /** Waits for the next key; rejects when the signal fires or the queue is closed. */
   async take(signal: AbortSignal): Promise<Work> {
     for (;;) {
-      signal.throwIfAborted();
+      if (signal.aborted) {
+        // It may have been this taker that was woken for a key.
+        this.#wakeOne();
+        signal.throwIfAborted();
+      }
       if (this.#closed) {
         throw new ClusterError('canceled', 'the work queue is closed');
       }
@@ -103,6 +106,11 @@ export class WorkQueue {
     for (const taker of this.#takers) {
       taker();
     }
+  }
+
+  #wakeOne(): void {
+    const [taker] = this.#ready.size > 0 ? this.#takers : [];
+    taker?.();
   }
 
   #begin(key: string, addedMs: number): Work {
