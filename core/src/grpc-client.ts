@@ -3,7 +3,10 @@
 
 import * as grpc from '@grpc/grpc-js';
 
+import { keepDrainingCalls } from './grpc-drain.ts';
 import { errorFromStatus } from './grpc-status.ts';
+
+keepDrainingCalls();
 
 /** What bounds a call. The deadline is a point in time, as gRPC carries it. */
 export interface CallLimits {

@@ -1,5 +1,8 @@
 // Over real sockets on loopback: what a server of ours promises to any client.
 
+import { once } from 'node:events';
+import { connect, createServer, type ServerHttp2Session, type ServerHttp2Stream } from 'node:http2';
+import type { AddressInfo } from 'node:net';
 import { setImmediate as turn } from 'node:timers/promises';
 
 import * as grpc from '@grpc/grpc-js';
@@ -21,6 +24,7 @@ import { afterEach, describe, expect, it, vi } from 'vitest';
 
 import { ClusterError } from './errors.ts';
 import { callServerStream, callUnary } from './grpc-client.ts';
+import { keepDrainingCalls } from './grpc-drain.ts';
 import {
   startGrpcServer,
   strictDeserializer,
@@ -231,5 +235,73 @@ describe('startGrpcServer', () => {
       $case: 'errorResponse',
       value: { errorCode: grpc.status.UNIMPLEMENTED },
     });
+  });
+});
+
+describe('a server that asks its clients to go away', () => {
+  it('finishes their calls, whatever pings they send meanwhile, and takes the next ones over new connections', async () => {
+    const release = Promise.withResolvers<void>();
+    const client = await serve(async (_request, _context, write) => {
+      await write(delta(0));
+      await release.promise;
+      await write(delta(1));
+    });
+    const [server] = servers;
+    const pinging = new InferenceServiceClient(server?.address ?? '', grpc.credentials.createInsecure(), {
+      'grpc.keepalive_time_ms': 50,
+      'grpc.keepalive_timeout_ms': 100,
+      'grpc.use_local_subchannel_pool': 1,
+    });
+    open.push(pinging);
+    const running = [client, pinging].map(async (each) => {
+      const indices: number[] = [];
+      for await (const { event } of generate(each)) {
+        indices.push(event?.$case === 'delta' ? event.value.index : -1);
+      }
+      return indices;
+    });
+    const begun = generate(pinging);
+    await begun.next();
+    server?.goAway();
+    // Several keep-alive intervals and time-outs.
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    const late = generate(pinging);
+    expect((await late.next()).value).toEqual(delta(0));
+    release.resolve();
+    expect(await Promise.all(running)).toEqual([
+      [0, 1],
+      [0, 1],
+    ]);
+    expect((await begun.next()).value).toEqual(delta(1));
+    expect((await late.next()).value).toEqual(delta(1));
+    await Promise.all([begun.return(undefined), late.return(undefined)]);
+  });
+
+  it('keeps a draining session of its own from failing its pings, on both sides', async () => {
+    keepDrainingCalls();
+    const sessions: ServerHttp2Session[] = [];
+    const server = createServer();
+    server.on('session', (session) => sessions.push(session));
+    const ended = Promise.withResolvers<void>();
+    server.on('stream', (stream: ServerHttp2Stream) => {
+      stream.respond({ ':status': 200 });
+      void ended.promise.then(() => stream.end('rest'));
+    });
+    server.listen(0, '127.0.0.1');
+    await once(server, 'listening');
+    const { port } = server.address() as AddressInfo;
+    const client = connect(`http://127.0.0.1:${port}`);
+    const request = client.request({ ':path': '/' });
+    await once(request, 'response');
+    sessions[0]?.close();
+    await vi.waitFor(() => expect(client.closed).toBe(true));
+    for (const session of [client, sessions[0]]) {
+      const { promise, resolve } = Promise.withResolvers<unknown>();
+      expect(session?.ping((error: Error | null) => resolve(error))).toBe(true);
+      expect(await promise).toBeNull();
+    }
+    ended.resolve();
+    expect(String(await request.toArray().then((parts) => Buffer.concat(parts as Buffer[])))).toBe('rest');
+    server.close();
   });
 });

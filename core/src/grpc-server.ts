@@ -13,6 +13,7 @@ import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo
 
 import { beforeAbort } from './abort.ts';
 import { ClusterError } from './errors.ts';
+import { keepDrainingCalls } from './grpc-drain.ts';
 import { Health } from './grpc-health.ts';
 import { createReflection } from './grpc-reflection.ts';
 import { statusFromError } from './grpc-status.ts';
@@ -37,12 +38,20 @@ export interface GrpcServer {
   readonly address: string;
   readonly port: number;
   readonly health: Health;
+  /**
+   * Asks the clients that are connected to make their next calls over another connection, which a load balancer leads
+   * elsewhere; running calls go on. New connections are still taken.
+   */
+  goAway(): void;
   /** Takes no new calls and waits for the running ones; when the signal fires they are cut off. */
   close(signal: AbortSignal): Promise<void>;
 }
 
 /** Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. */
 const resetLimits = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
+
+// setTimeout's longest delay: connections that drain are closed by `close` and not by a timer of grpc-js.
+const noDrainLimitMs = 2 ** 31 - 1;
 
 /** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */
 export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcServer> {
@@ -54,6 +63,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
     'grpc.keepalive_timeout_ms': 20_000,
   });
   raiseResetLimits(server);
+  keepDrainingCalls();
   const health = new Health();
   const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
   const definitions = [
@@ -83,6 +93,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
     address: `${host}:${port}`,
     port,
     health,
+    goAway: () => server.drain(`${host}:${port}`, noDrainLimitMs),
     close: async (signal) => {
       const { promise: shut, resolve: done } = Promise.withResolvers<void>();
       server.tryShutdown(() => done());

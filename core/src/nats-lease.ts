@@ -10,7 +10,7 @@ import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 import type { NatsLink } from './nats-connection.ts';
 import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
-import { tokenFromName } from './subjects.ts';
+import { subjects, tokenFromName } from './subjects.ts';
 
 // The server's codes for "the last sequence of this key is another".
 const wrongLastSequenceCodes = new Set([10071, 10164]);
@@ -46,22 +46,35 @@ export class NatsLeases {
   async acquire(name: string, holder: string, signal: AbortSignal): Promise<Lease> {
     const key = tokenFromName(name);
     const value = JSON.stringify({ holder });
-    const { leases } = await this.#link.opened(signal);
-    for (;;) {
-      signal.throwIfAborted();
-      const askedMs = performance.now();
-      try {
-        const epoch = await this.#create({ leases, key, value }, signal);
-        const lease = hold({ leases, key, value, epoch, askedMs }, () => this.#held.delete(lease));
-        this.#held.add(lease);
-        return lease;
-      } catch (error) {
+    const { leases, connection } = await this.#link.opened(signal);
+    let freed = new AbortController();
+    const subject = subjects.leaseFreed(name);
+    const subscription = connection.subscribe(subject, { callback: () => freed.abort() });
+    try {
+      for (;;) {
         signal.throwIfAborted();
-        if (!isTaken(error) && this.#link.connected) {
-          this.#log.warn({ error: ClusterError.from(error), model: name }, 'lease not taken');
+        freed = new AbortController();
+        const askedMs = performance.now();
+        try {
+          const epoch = await this.#create({ leases, key, value }, signal);
+          const lease = hold({ leases, key, value, epoch, askedMs }, (isFree) => {
+            this.#held.delete(lease);
+            if (isFree && !connection.isClosed()) {
+              connection.publish(subject);
+            }
+          });
+          this.#held.add(lease);
+          return lease;
+        } catch (error) {
+          signal.throwIfAborted();
+          if (!isTaken(error) && this.#link.connected) {
+            this.#log.warn({ error: ClusterError.from(error), model: name }, 'lease not taken');
+          }
         }
+        await pause(leaseRenewMs, AbortSignal.any([signal, freed.signal]));
       }
-      await pause(leaseRenewMs, signal);
+    } finally {
+      subscription.unsubscribe();
     }
   }
 
@@ -93,8 +106,8 @@ const holdMs = 0.9 * leaseTtlMs;
 /** After a renewal that failed; one that worked is repeated after `leaseRenewMs`. */
 const retryMs = 250;
 
-/** Renews until the lease is lost or released. */
-function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: () => void): Lease {
+/** Renews until the lease is lost or released; `onReleased` hears whether the key is free from here on. */
+function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: (isFree: boolean) => void): Lease {
   const lost = new AbortController();
   let revision = epoch;
   // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
@@ -126,10 +139,13 @@ function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: () => vo
     const holding = !lost.signal.aborted;
     lost.abort();
     await renewing;
-    if (holding) {
-      await leases.delete(key, { previousSeq: revision }).catch(() => undefined);
-    }
-    onReleased();
+    const isFree =
+      holding &&
+      (await leases.delete(key, { previousSeq: revision }).then(
+        () => true,
+        () => false,
+      ));
+    onReleased(isFree);
   };
   let released: Promise<void> | undefined;
   return {

@@ -48,6 +48,8 @@ export const subjects = {
     `workers.${tokenFromName(model)}.${tokenFromName(group)}`,
   /** Assignments: from a dispatcher to the gateway that owns the request, with a reply. */
   assignments: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.assign`,
+  /** Said when a lease was given back, so that who waits for it need not find out. */
+  leaseFreed: (name: string): string => `leases.${tokenFromName(name)}.freed`,
   ended: (model: string): string => `ended.${tokenFromName(model)}`,
   /** The dispatcher's view of its queue, JSON. */
   queueState: (model: string): string => `queue.${tokenFromName(model)}.state`,

@@ -6,6 +6,7 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 
+import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import { startGrpcServer } from '@mimo/core/grpc-server';
 import type { Log } from '@mimo/core/log';
@@ -44,7 +45,10 @@ export interface Gateway {
   readonly metricsAddress: string | undefined;
   readonly queueKind: RequestQueue['kind'];
   counts(): GatewayCounts;
-  /** Stops taking requests and waits for the running ones, until the signal fires. */
+  /**
+   * Leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then takes no more requests
+   * and waits for the running ones, until the signal fires.
+   */
   drain(signal: AbortSignal): Promise<void>;
   /** Ends what still runs with `unavailable`, and lets go of everything. */
   close(): Promise<void>;
@@ -55,6 +59,8 @@ const services = ['', 'mimo.inference.v1.InferenceService'];
 const openQueueMs = 5_000;
 /** To fetch and read the catalogue's models: a gateway that is ready without them would refuse what others serve. */
 const catchUpMs = 30_000;
+/** A call takes no longer from a client's hand to here; a tenth of it on most networks. */
+const onTheirWayMs = 250;
 /** For the last statuses to reach their clients. */
 const closeGraceMs = 1_000;
 
@@ -89,6 +95,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const groups = new Groups();
   const sessions = new Sessions(gatewayId, log);
   const requests = new Requests({ queue, sessions, maxWaitMs: config.maxWaitMs, metrics, log });
+  const resigning = new AbortController();
   const stopping = new AbortController();
   const closing = new AbortController();
   const states = new Map<string, QueueState>();
@@ -101,7 +108,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     };
     await Promise.all([
       followState(),
-      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal),
+      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal, resigning.signal),
     ]);
   };
   const models = new ServedModels({ own, requests, run: runModel, log });
@@ -191,6 +198,10 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       for (const service of services) {
         server.health.set(service, false);
       }
+      resigning.abort();
+      server.goAway();
+      // A call that was on its way when its connection was asked to go is still taken.
+      await pause(onTheirWayMs, signal);
       stopping.abort();
       await requests.settled(signal);
     },

@@ -8,6 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 import { createLog } from '@mimo/core/log';
 import {
+  leaseRenewMs,
   leaseTtlMs,
   type QueuedRecord,
   type QueueState,
@@ -222,7 +223,10 @@ describe.each(Object.keys(backends))('%s', (name) => {
     expect(early).toBeUndefined();
     await first.release();
     expect(first.lost.aborted).toBe(true);
+    const freedMs = performance.now();
     const second = await waiting;
+    // At once, and not at the next look.
+    expect(performance.now() - freedMs).toBeLessThan(leaseRenewMs / 2);
     expect(second.epoch).toBeGreaterThan(first.epoch);
     expect(second.lost.aborted).toBe(false);
     expect(other.lost.aborted).toBe(false);

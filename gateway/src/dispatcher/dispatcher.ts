@@ -10,7 +10,7 @@ import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/que
 import { AssignmentOutcome } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
-import type { Groups } from '../groups.ts';
+import { heartbeatQuietMs, type Groups } from '../groups.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { Sessions } from '../session.ts';
 import { DispatchState, placeKey } from './dispatch-state.ts';
@@ -35,21 +35,35 @@ const lookMs = 1_000;
 const publishMs = 50;
 const republishMs = 1_000;
 
-/** Dispatches whenever it holds the lease, until the signal fires; resolves once the lease is released. */
-export async function runDispatcher(parts: DispatcherParts, signal: AbortSignal): Promise<void> {
+/** How long a gateway that stops leaves its lease to others; alone, it goes on after that with what it still holds. */
+const resignedMs = 2_000;
+
+/**
+ * Dispatches whenever it holds the lease, until the signal fires; resolves once the lease is released. When `resigning`
+ * fires the lease is given back for another gateway to take at once.
+ */
+export async function runDispatcher(
+  parts: DispatcherParts,
+  signal: AbortSignal,
+  resigning: AbortSignal,
+): Promise<void> {
   const log = parts.log.child({ model: parts.model });
   while (!signal.aborted) {
+    const term = resigning.aborted ? signal : AbortSignal.any([signal, resigning]);
     try {
-      const lease = await parts.queue.acquireLease(parts.model, parts.gatewayId, signal);
+      const lease = await parts.queue.acquireLease(parts.model, parts.gatewayId, term);
       log.info({ dispatcherEpoch: lease.epoch }, 'dispatching');
-      await new Dispatcher({ ...parts, log }, lease, signal).run();
+      await new Dispatcher({ ...parts, log }, lease, term).run();
       await lease.release();
       log.info({ dispatcherEpoch: lease.epoch }, 'dispatching ended');
     } catch (error) {
-      if (!signal.aborted) {
+      if (!term.aborted) {
         log.error({ error: ClusterError.from(error) }, 'dispatcher failed');
-        await pause(lookMs, signal);
+        await pause(lookMs, term);
       }
+    }
+    if (resigning.aborted) {
+      await pause(resignedMs, signal);
     }
   }
 }
@@ -61,6 +75,7 @@ class Dispatcher {
   readonly #stop = new AbortController();
   readonly #until: AbortSignal;
   readonly #state = new DispatchState();
+  readonly #beganMs = performance.now();
   readonly #beganUnixMs = Date.now();
   #planning = false;
   #lookedMs = 0;
@@ -259,8 +274,11 @@ class Dispatcher {
   }
 
   #publishSoon(drains: DrainMarks): void {
-    const sinceMs = performance.now() - this.#publishedMs;
-    if (!this.#replayed || this.#publishTimer !== undefined) {
+    const nowMs = performance.now();
+    const sinceMs = nowMs - this.#publishedMs;
+    // A gateway that has just come may not have heard of every group yet, which is not their absence.
+    const knowsGroups = nowMs - this.#beganMs >= heartbeatQuietMs;
+    if (!this.#replayed || !knowsGroups || this.#publishTimer !== undefined) {
       return;
     }
     if (sinceMs < publishMs) {
@@ -274,7 +292,7 @@ class Dispatcher {
     const content = JSON.stringify({ ...state, atUnixMs: 0, oldestWaitingMs: 0 });
     if (content !== this.#published || sinceMs >= republishMs) {
       this.#published = content;
-      this.#publishedMs = performance.now();
+      this.#publishedMs = nowMs;
       this.#parts.queue.publishState(state);
     }
   }
