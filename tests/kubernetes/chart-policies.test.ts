@@ -64,6 +64,7 @@ describe('network policies', () => {
   const controller = ours('controller');
   const nats = ours('nats');
   const test = ours('test');
+  const uninstall = ours('uninstall');
   const group = made('group');
   const prepare = made('prepare');
   const client: Endpoint = { namespace: 'apps', labels: { app: 'bot' } };
@@ -76,6 +77,7 @@ describe('network policies', () => {
     controller,
     nats,
     test,
+    uninstall,
     group,
     prepare,
     client,
@@ -98,12 +100,13 @@ describe('network policies', () => {
     [prepare, nats, 4222],
     [nats, nats, 6222],
     [controller, outside, 443, 6443],
+    [uninstall, outside, 443, 6443],
     [group, outside, 443],
     [prepare, outside, 443],
     [prometheus, gateway, 9464],
     [prometheus, group, 9464],
     [prometheus, controller, 9465],
-    ...[gateway, controller, group, prepare, nats, test].map((from) => [from, dns, 53] as const),
+    ...[gateway, controller, group, prepare, nats, test, uninstall].map((from) => [from, dns, 53] as const),
   ];
   const denied: readonly (readonly [Endpoint, Endpoint, ...number[]])[] = [
     [outside, gateway, 50_051],
@@ -130,6 +133,8 @@ describe('network policies', () => {
     [test, group, 50_052],
     [test, outside, 443],
     [nats, outside, 443],
+    [uninstall, nats, 4222],
+    [client, uninstall, 443],
     [nats, gateway, 50_051],
     [prometheus, nats, 8222],
     [prometheus, gateway, 50_052],

@@ -181,9 +181,12 @@ describe.each(choices)('rendered with %s', (_name, values) => {
     }
   });
 
-  it('only the controller has a token', () => {
+  it('only the controller and the uninstall have a token', () => {
     const withToken = pods.filter(({ spec }) => spec['automountServiceAccountToken'] !== false);
-    expect(withToken.map(({ owner }) => owner)).toEqual(['Deployment/mimo-mimo-cluster-controller']);
+    expect(withToken.map(({ owner }) => owner)).toEqual([
+      'Deployment/mimo-mimo-cluster-controller',
+      'Job/mimo-mimo-cluster-uninstall',
+    ]);
   });
 
   it('the controller reads its environment', async () => {

@@ -2,6 +2,10 @@
 // installed is admitted and makes its pods, the controller's rights are exactly those of the table, an upgrade keeps what
 // the controller wrote, and nothing is left behind. There are no machines: what the pods do is the node layer's.
 
+import { execFile } from 'node:child_process';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
@@ -120,7 +124,8 @@ describe.each(choices)('installed as %s', (namespace, values, podCount) => {
     const failures = (await list(namespace, 'events')).filter(({ reason }) => reason === 'FailedCreate');
     expect(failures.map(({ message }) => message)).toEqual([]);
 
-    await helmIn(namespace, ['uninstall', 'mimo', '--wait']);
+    // The hook is a Job, which needs a machine.
+    await helmIn(namespace, ['uninstall', 'mimo', '--wait', '--no-hooks']);
     const own = new Set(['kube-root-ca.crt', 'default']);
     await waitFor(
       'nothing to be left',
@@ -153,7 +158,7 @@ describe('what the API server refuses', () => {
   it('a ModelService by its field, and nothing stays installed', async () => {
     const broken = { ...modelService, spec: { ...modelService.spec, tensorParallel: 3 } };
     await expect(install('refused', { modelServices: [broken] })).rejects.toThrow(/spec\.tensorParallel/);
-    await helmIn('refused', ['uninstall', 'mimo', '--wait']);
+    await helmIn('refused', ['uninstall', 'mimo', '--wait', '--no-hooks']);
     expect(await list('refused', 'deployments,statefulsets')).toEqual([]);
   });
 
@@ -343,5 +348,88 @@ describe("the controller's rights", () => {
         'true',
       ]),
     ).rejects.toThrow(/cannot (get|create) resource "pods\/exec"/);
+  });
+});
+
+describe('before an uninstall', () => {
+  const namespace = 'leaving';
+  const account = 'mimo-mimo-cluster-uninstall';
+  let kubeconfig: string;
+
+  beforeAll(async () => {
+    await createNamespace(namespace);
+    const objects = (await renderChart(helm, {}, ['--show-only', 'templates/uninstall.yaml'])).filter(
+      ({ kind }) => kind !== 'Job',
+    );
+    const items = objects.map((object) => inNamespace(object, namespace));
+    // The binding names the namespace once more.
+    const text = JSON.stringify({ apiVersion: 'v1', kind: 'List', items }).replaceAll(
+      '"serving"',
+      `"${namespace}"`,
+    );
+    await cluster.kubectl(['apply', '--filename=-'], text);
+    kubeconfig = await cluster.kubeconfigForServiceAccount(namespace, account);
+  });
+
+  async function createServices(...names: readonly string[]): Promise<void> {
+    const items = names.map((name) => ({
+      apiVersion: 'mimo-cluster.dev/v1alpha1',
+      kind: 'ModelService',
+      // As the controller keeps one while its groups drain.
+      metadata: { name, namespace, finalizers: name === 'held' ? ['example.com/held'] : [] },
+      spec: modelService.spec,
+    }));
+    await cluster.kubectl(
+      ['create', '--filename=-'],
+      JSON.stringify({ apiVersion: 'v1', kind: 'List', items }),
+    );
+  }
+
+  async function removeServices(timeoutSeconds: number): Promise<{ code: number; said: string }> {
+    const { promise, resolve } = Promise.withResolvers<{ code: number; said: string }>();
+    const command = join(import.meta.dirname, '../../controller/src/remove-services.ts');
+    const args = [`--kubeconfig=${kubeconfig}`, `--namespace=${namespace}`];
+    execFile(
+      process.execPath,
+      [command, ...args, `--timeout-seconds=${timeoutSeconds}`],
+      (error, stdout, stderr) =>
+        resolve({ code: Number(error?.code ?? 0), said: `${stdout}${stderr}`.trim() }),
+    );
+    return promise;
+  }
+
+  it('nothing is to be done where there is no ModelService', async () => {
+    expect(await removeServices(60)).toEqual({ code: 0, said: 'removed 0 ModelServices' });
+  });
+
+  it('ModelServices go, and it waits for those that the controller holds', async () => {
+    await createServices('free', 'held');
+    const removed = removeServices(120);
+    await waitFor(
+      'one to be gone and one to be going',
+      async () => {
+        const [held, ...others] = await list(namespace, 'modelservices.mimo-cluster.dev');
+        return others.length === 0 && 'deletionTimestamp' in (held?.metadata ?? {});
+      },
+      60_000,
+    );
+    const isDone = await Promise.race([removed.then(() => true), sleep(2_000, false)]);
+    expect(isDone).toBe(false);
+    await cluster.kubectl([
+      'patch',
+      'modelservice',
+      'held',
+      `--namespace=${namespace}`,
+      '--type=merge',
+      '--patch={"metadata":{"finalizers":null}}',
+    ]);
+    expect(await removed).toEqual({ code: 0, said: 'removed 2 ModelServices' });
+  });
+
+  it('one that is held for ever ends it, by name', async () => {
+    await createServices('held');
+    const { code, said } = await removeServices(3);
+    expect(code).toBe(1);
+    expect(said).toMatch(/^remove-services: still there: held\. Does the controller run\?/);
   });
 });
