@@ -6,15 +6,19 @@ import { parse } from 'yaml';
 
 import { crdDirectory, generateCrds } from './crd-generate.ts';
 import type { WorkerSettings } from './decide/containers.ts';
+import { acceptedSpecs, acceptedTenants, refusedSpecs, refusedTenants, specWith } from './resource-cases.ts';
 import { parseModelService, parseTenant } from './resources.ts';
 import { revisionOf } from './revision.ts';
 
-const source = { hub: { repository: 'XiaomiMiMo/MiMo-7B-RL' } };
-const model = { name: 'mimo-7b-rl', source };
 const metadata = { name: 'chat', namespace: 'models', uid: 'u1' };
 
 function serviceWith(spec: object, named: object = {}): unknown {
-  return { metadata: { ...metadata, ...named }, spec: { model, ...spec } };
+  return { metadata: { ...metadata, ...named }, spec: specWith(spec) };
+}
+
+/** Our errors write a path with dots alone. */
+function ourWords(words: string): string {
+  return words.replaceAll(/\[(\d+)\]/g, '.$1');
 }
 
 describe('parseModelService', () => {
@@ -33,94 +37,12 @@ describe('parseModelService', () => {
     });
   });
 
-  const accepted: readonly (readonly [string, object])[] = [
-    ['a checkpoint on a claim', { model: { ...model, source: { volumeClaim: { claimName: 'weights' } } } }],
-    ['a checkpoint on the host', { model: { ...model, source: { hostPath: '/models/mimo' } } }],
-    ['int4', { model: { ...model, precision: 'int4' } }],
-    ['eight ranks', { tensorParallel: 8, placement: 'spread' }],
-    ['no drafts', { speculation: { draftTokens: 0 } }],
-    ['a fixed count', { scaling: { min: 3, max: 3 } }],
-    ['no surge', { rollout: { maxSurge: 0, maxUnavailable: 1 } }],
-    [
-      'another device',
-      {
-        model: { ...model, precision: 'fp16' },
-        resources: { accelerators: 1, acceleratorResource: 'example.com/gpu' },
-      },
-    ],
-    ['accelerators beside ranks on the CPU', { resources: { accelerators: 1, executionProvider: 'cpu' } }],
-    ['memory for keys and values', { resources: { kvCache: '2Gi' } }],
-    [
-      'device memory beyond that of the host',
-      { model: { ...model, precision: 'bf16' }, resources: { accelerators: 1, kvCache: '40Gi' } },
-    ],
-    ['milli CPUs', { resources: { cpu: '500m', memory: '1.5Gi' } }],
-    ['an immediate drain', { drainSeconds: 0 }],
-    [
-      'a toleration',
-      { template: { tolerations: [{ key: 'gpu', operator: 'Exists', effect: 'NoSchedule' }] } },
-    ],
-    ['variables', { template: { env: [{ name: 'MIMO_WORKER_THREADS', value: '8' }] } }],
-  ];
-  it.each(accepted)('takes %s', (_name, spec) => {
+  it.each(acceptedSpecs)('takes %s', (_name, spec) => {
     expect(() => parseModelService(serviceWith(spec))).not.toThrow();
   });
 
-  const refused: readonly (readonly [string, object, string])[] = [
-    ['no source', { model: { ...model, source: {} } }, 'spec.model.source'],
-    ['two sources', { model: { ...model, source: { ...source, hostPath: '/x' } } }, 'exactly one of'],
-    [
-      'a relative host path',
-      { model: { ...model, source: { hostPath: 'x' } } },
-      'spec.model.source.hostPath',
-    ],
-    [
-      'a hub id without owner',
-      { model: { ...model, source: { hub: { repository: 'MiMo' } } } },
-      'repository',
-    ],
-    [
-      'a claim name in capitals',
-      { model: { ...model, source: { volumeClaim: { claimName: 'A' } } } },
-      'claimName',
-    ],
-    ['a nameless model', { model: { ...model, name: '' } }, 'spec.model.name'],
-    ['a model name with spaces', { model: { ...model, name: 'a b' } }, 'spec.model.name'],
-    ['a precision nobody has', { model: { ...model, precision: 'fp8' } }, 'spec.model.precision'],
-    ['three ranks', { tensorParallel: 3 }, 'spec.tensorParallel'],
-    ['sixteen ranks', { tensorParallel: 16 }, 'spec.tensorParallel'],
-    ['a textual rank count', { tensorParallel: '2' }, 'spec.tensorParallel'],
-    ['negative drafts', { speculation: { draftTokens: -1 } }, 'spec.speculation.draftTokens'],
-    ['many drafts', { speculation: { draftTokens: 9 } }, 'spec.speculation.draftTokens'],
-    ['another engine', { engine: 'llama.cpp' }, 'spec.engine'],
-    ['another placement', { placement: 'node' }, 'spec.placement'],
-    ['min above max', { scaling: { min: 3, max: 2 } }, 'min must not be more than max'],
-    ['no groups at most', { scaling: { max: 0 } }, 'spec.scaling.max'],
-    ['a negative floor', { scaling: { min: -1 } }, 'spec.scaling.min'],
-    ['half a group', { scaling: { max: 1.5 } }, 'spec.scaling.max'],
-    ['no target', { scaling: { targetWaitSeconds: 0 } }, 'spec.scaling.targetWaitSeconds'],
-    ['a textual target', { scaling: { targetWaitSeconds: '10s' } }, 'spec.scaling.targetWaitSeconds'],
-    ['no speed', { scaling: { groupTokensPerSecond: 0 } }, 'spec.scaling.groupTokensPerSecond'],
-    ['a short memory', { scaling: { memorySeconds: 5 } }, 'spec.scaling.memorySeconds'],
-    ['a rollout that cannot move', { rollout: { maxSurge: 0, maxUnavailable: 0 } }, 'must not both be 0'],
-    ['a negative surge', { rollout: { maxSurge: -1 } }, 'spec.rollout.maxSurge'],
-    ['a percentage', { rollout: { maxSurge: '25%' } }, 'spec.rollout.maxSurge'],
-    ['memory in words', { resources: { memory: 'lots' } }, 'spec.resources.memory'],
-    ['negative accelerators', { resources: { accelerators: -1 } }, 'spec.resources.accelerators'],
-    [
-      'accelerators at a precision that they do not compute',
-      { resources: { accelerators: 1 } },
-      'fp16 or bf16',
-    ],
-    ['cuda without accelerators', { resources: { executionProvider: 'cuda' } }, 'needs accelerators'],
-    ['more keys and values than memory', { resources: { kvCache: '32Gi' } }, 'kvCache must be less'],
-    ['a device without domain', { resources: { acceleratorResource: 'gpu' } }, 'acceleratorResource'],
-    ['a drain of a week', { drainSeconds: 604_800 }, 'spec.drainSeconds'],
-    ['a variable in small letters', { template: { env: [{ name: 'threads' }] } }, 'spec.template.env.0.name'],
-    ['an unknown toleration', { template: { tolerations: [{ effect: 'Never' }] } }, 'tolerations.0.effect'],
-  ];
-  it.each(refused)('refuses %s and names the field', (_name, spec, words) => {
-    expect(() => parseModelService(serviceWith(spec))).toThrow(words);
+  it.each(refusedSpecs)('refuses %s and names the field', (_name, spec, words) => {
+    expect(() => parseModelService(serviceWith(spec))).toThrow(ourWords(words));
   });
 
   it('refuses a name that pods could not be named after', () => {
@@ -134,18 +56,22 @@ describe('parseModelService', () => {
 });
 
 describe('parseTenant', () => {
-  it('fills in defaults and refuses a tenant without keys', () => {
+  it('fills in defaults', () => {
     const tenant = { metadata, spec: { apiKeys: [{ secretName: 'team-a' }] } };
     expect(parseTenant(tenant).spec).toMatchObject({
+      apiKeys: [{ secretName: 'team-a', key: 'apiKey' }],
       weight: 100,
       priorityClass: 'standard',
       allowedModels: [],
     });
-    expect(() => parseTenant({ metadata, spec: { apiKeys: [] } })).toThrow('spec.apiKeys');
-    expect(() => parseTenant({ metadata, spec: { ...tenant.spec, weight: 0 } })).toThrow('spec.weight');
-    expect(() => parseTenant({ metadata, spec: { ...tenant.spec, priorityClass: 'vip' } })).toThrow(
-      'priorityClass',
-    );
+  });
+
+  it.each(acceptedTenants)('takes %s', (_name, spec) => {
+    expect(() => parseTenant({ metadata, spec })).not.toThrow();
+  });
+
+  it.each(refusedTenants)('refuses %s and names the field', (_name, spec, words) => {
+    expect(() => parseTenant({ metadata, spec })).toThrow(ourWords(words));
   });
 });
 

@@ -37,11 +37,18 @@ function withRules<S extends z.ZodType>(
   return checked.meta({ ...schema.meta(), 'x-kubernetes-validations': validations });
 }
 
-/** A list that server-side apply merges by the given key. */
-function keyedList<S extends z.ZodType>(item: S, key: string, maxItems: number): z.ZodDefault<z.ZodArray<S>> {
+/** A list that server-side apply merges by the given key, which no two entries share. */
+function keyedList<S extends z.ZodObject>(
+  item: S,
+  key: string & keyof z.output<S>,
+  maxItems: number,
+): z.ZodDefault<z.ZodArray<S>> {
   return z
     .array(item)
     .max(maxItems)
+    .refine((entries) => new Set(entries.map((entry) => entry[key])).size === entries.length, {
+      message: `entries must differ in ${key}`,
+    })
     .default([])
     .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': [key] });
 }
