@@ -32,10 +32,19 @@ export interface ActorOptions {
   readonly log: Log;
 }
 
+/** Actions that need no spec: all that can be done for a service whose spec cannot be read. */
+export type PlainAction = Extract<
+  Action,
+  { readonly kind: 'removeFinalizer' | 'deletePreparePod' | 'patchStatus' }
+>;
+
 /** The service that is acted for. */
-export interface ActOn {
-  readonly record: ServiceRecord;
+export interface ActOn extends PlainActOn {
   readonly service: ModelService;
+}
+
+export interface PlainActOn {
+  readonly record: ServiceRecord;
   readonly signal: AbortSignal;
   /** Called for each write that the watches will show, also where a later one of the same action fails. */
   readonly onWrite: (write: OwnWrite) => void;
@@ -65,17 +74,6 @@ export class Actor {
         await this.#patchService({ metadata }, {}, on);
         break;
       }
-      case 'removeFinalizer': {
-        const { uid, finalizers = [] } = record.metadata;
-        const path = `/metadata/finalizers/${finalizers.indexOf(drainFinalizer)}`;
-        const patch = [
-          { op: 'test', path: '/metadata/uid', value: uid },
-          { op: 'test', path, value: drainFinalizer },
-          { op: 'remove', path },
-        ] as const;
-        await this.#patchService(patch, {}, on);
-        break;
-      }
       case 'removeModel': {
         const limit = AbortSignal.any([on.signal, AbortSignal.timeout(catalogueTimeoutMs)]);
         await this.#options.catalog.remove(service.spec.model.name, limit);
@@ -84,10 +82,6 @@ export class Actor {
       case 'createPreparePod': {
         await this.#create(preparePod(service, action.modelHash, this.#options.settings), on);
         this.#tell(on, 'Normal', 'PrepareStarted', `${action.name} looks for the model and prepares it`);
-        break;
-      }
-      case 'deletePreparePod': {
-        await this.#delete(action.pod, on);
         break;
       }
       case 'setRoutable': {
@@ -150,6 +144,33 @@ export class Actor {
         );
         break;
       }
+      case 'removeFinalizer':
+      case 'deletePreparePod':
+      case 'patchStatus': {
+        await this.actPlainly(action, on);
+        break;
+      }
+    }
+  }
+
+  /** The same, for actions that need no spec. */
+  async actPlainly(action: PlainAction, on: PlainActOn): Promise<void> {
+    switch (action.kind) {
+      case 'removeFinalizer': {
+        const { uid, finalizers = [] } = record.metadata;
+        const path = `/metadata/finalizers/${finalizers.indexOf(drainFinalizer)}`;
+        const patch = [
+          { op: 'test', path: '/metadata/uid', value: uid },
+          { op: 'test', path, value: drainFinalizer },
+          { op: 'remove', path },
+        ] as const;
+        await this.#patchService(patch, {}, on);
+        break;
+      }
+      case 'deletePreparePod': {
+        await this.#delete(action.pod, on);
+        break;
+      }
       case 'patchStatus': {
         await this.#patchStatus(action.status, on);
         break;
@@ -171,7 +192,7 @@ export class Actor {
   }
 
   /** Replaces the whole status. */
-  async #patchStatus(status: unknown, on: ActOn): Promise<void> {
+  async #patchStatus(status: unknown, on: PlainActOn): Promise<void> {
     const patch = [
       { op: 'test', path: '/metadata/uid', value: on.record.metadata.uid },
       { op: 'add', path: '/status', value: status },
@@ -182,7 +203,7 @@ export class Actor {
   async #patchService(
     patch: Parameters<KubeClient['patch']>[2],
     options: Parameters<KubeClient['patch']>[3],
-    { record, signal, onServiceWrite }: ActOn,
+    { record, signal, onServiceWrite }: PlainActOn,
   ): Promise<void> {
     const type = resourceTypes.modelServices;
     onServiceWrite(await this.#options.client.patch(type, record.metadata.name, patch, options, signal));
@@ -226,7 +247,7 @@ export class Actor {
     on.onWrite(writeOf(await this.#options.client.create(resourceTypes.pods, pod, on.signal)));
   }
 
-  async #delete(pod: PodRef, on: ActOn): Promise<void> {
+  async #delete(pod: PodRef, on: PlainActOn): Promise<void> {
     const { name, uid } = pod;
     await this.#ifThere(pod, on, async () => {
       await this.#options.client.delete(resourceTypes.pods, name, { uid }, on.signal);
@@ -235,7 +256,7 @@ export class Actor {
   }
 
   /** Does something to a pod, or nothing where it is gone, or another one has its name. */
-  async #ifThere({ name, uid }: PodRef, { signal }: ActOn, act: () => Promise<void>): Promise<void> {
+  async #ifThere({ name, uid }: PodRef, { signal }: PlainActOn, act: () => Promise<void>): Promise<void> {
     try {
       await act();
     } catch (error) {

@@ -14,7 +14,7 @@ import { observeLoads, queueReading, type ObservedLoads, type QueueSight } from 
 
 export interface QueueWatchOptions {
   readonly queue: RequestQueue;
-  readonly catalog: ModelCatalog;
+  readonly catalog: Pick<ModelCatalog, 'follow'>;
   readonly log: Log;
   /** Something changed for a model. */
   readonly onChange: (model: string) => void;

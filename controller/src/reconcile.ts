@@ -369,13 +369,7 @@ export class Reconciler {
   async #refuse(record: ServiceRecord, signal: AbortSignal): Promise<void> {
     const { caches, actor } = this.#options;
     const { metadata, status, problem } = record;
-    const on: ActOn = {
-      record,
-      service: { metadata: { ...metadata } } as unknown as ModelService,
-      signal,
-      onWrite: () => undefined,
-      onServiceWrite: () => undefined,
-    };
+    const on = { record, signal, onWrite: () => undefined, onServiceWrite: () => undefined };
     if (metadata.deletionTimestamp === undefined) {
       const message = problem.slice(0, 1024);
       const before = status.conditions?.find(({ type }) => type === 'Ready');
@@ -389,16 +383,17 @@ export class Reconciler {
           lastTransitionTime: new Date().toISOString(),
         };
         const others = (status.conditions ?? []).filter(({ type }) => type !== 'Ready');
-        await actor.act({ kind: 'patchStatus', status: { ...status, conditions: [...others, ready] } }, on);
+        const next = { ...status, conditions: [...others, ready] };
+        await actor.actPlainly({ kind: 'patchStatus', status: next }, on);
       }
       return;
     }
     const pods = caches.pods.indexed(metadata.name).filter(({ ownerUid }) => ownerUid === metadata.uid);
     for (const pod of pods.filter(({ deleting }) => !deleting)) {
-      await actor.act({ kind: 'deletePreparePod', pod, reason: 'the service is deleted' }, on);
+      await actor.actPlainly({ kind: 'deletePreparePod', pod, reason: 'the service is deleted' }, on);
     }
     if (pods.length === 0 && metadata.finalizers?.includes(drainFinalizer) === true) {
-      await actor.act({ kind: 'removeFinalizer' }, on);
+      await actor.actPlainly({ kind: 'removeFinalizer' }, on);
     }
   }
 }

@@ -1,0 +1,51 @@
+import { describe, expect, it } from 'vitest';
+
+import type { GroupState, ReplicaGroup } from './groups.ts';
+import { noStartUp, observeStartUps, readyInMs } from './start-up.ts';
+
+function groupOf(uid: string, state: GroupState, fields: Partial<ReplicaGroup> = {}): ReplicaGroup {
+  const pods = [{ uid } as ReplicaGroup['pods'][number]];
+  return {
+    name: uid,
+    revision: '',
+    index: 0,
+    state,
+    ready: state === 'ready',
+    pods,
+    createdMs: 0,
+    drainingSinceMs: undefined,
+    blocker: undefined,
+    failure: undefined,
+    load: undefined,
+    ...fields,
+  };
+}
+
+describe('observeStartUps', () => {
+  it('measures from creation to ready, the latest most', () => {
+    let memory = observeStartUps(noStartUp, [groupOf('a', 'starting')], 1_000);
+    memory = observeStartUps(memory, [groupOf('a', 'ready')], 40_000);
+    expect(memory.startUpMs).toBe(40_000);
+    memory = observeStartUps(memory, [groupOf('b', 'starting', { createdMs: 50_000 })], 50_000);
+    memory = observeStartUps(memory, [groupOf('b', 'ready', { createdMs: 50_000 })], 70_000);
+    expect(memory.startUpMs).toBe(30_000);
+  });
+
+  it('does not measure groups that it has not seen start, nor those that could not be placed', () => {
+    expect(observeStartUps(noStartUp, [groupOf('a', 'ready')], 9_000).startUpMs).toBeUndefined();
+    let memory = observeStartUps(noStartUp, [groupOf('a', 'starting', { blocker: 'no room' })], 1_000);
+    memory = observeStartUps(memory, [groupOf('a', 'ready')], 3_600_000);
+    expect(memory.startUpMs).toBeUndefined();
+  });
+});
+
+describe('readyInMs', () => {
+  it('expects each group that starts at its time, and overdue ones at once', () => {
+    const groups = [
+      groupOf('a', 'starting', { createdMs: 0 }),
+      groupOf('b', 'starting', { createdMs: 50_000 }),
+      groupOf('c', 'ready'),
+    ];
+    expect(readyInMs(groups, 30_000, 60_000)).toEqual([0, 20_000]);
+  });
+});
