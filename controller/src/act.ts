@@ -157,7 +157,7 @@ export class Actor {
   async actPlainly(action: PlainAction, on: PlainActOn): Promise<void> {
     switch (action.kind) {
       case 'removeFinalizer': {
-        const { uid, finalizers = [] } = record.metadata;
+        const { uid, finalizers = [] } = on.record.metadata;
         const path = `/metadata/finalizers/${finalizers.indexOf(drainFinalizer)}`;
         const patch = [
           { op: 'test', path: '/metadata/uid', value: uid },

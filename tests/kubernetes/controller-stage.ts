@@ -90,6 +90,8 @@ export async function startStage(): Promise<Stage> {
     await plane.kubectl(['create', 'namespace', namespace]);
     await plane.kubectl(['create', 'serviceaccount', serviceAccount, `--namespace=${namespace}`]);
     await plane.kubectl(['apply', '--filename=-'], await chartRole(tools.helm));
+    // The chart makes it, since the controller may make no Secret.
+    await plane.kubectl(['create', 'secret', 'generic', 'mimo-tenant-keys', `--namespace=${namespace}`]);
     const established = ['wait', '--for=condition=Established', '--timeout=60s', 'crd', '--all'];
     await plane.kubectl(established);
     await waitFor('the default ServiceAccount', async () =>
@@ -181,11 +183,10 @@ interface KubeletOptions {
 class PretendKubelet {
   /** How prepare pods end; undefined: well, with the model in the catalogue. */
   prepare: Ending | undefined;
-  /** False: ranks stay Pending, as with an image that is pulled for ever. */
-  starts = true;
   readonly #options: KubeletOptions;
   readonly #closing = new AbortController();
   readonly #seen = new Set<string>();
+  #starts = true;
   #stop: (() => void) | undefined;
   #beating: Promise<void> | undefined;
 
@@ -209,17 +210,30 @@ class PretendKubelet {
       .map(([group]) => group);
   }
 
+  /** False: ranks stay Pending, as with an image that is pulled for ever. */
+  set starts(starts: boolean) {
+    this.#starts = starts;
+    this.#lookAtAll();
+  }
+
   async start(): Promise<void> {
     const { client, pods } = this.#options;
     await client.create(nodes, { apiVersion: 'v1', kind: 'Node', metadata: { name: 'pretend' } }, never);
     this.#beating = this.#beat();
     await pods.whenSynced(AbortSignal.timeout(30_000));
-    this.#stop = pods.onChange((key) => {
-      const pod = pods.get(key);
-      if (pod?.spec.nodeName !== undefined) {
-        void this.#look(pod).catch((error: unknown) => this.#options.log.debug({ error }, 'kubelet'));
-      }
-    });
+    this.#stop = pods.onChange((key) => this.#lookAt(pods.get(key)));
+  }
+
+  #lookAtAll(): void {
+    for (const pod of this.#options.pods.list()) {
+      this.#lookAt(pod);
+    }
+  }
+
+  #lookAt(pod: Pod | undefined): void {
+    if (pod?.spec.nodeName !== undefined) {
+      void this.#look(pod).catch((error: unknown) => this.#options.log.debug({ error }, 'kubelet'));
+    }
   }
 
   /** Ends a container of a pod. */
@@ -259,7 +273,7 @@ class PretendKubelet {
     const gate = status.conditions?.find(({ type }) => type === routableCondition)?.status === 'True';
     const ready = status.conditions?.find(({ type }) => type === 'Ready')?.status === 'True';
     const running = status.phase === 'Running';
-    if (this.starts && (!running || ready !== gate) && status.phase !== 'Failed') {
+    if (this.#starts && (!running || ready !== gate) && status.phase !== 'Failed') {
       await this.#setStatus(pod, { phase: 'Running', ready: gate });
     }
   }
@@ -334,6 +348,7 @@ class PretendKubelet {
       await client
         .patch(nodes, 'pretend', { status }, { subresource: 'status' }, never)
         .catch(() => undefined);
+      this.#lookAtAll();
       await pause(5_000, this.#closing.signal);
     }
   }

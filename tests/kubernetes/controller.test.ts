@@ -5,6 +5,7 @@ import type { RunningController } from '@mimo/controller/controller';
 import { hasReason } from '@mimo/controller/kube/api-status';
 import { resourceTypes, type KubeObject } from '@mimo/controller/kube/resource';
 import type { ModelServiceStatus } from '@mimo/controller/status';
+import { pause } from '@mimo/core/abort';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { waitFor } from '../harness/wait-for.ts';
@@ -85,6 +86,32 @@ async function deleteService(name: string): Promise<void> {
   );
 }
 
+async function waitForReady(name: string, groups: number): Promise<void> {
+  await waitFor(
+    `${groups} groups of ${name} to serve`,
+    async () => {
+      const seen = (await readService(name)).status?.groups;
+      return seen?.ready === groups && seen.wanted === groups && groupsOf(name).length === groups;
+    },
+    60_000,
+  );
+}
+
+function sameAs(pod: Pod | undefined): (other: Pod) => boolean {
+  return ({ metadata }) => metadata.uid === pod?.metadata.uid;
+}
+
+async function pageOf({ address }: RunningController, path: string): Promise<string> {
+  const response = await fetch(`http://${address}${path}`);
+  return `${response.status} ${await response.text()}`;
+}
+
+async function allowedEvictions(name: string): Promise<number> {
+  const type = resourceTypes.podDisruptionBudgets;
+  const { status } = await stage.client.get(type, `${name}-groups`, never);
+  return (status as { readonly disruptionsAllowed?: number }).disruptionsAllowed ?? 0;
+}
+
 describe('a controller', () => {
   let controller: RunningController;
   beforeAll(async () => {
@@ -158,5 +185,310 @@ describe('a controller', () => {
         '--output=name',
       ]);
     await waitFor('nothing to be left', async () => (await left()) === '', 120_000);
+  });
+
+  it('says that a model cannot be found, makes no groups, does not try in a loop, and goes on when the spec is mended', async () => {
+    stage.kubelet.prepare = { exitCode: 3, message: 'prepare: /checkpoint holds no config.json' };
+    const uids = new Set<string>();
+    const stop = stage.pods.onChange(() => {
+      for (const { metadata } of preparePodsOf('lost')) {
+        uids.add(metadata.uid);
+      }
+    });
+    await createService('lost', { scaling: { min: 1, max: 1 } });
+    await waitFor('the condition', async () =>
+      (await conditionOf('lost', 'ModelFound')).startsWith('False NotFound'),
+    );
+    expect(await conditionOf('lost', 'ModelFound')).toContain('/checkpoint holds no config.json');
+    await pause(6_000, never);
+    expect(uids.size).toBe(1);
+    expect(groupsOf('lost')).toEqual([]);
+    const described = await stage.plane.kubectl([
+      'describe',
+      'modelservice/lost',
+      `--namespace=${namespace}`,
+    ]);
+    expect(described).toContain('ModelNotFound');
+    expect(await conditionOf('lost', 'Ready')).toContain('/checkpoint holds no config.json');
+
+    stage.kubelet.prepare = undefined;
+    await patchService('lost', { model: { source: { hostPath: '/models/other' } } });
+    await waitFor('a group', () => groupsOf('lost').length === 1);
+    expect(await conditionOf('lost', 'ModelFound')).toContain('True');
+    stop();
+    await deleteService('lost');
+  });
+
+  it('replaces groups one by one, keeps the serving ones when that is reverted, and rebuilds a group once', async () => {
+    const dispatcher = stage.startDispatcher('model-roll');
+    await createService('roll', { scaling: { min: 3, max: 3 }, drainSeconds: 1 });
+    await waitForReady('roll', 3);
+    const before = groupsOf('roll');
+
+    // The new groups do not start: the old ones serve on, and come back as they are.
+    stage.kubelet.starts = false;
+    await patchService('roll', { template: { env: [{ name: 'MIMO_WORKER_LOG_LEVEL', value: 'debug' }] } });
+    await waitFor('a surge', () => groupsOf('roll').length === 4);
+    await pause(3_000, never);
+    expect(groupsOf('roll')).toEqual(expect.arrayContaining([...before]));
+    expect(groupsOf('roll')).toHaveLength(4);
+    await patchService('roll', { template: { env: [] } });
+    await waitFor('the surge to be gone', () => groupsOf('roll').length === 3);
+    expect(groupsOf('roll')).toEqual(before);
+
+    stage.kubelet.starts = true;
+    await patchService('roll', { template: { env: [{ name: 'MIMO_WORKER_LOG_LEVEL', value: 'debug' }] } });
+    await waitFor(
+      'all groups to be replaced',
+      () => !groupsOf('roll').some((group) => before.includes(group)),
+      60_000,
+    );
+    await waitForReady('roll', 3);
+    await waitFor('the marks to be gone', () => dispatcher.marks.size === 0);
+
+    const [victim] = groupPodsOf('roll');
+    const known = new Set(groupPodsOf('roll').map(({ metadata }) => metadata.uid));
+    await stage.kubelet.end(victim as Pod, { exitCode: 137, reason: 'OOMKilled', message: '' });
+    await waitFor('the group to be gone', () => !groupPodsOf('roll').some(sameAs(victim)));
+    await waitForReady('roll', 3);
+    const rebuilt = groupPodsOf('roll').filter(({ metadata }) => !known.has(metadata.uid));
+    expect(rebuilt).toHaveLength(1);
+    const failed = (await eventsOf('roll')).filter((event) => event.startsWith('GroupFailed'));
+    expect(failed).toEqual([expect.stringContaining('rank-0: OOMKilled, exit code 137')]);
+    await deleteService('roll');
+  });
+
+  it('answers by describe alone why it did not scale', async () => {
+    stage.startDispatcher('model-stuck');
+    await createService('stuck', { scaling: { min: 1, max: 2 } });
+    await waitForReady('stuck', 1);
+    await patchService('stuck', {
+      model: { precision: 'bf16' },
+      resources: { accelerators: 1 },
+      scaling: { min: 2 },
+    });
+    const described = async (): Promise<string> =>
+      stage.plane.kubectl(['describe', 'modelservice/stuck', `--namespace=${namespace}`]);
+    await waitFor('the words of the scheduler', async () =>
+      (await described()).includes('Insufficient nvidia.com/gpu'),
+    );
+    expect((await readService('stuck')).status?.lastDecision?.blocker).toContain(
+      'Insufficient nvidia.com/gpu',
+    );
+    expect((await readService('stuck')).status?.groups?.ready).toBe(1);
+    await deleteService('stuck');
+
+    await stage.plane.kubectl(['create', 'quota', 'few', '--hard=pods=1', `--namespace=${namespace}`]);
+    stage.startDispatcher('model-refused');
+    await createService('refused', { scaling: { min: 3, max: 3 } });
+    await waitFor('the words of the API server', async () =>
+      (await conditionOf('refused', 'Degraded')).includes('exceeded quota'),
+    );
+    await stage.plane.kubectl(['delete', 'quota', 'few', `--namespace=${namespace}`]);
+    await waitForReady('refused', 3);
+    await deleteService('refused');
+  });
+
+  it('holds the count and leaves the groups alone while the queue is away', async () => {
+    stage.startDispatcher('model-held');
+    await createService('held', { scaling: { min: 0, max: 4 }, drainSeconds: 60 });
+    await patchService('held', { scaling: { min: 2 } });
+    await waitForReady('held', 2);
+    const before = groupsOf('held');
+    await stage.stopNats();
+    await waitFor('the queue to be unknown', async () =>
+      (await conditionOf('held', 'ScalingActive')).includes('QueueUnknown'),
+    );
+    await patchService('held', { scaling: { min: 0 } });
+    await pause(5_000, never);
+    expect(groupsOf('held')).toEqual(before);
+    // Also their gates: what nobody knows is not that they cannot be reached.
+    expect((await readService('held')).status?.groups?.ready).toBe(2);
+    expect((await readService('held')).status?.lastDecision).toMatchObject({
+      wanted: 2,
+      reason: 'QueueUnknown',
+    });
+    await stage.startNats();
+    await waitFor('the queue to be known', async () =>
+      (await conditionOf('held', 'ScalingActive')).startsWith('True'),
+    );
+    await deleteService('held');
+  });
+
+  it('serves a model for the oldest service that asks for it', async () => {
+    const model = { name: 'model-shared', source: { hostPath: '/models/mimo' } };
+    stage.startDispatcher('model-shared');
+    await createService('first', { model, scaling: { min: 1, max: 1 } });
+    await waitForReady('first', 1);
+    // Creation times have seconds.
+    await pause(1_100, never);
+    await createService('second', { model, scaling: { min: 1, max: 1 } });
+    await waitFor('the refusal', async () =>
+      (await conditionOf('second', 'ModelFound')).includes('ModelService first serves a model of this name'),
+    );
+    expect(groupsOf('second')).toEqual([]);
+    await deleteService('first');
+    await waitForReady('second', 1);
+    await deleteService('second');
+  });
+
+  it('allows one group to be evicted, and no other until it is rebuilt', async () => {
+    stage.startDispatcher('model-evict');
+    await createService('evict', { tensorParallel: 2, placement: 'spread', scaling: { min: 2, max: 2 } });
+    await waitForReady('evict', 2);
+    const [groupA = '', groupB = ''] = groupsOf('evict');
+    const evict = async (pod: string): Promise<string> => {
+      const eviction = { apiVersion: 'policy/v1', kind: 'Eviction', metadata: { name: pod, namespace } };
+      const path = `/api/v1/namespaces/${namespace}/pods/${pod}/eviction`;
+      return stage.plane.kubectl(['create', '--raw', path, '--filename=-'], JSON.stringify(eviction)).then(
+        () => 'evicted',
+        (error: unknown) => String(error),
+      );
+    };
+    await waitFor('one eviction to be allowed', async () => (await allowedEvictions('evict')) === 1);
+    stage.kubelet.starts = false;
+    expect(await evict(`${groupA}-0`)).toBe('evicted');
+    await waitFor('the rest of the group to be gone', () => !groupsOf('evict').includes(groupA));
+    await pause(2_000, never);
+    expect(await evict(`${groupB}-1`)).toContain("would violate the pod's disruption budget");
+    stage.kubelet.starts = true;
+    await waitForReady('evict', 2);
+    await waitFor('one eviction to be allowed', async () => (await allowedEvictions('evict')) === 1);
+    expect(await evict(`${groupB}-1`)).toBe('evicted');
+    await deleteService('evict');
+  });
+
+  it("writes the tenants' keys, and says on each tenant what is missing", async () => {
+    const sha256 = 'c'.repeat(64);
+    const tenant = { apiVersion: resourceTypes.tenants.apiVersion, kind: 'Tenant' };
+    for (const name of ['team-a', 'team-b']) {
+      const spec = { apiKeys: [{ secretName: name }], allowedModels: ['mimo'] };
+      const object = { ...tenant, metadata: { name }, spec };
+      await stage.client.create(resourceTypes.tenants, object, never);
+    }
+    const addSecret = async (name: string): Promise<string> =>
+      stage.plane.kubectl([
+        'create',
+        'secret',
+        'generic',
+        name,
+        `--from-literal=apiKey=${sha256.replace('c', name.at(-1) ?? '')}`,
+        `--namespace=${namespace}`,
+      ]);
+    const keys = async (): Promise<unknown> => {
+      const secret: KubeObject & { readonly data?: Readonly<Record<string, string>> } =
+        await stage.client.get(resourceTypes.secrets, 'mimo-tenant-keys', never);
+      return JSON.parse(Buffer.from(secret.data?.['keys.json'] ?? '', 'base64').toString());
+    };
+    const ready = async (name: string): Promise<string> => {
+      const { status } = await stage.client.get(resourceTypes.tenants, name, never);
+      const { conditions } = status as { conditions?: { type: string; status: string; message: string }[] };
+      const found = conditions?.find(({ type }) => type === 'Ready');
+      return `${found?.status} ${found?.message}`;
+    };
+    await addSecret('team-a');
+    await waitFor('the key of one', async () => (await ready('team-a')).startsWith('True'));
+    expect(await ready('team-b')).toContain('False Secret team-b does not exist');
+    expect(await keys()).toMatchObject({ keys: [{ tenant: 'team-a', models: ['mimo'] }] });
+    await addSecret('team-b');
+    await waitFor('the key of the other', async () => (await ready('team-b')).startsWith('True'));
+    expect(await keys()).toMatchObject({ keys: [{ tenant: 'team-a' }, { tenant: 'team-b' }] });
+    await stage.client.delete(resourceTypes.tenants, 'team-a', {}, never);
+    await waitFor('one key to be left', async () => JSON.stringify(await keys()).includes('team-b'));
+    await waitFor('the other to be gone', async () => !JSON.stringify(await keys()).includes('team-a'));
+    await stage.client.delete(resourceTypes.tenants, 'team-b', {}, never);
+  });
+
+  it('serves its metrics and its health', async () => {
+    expect(await pageOf(controller, '/healthz')).toBe('200 ok\n');
+    expect(await pageOf(controller, '/readyz')).toBe('200 leading\n');
+    expect(await pageOf(controller, '/other')).toBe('404 ');
+    const metrics = await pageOf(controller, '/metrics');
+    for (const line of [
+      /controller_reconcile_total\{result="done".*\} \d+/,
+      /controller_reconcile_seconds_bucket/,
+      /controller_last_event_age_seconds\{resource="pods".*\} [\d.]+/,
+      /controller_leader(\{.*\})? 1/,
+      /controller_scale_decisions_total\{service="chat",reason="Backlog".*\} \d/,
+    ]) {
+      expect(metrics).toMatch(line);
+    }
+  });
+
+  it('goes on where it was after the API server was killed in the middle of a rollout', async () => {
+    stage.startDispatcher('model-cut');
+    await createService('cut', { scaling: { min: 4, max: 4 }, rollout: { maxSurge: 2 }, drainSeconds: 1 });
+    await waitForReady('cut', 4);
+    const before = groupsOf('cut');
+    const created = new Set<string>();
+    const stop = stage.pods.onChange(() => {
+      for (const { metadata } of groupPodsOf('cut')) {
+        created.add(metadata.uid);
+      }
+    });
+    await patchService('cut', { template: { env: [{ name: 'MIMO_WORKER_LOG_LEVEL', value: 'debug' }] } });
+    await waitFor('the rollout to begin', () => groupsOf('cut').some((group) => !before.includes(group)));
+    await stage.plane.stopApiserver('SIGKILL');
+    await pause(2_000, never);
+    await stage.plane.startApiserver();
+    await waitFor(
+      'the rollout to end',
+      async () => {
+        const { groups } = (await readService('cut')).status ?? {};
+        const replaced = !groupsOf('cut').some((group) => before.includes(group));
+        return groups?.updated === 4 && groups.ready === 4 && groupsOf('cut').length === 4 && replaced;
+      },
+      120_000,
+    );
+    // Nothing was created twice: four groups, and four in their place.
+    expect(created.size).toBe(8);
+    stop();
+    await deleteService('cut');
+  });
+
+  it('gets along with others who write to its objects', async () => {
+    stage.startDispatcher('model-busy');
+    const disturbing = new AbortController();
+    const disturb = (async () => {
+      for (let count = 0; !disturbing.signal.aborted; count++) {
+        const annotations = { 'example.com/count': String(count) };
+        await stage.client
+          .patch(resourceTypes.modelServices, 'busy', { metadata: { annotations } }, {}, never)
+          .catch(() => undefined);
+        await pause(5, disturbing.signal);
+      }
+    })();
+    await createService('busy', { scaling: { min: 2, max: 2 } });
+    await waitForReady('busy', 2);
+    await deleteService('busy');
+    disturbing.abort();
+    await disturb;
+    expect(groupPodsOf('busy')).toEqual([]);
+  });
+});
+
+describe('two controllers', () => {
+  it('act one at a time, and the other takes over with what it finds', async () => {
+    stage.startDispatcher('model-pair');
+    const first = await stage.startController({ MIMO_CONTROLLER_IDENTITY: 'first' });
+    await waitFor('leadership', () => first.leading, 60_000);
+    const second = await stage.startController({ MIMO_CONTROLLER_IDENTITY: 'second' });
+    try {
+      await createService('pair', { scaling: { min: 2, max: 2 } });
+      await waitForReady('pair', 2);
+      expect([first.leading, second.leading]).toEqual([true, false]);
+      const before = groupPodsOf('pair').map(({ metadata }) => metadata.uid);
+      const beginMs = performance.now();
+      await first.close();
+      await waitFor('the other to lead', () => second.leading, 60_000);
+      console.log(`the other leads after ${(performance.now() - beginMs).toFixed(0)} ms`);
+      await patchService('pair', { scaling: { min: 3, max: 3 } });
+      await waitForReady('pair', 3);
+      const after = groupPodsOf('pair').map(({ metadata }) => metadata.uid);
+      expect(after).toEqual(expect.arrayContaining(before));
+      await deleteService('pair');
+    } finally {
+      await second.close();
+    }
   });
 });
