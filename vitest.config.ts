@@ -23,6 +23,15 @@ export default defineConfig({
       },
       {
         test: {
+          name: 'webgpu',
+          include: ['tests/webgpu/**/*.test.ts'],
+          fileParallelism: false,
+          testTimeout: 180_000,
+          hookTimeout: 180_000,
+        },
+      },
+      {
+        test: {
           name: 'servers',
           include: ['tests/{harness,cluster,faults}/**/*.test.ts'],
           fileParallelism: false,

@@ -37,7 +37,12 @@ const checks: readonly Stage[] = [
   { name: 'unused', command: ['knip'] },
   vitest('unit'),
 ];
-const layers: readonly Stage[] = [vitest('golden'), vitest('servers'), vitest('kubernetes')];
+const layers: readonly Stage[] = [
+  vitest('golden'),
+  vitest('webgpu'),
+  vitest('servers'),
+  vitest('kubernetes'),
+];
 
 async function runCommand(command: readonly string[]): Promise<number> {
   const [program, ...args] = command;

@@ -1,11 +1,12 @@
-// What CUDA devices give: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
+// What GPUs give: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
 // decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
 // milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //
 //   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part golden]
 //                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
+//   npm run bench -- gpu --provider webgpu --precision fp16
 //
-// Needs the CUDA provider beside the library and CUDA's own libraries on the library path (docs/gpu.md). A pass is the
+// CUDA needs its provider beside the library and its own libraries on the library path (docs/gpu.md). A pass is the
 // engine's: token ids in, the best token of each row out, or its logits; an engine step is everything but the network.
 
 import { spawn } from 'node:child_process';
@@ -14,6 +15,8 @@ import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
+import { startEngine, type EngineOptions } from '@mimo/worker/engine/engine-host';
+import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { HeadOutput, PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
@@ -47,8 +50,8 @@ interface Load {
 }
 
 interface Device {
-  readonly executionProvider: 'cuda';
-  readonly libraryPath: string;
+  readonly executionProvider: 'cuda' | 'webgpu';
+  readonly libraryPath?: string;
 }
 
 type Report = (result: Record<string, unknown>) => void;
@@ -59,6 +62,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     args: [...args],
     options: {
       library: { type: 'string' },
+      provider: { type: 'string', default: 'cuda' },
       directory: { type: 'string', default: tmpdir() },
       precision: { type: 'string', default: 'bf16' },
       /** `golden`, `model` or both. */
@@ -71,10 +75,14 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       bandwidth: { type: 'string', default: '3.35e12' },
     },
   });
-  if (values.library === undefined) {
+  const isCuda = values.provider === 'cuda';
+  if (isCuda && values.library === undefined) {
     throw new ClusterError('invalid_argument', '--library: must name libonnxruntime, is missing');
   }
-  const device: Device = { executionProvider: 'cuda', libraryPath: values.library };
+  const device: Device = {
+    executionProvider: isCuda ? 'cuda' : 'webgpu',
+    ...(values.library === undefined ? {} : { libraryPath: values.library }),
+  };
   const results: Record<string, unknown>[] = [];
   const report: Report = (result) => {
     results.push(result);
@@ -106,6 +114,9 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
           signal,
         ),
       );
+      if (ranks === 1 && isCuda) {
+        await showBudget(rankDirectories, device, report);
+      }
       // Where devices reach one another, also the way over the host, in short.
       for (const sumOnHost of ranks === 1 ? [false] : [false, true]) {
         const group = await timed('load', report, () => openGroup(rankDirectories, { device, sumOnHost }));
@@ -125,7 +136,30 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   if (values.peer !== undefined) {
     await runPeer(values.peer, report, signal);
   }
-  process.stdout.write(`${JSON.stringify({ bench: 'gpu', precision: values.precision, results })}\n`);
+  const { provider, precision } = values;
+  process.stdout.write(`${JSON.stringify({ bench: 'gpu', provider, precision, results })}\n`);
+}
+
+/** What the engine makes of the device's memory: the KV cache that fits, and the answer to one that does not. */
+async function showBudget(directories: readonly string[], device: Device, report: Report): Promise<void> {
+  const options: EngineOptions = {
+    shardDirectories: directories,
+    group: { kind: 'in-process' },
+    executionProvider: device.executionProvider,
+    ...(device.libraryPath === undefined ? {} : { runtimeLibrary: device.libraryPath }),
+    maxSequences: 64,
+  };
+  for (const kvBytes of ['auto', 100 * 2 ** 30] as const) {
+    try {
+      const engine = await startEngine({ ...options, kvBytes });
+      const { kvBlocks, maxContextTokens } = engine.info;
+      await engine.close();
+      report({ step: 'budget', kvBytes, kvTokens: kvBlocks * kvBlockTokens, maxContextTokens });
+    } catch (error) {
+      const { code, message } = ClusterError.from(error);
+      report({ step: 'budget', kvBytes, code, message });
+    }
+  }
 }
 
 async function timed<T>(step: string, report: Report, work: () => Promise<T>): Promise<T> {
@@ -156,7 +190,8 @@ function openGroup(
 async function compareFixtures(device: Device, rankCounts: readonly number[], report: Report): Promise<void> {
   const fixtures = new CompiledFixtures();
   try {
-    for (const precision of ['fp16', 'bf16'] as const) {
+    const isCuda = device.executionProvider === 'cuda';
+    for (const precision of isCuda ? (['fp16', 'bf16'] as const) : (['fp16'] as const)) {
       const worlds = fixtureNames.flatMap((name) => {
         const { tensorParallel } = readExpectedIds(name);
         return rankCounts.filter((ranks) => tensorParallel.includes(ranks)).map((ranks) => ({ name, ranks }));

@@ -7,6 +7,7 @@ import { createSingleRankCollective, type Collective } from '@mimo/worker/collec
 import { createInProcessCollective, createInProcessGroup } from '@mimo/worker/collective/in-process';
 import type { EngineLimits, PassExecutor } from '@mimo/worker/engine/engine';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
+import { gatherMemories } from '@mimo/worker/engine/memory-budget';
 import { ShardRunner } from '@mimo/worker/engine/shard-runner';
 import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engine/step-plan';
 import { readShardManifest, type ShardManifest } from '@mimo/worker/model/shard';
@@ -59,6 +60,7 @@ export async function openLocalGroup({
           runtime: runtimeOptions,
           collective: { kind: 'in-process', group: shared, rank: i + 1 },
           limits: testLimits(manifest),
+          isKvAuto: false,
           pingMs: 1000,
           leaving: new Int32Array(1),
         },
@@ -69,6 +71,7 @@ export async function openLocalGroup({
     worldSize === 1 ? createSingleRankCollective() : createInProcessCollective(shared, 0);
   const runtime = await createRuntime(runtimeOptions);
   const runner = new ShardRunner({ runtime, directory: directories[0]!, manifest, collective });
+  gatherMemories(runtime.memoryInfo(), collective);
   const configure = {
     kind: 'configure',
     kvBlocks,

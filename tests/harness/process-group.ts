@@ -5,6 +5,7 @@ import { once } from 'node:events';
 import { joinGroup } from '@mimo/worker/collective/join-group';
 import { createNetworkCollective } from '@mimo/worker/collective/network';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
+import { gatherMemories } from '@mimo/worker/engine/memory-budget';
 import { ShardRunner } from '@mimo/worker/engine/shard-runner';
 import { encodeStepPlan, type PassPlan } from '@mimo/worker/engine/step-plan';
 import { readShardManifest } from '@mimo/worker/model/shard';
@@ -68,6 +69,7 @@ export async function openProcessGroup(options: ProcessGroupOptions): Promise<Lo
   });
   const runtime = await createRuntime({ implementation: 'ort-capi', ...device, intraOpThreads: 1 });
   const runner = new ShardRunner({ runtime, directory: directories[0]!, manifest, collective });
+  gatherMemories(runtime.memoryInfo(), collective);
   const configure = {
     kind: 'configure',
     kvBlocks,

@@ -11,7 +11,7 @@ describe('parseWorkerConfig', () => {
       tensorParallel: 1,
       rank: 0,
       heartbeatIntervalMs: 250,
-      kvBytes: 2 ** 30,
+      kvBytes: 'auto',
       drainGraceMs: 25_000,
       drainFinishMs: 10_000,
     });

@@ -14,12 +14,18 @@ import {
   textSetting,
   type ConfigOf,
   type Environment,
+  type Setting,
 } from '@mimo/core/config';
 import { logLevels } from '@mimo/core/log';
 import { precisions } from './model/shard.ts';
 import { executionProviders } from './runtime/runtime.ts';
 
 const maxPort = 65_535;
+
+/** The setting's values, and the word `auto`. */
+function autoOr<T>(setting: Setting<T>): Setting<T | 'auto'> {
+  return { ...setting, parse: (text) => (text === 'auto' ? text : setting.parse(text)) };
+}
 
 export const workerSettings = {
   /** The name under which the group serves, e.g. `mimo-demo`. */
@@ -79,7 +85,8 @@ export const workerSettings = {
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
   maxSequences: integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 }, 16),
-  kvBytes: sizeSetting('MIMO_WORKER_KV_BYTES', '1Gi'),
+  /** A size, or `auto`: what the device or the container's limit leaves after the weights. */
+  kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES', 'auto')),
   maxBatchTokens: integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 }, 128),
   prefillChunkTokens: integerSetting('MIMO_WORKER_PREFILL_CHUNK_TOKENS', { min: 1, max: 65_536 }, 64),
 

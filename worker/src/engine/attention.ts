@@ -8,6 +8,11 @@ import { KvBuffers } from './kv-buffers.ts';
 import type { Rows } from './scratch.ts';
 import type { RowSpan } from './step-plan.ts';
 
+/** Pages beyond the budget's: every span's last may be almost empty. */
+export function slackPages(maxSpans: number, { kernels }: Pick<Runtime, 'kernels'>): number {
+  return kernels.pagedAttention ? maxSpans : 0;
+}
+
 /** Keys and values of all slots. `place` the spans of a pass, then `run` each layer; `close` frees all. */
 export interface Attention {
   release(slot: number): void;
@@ -148,8 +153,7 @@ class PagedAttention implements Attention {
     const { config, tensorParallel, precision, maxPositions } = manifest;
     this.#runtime = runtime;
     this.#segment = segment;
-    // Each slot's last page may be almost empty.
-    const pages = Math.ceil(budgetTokens / pageTokens) + maxSpans;
+    const pages = Math.ceil(budgetTokens / pageTokens) + slackPages(maxSpans, runtime);
     const dims = [pages, pageTokens, config.kvHeads / tensorParallel, config.headDim];
     const pool = (): Pool => {
       const length = dims.reduce((product, dim) => product * dim, 1);

@@ -7,6 +7,7 @@ import { ClusterError } from '@mimo/core/errors';
 import type { ModelConfig } from '../model/model-config.ts';
 import type { Precision } from '../model/shard.ts';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
+import type { EngineLimits } from './engine.ts';
 import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
 import { kvBlockTokens } from './kv-cache.ts';
 import { openGroup, type LocalRanks } from './local-ranks.ts';
@@ -91,6 +92,8 @@ class RunningEngine implements EngineHost {
   readonly #resolveFailed: (error: ClusterError) => void;
   readonly #resolveLeaving: () => void;
   readonly #complete: CompleteOptions;
+  /** With the KV cache that fits, once the leader knows. */
+  #limits: EngineLimits;
   readonly #ranks: LocalRanks;
   readonly #threads: readonly Worker[];
   readonly #exits: readonly Promise<void>[];
@@ -112,6 +115,7 @@ class RunningEngine implements EngineHost {
     this.leaving = leaving.promise;
     this.#resolveLeaving = leaving.resolve;
     this.#complete = complete;
+    this.#limits = complete.limits;
     this.#ranks = ranks;
     this.#stats = idleStats(complete.limits.kvBlocks);
     this.#threads = complete.manifests.map((_, i) => this.#startThread(i));
@@ -120,7 +124,8 @@ class RunningEngine implements EngineHost {
   }
 
   get info(): EngineInfo {
-    const { manifests, limits } = this.#complete;
+    const { manifests } = this.#complete;
+    const limits = this.#limits;
     const manifest = manifests[0]!;
     return {
       rank: manifest.rank,
@@ -225,7 +230,7 @@ class RunningEngine implements EngineHost {
   }
 
   #startThread(index: number): Worker {
-    const { manifests, directories, runtime, threads, limits } = this.#complete;
+    const { manifests, directories, runtime, threads, limits, isKvAuto } = this.#complete;
     const workerData: StepThreadOptions = {
       directory: directories[index]!,
       manifest: manifests[index]!,
@@ -233,6 +238,7 @@ class RunningEngine implements EngineHost {
       runtime: { ...runtime, intraOpThreads: 1 + manifests.length * (threads - 1) },
       collective: this.#ranks.sources[index]!,
       limits,
+      isKvAuto,
       pingMs: this.#ranks.pingMs,
       leaving: this.#ranks.leaving,
     };
@@ -250,6 +256,10 @@ class RunningEngine implements EngineHost {
     switch (response.kind) {
       case 'ready':
         this.#runtime = response.runtime;
+        if (response.limits !== undefined) {
+          this.#limits = response.limits;
+          this.#stats = idleStats(response.limits.kvBlocks);
+        }
         this.#readyThreads += 1;
         if (this.#readyThreads === this.#threads.length) {
           this.#ready.resolve();

@@ -41,8 +41,11 @@ export interface EngineOptions {
   readonly threads?: number;
   /** Sequences that hold KV cache at a time. Default 16. */
   readonly maxSequences?: number;
-  /** KV cache of one rank in bytes; the leader's value counts. Default 1 GiB. */
-  readonly kvBytes?: number;
+  /**
+   * KV cache of one rank in bytes; the leader's value counts. Default `auto`: what every rank's device or container has
+   * left after the weights, less a reserve; 1 GiB where no limit is known.
+   */
+  readonly kvBytes?: number | 'auto';
   /** The same in blocks of 64 positions; wins over kvBytes. */
   readonly kvBlocks?: number;
   /** Rows of one step, all sequences together. Default 128. */
@@ -61,7 +64,9 @@ export interface CompleteOptions {
   readonly directories: readonly string[];
   readonly runtime: Omit<RuntimeOptions, 'intraOpThreads'>;
   readonly threads: number;
+  /** With `isKvAuto`, `kvBlocks` and `maxContextTokens` are those that can ever be used. */
   readonly limits: EngineLimits;
+  readonly isKvAuto: boolean;
 }
 
 const defaults = {
@@ -69,7 +74,6 @@ const defaults = {
   // 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
   prefillChunkTokens: 64,
   maxBatchTokens: 128,
-  kvBytes: 2 ** 30,
 } as const;
 
 /**
@@ -106,7 +110,8 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
     Math.min(defaults.prefillChunkTokens, maxBatchTokens),
   );
   const threads = count('threads', 1);
-  const kvBytes = count('kvBytes', defaults.kvBytes);
+  const isKvAuto = options.kvBlocks === undefined && (options.kvBytes ?? 'auto') === 'auto';
+  const kvBytes = options.kvBlocks !== undefined || isKvAuto ? Infinity : count('kvBytes', 1);
   if (maxBatchTokens < 2 * maxSequences) {
     problems.push(
       `maxBatchTokens: must be at least 2 x maxSequences (${2 * maxSequences}), is ${maxBatchTokens}`,
@@ -148,6 +153,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       ...(options.runtimeLibrary === undefined ? {} : { libraryPath: options.runtimeLibrary }),
     },
     threads,
+    isKvAuto,
     limits: {
       maxSequences,
       maxBatchTokens,
@@ -165,7 +171,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
 }
 
 /** Bytes that one block takes on one rank: keys and values of every layer, the MTP layer included. */
-function kvBlockBytes({ config, tensorParallel, precision }: ShardManifest): number {
+export function kvBlockBytes({ config, tensorParallel, precision }: ShardManifest): number {
   const layers = config.layers + Math.min(1, config.mtpLayers);
   const bytes = elementBytes[activationType(precision)];
   return bytes * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;

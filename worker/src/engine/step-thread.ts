@@ -7,11 +7,14 @@ import { ClusterError } from '@mimo/core/errors';
 import { createSingleRankCollective, type Collective } from '../collective/collective.ts';
 import { createInProcessCollective, type InProcessGroup } from '../collective/in-process.ts';
 import { createNetworkCollective, type NetworkOptions } from '../collective/network.ts';
-import type { ShardManifest } from '../model/shard.ts';
-import { createRuntime, type Runtime, type RuntimeOptions } from '../runtime/runtime.ts';
+import { pageTokens, type ShardManifest } from '../model/shard.ts';
+import { createRuntime, type MemoryInfo, type Runtime, type RuntimeOptions } from '../runtime/runtime.ts';
 import { Engine, type EngineLimits } from './engine.ts';
 import type { EngineFrame, SequenceRequest } from './engine-api.ts';
+import { slackPages } from './attention.ts';
+import { kvBlockBytes } from './engine-options.ts';
 import { kvBlockTokens } from './kv-cache.ts';
+import { assertWeightsFit, fitKvBlocks, gatherMemories } from './memory-budget.ts';
 import { ShardRunner } from './shard-runner.ts';
 import { decodeStepPlan, encodeStepPlan, type PassPlan } from './step-plan.ts';
 
@@ -29,6 +32,8 @@ export interface StepThreadOptions {
   readonly collective: CollectiveSource;
   /** The leader's; followers are told what they need. */
   readonly limits: EngineLimits;
+  /** The limits' KV blocks are the most that can be used; how many fit is found out here. */
+  readonly isKvAuto: boolean;
   /** The ranks show one another signs of life at this interval, whether there is work or not. */
   readonly pingMs: number;
   /** Shared: not zero once this rank has been asked to end. */
@@ -44,7 +49,12 @@ export type StepThreadRequest =
 
 /** To the main thread. `leaving`: another rank has been asked to end. `ended`: the leader has dissolved the group. */
 export type StepThreadResponse =
-  | { readonly kind: 'ready'; readonly runtime: 'ort-capi' | 'ort-node' }
+  | {
+      readonly kind: 'ready';
+      readonly runtime: 'ort-capi' | 'ort-node';
+      /** The leader's, with the KV cache that fits. */
+      readonly limits?: EngineLimits;
+    }
   | { readonly kind: 'frame'; readonly frame: EngineFrame }
   | { readonly kind: 'leaving' }
   | { readonly kind: 'ended' }
@@ -68,13 +78,18 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     // Connections are taken over first: whatever fails below closes them, and the peers know at once.
     collective = openCollective(options.collective);
     runtime = await createRuntime(options.runtime);
-    const { directory, manifest, limits, pingMs, leaving } = options;
+    const { directory, manifest, pingMs, leaving } = options;
     const { implementation } = runtime;
+    const weightBytes = Object.values(manifest.files).reduce((sum, bytes) => sum + bytes, 0);
+    assertWeightsFit(weightBytes, runtime.memoryInfo());
     const runner = new ShardRunner({ runtime, directory, manifest, collective });
-    const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
+    const memories = gatherMemories(runtime.memoryInfo(), collective);
     if (collective.rank === 0) {
+      const limits = fitLimits(options, { memories, runtime });
+      const onReady = (): void => respond({ kind: 'ready', runtime: implementation, limits });
       await lead({ runtime, limits, pingMs, runner, collective, port, onReady });
     } else {
+      const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
       follow({ runner, collective, leaving, onReady });
       respond({ kind: 'ended' });
     }
@@ -88,6 +103,33 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     runtime?.close();
     port.close();
   }
+}
+
+/** The limits with the KV cache that all ranks hold. Throws as `fitKvBlocks`. */
+function fitLimits(
+  { limits, isKvAuto, manifest }: StepThreadOptions,
+  {
+    memories,
+    runtime,
+  }: { readonly memories: readonly (MemoryInfo | undefined)[]; readonly runtime: Runtime },
+): EngineLimits {
+  const blockBytes = kvBlockBytes(manifest);
+  const kvBlocks = fitKvBlocks(
+    {
+      kind: isKvAuto ? 'auto' : 'given',
+      blocks: limits.kvBlocks,
+      blockBytes,
+      slackBytes: (slackPages(headRowsOf(limits), runtime) * pageTokens * blockBytes) / kvBlockTokens,
+    },
+    memories,
+  );
+  const maxContextTokens = Math.min(limits.maxContextTokens, kvBlocks * kvBlockTokens);
+  return { ...limits, kvBlocks, maxContextTokens };
+}
+
+/** Head rows of a step: every sequence's last, and its draft's. */
+function headRowsOf(limits: EngineLimits): number {
+  return 2 * limits.maxSequences;
 }
 
 interface Leading {
@@ -106,7 +148,7 @@ async function lead({ runtime, runner, collective, port, limits, pingMs, onReady
     kind: 'configure',
     kvBlocks: limits.kvBlocks,
     maxRows: limits.maxBatchTokens,
-    maxHeadRows: 2 * limits.maxSequences,
+    maxHeadRows: headRowsOf(limits),
     usableVocab: limits.usableVocab,
     deviceGroupId: collective.worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
   } as const;

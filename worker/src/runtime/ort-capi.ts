@@ -73,7 +73,6 @@ class OrtCapiRuntime implements Runtime {
   readonly #env: bigint;
   readonly #memory: bigint;
   readonly #provider: Provider;
-  readonly #sessionOptions: bigint;
   readonly #segments: CapiSegment[] = [];
   readonly #tensors = new Set<CapiTensor>();
   readonly #releaseTensor = (tensor: CapiTensor): void => {
@@ -105,12 +104,8 @@ class OrtCapiRuntime implements Runtime {
       functions.createCpuMemoryInfo(ort.arenaAllocator, ort.memTypeDefault, out),
     );
     this.#registerSharedArena();
-    this.#sessionOptions = api.create((out) => functions.createSessionOptions(out));
-    api.check(functions.disablePerSessionThreads(this.#sessionOptions));
-    api.check(functions.addConfigEntry(this.#sessionOptions, 'session.use_env_allocators', '1'));
     const parts: ProviderParts = {
       api,
-      sessionOptions: this.#sessionOptions,
       view: (at, dims, type) => this.#view(at, dims, type),
       anySession: () => this.#segments[0]?.session,
     };
@@ -120,16 +115,19 @@ class OrtCapiRuntime implements Runtime {
   }
 
   loadSegment(source: SegmentSource): Segment {
+    const sessionOptions = this.#createSessionOptions();
     let session: bigint;
     try {
       session = this.#api.create((out) =>
-        this.#api.functions.createSession(this.#env, source.path, this.#sessionOptions, out),
+        this.#api.functions.createSession(this.#env, source.path, sessionOptions, out),
       );
     } catch (error) {
       const { message } = ClusterError.from(error);
       // Weights go to the device as a session is created.
       const code = /out of memory|failed to allocate/i.test(message) ? 'resource_exhausted' : 'data_loss';
       throw new ClusterError(code, `segment ${source.name}: ${message}`, { cause: error });
+    } finally {
+      this.#api.functions.releaseSessionOptions(sessionOptions);
     }
     const segment = new CapiSegment(source, session);
     this.#segments.push(segment);
@@ -210,10 +208,18 @@ class OrtCapiRuntime implements Runtime {
     for (const segment of this.#segments) {
       functions.releaseSession(segment.session);
     }
-    functions.releaseSessionOptions(this.#sessionOptions);
     functions.releaseMemoryInfo(this.#memory);
     this.#provider.close();
     functions.releaseEnv(this.#env);
+  }
+
+  #createSessionOptions(): bigint {
+    const { functions } = this.#api;
+    const options = this.#api.create((out) => functions.createSessionOptions(out));
+    this.#api.check(functions.disablePerSessionThreads(options));
+    this.#api.check(functions.addConfigEntry(options, 'session.use_env_allocators', '1'));
+    this.#provider.configure(options);
+    return options;
   }
 
   /** One arena for all sessions: an arena per session keeps the peak of every one of a hundred of them. */

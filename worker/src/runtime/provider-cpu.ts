@@ -10,6 +10,7 @@ export function createCpuProvider({ view }: ProviderParts): Provider {
     kernels: { pagedAttention: false, topK: false },
     memory: null,
     runOptions: null,
+    configure: () => undefined,
     allocate: (type, length) => new HostMemory(type, length, view),
     memoryInfo: () => hostMemoryInfo(),
     replay: (_key, work) => work(),

@@ -26,7 +26,7 @@ export function assertCudaProvider(library: string): void {
 }
 
 /** See `Provider`. Throws `failed_precondition` naming what is missing. */
-export function createCudaProvider({ api, sessionOptions, view }: ProviderParts): Provider {
+export function createCudaProvider({ api, view }: ProviderParts): Provider {
   const { functions } = api;
   const device = new CudaDevice();
   const replays = new CudaReplays(device);
@@ -40,11 +40,6 @@ export function createCudaProvider({ api, sessionOptions, view }: ProviderParts)
     arena_extend_strategy: 'kSameAsRequested',
   });
   api.check(functions.updateCudaOptions(cudaOptions, options.keys, options.values, options.count));
-  api.check(functions.appendCuda(sessionOptions, cudaOptions));
-  functions.releaseCudaOptions(cudaOptions);
-  // A node without a CUDA kernel would send its inputs to the host and back in every run.
-  api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
-  api.check(functions.addConfigEntry(sessionOptions, 'session.use_device_allocator_for_initializers', '1'));
   const runOptions = api.create((out) => functions.createRunOptions(out));
   api.check(functions.addRunConfigEntry(runOptions, 'disable_synchronize_execution_providers', '1'));
   const memory = api.create((out) =>
@@ -56,6 +51,14 @@ export function createCudaProvider({ api, sessionOptions, view }: ProviderParts)
     kernels: { pagedAttention: true, topK: true },
     memory,
     runOptions,
+    configure: (sessionOptions) => {
+      api.check(functions.appendCuda(sessionOptions, cudaOptions));
+      // A node without a CUDA kernel would send its inputs to the host and back in every run.
+      api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
+      api.check(
+        functions.addConfigEntry(sessionOptions, 'session.use_device_allocator_for_initializers', '1'),
+      );
+    },
     allocate: (type, length) => new DeviceMemory(device, { type, length }, view),
     memoryInfo: () => device.memoryInfo(),
     replay: (key, work) => replays.run(key, work),
@@ -89,6 +92,7 @@ export function createCudaProvider({ api, sessionOptions, view }: ProviderParts)
       group?.abort();
     },
     close: () => {
+      functions.releaseCudaOptions(cudaOptions);
       functions.releaseRunOptions(runOptions);
       functions.releaseMemoryInfo(memory);
       device.close();

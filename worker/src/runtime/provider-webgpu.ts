@@ -11,22 +11,30 @@ import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory, RuntimeTensor } from './runtime.ts';
 
-/** See `Provider`. Throws `failed_precondition` where this library has no WebGPU; a device is looked for at the first load. */
-export function createWebgpuProvider({ api, sessionOptions, view, anySession }: ProviderParts): Provider {
+/** See `Provider`. Throws `failed_precondition` naming what is missing. */
+export function createWebgpuProvider({ api, view, anySession }: ProviderParts): Provider {
   const { functions } = api;
   const options = new NativeOptions({});
-  try {
+  // Each holds the device once, and a session lets go of it once: options cannot be shared by sessions.
+  const configure = (sessionOptions: bigint): void => {
     api.check(
       functions.appendProvider(sessionOptions, 'WebGPU', options.keys, options.values, options.count),
     );
+    api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
+  };
+  try {
+    const attempt = api.create((out) => functions.createSessionOptions(out));
+    configure(attempt);
+    functions.releaseSessionOptions(attempt);
   } catch (error) {
-    throw new ClusterError(
-      'failed_precondition',
-      `executionProvider webgpu: this libonnxruntime has none: ${ClusterError.from(error).message}`,
-      { cause: error },
-    );
+    const { message } = ClusterError.from(error);
+    const reason = /adapter/i.test(message)
+      ? 'no device: needs a driver and loader of Vulkan (libvulkan.so.1), Metal or Direct3D'
+      : 'this libonnxruntime has no such provider';
+    throw new ClusterError('failed_precondition', `executionProvider webgpu: ${reason}: ${message}`, {
+      cause: error,
+    });
   }
-  api.check(functions.addConfigEntry(sessionOptions, 'session.disable_cpu_ep_fallback', '1'));
   const memory = api.create((out) =>
     functions.createMemoryInfo('WebGPU_Buf', ort.deviceAllocator, 0, ort.memTypeDefault, out),
   );
@@ -37,6 +45,7 @@ export function createWebgpuProvider({ api, sessionOptions, view, anySession }: 
     kernels: { pagedAttention: true, topK: false },
     memory,
     runOptions: null,
+    configure,
     allocate: (type, length, use) => {
       if (use === 'exchanged') {
         return new HostMemory(type, length, view);

@@ -8,8 +8,6 @@ import type { OptionalKernels, Runtime, RuntimeTensor, TensorData } from './runt
 /** What a provider is made from. */
 export interface ProviderParts {
   readonly api: OrtApi;
-  /** To which it appends itself. */
-  readonly sessionOptions: bigint;
   /** A native view of JavaScript memory or, by an address, of the device's. */
   readonly view: (at: TensorData | bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
   /** A session, once there is one. */
@@ -27,6 +25,8 @@ export interface Provider extends Pick<
   readonly memory: bigint | null;
   /** OrtRunOptions, or null. */
   readonly runOptions: bigint | null;
+  /** Adds itself to the options of a session that is to be created. */
+  configure(sessionOptions: bigint): void;
   /** Ends what the device still computes, before sessions and tensors are freed. */
   stop(): void;
   /** After they are freed. */
