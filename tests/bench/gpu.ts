@@ -152,9 +152,9 @@ async function showBudget(directories: readonly string[], device: Device, report
   for (const kvBytes of ['auto', 100 * 2 ** 30] as const) {
     try {
       const engine = await startEngine({ ...options, kvBytes });
-      const { kvBlocks, maxContextTokens } = engine.info;
+      const { info } = engine;
       await engine.close();
-      report({ step: 'budget', kvBytes, kvTokens: kvBlocks * kvBlockTokens, maxContextTokens });
+      report({ step: 'budget', kvBytes, kvTokens: info.kvBlocks * kvBlockTokens });
     } catch (error) {
       const { code, message } = ClusterError.from(error);
       report({ step: 'budget', kvBytes, code, message });

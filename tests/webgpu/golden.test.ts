@@ -2,7 +2,7 @@
 // values and activations stay in the device's buffers, partial sums and logits cross.
 
 import { execFile } from 'node:child_process';
-import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { cacheDirectoryFrom } from '../../deploy/local/nats-server.ts';
@@ -19,7 +19,7 @@ beforeAll(async () => {
 async function runGolden(args: readonly string[], env: NodeJS.ProcessEnv): Promise<Record<string, unknown>> {
   const { stdout } = await promisify(execFile)(
     process.execPath,
-    [join(import.meta.dirname, 'golden-process.ts'), ...args],
+    [fileURLToPath(new URL('golden-process.ts', import.meta.url)), ...args],
     { env: { ...process.env, ...env } },
   );
   return JSON.parse(stdout) as Record<string, unknown>;

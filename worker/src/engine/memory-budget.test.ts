@@ -7,7 +7,7 @@ const blockBytes = 9 * 2 ** 20;
 
 describe('fitKvBlocks', () => {
   it('gives as many blocks as the poorest rank holds, and never more than can be used', () => {
-    const size = fc.integer({ min: 0, max: 200 * gib });
+    const size = fc.integer({ min: 4 * gib, max: 200 * gib });
     const memory = fc.tuple(size, size).map(([a, b]) => ({
       freeBytes: Math.min(a, b),
       totalBytes: Math.max(a, b),
@@ -26,16 +26,20 @@ describe('fitKvBlocks', () => {
               ),
             );
           const need = { kind: 'auto', blocks, blockBytes, slackBytes } as const;
-          if (spare(1) < 0) {
-            expect(() => fitKvBlocks(need, memories)).toThrow(/^KV cache: rank \d needs/);
-            return;
-          }
+          fc.pre(spare(1) >= 0);
           const fitting = fitKvBlocks(need, memories);
           expect(spare(fitting)).toBeGreaterThanOrEqual(0);
           expect(fitting === blocks || spare(fitting + 1) < 0).toBe(true);
         },
       ),
     );
+  });
+
+  it('refuses where not one block fits', () => {
+    const need = { kind: 'auto', blocks: 4, blockBytes, slackBytes: gib } as const;
+    const memory = { freeBytes: 2 * gib + blockBytes - 1, totalBytes: 10 * gib };
+    expect(() => fitKvBlocks(need, [memory])).toThrow(/^KV cache: rank 0 needs 1\.01 GiB for 1 blocks;/);
+    expect(fitKvBlocks(need, [{ ...memory, freeBytes: 2 * gib + blockBytes }])).toBe(1);
   });
 
   it('names the rank, the need and the limit where a given size does not fit', () => {
