@@ -214,11 +214,18 @@ describe('Relay', () => {
   it('sums up the figures of speculation over its attempts', async () => {
     const rig = new Rig();
     rig.begin().listener.onDelta(delta(0, 'x', { ...handedOver, draftedTokens: 5, acceptedTokens: 3 }));
+    const { listener } = rig.begin();
+    listener.onDelta({ ...delta(1, 'x'), draftedTokens: 1 });
+    listener.onDelta({ ...delta(2, 'x'), draftedTokens: 20, acceptedTokens: 10 });
+    // A group that broke has no figures in its last word, or no last word.
+    listener.onDelta(delta(3, '', { kind: FinishKind.ERROR, errorCode: 'aborted' }));
     rig
       .begin()
-      .listener.onDelta(delta(1, 'x', { kind: FinishKind.LENGTH, draftedTokens: 4, acceptedTokens: 1 }));
+      .listener.onDelta(delta(3, 'x', { kind: FinishKind.LENGTH, draftedTokens: 4, acceptedTokens: 1 }));
     await rig.deliver();
-    expect(rig.events.at(-1)?.value).toMatchObject({ speculation: { draftedTokens: 9, acceptedTokens: 4 } });
+    expect(rig.events.at(-1)?.value).toMatchObject({
+      speculation: { draftedTokens: 29, acceptedTokens: 14 },
+    });
   });
 
   it('lets a sequence begin also where the client is far behind', () => {

@@ -66,6 +66,9 @@ interface Attempt {
   readonly firstIndex: number;
   /** Tokens that it was allowed to send. */
   creditTokens: number;
+  /** As far as it has told. */
+  draftedTokens: number;
+  acceptedTokens: number;
 }
 
 /** One request. Its owner begins attempts, cancels it, and relays with `deliver`. */
@@ -80,7 +83,7 @@ export class Relay {
   #fruitlessBreaks = 0;
   /** Of `#tokenIds`, those that the client has not taken yet. */
   #unwrittenTokens = 0;
-  /** Of the attempts that are over, as far as they told. */
+  /** Of the attempts that are over. */
   #draftedTokens = 0;
   #acceptedTokens = 0;
   /** Set when a stop text was found: what is left is the engine's last word on this sequence. */
@@ -153,7 +156,8 @@ export class Relay {
       listener,
     );
     const { group, incarnation } = session.target;
-    this.#attempt = { epoch, place: { group, incarnation }, handle, firstIndex, creditTokens };
+    const place = { group, incarnation };
+    this.#attempt = { epoch, place, handle, firstIndex, creditTokens, draftedTokens: 0, acceptedTokens: 0 };
   }
 
   /** Ends the request with an error, unless it has ended; the engine frees its sequence. */
@@ -196,6 +200,10 @@ export class Relay {
   }
 
   #receive(delta: SequenceDelta): void {
+    this.#noteSpeculation(delta);
+    if (delta.finish !== undefined) {
+      this.#noteSpeculation(delta.finish);
+    }
     if (this.#matchedStop === undefined && delta.tokenIds.length > 0) {
       const nextIndex = this.#tokenIds.length;
       if (delta.index !== nextIndex) {
@@ -212,6 +220,14 @@ export class Relay {
     }
     if (delta.finish !== undefined) {
       this.#close(delta.finish);
+    }
+  }
+
+  /** The figures only grow; those of a group that broke may be missing from its last word. */
+  #noteSpeculation(told: Pick<SequenceFinish, 'draftedTokens' | 'acceptedTokens'>): void {
+    if (this.#attempt !== undefined) {
+      this.#attempt.draftedTokens = Math.max(this.#attempt.draftedTokens, told.draftedTokens);
+      this.#attempt.acceptedTokens = Math.max(this.#attempt.acceptedTokens, told.acceptedTokens);
     }
   }
 
@@ -235,7 +251,7 @@ export class Relay {
   /** The engine has ended the sequence. */
   #close(last: SequenceFinish): void {
     if (this.#matchedStop !== undefined) {
-      this.#finish({ kind: 'finish', finish: this.#finishOf(FinishReason.STOP, this.#matchedStop, last) });
+      this.#finish({ kind: 'finish', finish: this.#finishOf(FinishReason.STOP, this.#matchedStop) });
       return;
     }
     if (last.kind === FinishKind.STOP || last.kind === FinishKind.LENGTH) {
@@ -246,14 +262,12 @@ export class Relay {
       const stopped = last.kind === FinishKind.STOP || rest.stop !== undefined;
       const matched = rest.stop ?? (last.kind === FinishKind.STOP ? String(last.stopTokenId) : '');
       const reason = stopped ? FinishReason.STOP : FinishReason.LENGTH;
-      this.#finish({ kind: 'finish', finish: this.#finishOf(reason, matched, last) });
+      this.#finish({ kind: 'finish', finish: this.#finishOf(reason, matched) });
       return;
     }
     const asked = last.kind === FinishKind.ERROR ? last.errorCode : 'aborted';
     const code = isErrorCode(asked) ? asked : 'internal';
     const text = last.errorMessage === '' ? 'the sequence was aborted' : last.errorMessage;
-    this.#draftedTokens += last.draftedTokens;
-    this.#acceptedTokens += last.acceptedTokens;
     // A group that refuses or hands over is whole; one that aborts what it had taken is not.
     this.#lose(new ClusterError(code, `group ${this.#attempt?.place.group}: ${text}`), code === 'aborted');
   }
@@ -261,7 +275,7 @@ export class Relay {
   /** The attempt is over without a result; `broke` where the group broke with the sequence in it. */
   #lose(error: ClusterError, broke: boolean): void {
     if (this.#matchedStop !== undefined) {
-      // The completion is whole; only the engine's figures are lost with the group.
+      // The completion is whole without the engine's last word.
       this.#finish({ kind: 'finish', finish: this.#finishOf(FinishReason.STOP, this.#matchedStop) });
       return;
     }
@@ -284,18 +298,20 @@ export class Relay {
       this.#finish({ kind: 'error', error: new ClusterError('aborted', text, { cause: error }) });
       return;
     }
+    this.#draftedTokens += this.#attempt?.draftedTokens ?? 0;
+    this.#acceptedTokens += this.#attempt?.acceptedTokens ?? 0;
     this.#attempt = undefined;
     this.#listener.onRequeued({ broke, tokens });
   }
 
-  #finishOf(reason: FinishReason, matchedStop: string, last?: SequenceFinish): Finish {
+  #finishOf(reason: FinishReason, matchedStop: string): Finish {
     const usage: Usage = {
       promptTokens: this.record.promptTokenIds.length,
       completionTokens: this.#tokenIds.length,
     };
     const speculation = {
-      draftedTokens: this.#draftedTokens + (last?.draftedTokens ?? 0),
-      acceptedTokens: this.#acceptedTokens + (last?.acceptedTokens ?? 0),
+      draftedTokens: this.#draftedTokens + (this.#attempt?.draftedTokens ?? 0),
+      acceptedTokens: this.#acceptedTokens + (this.#attempt?.acceptedTokens ?? 0),
     };
     return { reason, matchedStop, usage, speculation };
   }

@@ -34,6 +34,8 @@ export function deltaToWire(sequence: SequenceOnWire, delta: SequenceDelta): Wir
     tokenIds: [...delta.tokenIds],
     logprobs: delta.logprobs === undefined ? [] : logprobsToWire(delta.logprobs),
     finish: delta.finish === undefined ? undefined : finishToWire(sequence, delta.finish),
+    draftedTokens: delta.speculation?.draftedTokens ?? 0,
+    acceptedTokens: delta.speculation?.acceptedTokens ?? 0,
   };
 }
 
@@ -88,6 +90,8 @@ export function failedDelta(sequence: SequenceOnWire, error: ClusterError): Wire
       draftedTokens: 0,
       acceptedTokens: 0,
     },
+    draftedTokens: 0,
+    acceptedTokens: 0,
   };
 }
 
@@ -96,6 +100,8 @@ export function mergeDelta(waiting: WireDelta, later: WireDelta): void {
   waiting.tokenIds.push(...later.tokenIds);
   waiting.logprobs.push(...later.logprobs);
   waiting.finish = later.finish;
+  waiting.draftedTokens = Math.max(waiting.draftedTokens, later.draftedTokens);
+  waiting.acceptedTokens = Math.max(waiting.acceptedTokens, later.acceptedTokens);
 }
 
 function logprobsToWire(logprobs: readonly TokenLogprob[]): WireLogprob[] {

@@ -54,6 +54,8 @@ export interface SequenceDelta {
   /** Without the token that ended it. */
   readonly tokenIds: readonly number[];
   readonly logprobs?: readonly TokenLogprob[];
+  /** Drafts made and accepted so far; absent where there was none. */
+  readonly speculation?: { readonly draftedTokens: number; readonly acceptedTokens: number };
   readonly finish?: SequenceEnd & {
     readonly completionTokens: number;
     readonly draftedTokens: number;

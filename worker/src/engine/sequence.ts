@@ -170,6 +170,7 @@ export class Sequence {
       index: completionTokens - fresh.length,
       tokenIds: fresh.map(({ tokenId }) => tokenId),
       ...(this.sampling.logprobs >= 0 && { logprobs: fresh.flatMap(({ logprob }) => logprob ?? []) }),
+      ...(draftedTokens > 0 && { speculation: { draftedTokens, acceptedTokens } }),
       ...(end !== undefined && { finish: { ...end, completionTokens, draftedTokens, acceptedTokens } }),
     };
   }

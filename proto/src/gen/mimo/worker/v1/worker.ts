@@ -229,7 +229,12 @@ export interface SequenceDelta {
   index: number;
   tokenIds: number[];
   logprobs: TokenLogprob[];
-  finish: SequenceFinish | undefined;
+  finish:
+    | SequenceFinish
+    | undefined;
+  /** Of this attempt so far, so that the figures of one that is lost without a finish are known. */
+  draftedTokens: number;
+  acceptedTokens: number;
 }
 
 export interface SequenceFinish {
@@ -1431,7 +1436,16 @@ export const StepFrame: MessageFns<StepFrame> = {
 };
 
 function createBaseSequenceDelta(): SequenceDelta {
-  return { slot: 0, epoch: 0, index: 0, tokenIds: [], logprobs: [], finish: undefined };
+  return {
+    slot: 0,
+    epoch: 0,
+    index: 0,
+    tokenIds: [],
+    logprobs: [],
+    finish: undefined,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+  };
 }
 
 export const SequenceDelta: MessageFns<SequenceDelta> = {
@@ -1457,6 +1471,12 @@ export const SequenceDelta: MessageFns<SequenceDelta> = {
     }
     if (message.finish !== undefined) {
       SequenceFinish.encode(message.finish, writer.uint32(50).fork()).join();
+    }
+    if (message.draftedTokens !== 0) {
+      writer.uint32(56).uint32(message.draftedTokens);
+    }
+    if (message.acceptedTokens !== 0) {
+      writer.uint32(64).uint32(message.acceptedTokens);
     }
     return writer;
   },
@@ -1532,6 +1552,22 @@ export const SequenceDelta: MessageFns<SequenceDelta> = {
             message.finish = SequenceFinish.decode(reader, reader.uint32());
             continue;
           }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.draftedTokens = reader.uint32();
+            continue;
+          }
+          case 8: {
+            if (tag !== 64) {
+              break;
+            }
+
+            message.acceptedTokens = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1558,6 +1594,16 @@ export const SequenceDelta: MessageFns<SequenceDelta> = {
         ? object.logprobs.map((e: any) => TokenLogprob.fromJSON(e))
         : [],
       finish: isSet(object.finish) ? SequenceFinish.fromJSON(object.finish) : undefined,
+      draftedTokens: isSet(object.draftedTokens)
+        ? globalThis.Number(object.draftedTokens)
+        : isSet(object.drafted_tokens)
+        ? globalThis.Number(object.drafted_tokens)
+        : 0,
+      acceptedTokens: isSet(object.acceptedTokens)
+        ? globalThis.Number(object.acceptedTokens)
+        : isSet(object.accepted_tokens)
+        ? globalThis.Number(object.accepted_tokens)
+        : 0,
     };
   },
 
@@ -1581,6 +1627,12 @@ export const SequenceDelta: MessageFns<SequenceDelta> = {
     if (message.finish !== undefined) {
       obj.finish = SequenceFinish.toJSON(message.finish);
     }
+    if (message.draftedTokens !== 0) {
+      obj.draftedTokens = Math.round(message.draftedTokens);
+    }
+    if (message.acceptedTokens !== 0) {
+      obj.acceptedTokens = Math.round(message.acceptedTokens);
+    }
     return obj;
   },
 
@@ -1597,6 +1649,8 @@ export const SequenceDelta: MessageFns<SequenceDelta> = {
     message.finish = (object.finish !== undefined && object.finish !== null)
       ? SequenceFinish.fromPartial(object.finish)
       : undefined;
+    message.draftedTokens = object.draftedTokens ?? 0;
+    message.acceptedTokens = object.acceptedTokens ?? 0;
     return message;
   },
 };
