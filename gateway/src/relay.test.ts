@@ -269,7 +269,9 @@ describe('Relay', () => {
     attempt(1);
     // What refuses or hands over in between neither counts nor forgives.
     rig.begin().listener.onDelta(delta(index, '', handedOver));
+    expect(rig.relay.onTrial).toBe(false);
     attempt(0);
+    expect(rig.relay.onTrial).toBe(true);
     expect(rig.ends).toEqual([]);
     attempt(7);
     expect(rig.ends).toMatchObject([

@@ -112,6 +112,11 @@ export class Relay {
     return this.#end !== undefined;
   }
 
+  /** One more break will end it, unless it gets on first: it should be in no group with another such request. */
+  get onTrial(): boolean {
+    return this.#fruitlessBreaks === maxFruitlessBreaks - 1 && this.#attemptTokens < fruitfulTokens;
+  }
+
   /** Completion tokens handed over to the client's side. */
   get completionTokens(): number {
     return this.#tokenIds.length;
@@ -187,10 +192,15 @@ export class Relay {
     }
   }
 
+  /** Tokens that the present attempt has added. */
+  get #attemptTokens(): number {
+    return this.#attempt === undefined ? 0 : this.#tokenIds.length - this.#attempt.firstIndex;
+  }
+
   #giveCredit(): void {
     const attempt = this.#attempt;
     if (attempt !== undefined) {
-      const comingTokens = attempt.creditTokens - (this.#tokenIds.length - attempt.firstIndex);
+      const comingTokens = attempt.creditTokens - this.#attemptTokens;
       const owedTokens = creditWindowTokens - this.#unwrittenTokens - comingTokens;
       if (owedTokens >= creditPortionTokens) {
         attempt.creditTokens += owedTokens;
@@ -285,7 +295,7 @@ export class Relay {
       this.#finish({ kind: 'error', error });
       return;
     }
-    const tokens = this.#tokenIds.length - (this.#attempt?.firstIndex ?? 0);
+    const tokens = this.#attemptTokens;
     if (tokens >= fruitfulTokens) {
       this.#fruitlessBreaks = 0;
     } else if (broke) {

@@ -106,6 +106,9 @@ export class Requests {
     if (relay.place !== undefined) {
       return { outcome: AssignmentOutcome.ALREADY_ASSIGNED, ...relay.place, epoch: relay.epoch };
     }
+    if (relay.onTrial && this.#triesAnother(assignment)) {
+      return { outcome: AssignmentOutcome.NOT_NOW, ...nowhere };
+    }
     clearTimeout(held.waitTimer);
     if (relay.epoch === 0) {
       this.#parts.metrics.queueWait(Date.now() - held.record.acceptedUnixMs, { model });
@@ -151,6 +154,13 @@ export class Requests {
     while (!signal.aborted && this.#held.size + this.#deleting.size > 0) {
       await pause(20, signal);
     }
+  }
+
+  /** Whether a request that may be what breaks its groups is in this one, so that an innocent one need not fall with it. */
+  #triesAnother({ group, incarnation }: Assignment): boolean {
+    return [...this.#held.values()].some(
+      ({ relay }) => relay.onTrial && relay.place?.group === group && relay.place.incarnation === incarnation,
+    );
   }
 
   #requeued(requestId: string, { broke, tokens }: LostAttempt): void {

@@ -496,6 +496,37 @@ describe('groups', () => {
     groups.length = 0;
   });
 
+  it('that one request breaks again and again lose only that one, also where others began with it', async () => {
+    const gateway = await openGateway();
+    const client = clientOf(gateway);
+    const texts = ['one of the others', 'another one of them', 'the poison', 'the last of the others'];
+    const outcomes = texts.map((text) =>
+      collect(generate(client, generation(text))).then(
+        (result) => result.text,
+        (error: unknown) => ClusterError.from(error).code,
+      ),
+    );
+    await waitFor('all to wait', async () => (await bus.counts()).records === texts.length);
+    const all = Promise.all(outcomes);
+    const over = new AbortController();
+    void all.then(() => over.abort());
+    for (let life = 0; life < 20 && !over.signal.aborted; life += 1) {
+      const broken = Promise.withResolvers<void>();
+      const script = function* ({ tokenIds }: { readonly tokenIds: readonly number[] }) {
+        if (tokenizer.decode(tokenIds) === 'the poison') {
+          broken.resolve();
+        }
+        yield* tokenIds;
+      };
+      // Slower than it breaks: whoever begins together with the poison gets nothing.
+      const group = await openGroup({ group: 'a', stepMs: 50, script });
+      await Promise.race([broken.promise, all]);
+      await group.vanish();
+      groups.splice(groups.indexOf(group), 1);
+    }
+    expect(await all).toEqual(texts.map((text) => (text === 'the poison' ? 'aborted' : text)));
+  });
+
   it('that come back as another life take their streams up again', async () => {
     const gateway = await openGateway();
     const client = clientOf(gateway);

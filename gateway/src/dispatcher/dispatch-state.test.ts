@@ -101,6 +101,15 @@ describe('DispatchState', () => {
     }
   });
 
+  it('leaves a request alone for a moment whose owner asks for it', () => {
+    const state = stateOf('a');
+    state.place('a', beat('g'), at);
+    state.postpone('a', at);
+    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeUnixMs: at + 250 }]);
+    state.reconcile([], at + 250);
+    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeUnixMs: 0 }]);
+  });
+
   it('does not trust a group for a while on which an attempt failed, but its next life at once', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
@@ -192,7 +201,7 @@ describe('DispatchState', () => {
 
   it('counts the same however requests come, move and go', () => {
     const step = fc.record({
-      act: fc.constantFrom('add', 'place', 'requeue', 'unanswered', 'remove', 'reconcile'),
+      act: fc.constantFrom('add', 'place', 'requeue', 'postpone', 'unanswered', 'remove', 'reconcile'),
       request: fc.nat(5),
       group: fc.nat(2),
     });
@@ -217,6 +226,8 @@ describe('DispatchState', () => {
             state.place(requestId, heartbeat, nowMs);
           } else if (act === 'requeue') {
             state.requeue(requestId, 1, nowMs);
+          } else if (act === 'postpone') {
+            state.postpone(requestId, nowMs);
           } else if (act === 'unanswered') {
             state.unanswered(requestId, false, nowMs);
           } else if (act === 'remove') {

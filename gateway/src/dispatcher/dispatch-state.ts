@@ -36,6 +36,8 @@ const settleMs = 2_000;
 /** A group on which an attempt failed is left alone for as long as it takes to notice that it is gone. */
 const suspectMs = 2_000;
 const retryMs = 1_000;
+/** A request on trial gets its eight tokens, or breaks its group, in about this time. */
+const postponeMs = 250;
 /** A gateway that does not listen for this long is gone, and with it everybody who waits for its requests. */
 const orphanAfterMs = 15_000;
 
@@ -47,6 +49,7 @@ export class DispatchState {
   readonly #placed = new Map<string, Placed>();
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
   readonly #epochs = new Map<string, number>();
+  readonly #postponed = new Map<string, number>();
   readonly #suspects = new Map<string, number>();
   readonly #silent = new Map<string, SilentGateway>();
   // Kept as things change: a queue may hold tens of thousands of requests.
@@ -114,6 +117,14 @@ export class DispatchState {
     }
   }
 
+  /** Its owner does not want it in this group at this moment: it waits again, and is left alone for a while. */
+  postpone(requestId: string, nowUnixMs: number): void {
+    if (this.#requests.has(requestId)) {
+      this.#unplace(requestId);
+      this.#postponed.set(requestId, nowUnixMs + postponeMs);
+    }
+  }
+
   /** A gateway answered: its requests need not wait for it. */
   heard(gatewayId: string): void {
     this.#silent.delete(gatewayId);
@@ -160,9 +171,11 @@ export class DispatchState {
         this.#unplace(requestId);
       }
     }
-    for (const [key, untilUnixMs] of this.#suspects) {
-      if (untilUnixMs <= nowUnixMs) {
-        this.#suspects.delete(key);
+    for (const kept of [this.#suspects, this.#postponed]) {
+      for (const [key, untilUnixMs] of kept) {
+        if (untilUnixMs <= nowUnixMs) {
+          kept.delete(key);
+        }
       }
     }
   }
@@ -172,7 +185,10 @@ export class DispatchState {
     for (const { record } of this.#requests.values()) {
       const { requestId, gatewayId, deadlineUnixMs } = record;
       if (!this.#placed.has(requestId)) {
-        const notBeforeUnixMs = this.#silent.get(gatewayId)?.retryUnixMs ?? 0;
+        const notBeforeUnixMs = Math.max(
+          this.#silent.get(gatewayId)?.retryUnixMs ?? 0,
+          this.#postponed.get(requestId) ?? 0,
+        );
         yield { requestId, deadlineUnixMs, notBeforeUnixMs };
       }
     }

@@ -240,6 +240,8 @@ class Dispatcher {
         reply.outcome === AssignmentOutcome.ALREADY_ASSIGNED
       ) {
         this.#state.confirm(requestId, reply, Date.now());
+      } else if (reply.outcome === AssignmentOutcome.NOT_NOW) {
+        this.#state.postpone(requestId, Date.now());
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();

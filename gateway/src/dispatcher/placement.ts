@@ -12,7 +12,7 @@ export interface WaitingRequest {
   readonly requestId: string;
   /** Unix milliseconds; 0: none. */
   readonly deadlineUnixMs: number;
-  /** Not to be offered before this, because its gateway did not answer. */
+  /** Not to be offered before this, because its gateway did not answer, or asked for it. */
   readonly notBeforeUnixMs: number;
 }
 

@@ -20,6 +20,8 @@ export const AssignmentOutcome = {
   UNKNOWN_REQUEST: 3,
   /** STALE_DISPATCHER - The dispatcher's lease has passed to another one. */
   STALE_DISPATCHER: 4,
+  /** NOT_NOW - The request may be what broke its last groups, and another such one is being tried in this group: offer it again soon. */
+  NOT_NOW: 5,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -31,6 +33,7 @@ export namespace AssignmentOutcome {
   export type ALREADY_ASSIGNED = typeof AssignmentOutcome.ALREADY_ASSIGNED;
   export type UNKNOWN_REQUEST = typeof AssignmentOutcome.UNKNOWN_REQUEST;
   export type STALE_DISPATCHER = typeof AssignmentOutcome.STALE_DISPATCHER;
+  export type NOT_NOW = typeof AssignmentOutcome.NOT_NOW;
   export type UNRECOGNIZED = typeof AssignmentOutcome.UNRECOGNIZED;
 }
 
@@ -51,6 +54,9 @@ export function assignmentOutcomeFromJSON(object: any): AssignmentOutcome {
     case 4:
     case "ASSIGNMENT_OUTCOME_STALE_DISPATCHER":
       return AssignmentOutcome.STALE_DISPATCHER;
+    case 5:
+    case "ASSIGNMENT_OUTCOME_NOT_NOW":
+      return AssignmentOutcome.NOT_NOW;
     case -1:
     case "UNRECOGNIZED":
     default:
@@ -70,6 +76,8 @@ export function assignmentOutcomeToJSON(object: AssignmentOutcome): string {
       return "ASSIGNMENT_OUTCOME_UNKNOWN_REQUEST";
     case AssignmentOutcome.STALE_DISPATCHER:
       return "ASSIGNMENT_OUTCOME_STALE_DISPATCHER";
+    case AssignmentOutcome.NOT_NOW:
+      return "ASSIGNMENT_OUTCOME_NOT_NOW";
     case AssignmentOutcome.UNRECOGNIZED:
     default:
       return "UNRECOGNIZED";
