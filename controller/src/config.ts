@@ -7,6 +7,7 @@ import {
   durationSetting,
   integerSetting,
   listSetting,
+  natsServersSetting,
   parseConfig,
   textSetting,
   type ConfigOf,
@@ -26,7 +27,9 @@ export const controllerSettings = {
   /** Path of a kubeconfig; empty: the pod's own service account. */
   kubeconfig: textSetting('MIMO_CONTROLLER_KUBECONFIG', ''),
   /** Comma-separated. */
-  natsUrls: listSetting('MIMO_CONTROLLER_NATS_URLS'),
+  natsUrls: natsServersSetting('MIMO_CONTROLLER_NATS_URLS'),
+  /** What `nsc` writes for a user, or one line with user:password or a token; empty: the servers ask for none. */
+  natsCredentialsFile: textSetting('MIMO_CONTROLLER_NATS_CREDENTIALS_FILE', ''),
   /** As the gateways have them: whoever connects first makes the stream. */
   natsReplicas: integerSetting('MIMO_CONTROLLER_NATS_REPLICAS', { min: 1, max: 5 }, 1),
   recordMaxAgeMs: durationSetting('MIMO_CONTROLLER_RECORD_MAX_AGE', '24h'),
@@ -39,8 +42,10 @@ export const controllerSettings = {
     ['Always', 'IfNotPresent', 'Never'],
     'IfNotPresent',
   ),
-  /** Where workers reach the queue; default: the first of MIMO_CONTROLLER_NATS_URLS. */
+  /** Where workers reach the queue; default: as this process does. */
   workerNatsUrl: textSetting('MIMO_CONTROLLER_WORKER_NATS_URL', ''),
+  /** The Secret with the workers' credentials, in its entry `credentials`; empty: the servers ask for none. */
+  workerNatsCredentialsSecret: textSetting('MIMO_CONTROLLER_WORKER_NATS_CREDENTIALS_SECRET', ''),
   /** Where compiled shards are kept, unless a service names a claim; neither: in each pod, compiled at each start. */
   cacheVolumeClaim: textSetting('MIMO_CONTROLLER_CACHE_VOLUME_CLAIM', ''),
   cacheHostPath: textSetting('MIMO_CONTROLLER_CACHE_HOST_PATH', ''),
@@ -113,7 +118,8 @@ export function workerSettingsOf(config: ControllerConfig): WorkerSettings {
     image: workerImage,
     cudaImage: workerCudaImage || workerImage,
     imagePullPolicy: config.workerImagePullPolicy,
-    natsUrl: workerNatsUrl || (natsUrls[0] ?? ''),
+    natsUrl: workerNatsUrl || natsUrls.join(','),
+    natsCredentialsSecret: config.workerNatsCredentialsSecret,
     cache:
       cacheVolumeClaim !== ''
         ? { kind: 'claim', claimName: cacheVolumeClaim }

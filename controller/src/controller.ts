@@ -75,6 +75,7 @@ class Controller implements RunningController {
     this.#client = new KubeClient(loadKubeConfig(kubeconfig), { namespace: config.namespace });
     const nats = {
       servers: config.natsUrls,
+      credentialsFile: config.natsCredentialsFile,
       clientName: `controller-${this.#identity}`,
       replicas: config.natsReplicas,
       log,

@@ -13,8 +13,10 @@ import type { ModelServiceSpec } from './resources.ts';
 export function revisionOf(spec: ModelServiceSpec, settings: WorkerSettings): string {
   const { model, tensorParallel, speculation, engine, resources, placement, template } = spec;
   const shape = { model, tensorParallel, speculation, engine, resources, placement, template };
-  const { natsUrl, cache } = settings;
-  return hashOf({ ...shape, worker: { image: imageOf(spec, settings), natsUrl, cache } });
+  const { natsUrl, natsCredentialsSecret, cache, podDefaults } = settings;
+  const accelerated = resources.accelerators > 0 ? podDefaults?.accelerated : undefined;
+  const worker = { image: imageOf(spec, settings), natsUrl, natsCredentialsSecret, cache, accelerated };
+  return hashOf({ ...shape, worker });
 }
 
 /** Eight hex digits of what is prepared before groups exist: the checkpoint, and how it is compiled. */

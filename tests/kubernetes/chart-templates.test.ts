@@ -265,6 +265,7 @@ describe('what is refused', () => {
     [{ nats: { enabled: false } }, /at '\/nats\/externalUrls': minItems/],
     [{ nats: { externalUrls: ['nats://a:4222'] } }, /at '\/nats\/externalUrls': maxItems/],
     [{ nats: { enabled: false, externalUrls: ['http://a'] } }, /at '\/nats\/externalUrls\/0'/],
+    [{ nats: { credentialsSecret: 'queue' } }, /at '\/nats\/credentialsSecret'/],
     // Values are no place for a password.
     [{ nats: { enabled: false, externalUrls: ['nats://u:p@a'] } }, /at '\/nats\/externalUrls\/0'/],
     [{ tenants: [{ name: 'a' }] }, /at '\/tenants\/0': missing property 'apiKeySha256'/],
@@ -419,6 +420,25 @@ describe('the values reach their objects', () => {
     });
     expect(output).not.toMatch(/(name|namespace|instance|secretName|key): (yes|off|null|1e3|[01])$/im);
     expect(output).toMatch(/instance: "1e3"$/m);
+  });
+
+  it('credentials of external servers: a directory in gateways and controllers, a name for workers', async () => {
+    const values = { nats: { enabled: false, externalUrls: ['tls://a'], credentialsSecret: 'queue' } };
+    const objects = await renderChart(helm, values);
+    for (const part of ['gateway', 'controller']) {
+      const [pod] = podsOf([objectOf(objects, 'Deployment', `mimo-mimo-cluster-${part}`)]);
+      expect(pod?.spec.volumes).toContainEqual({
+        name: 'nats-credentials',
+        secret: { secretName: 'queue', defaultMode: 0o440 },
+      });
+      expect(environmentOf(pod?.spec.containers[0] ?? { name: '', image: '' })).toMatchObject({
+        [`MIMO_${part.toUpperCase()}_NATS_CREDENTIALS_FILE`]: '/etc/mimo/nats/credentials',
+      });
+    }
+    expect(workerSettingsOf(await controllerConfig(values))).toMatchObject({
+      natsUrl: 'tls://a',
+      natsCredentialsSecret: 'queue',
+    });
   });
 
   it('alerts: those that are off are left out, the others are those of the file', async () => {

@@ -29,6 +29,8 @@ beforeAll(async () => {
   const tools = await findTools();
   ({ helm } = tools);
   cluster = await startControlPlane({ tools });
+  // As before an upgrade: they are newer than, or the same as, those that helm installs where there are none.
+  await cluster.kubectl(['apply', '--server-side', '--force-conflicts', `--filename=${chartDirectory}/crds`]);
 });
 
 afterAll(async () => {
@@ -76,7 +78,11 @@ const modelService = {
 
 const choices: readonly (readonly [name: string, values: Values, pods: number])[] = [
   ['defaults', {}, 7],
-  ['external-nats', { nats: { enabled: false, externalUrls: ['nats://queue.infra.svc:4222'] } }, 4],
+  [
+    'external-nats',
+    { nats: { enabled: false, externalUrls: ['nats://queue.infra.svc:4222'], credentialsSecret: 'queue' } },
+    4,
+  ],
   ['1e3', { nats: { replicas: 1 }, gateway: { replicas: 1 }, controller: { replicas: 1 } }, 3],
   [
     'full',

@@ -114,8 +114,8 @@ describe('versions', () => {
 
 it("the subchart's own defaults are the parent's", () => {
   const { nats } = readYaml('values.yaml') as { readonly nats: Readonly<Record<string, unknown>> };
-  const { enabled, externalUrls, ...shared } = nats;
-  expect([enabled, externalUrls]).toEqual([true, []]);
+  const { enabled, externalUrls, credentialsSecret, ...shared } = nats;
+  expect([enabled, externalUrls, credentialsSecret]).toEqual([true, [], '']);
   expect(readYaml('charts/nats/values.yaml')).toMatchObject(shared);
 });
 

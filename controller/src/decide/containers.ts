@@ -22,6 +22,8 @@ export interface WorkerSettings {
   readonly cudaImage: string;
   readonly imagePullPolicy: string;
   readonly natsUrl: string;
+  /** A Secret whose entry `credentials` the servers ask for; absent or empty: they ask for none. */
+  readonly natsCredentialsSecret?: string;
   readonly cache: ModelCache;
   /** What pods get that their service does not say; absent: nothing. */
   readonly podDefaults?: PodDefaults;
@@ -66,6 +68,8 @@ export const terminationGraceSeconds = 30;
 /** Loading 7B from a slow volume takes most of an hour at the worst. */
 const startUpLimitSeconds = 3600;
 const threadsMax = 256;
+/** A directory, not a file: only so does the kubelet bring changed credentials into running pods. */
+const credentialsDirectory = '/etc/mimo/nats';
 
 export function imageOf({ resources, template }: ModelServiceSpec, settings: WorkerSettings): string {
   return template.image ?? (executionProviderOf(resources) === 'cuda' ? settings.cudaImage : settings.image);
@@ -104,7 +108,7 @@ export function rankContainer(
     livenessProbe: { ...probe, periodSeconds: 10, failureThreshold: 6 },
     terminationMessagePolicy: 'FallbackToLogsOnError',
     securityContext: restricted,
-    volumeMounts: mountsOf(spec),
+    volumeMounts: mountsOf(spec, settings),
   };
 }
 
@@ -129,7 +133,7 @@ export function prepareContainer(
     resources: amountsOf(spec, { accelerators: false }),
     terminationMessagePolicy: 'FallbackToLogsOnError',
     securityContext: restricted,
-    volumeMounts: mountsOf(spec),
+    volumeMounts: mountsOf(spec, options.settings),
   };
 }
 
@@ -193,6 +197,9 @@ function rankVariables(
     MIMO_WORKER_ADVERTISE: `$(POD_IP):${workerPort}`,
     ...(rank === 0 ? { MIMO_WORKER_METRICS_LISTEN: `0.0.0.0:${metricsPort}` } : {}),
     MIMO_WORKER_NATS_URL: settings.natsUrl,
+    ...(settings.natsCredentialsSecret
+      ? { MIMO_WORKER_NATS_CREDENTIALS_FILE: `${credentialsDirectory}/credentials` }
+      : {}),
     MIMO_WORKER_GROUP_TOKEN: identity.groupToken,
     MIMO_WORKER_DRAIN_GRACE: `${terminationGraceSeconds - 5}s`,
     MIMO_WORKER_EXECUTION_PROVIDER: executionProviderOf(resources),
@@ -248,6 +255,14 @@ export function volumesOf(spec: ModelServiceSpec, settings: WorkerSettings): rea
     // Ranks of one pod exchange partial sums through shared memory; the default of 64 MiB is too little.
     { name: 'shared-memory', emptyDir: { medium: 'Memory', sizeLimit: '1Gi' } },
     { name: 'temporary', emptyDir: { sizeLimit: '1Gi' } },
+    ...(settings.natsCredentialsSecret
+      ? [
+          {
+            name: 'nats-credentials',
+            secret: { secretName: settings.natsCredentialsSecret, defaultMode: 0o440 },
+          },
+        ]
+      : []),
     ...(volumeClaim === undefined ? [] : [{ name: 'checkpoint', ...claimOf(volumeClaim.claimName, true) }]),
     ...(hostPath === undefined
       ? []
@@ -267,11 +282,14 @@ function claimOf(claimName: string, readOnly: boolean): Manifest {
   return { persistentVolumeClaim: { claimName, ...(readOnly ? { readOnly } : {}) } };
 }
 
-function mountsOf({ model }: ModelServiceSpec): readonly Manifest[] {
+function mountsOf({ model }: ModelServiceSpec, settings: WorkerSettings): readonly Manifest[] {
   return [
     { name: 'cache', mountPath: '/cache' },
     { name: 'shared-memory', mountPath: '/dev/shm' },
     { name: 'temporary', mountPath: '/tmp' },
+    ...(settings.natsCredentialsSecret
+      ? [{ name: 'nats-credentials', mountPath: credentialsDirectory, readOnly: true }]
+      : []),
     ...(model.source.hub === undefined
       ? [{ name: 'checkpoint', mountPath: '/checkpoint', readOnly: true }]
       : []),

@@ -287,6 +287,33 @@ describe('what the configuration says of pods', () => {
     expect(JSON.stringify(plain['tolerations'])).not.toContain('nvidia');
   });
 
+  it("brings the queue's credentials to every container", () => {
+    const pod = preparePod(serviceWith({}), 'hash', { ...configured, natsCredentialsSecret: 'queue' });
+    const { volumes, containers } = pod['spec'] as {
+      readonly volumes: readonly object[];
+      readonly containers: readonly {
+        readonly env: readonly object[];
+        readonly volumeMounts: readonly object[];
+      }[];
+    };
+    expect(volumes).toContainEqual({
+      name: 'nats-credentials',
+      secret: { secretName: 'queue', defaultMode: 0o440 },
+    });
+    for (const { env, volumeMounts } of containers) {
+      expect(env).toContainEqual({
+        name: 'MIMO_WORKER_NATS_CREDENTIALS_FILE',
+        value: '/etc/mimo/nats/credentials',
+      });
+      expect(volumeMounts).toContainEqual({
+        name: 'nats-credentials',
+        mountPath: '/etc/mimo/nats',
+        readOnly: true,
+      });
+    }
+    expect(JSON.stringify(specOf({}))).not.toContain('nats-credentials');
+  });
+
   it('gives way to the service', () => {
     const template = {
       serviceAccountName: 'mine',
