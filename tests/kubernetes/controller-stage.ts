@@ -30,7 +30,7 @@ import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 export const namespace = 'models';
-const serviceAccount = 'mimo-controller';
+export const serviceAccount = 'mimo-controller';
 const nodes: ResourceType = { apiVersion: 'v1', kind: 'Node', plural: 'nodes', scope: 'cluster' };
 const never = new AbortController().signal;
 
@@ -161,7 +161,7 @@ export async function startStage(): Promise<Stage> {
 }
 
 /** The rights that the chart gives to the controller, for the ServiceAccount of the stage. */
-async function chartRole(helm: string): Promise<string> {
+export async function chartRole(helm: string): Promise<string> {
   const chart = join(import.meta.dirname, '../../charts/mimo-cluster');
   const args = ['template', 'mimo', chart, `--namespace=${namespace}`];
   const { stdout } = await promisify(execFile)(helm, [

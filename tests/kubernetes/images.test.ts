@@ -62,6 +62,15 @@ function installedPackages(directory: string): readonly string[] {
     .map(({ name, version }) => `${name}@${version}`);
 }
 
+function readDockerfile(file: string): string {
+  return readFileSync(join(root, 'deploy/images', file), 'utf8');
+}
+
+/** From the first stage on the Node image to the last line that copies out of one. */
+function stagesOnNode(dockerfile: string): string | undefined {
+  return /^FROM \$\{NODE_IMAGE\} AS runtime$[^]*^COPY --from=packages .*$/m.exec(dockerfile)?.[0];
+}
+
 describe('a Dockerfile', () => {
   it('is read for what it copies out of its context', () => {
     expect(copiedPaths('FROM a\nCOPY b c/ d/\nCOPY --from=x /y /z\nRUN COPY\nCOPY e f\n')).toEqual([
@@ -71,12 +80,20 @@ describe('a Dockerfile', () => {
     ]);
   });
 
-  it.each(ours)('of the %s copies the manifest of every workspace', (name) => {
+  const dockerfiles = [...ours.map((name) => `${name}/Dockerfile`), 'worker/cuda.Dockerfile'];
+
+  it.each(dockerfiles)('(%s) copies the manifest of every workspace', (file) => {
     const { workspaces } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as {
       workspaces: string[];
     };
-    const paths = copiedPaths(readFileSync(join(root, 'deploy/images', name, 'Dockerfile'), 'utf8'));
+    const paths = copiedPaths(readDockerfile(file));
     expect(paths).toEqual(expect.arrayContaining(workspaces.map((workspace) => `${workspace}/package.json`)));
+  });
+
+  it('for CUDA has the stages of the one for CPUs', () => {
+    const forCpus = stagesOnNode(readDockerfile('worker/Dockerfile'));
+    expect(forCpus).toContain('install-packages.sh');
+    expect(stagesOnNode(readDockerfile('worker/cuda.Dockerfile'))).toBe(forCpus);
   });
 });
 

@@ -17,6 +17,7 @@ import {
   rename,
   rm,
   stat,
+  statfs,
   symlink,
   writeFile,
 } from 'node:fs/promises';
@@ -38,6 +39,7 @@ const debianSuite = 'bookworm';
 const basePackages = ['libatomic1', 'libstdc++6'];
 /** Archives of one image that are kept: a change and its revert do not build again. */
 const keptArchives = 2;
+const keptFreeBytes = 10 * 2 ** 30;
 
 /** What can be built: the three of deploy/images, and two that a cluster without a registry needs besides. */
 export type ImageName = 'gateway' | 'worker' | 'controller' | 'nats' | 'pause';
@@ -363,6 +365,11 @@ async function buildImage(image: ImageName, workshop: Workshop): Promise<BuiltIm
       await rm(work, { recursive: true, force: true });
     }
     await removeOldArchives(directory, image);
+    const { bavail, bsize } = await statfs(directory);
+    if (bavail * bsize < keptFreeBytes) {
+      // Layers of earlier builds, which would have made later ones quicker.
+      await buildah('rmi', '--prune', '--force');
+    }
   }
   return { name: imageReferences[image], archive, archiveBytes: (await stat(archive)).size };
 }
