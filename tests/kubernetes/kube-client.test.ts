@@ -1,15 +1,16 @@
 // The client's verbs and errors against a real API server, and against one behind a broken network.
 
-import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 
+import { KubeConfig } from '@kubernetes/client-node';
 import { hasReason, httpStatusOf } from '@mimo/controller/kube/api-status';
 import { KubeClient, loadKubeConfig, type WatchEvent } from '@mimo/controller/kube/client';
 import { EventRecorder } from '@mimo/controller/kube/events';
 import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
 import { ClusterError } from '@mimo/core/errors';
 import { createLog } from '@mimo/core/log';
-import { afterAll, beforeAll, describe, expect, it, onTestFinished } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it, onTestFinished, vi } from 'vitest';
 
 import { readApiserverMetric } from '../harness/kubernetes/apiserver-metrics.ts';
 import {
@@ -191,11 +192,8 @@ describe('refusals', () => {
     stranger.close();
 
     const config = loadKubeConfig(plane.kubeconfig);
-    const { ca = '' } = await config.credentials();
-    const nobody = new KubeClient({
-      ...config,
-      credentials: async () => ({ ca, token: 'nobody-issued-this' }),
-    });
+    config.users = [{ name: 'test', token: 'nobody-issued-this' }];
+    const nobody = new KubeClient(config);
     const unknown = await failureOf(nobody.list(configMaps, {}, soon()));
     expect(unknown.code).toBe('permission_denied');
     expect(httpStatusOf(unknown)).toBe(401);
@@ -230,21 +228,26 @@ describe('refusals', () => {
   });
 
   it('of a page that came too late make the list begin again by itself', async () => {
-    const config = loadKubeConfig(plane.kubeconfig);
-    let requests = 0;
-    const second = Promise.withResolvers<void>();
     // Asked for before each request: the place to stop between two pages.
-    const credentials: typeof config.credentials = async () => {
-      requests += 1;
-      if (requests === 2) {
-        await second.promise;
+    class GatedConfig extends KubeConfig {
+      requests = 0;
+      readonly second = Promise.withResolvers<void>();
+      override async applyToHTTPSOptions(
+        ...args: Parameters<KubeConfig['applyToHTTPSOptions']>
+      ): Promise<void> {
+        this.requests += 1;
+        if (this.requests === 2) {
+          await this.second.promise;
+        }
+        return super.applyToHTTPSOptions(...args);
       }
-      return config.credentials();
-    };
-    const paging = new KubeClient({ ...config, credentials }, { namespace: 'verbs', pageSize: 10 });
+    }
+    const config = new GatedConfig();
+    config.loadFromFile(plane.kubeconfig);
+    const paging = new KubeClient(config, { namespace: 'verbs', pageSize: 10 });
     onTestFinished(() => paging.close());
     const listing = paging.list(configMaps, { labelSelector: 'pages' }, soon());
-    await waitFor('the end of the first page', () => requests === 2);
+    await waitFor('the end of the first page', () => config.requests === 2);
     // Another's page token, younger than the list's: where it has expired, so has the list's.
     const collection = '/api/v1/namespaces/verbs/configmaps?limit=1';
     const page = JSON.parse(await plane.kubectl(['get', '--raw', collection])) as {
@@ -259,10 +262,10 @@ describe('refusals', () => {
       const answer = await plane.kubectl(['get', '--raw', next]).catch((error: unknown) => String(error));
       return /expired|too old/i.test(answer);
     });
-    second.resolve();
+    config.second.resolve();
     expect((await listing).items.map(({ metadata }) => metadata.name)).toContain('page-99');
     // The first page, the page that had expired, and everything in one.
-    expect(requests).toBe(3);
+    expect(config.requests).toBe(3);
   });
 });
 
@@ -366,6 +369,8 @@ describe('a server that throttles (priority and fairness)', () => {
 });
 
 describe('a broken network', () => {
+  afterEach(() => vi.useRealTimers());
+
   it('that refuses or cuts is unavailable at once, and the next call works', async () => {
     const { proxy, proxied } = await throughProxy(30_000);
     proxy.mode = 'refuse';
@@ -437,64 +442,41 @@ describe('a broken network', () => {
     expect(names).not.toContain('large');
     await client.delete(configMaps, 'large', {}, soon());
   });
-});
 
-/** The user that the API server takes us for. */
-async function whoAmI(asking: KubeClient): Promise<string> {
-  const review = { apiVersion: reviews.apiVersion, kind: reviews.kind, metadata: { name: 'who' } };
-  const answer = await asking.create<KubeObject & { status: { userInfo: { username: string } } }>(
-    reviews,
-    review,
-    soon(),
-  );
-  return answer.status.userInfo.username;
-}
-
-/** Makes a service account and a token of it. */
-async function createToken(account: string): Promise<string> {
-  await plane.kubectl(['create', 'serviceaccount', account, '--namespace=verbs']);
-  return (await plane.kubectl(['create', 'token', account, '--namespace=verbs'])).trim();
-}
-
-describe('who we are', () => {
-  it("is in a pod what its service account's files say, as they are at each request", async () => {
+  it('never sees a token that has been replaced in its file', async () => {
     const { hostname, port } = new URL(plane.url);
-    const directory = join(plane.directory, 'serviceaccount');
-    await mkdir(directory);
-    await writeFile(join(directory, 'ca.crt'), plane.authorityCertificate);
-    await writeFile(join(directory, 'namespace'), 'verbs');
-    await writeFile(join(directory, 'token'), await createToken('before'));
-    const env = { KUBERNETES_SERVICE_HOST: hostname, KUBERNETES_SERVICE_PORT: port };
-    const inCluster = new KubeClient(loadKubeConfig(undefined, { env, directory }));
-    onTestFinished(() => inCluster.close());
+    vi.stubEnv('KUBERNETES_SERVICE_HOST', hostname);
+    vi.stubEnv('KUBERNETES_SERVICE_PORT', port);
+    const pod = join(plane.directory, 'pod');
+    const mounted = join(pod, 'var/run/secrets/kubernetes.io/serviceaccount');
+    await mkdir(mounted, { recursive: true });
+    await writeFile(join(mounted, 'ca.crt'), plane.authorityCertificate);
+    await writeFile(join(mounted, 'namespace'), 'verbs');
+    const mount = async (account: string): Promise<void> => {
+      await plane.kubectl(['create', 'serviceaccount', account, '--namespace=verbs']);
+      const token = await plane.kubectl(['create', 'token', account, '--namespace=verbs']);
+      await writeFile(join(mounted, 'token'), token.trim());
+    };
+    await mount('before');
+    const config = new KubeConfig();
+    config.loadFromCluster(pod);
+    const inCluster = new KubeClient(config);
     expect(inCluster.namespace).toBe('verbs');
-    expect(await whoAmI(inCluster)).toBe('system:serviceaccount:verbs:before');
-    await writeFile(join(directory, 'token'), await createToken('after'));
-    expect(await whoAmI(inCluster)).toBe('system:serviceaccount:verbs:after');
-  });
-
-  it('is with a plugin what it says, asked once, and again where the API server does not accept it', async () => {
-    const answer = join(plane.directory, 'answer.json');
-    const calls = join(plane.directory, 'calls');
-    const answerWith = async (token: string): Promise<void> =>
-      writeFile(answer, JSON.stringify({ kind: 'ExecCredential', status: { token } }));
-    const config = JSON.parse(await readFile(plane.kubeconfig, 'utf8')) as { users: { user: object }[] };
-    const args = ['-c', `cat "${answer}"; echo "$KUBERNETES_EXEC_INFO" >> "${calls}"`];
-    const exec = { apiVersion: 'client.authentication.k8s.io/v1', command: 'sh', args };
-    config.users = config.users.map((user) => ({ ...user, user: { exec } }));
-    const file = join(plane.directory, 'plugin.kubeconfig');
-    await writeFile(file, JSON.stringify(config));
-    const plugged = new KubeClient(loadKubeConfig(file));
-    onTestFinished(() => plugged.close());
-
-    await answerWith('nobody-issued-this');
-    expect(httpStatusOf(await failureOf(whoAmI(plugged)))).toBe(401);
-    await answerWith(await createToken('plugged'));
-    const names = await Promise.all([whoAmI(plugged), whoAmI(plugged), whoAmI(plugged)]);
-    expect(new Set(names)).toEqual(new Set(['system:serviceaccount:verbs:plugged']));
-    const runs = (await readFile(calls, 'utf8')).trim().split('\n');
-    expect(runs).toHaveLength(2);
-    expect(JSON.parse(runs[0] ?? '')).toMatchObject({ apiVersion: exec.apiVersion });
+    const whoAmI = async (): Promise<string> => {
+      const review = { apiVersion: reviews.apiVersion, kind: reviews.kind, metadata: { name: 'who' } };
+      const answer = await inCluster.create<KubeObject & { status: { userInfo: { username: string } } }>(
+        reviews,
+        review,
+        soon(),
+      );
+      return answer.status.userInfo.username;
+    };
+    expect(await whoAmI()).toBe('system:serviceaccount:verbs:before');
+    await mount('after');
+    vi.useFakeTimers({ toFake: ['Date'], now: Date.now() + 61_000 });
+    expect(await whoAmI()).toBe('system:serviceaccount:verbs:after');
+    inCluster.close();
+    vi.unstubAllEnvs();
   });
 });
 

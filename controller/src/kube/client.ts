@@ -2,14 +2,12 @@
 // watch; transport.ts owns the connection. Errors are ClusterErrors: not_found; aborted (someone else was first: see
 // hasReason); invalid_argument with the fields; permission_denied; unavailable (worth another try, with retryAfterMs).
 
+import { KubeConfig } from '@kubernetes/client-node';
 import { ClusterError } from '@mimo/core/errors';
 
 import { hasReason, isApiStatus, statusError } from './api-status.ts';
-import type { KubeConfig } from './kube-config.ts';
 import { resourcePath, type KubeObject, type ObjectManifest, type ResourceType } from './resource.ts';
 import { connectionError, Transport } from './transport.ts';
-
-export { loadKubeConfig } from './kube-config.ts';
 
 /** Owns the fields that `apply` sets. */
 export const fieldOwner = 'mimo-controller';
@@ -58,12 +56,28 @@ export interface DeleteOptions {
 }
 
 export interface KubeClientOptions {
-  /** Default: the kubeconfig's, or the pod's own. */
+  /** Default: the namespace of the kubeconfig's context; in a cluster, the pod's own. */
   readonly namespace?: string;
   /** How long one request, or the beginning of a watch, may take. */
   readonly timeoutMs?: number;
   /** Objects per request of a list. */
   readonly pageSize?: number;
+}
+
+/** Finds the API server: by a kubeconfig file, or as a pod of its cluster where none is given. */
+export function loadKubeConfig(file: string | undefined): KubeConfig {
+  const config = new KubeConfig();
+  try {
+    if (file === undefined) {
+      config.loadFromCluster();
+    } else {
+      config.loadFromFile(file);
+    }
+  } catch (error) {
+    const { message } = ClusterError.from(error);
+    throw new ClusterError('invalid_argument', `kubeconfig: ${message}`, { cause: error });
+  }
+  return config;
 }
 
 /** Talks to one API server about one namespace and the cluster-wide types. Close it to free its connections. */
@@ -73,7 +87,8 @@ export class KubeClient {
   readonly #transport: Transport;
 
   constructor(config: KubeConfig, options: KubeClientOptions = {}) {
-    this.namespace = options.namespace ?? config.namespace ?? 'default';
+    const context = config.getContextObject(config.getCurrentContext());
+    this.namespace = options.namespace ?? context?.namespace ?? 'default';
     this.#pageSize = options.pageSize ?? 500;
     this.#transport = new Transport(config, {
       timeoutMs: options.timeoutMs ?? 30_000,

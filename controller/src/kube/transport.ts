@@ -1,15 +1,16 @@
-// HTTP to the API server, over node:https: every request has a time limit, an abort that destroys its socket, and an
-// error of ours. Owns the connections and the waiting where the server throttles. Knows no resources.
+// HTTP to the API server. Of @kubernetes/client-node only KubeConfig is used, for what is tedious and never ours: TLS,
+// proxies, exec plugins, token files that rotate. The rest of it hides the sockets, and its informers stop at errors;
+// over node:https every request has a time limit, an abort and an error of ours. Knows no resources.
 
 import { once } from 'node:events';
 import http from 'node:http';
 import https from 'node:https';
 
+import type { KubeConfig } from '@kubernetes/client-node';
 import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 
-import { httpStatusOf, isApiStatus, statusError } from './api-status.ts';
-import type { Credentials, KubeConfig } from './kube-config.ts';
+import { isApiStatus, statusError } from './api-status.ts';
 
 /** One request; the path includes the query. */
 export interface ApiRequest {
@@ -28,6 +29,10 @@ export interface TransportOptions {
 /** A reply of 429 is waited out so many times within a call, and each time no longer than this. */
 const maxThrottled = 4;
 const maxThrottledWaitMs = 10_000;
+
+interface Credentials extends https.RequestOptions {
+  headers: Record<string, string>;
+}
 
 /** One request's time limit, and its place under the caller's signal. */
 class Exchange {
@@ -119,19 +124,24 @@ export class Transport {
 
   /** Sends a request and waits for the head of the answer; an answer that is no success is read and thrown. */
   async #open(request: ApiRequest, signal: AbortSignal): Promise<http.IncomingMessage> {
-    const { token, ...tls } = await this.#credentials();
+    const cluster = this.#config.getCurrentCluster();
+    if (cluster === null) {
+      throw new ClusterError('invalid_argument', 'the kubeconfig names no cluster');
+    }
+    const credentials = await this.#credentials();
     signal.throwIfAborted();
-    const url = new URL(this.#config.url + request.path);
+    const url = new URL(cluster.server.replace(/\/$/, '') + request.path);
     const secure = url.protocol === 'https:';
+    const ownAgent = secure ? this.#secureAgent : this.#plainAgent;
     const body = request.body === undefined ? undefined : JSON.stringify(request.body);
     const outgoing = (secure ? https : http).request(url, {
-      ...(secure && tls),
-      agent: secure ? this.#secureAgent : this.#plainAgent,
+      ...credentials,
+      agent: cluster.proxyUrl === undefined ? ownAgent : credentials.agent,
       method: request.method,
       headers: {
+        ...credentials.headers,
         accept: 'application/json',
         'user-agent': this.#options.userAgent,
-        ...(token !== undefined && { authorization: `Bearer ${token}` }),
         ...(body !== undefined && {
           'content-type': request.contentType ?? 'application/json',
           'content-length': Buffer.byteLength(body),
@@ -155,18 +165,16 @@ export class Transport {
     if (response.statusCode !== undefined && response.statusCode < 300) {
       return response;
     }
-    const refused = refusal(request, response, await readBody(response));
-    if (httpStatusOf(refused) === 401) {
-      this.#config.refused();
-    }
-    throw refused;
+    throw refusal(request, response, await readBody(response));
   }
 
+  /** TLS material and headers as they are now: files are read again, plugins run again where theirs expired. */
   async #credentials(): Promise<Credentials> {
+    const options: Credentials = { headers: {} };
     try {
-      return await this.#config.credentials();
+      await this.#config.applyToHTTPSOptions(options);
+      return options;
     } catch (error) {
-      // A file that is being replaced, a plugin that cannot reach its provider: worth another try.
       const { message } = ClusterError.from(error);
       throw new ClusterError('unavailable', `credentials for the API server: ${message}`, { cause: error });
     }

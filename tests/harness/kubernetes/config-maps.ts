@@ -1,8 +1,8 @@
 // ConfigMaps as the plainest objects of a real API server: something to write, read and watch in tests. Owns the
 // namespaces that tests make for themselves, and clients that reach the server through a fault proxy.
 
+import type { KubeConfig } from '@kubernetes/client-node';
 import { KubeClient, loadKubeConfig, type KubeClientOptions } from '@mimo/controller/kube/client';
-import type { KubeConfig } from '@mimo/controller/kube/kube-config';
 import type { KubeObject, ObjectManifest, ResourceType } from '@mimo/controller/kube/resource';
 
 export const configMaps: ResourceType = { apiVersion: 'v1', kind: 'ConfigMap', plural: 'configmaps' };
@@ -28,8 +28,12 @@ export function configMap(
 }
 
 /** A kubeconfig whose server is reached at another URL, such as a proxy's. */
-export function kubeConfigVia(kubeconfig: string, url: string): KubeConfig {
-  return { ...loadKubeConfig(kubeconfig), url };
+export function kubeConfigVia(kubeconfig: string, url: string | undefined): KubeConfig {
+  const config = loadKubeConfig(kubeconfig);
+  if (url !== undefined) {
+    config.clusters = config.clusters.map((cluster) => ({ ...cluster, server: url }));
+  }
+  return config;
 }
 
 /** Makes a namespace and a client for it; the kubeconfig's user must be allowed to make one. */
