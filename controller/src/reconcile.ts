@@ -252,26 +252,24 @@ export class Reconciler {
   async #actAll(actions: readonly Action[], on: ActOn, memory: ServiceMemory): Promise<void> {
     let failure: ClusterError | undefined;
     let refusal: ClusterError | undefined;
-    for (const action of actions) {
+    for (const batch of batchesOf(actions)) {
       on.signal.throwIfAborted();
-      const creates = action.kind === 'createGroup' || action.kind === 'createPreparePod';
+      const { kind } = batch[0];
+      const creates = kind === 'createGroup' || kind === 'createPreparePod';
       if (creates && (refusal !== undefined || Date.now() < (memory.refused?.untilMs ?? 0))) {
         continue;
       }
-      try {
-        await this.#options.actor.act(action, on);
-        if (creates) {
-          memory.refused = undefined;
-        }
-      } catch (caught) {
-        const error = ClusterError.from(caught);
-        failure ??= error;
-        if (creates && error.code !== 'unavailable' && error.code !== 'canceled') {
-          refusal = error;
-        }
-        if (action.kind === 'addFinalizer' || action.kind === 'removeModel') {
-          break;
-        }
+      const results = await Promise.allSettled(batch.map((action) => this.#options.actor.act(action, on)));
+      const errors = results.flatMap((result) =>
+        result.status === 'rejected' ? [ClusterError.from(result.reason)] : [],
+      );
+      failure ??= errors[0];
+      if (creates) {
+        refusal = errors.find(({ code }) => code !== 'unavailable' && code !== 'canceled');
+        memory.refused = errors.length === 0 ? undefined : memory.refused;
+      }
+      if (errors.length > 0 && (kind === 'addFinalizer' || kind === 'removeModel')) {
+        break;
       }
     }
     if (refusal !== undefined) {
@@ -396,6 +394,23 @@ export class Reconciler {
       await actor.actPlainly({ kind: 'removeFinalizer' }, on);
     }
   }
+}
+
+/** So many requests for one service are under way at once. */
+const batchMax = 16;
+
+/** Actions of one kind that follow one another do not need one another. */
+function batchesOf(actions: readonly Action[]): readonly (readonly [Action, ...Action[]])[] {
+  const batches: [Action, ...Action[]][] = [];
+  for (const action of actions) {
+    const last = batches.at(-1);
+    if (last?.[0].kind === action.kind && last.length < batchMax) {
+      last.push(action);
+    } else {
+      batches.push([action]);
+    }
+  }
+  return batches;
 }
 
 function modelConditionOf({ conditions }: ModelServiceStatus): string {

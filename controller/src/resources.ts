@@ -158,7 +158,7 @@ const rankResources = withRules(
       kvCache: quantity
         .optional()
         .describe(
-          "Memory of each rank for keys and values, on the device that computes. Default: the worker's.",
+          'Memory of each rank for keys and values, on the device that computes. Default: what the weights leave.',
         ),
     })
     .describe('What one rank gets, as request and limit alike.'),
