@@ -441,6 +441,18 @@ describe('the values reach their objects', () => {
     });
   });
 
+  it('a load balancer opens the gRPC port and no other', async () => {
+    const objects = await renderChart(helm, { gateway: { service: { type: 'LoadBalancer', port: 443 } } });
+    expect(objectOf(objects, 'Service', 'mimo-mimo-cluster-gateway')['spec']).toMatchObject({
+      type: 'LoadBalancer',
+      ports: [{ name: 'grpc', port: 443, targetPort: 'grpc' }],
+    });
+    const open = objects.filter(
+      ({ kind, spec }) => kind === 'Service' && (spec as { type: string }).type !== 'ClusterIP',
+    );
+    expect(open).toHaveLength(1);
+  });
+
   it('alerts: those that are off are left out, the others are those of the file', async () => {
     const all = await countAlerts([]);
     expect(all).toBeGreaterThan(5);
