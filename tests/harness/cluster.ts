@@ -238,6 +238,8 @@ export interface AskOptions {
   readonly request: ChatRequest;
   readonly signal?: AbortSignal;
   readonly deadlineUnixMs?: number;
+  /** Holds the API key where one is needed. */
+  readonly metadata?: grpc.Metadata;
   /** Hears of each message as it comes. */
   readonly onMessage?: (message: ChatResponse) => void;
 }
@@ -249,11 +251,12 @@ export async function ask(client: InferenceServiceClient, options: AskOptions): 
   const logprobs: TokenLogprob[] = [];
   let started: Started | undefined;
   let finish: Finish | undefined;
-  const { request, signal, deadlineUnixMs } = options;
+  const { request, signal, deadlineUnixMs, metadata } = options;
   for await (const message of callServerStream(client, InferenceServiceService.chat, {
     request,
     signal,
     deadlineUnixMs,
+    metadata,
   })) {
     options.onMessage?.(message);
     answer.messages += 1;

@@ -222,7 +222,6 @@ describe("the controller's rights", () => {
     ...rights('get list watch create patch', '/services'),
     ...rights('get list watch create patch', 'policy/poddisruptionbudgets'),
     ...rights('create patch', '/events'),
-    ...rights('create', 'coordination.k8s.io/leases'),
     ...rights('get patch', 'coordination.k8s.io/leases', { name: 'mimo-controller' }),
     ...rights('get', '/secrets', { name: 'any-tenants-key' }),
     ...rights('patch', '/secrets', { name: tenantSecret }),
@@ -266,7 +265,7 @@ describe("the controller's rights", () => {
     ...rights('get list create patch delete', '/configmaps'),
     ...rights('create patch delete', '/persistentvolumeclaims'),
     ...rights('create patch delete', 'networking.k8s.io/networkpolicies'),
-    ...rights('list watch update delete', 'coordination.k8s.io/leases'),
+    ...rights('list watch create update delete', 'coordination.k8s.io/leases'),
     ...rights('get patch update', 'coordination.k8s.io/leases', { name: 'another' }),
   ];
 

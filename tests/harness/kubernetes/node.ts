@@ -107,6 +107,8 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
       imageGCHighThresholdPercent: 100,
       imageGCLowThresholdPercent: 99,
       nodeStatusUpdateFrequency: '4s',
+      // How soon a changed Secret is in the pods that mount it; the default is a minute.
+      syncFrequency: '5s',
     }),
   );
   const kubeconfig = await pki.writeKubeconfig(`kubelet-${name}`, apiUrl, client);

@@ -1,5 +1,5 @@
-// One-layer OCI images of static programs, made without a registry or an image tool: a pod's own process, and the queue
-// server that the chart asks for. Images of ours come from their Dockerfiles.
+// The image of a pod's own process: busybox in one layer, made without a registry or an image tool, so that a cluster
+// comes up where none of ours was built. All other images are images.ts'.
 
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -8,7 +8,7 @@ import { basename, join } from 'node:path';
 import { promisify } from 'node:util';
 
 /** An image in a tar file, and the name under which an import brings it. */
-export interface ImageFile {
+interface ImageFile {
   readonly file: string;
   readonly name: string;
 }

@@ -1,0 +1,88 @@
+// Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an undisturbed
+// run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing index.
+
+import type { ChatRequest } from '@mimo/proto/inference';
+
+import { ask, type Answer } from '../harness/cluster.ts';
+import type { Installation } from './installation.ts';
+
+/** What clients saw. */
+interface LoadReport {
+  readonly requests: number;
+  readonly tokens: number;
+  /** One line for each request that failed, had a gap or a repetition, or another text than undisturbed. */
+  readonly wrong: readonly string[];
+  /** The longest time between two messages of a stream. */
+  readonly longestPauseMs: number;
+}
+
+export interface Load {
+  /** So far. */
+  readonly report: () => LoadReport;
+  /** Lets every stream come to its end. */
+  stop(): Promise<LoadReport>;
+}
+
+export interface LoadOptions {
+  readonly installation: Installation;
+  readonly request: ChatRequest;
+  readonly expected: Answer;
+  readonly lanes: number;
+}
+
+/** Begins to ask; returns when each lane has had a token. */
+export async function startLoad(options: LoadOptions): Promise<Load> {
+  const { installation, request, expected } = options;
+  const wrong: string[] = [];
+  let requests = 0;
+  let tokens = 0;
+  let longestPauseMs = 0;
+  const stopping = new AbortController();
+  const begun: Promise<void>[] = [];
+  const lanes = Array.from({ length: options.lanes }, async (_, lane) => {
+    const first = Promise.withResolvers<void>();
+    begun.push(first.promise);
+    while (!stopping.signal.aborted) {
+      let last: number | undefined;
+      const startedAt = new Date().toISOString();
+      try {
+        const answer = await ask(installation.client, {
+          request,
+          metadata: installation.metadata,
+          onMessage: ({ event }) => {
+            const now = performance.now();
+            // The wait before the first token is queueing, not a pause of a stream.
+            longestPauseMs = Math.max(longestPauseMs, last === undefined ? 0 : now - last);
+            if (event?.$case === 'delta') {
+              last = now;
+              first.resolve();
+            }
+          },
+        });
+        tokens += answer.tokenIds.length;
+        if (answer.tokenIds.join() !== expected.tokenIds.join() || answer.text !== expected.text) {
+          wrong.push(`lane ${lane} from ${startedAt}: another answer than undisturbed`);
+        }
+      } catch (error) {
+        wrong.push(`lane ${lane} from ${startedAt} to ${new Date().toISOString()}: ${String(error)}`);
+        first.resolve();
+      }
+      requests += 1;
+    }
+  });
+  const report = (): LoadReport => ({
+    requests,
+    tokens,
+    wrong: [...wrong],
+    longestPauseMs: Math.round(longestPauseMs),
+  });
+  await Promise.all(begun);
+  return {
+    report,
+    stop: async () => {
+      stopping.abort();
+      await Promise.all(lanes);
+      return report();
+    },
+  };
+}

@@ -1,0 +1,55 @@
+// What the scenarios of the end-to-end test share: the world that they are given, and how they say that it is not as it
+// should be. Knows no scenario.
+
+import type { ChatRequest } from '@mimo/proto/inference';
+
+import { chatRequest, type Answer } from '../harness/cluster.ts';
+import type { RealCluster } from '../harness/kubernetes/cluster.ts';
+import type { Installation } from './installation.ts';
+
+/** Numbers and words that the closing JSON line shows. */
+export type Figures = Readonly<Record<string, number | string>>;
+
+/** Everything that a scenario may use. It leaves no ModelService behind. */
+export interface World {
+  readonly cluster: RealCluster;
+  readonly installation: Installation;
+  /** The greedy answers of an undisturbed run outside the cluster, by the number of ranks. */
+  readonly expected: ReadonlyMap<number, Answer>;
+  /** A line for the user, with the time. */
+  readonly say: (line: string) => void;
+  /** How often the repeating scenarios repeat. */
+  readonly scaleDowns: number;
+  readonly rollouts: number;
+  /** How long a burst may take to become a decision. */
+  readonly decisionLimitMs: number;
+}
+
+export type Scenario = (world: World) => Promise<Figures>;
+
+/** The one question of all scenarios: greedy, and long enough to be in the middle of it when something happens. */
+export const question: ChatRequest = chatRequest('What is 47 + 85?', { ignoreEos: true, maxTokens: 160 });
+
+/** Of one group of one rank, small. */
+export const oneRank = { tensorParallel: 1 } as const;
+
+/** The answer that an undisturbed group of so many ranks gives. */
+export function expectedAnswer(world: World, ranks: number): Answer {
+  const answer = world.expected.get(ranks);
+  if (answer === undefined) {
+    throw new RangeError(`no answer of ${ranks} ranks was made`);
+  }
+  return answer;
+}
+
+/** Fails the scenario where a condition does not hold. */
+export function check(holds: boolean, message: string): asserts holds {
+  if (!holds) {
+    throw new Error(message);
+  }
+}
+
+/** Fails the scenario where a client saw anything wrong. */
+export function checkNothingWrong(wrong: readonly string[]): void {
+  check(wrong.length === 0, `clients saw ${wrong.length} errors:\n${wrong.slice(0, 20).join('\n')}`);
+}
