@@ -66,7 +66,7 @@ export const refusedSpecs: readonly (readonly [what: string, spec: object, words
   ['sixteen ranks', { tensorParallel: 16 }, 'spec.tensorParallel'],
   ['a textual rank count', { tensorParallel: '2' }, 'spec.tensorParallel'],
   ['negative drafts', { speculation: { draftTokens: -1 } }, 'spec.speculation.draftTokens'],
-  ['many drafts', { speculation: { draftTokens: 9 } }, 'spec.speculation.draftTokens'],
+  ['many drafts', { speculation: { draftTokens: 2 } }, 'spec.speculation.draftTokens'],
   ['another engine', { engine: 'llama.cpp' }, 'spec.engine'],
   ['another placement', { placement: 'node' }, 'spec.placement'],
   ['min above max', { scaling: { min: 3, max: 2 } }, 'min must not be more than max'],

@@ -129,7 +129,7 @@ const speculation = z
     draftTokens: z
       .int()
       .min(0)
-      .max(4)
+      .max(1)
       .default(1)
       .describe('Tokens drafted by the MTP layer a step; 0 is off.'),
     adaptive: z.boolean().default(true).describe('Drafting stops by itself where it would not pay.'),

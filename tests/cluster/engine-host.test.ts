@@ -180,6 +180,16 @@ describe('startEngine', () => {
     expect(ports()).toBe(portsBefore);
   });
 
+  it('drafts nothing where speculation is off, and says the same', async () => {
+    const host = await start(1, { draftTokens: 0 });
+    expect(host.info.draftTokens).toBe(0);
+    const watcher = new Watcher(host);
+    host.submit(request(1));
+    expect(await watcher.ended(1)).toMatchObject({ kind: 'length', draftedTokens: 0 });
+    expect(watcher.completion(1)).toEqual(greedyIds.slice(0, 64));
+    expect(host.stats().draftedTokens).toBe(0);
+  });
+
   it('computes the same with keys and values for two sequences only', async () => {
     const host = await start(2, { kvBlocks: 4, maxSequences: 4 });
     const watcher = new Watcher(host);

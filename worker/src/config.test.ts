@@ -14,6 +14,8 @@ describe('parseWorkerConfig', () => {
       kvBytes: 'auto',
       drainGraceMs: 25_000,
       drainFinishMs: 10_000,
+      draftTokens: 1,
+      adaptiveSpeculation: true,
     });
   });
 

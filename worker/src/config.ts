@@ -3,6 +3,7 @@
 
 import {
   addressSetting,
+  booleanSetting,
   choiceSetting,
   durationSetting,
   integerSetting,
@@ -82,6 +83,10 @@ export const workerSettings = {
   executionProvider: choiceSetting('MIMO_WORKER_EXECUTION_PROVIDER', executionProviders, 'cpu'),
   /** ... and the libonnxruntime of onnxruntime-gpu with its CUDA provider beside it; default: the bundled library. */
   runtimeLibrary: textSetting('MIMO_WORKER_RUNTIME_LIBRARY', ''),
+  /** Tokens that the MTP layer drafts a step; 0 turns speculation off. The text is the same either way. */
+  draftTokens: integerSetting('MIMO_WORKER_DRAFT_TOKENS', { min: 0, max: 1 }, 1),
+  /** Draft only while so few sequences decode that verifying costs little. */
+  adaptiveSpeculation: booleanSetting('MIMO_WORKER_ADAPTIVE_SPECULATION', true),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
   maxSequences: integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 }, 16),

@@ -81,6 +81,8 @@ export function engineOptionsFrom(config: WorkerConfig, shardDirectory: string):
     runtime: config.runtime,
     executionProvider: config.executionProvider,
     ...(config.runtimeLibrary === '' ? {} : { runtimeLibrary: config.runtimeLibrary }),
+    draftTokens: config.draftTokens,
+    adaptiveSpeculation: config.adaptiveSpeculation,
     threads: config.threads,
     maxSequences: config.maxSequences,
     kvBytes: config.kvBytes,

@@ -171,7 +171,7 @@ function rankVariables(
   { settings, rank }: { readonly settings: WorkerSettings; readonly rank: number },
 ): readonly Manifest[] {
   const { spec, metadata } = service;
-  const { model, resources, tensorParallel, template } = spec;
+  const { model, speculation, resources, tensorParallel, template } = spec;
   const spread = spec.placement === 'spread';
   const offset = portOffset(spec, rank);
   const peers = Array.from({ length: tensorParallel }, (_, peer) => {
@@ -191,6 +191,8 @@ function rankVariables(
       : { MIMO_WORKER_HUB_REPOSITORY: hub.repository, MIMO_WORKER_HUB_REVISION: hub.revision }),
     MIMO_WORKER_CACHE_DIRECTORY: '/cache',
     MIMO_WORKER_PRECISION: model.precision,
+    MIMO_WORKER_DRAFT_TOKENS: String(speculation.draftTokens),
+    MIMO_WORKER_ADAPTIVE_SPECULATION: String(speculation.adaptive),
     MIMO_WORKER_TENSOR_PARALLEL: String(tensorParallel),
     MIMO_WORKER_RANK: String(rank),
     MIMO_WORKER_LISTEN: `0.0.0.0:${workerPort + offset}`,

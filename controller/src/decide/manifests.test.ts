@@ -151,6 +151,16 @@ describe('groupPods', () => {
     expect(rankOf({})).not.toHaveProperty('MIMO_WORKER_KV_BYTES');
   });
 
+  it('hands on how the model speculates', () => {
+    const variables = variablesOf(
+      podsOf({ speculation: { draftTokens: 0, adaptive: false } })[0]?.spec.containers[0],
+    );
+    expect(variables).toMatchObject({
+      MIMO_WORKER_DRAFT_TOKENS: '0',
+      MIMO_WORKER_ADAPTIVE_SPECULATION: 'false',
+    });
+  });
+
   it('asks for the accelerator by the name of its resource, and for none by default', () => {
     const model = { name: 'mimo', source: { hostPath: '/models/mimo' }, precision: 'fp16' };
     const amd = podsOf({ model, resources: { accelerators: 2, acceleratorResource: 'amd.com/gpu' } });

@@ -54,6 +54,8 @@ export interface EngineOptions {
   readonly prefillChunkTokens?: number;
   /** Ids at or above this are padding and are never chosen. Default: the model's vocabulary. */
   readonly usableVocab?: number;
+  /** Tokens drafted a step; at most one, and none without an MTP layer. Default 1; 0 turns speculation off. */
+  readonly draftTokens?: number;
   /** Draft only where verifying pays (few sequences); false: always draft. Default true. */
   readonly adaptiveSpeculation?: boolean;
 }
@@ -163,7 +165,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       vocabSize: config.vocabSize,
       usableVocab,
       eosTokenIds: config.eosTokenIds,
-      draftTokens: Math.min(1, config.mtpLayers),
+      draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
       maxSpeculatingSequences:
         options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
     },
