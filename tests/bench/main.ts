@@ -10,6 +10,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   engine: () => import('./engine.ts'),
   gpu: () => import('./gpu.ts'),
   heldout: () => import('./heldout.ts'),
+  informer: () => import('./informer.ts'),
   reconcile: () => import('./reconcile.ts'),
 };
 
