@@ -230,6 +230,8 @@ describe('an informer', () => {
 
   it('notices a watch that went silent by its end, and what it missed', async () => {
     const { informer, proxy, client, agrees } = await follow('silent');
+    // What is created after the list comes by the watch, so the watch stands.
+    await informer.whenSynced(soon());
     await client.create(configMaps, configMap('gone'), soon());
     await waitFor('the first', () => informer.get('silent/gone') !== undefined);
     proxy.silence();

@@ -30,6 +30,9 @@ const soon = (): AbortSignal => AbortSignal.timeout(30_000);
 /** The API server is told to forget old versions after this and up to twice as long. */
 const compactionSeconds = 2;
 
+/** ConfigMaps that are there from the beginning. */
+const pages = Array.from({ length: 25 }, (_, index) => `page-${String(index).padStart(2, '0')}`);
+
 const reviews: ResourceType = {
   apiVersion: 'authentication.k8s.io/v1',
   kind: 'SelfSubjectReview',
@@ -46,6 +49,15 @@ beforeAll(async () => {
     apiserverFlags: [`--etcd-compaction-interval=${compactionSeconds}s`],
   });
   client = await createNamespace(plane.kubeconfig, 'verbs', { pageSize: 10 });
+  await Promise.all(
+    pages.map((name, index) =>
+      client.create(
+        configMaps,
+        configMap(name, {}, { labels: { pages: index % 2 === 0 ? 'even' : 'odd' } }),
+        soon(),
+      ),
+    ),
+  );
 });
 afterAll(async () => {
   client.close();
@@ -139,18 +151,8 @@ describe('verbs', () => {
   });
 
   it('list page by page, as of one version, with selectors', async () => {
-    const names = Array.from({ length: 25 }, (_, index) => `page-${String(index).padStart(2, '0')}`);
-    await Promise.all(
-      names.map((name, index) =>
-        client.create(
-          configMaps,
-          configMap(name, {}, { labels: { pages: index % 2 === 0 ? 'even' : 'odd' } }),
-          soon(),
-        ),
-      ),
-    );
     const all = await client.list(configMaps, { labelSelector: 'pages' }, soon());
-    expect(all.items.map(({ metadata }) => metadata.name)).toEqual(names);
+    expect(all.items.map(({ metadata }) => metadata.name)).toEqual(pages);
     expect(all.items[0]).toMatchObject({ apiVersion: 'v1', kind: 'ConfigMap' });
     const even = await client.list(configMaps, { labelSelector: 'pages=even' }, soon());
     expect(even.items).toHaveLength(13);
