@@ -1,6 +1,9 @@
 // Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an undisturbed
 // run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing index.
 
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import { ClusterError } from '@mimo/core/errors';
 import type { ChatRequest } from '@mimo/proto/inference';
 
 import { ask, type Answer } from '../harness/cluster.ts';
@@ -12,6 +15,8 @@ interface LoadReport {
   readonly tokens: number;
   /** One line for each request that failed, had a gap or a repetition, or another text than undisturbed. */
   readonly wrong: readonly string[];
+  /** Requests that ended `unavailable` where that was tolerated, so that the client asked again. */
+  readonly unavailable: number;
   /** The longest time between two messages of a stream. */
   readonly longestPauseMs: number;
 }
@@ -28,13 +33,22 @@ export interface LoadOptions {
   readonly request: ChatRequest;
   readonly expected: Answer;
   readonly lanes: number;
+  /**
+   * What a client must expect of this fault: `unavailable` before anything was accepted, or at any time. Default:
+   * nothing, as whoever operates the cluster is no reason for an error.
+   */
+  readonly tolerated?: 'refusal' | 'break';
 }
+
+/** What a client waits before it asks again. */
+const retryMs = 200;
 
 /** Begins to ask; returns when each lane has had a token. */
 export async function startLoad(options: LoadOptions): Promise<Load> {
-  const { installation, request, expected } = options;
+  const { installation, request, expected, tolerated } = options;
   const wrong: string[] = [];
   let requests = 0;
+  let unavailable = 0;
   let tokens = 0;
   let longestPauseMs = 0;
   const stopping = new AbortController();
@@ -44,6 +58,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
     begun.push(first.promise);
     while (!stopping.signal.aborted) {
       let last: number | undefined;
+      let accepted = false;
       const startedAt = new Date().toISOString();
       try {
         const answer = await ask(installation.client, {
@@ -51,6 +66,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
           metadata: installation.metadata,
           onMessage: ({ event }) => {
             const now = performance.now();
+            accepted = true;
             // The wait before the first token is queueing, not a pause of a stream.
             longestPauseMs = Math.max(longestPauseMs, last === undefined ? 0 : now - last);
             if (event?.$case === 'delta') {
@@ -64,8 +80,14 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
           wrong.push(`lane ${lane} from ${startedAt}: another answer than undisturbed`);
         }
       } catch (error) {
-        wrong.push(`lane ${lane} from ${startedAt} to ${new Date().toISOString()}: ${String(error)}`);
-        first.resolve();
+        const { code } = ClusterError.from(error);
+        if (code === 'unavailable' && (tolerated === 'break' || (tolerated === 'refusal' && !accepted))) {
+          unavailable += 1;
+          await sleep(retryMs);
+        } else {
+          wrong.push(`lane ${lane} from ${startedAt} to ${new Date().toISOString()}: ${String(error)}`);
+          first.resolve();
+        }
       }
       requests += 1;
     }
@@ -74,6 +96,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
     requests,
     tokens,
     wrong: [...wrong],
+    unavailable,
     longestPauseMs: Math.round(longestPauseMs),
   });
   await Promise.all(begun);

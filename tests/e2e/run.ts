@@ -26,6 +26,11 @@ export const scenarios = {
   faults,
 } as const satisfies Readonly<Record<string, Scenario>>;
 
+/** Leaves nothing but groups on the other nodes, which are for losing. */
+const onFirstNode = ['gateway', 'controller', 'nats'].map(
+  (part) => String.raw`${part}.nodeSelector.kubernetes\.io/hostname=node-1`,
+);
+
 export type ScenarioName = keyof typeof scenarios;
 
 export interface EndToEndOptions {
@@ -92,7 +97,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
       cluster,
       helm: tools.helm,
       images,
-      values: needsMore ? ['gateway.replicas=2'] : [],
+      values: needsMore ? onFirstNode : [],
     });
     installMs = stopwatch();
     say('chart installed, everything ready');

@@ -1,6 +1,8 @@
 // What the scenarios of the end-to-end test share: the world that they are given, and how they say that it is not as it
 // should be. Knows no scenario.
 
+import type { V1Pod } from '@kubernetes/client-node';
+
 import type { ChatRequest } from '@mimo/proto/inference';
 
 import { chatRequest, type Answer } from '../harness/cluster.ts';
@@ -40,6 +42,13 @@ export function expectedAnswer(world: World, ranks: number): Answer {
     throw new RangeError(`no answer of ${ranks} ranks was made`);
   }
   return answer;
+}
+
+/** What the container runtime calls a container of a pod. */
+export function containerId(pod: V1Pod, name: string): string {
+  const status = pod.status?.containerStatuses?.find((each) => each.name === name);
+  check(status?.containerID !== undefined, `${pod.metadata?.name} has no container ${name}`);
+  return status.containerID.replace('containerd://', '');
 }
 
 /** Fails the scenario where a condition does not hold. */

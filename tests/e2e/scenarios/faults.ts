@@ -1,12 +1,15 @@
-// Faults of machines and of what runs on them, under streaming load: kill -9 of kubelet, containerd and etcd, of the
-// queue server and of a gateway, and a machine that is cut off. What serves goes on wherever the fault leaves it a way.
+// Faults of machines and of what runs on them, under streaming load: kill -9 of kubelet, containerd and etcd, of
+// controller, queue server and gateway, and a machine that is cut off. What serves goes on wherever the fault leaves a way.
+
+import type { V1Pod } from '@kubernetes/client-node';
 
 import { cut, heal } from '../../harness/kubernetes/network-faults.ts';
 import { waitFor } from '../../harness/wait-for.ts';
 import { namespace } from '../installation.ts';
-import { startLoad, type Load } from '../load.ts';
+import { startLoad } from '../load.ts';
 import {
   check,
+  containerId,
   checkNothingWrong,
   expectedAnswer,
   oneRank,
@@ -24,60 +27,95 @@ export async function faults(world: World): Promise<Figures> {
     ...oneRank,
     scaling: { min: groups, max: groups },
     drainSeconds: 5,
-    template: { tolerations: quickTolerations },
   });
   await installation.waitForGroups(groups);
   const figures: Record<string, number> = {};
-  const during = async (name: string, act: (load: Load) => Promise<void>): Promise<void> => {
+  const during = async (name: string, fault: Fault): Promise<void> => {
+    const { tolerated } = fault;
     const load = await startLoad({
       installation,
       request: question,
       expected: expectedAnswer(world, 1),
       lanes,
+      ...(tolerated === undefined ? {} : { tolerated }),
     });
     const begin = performance.now();
-    await act(load);
-    const report = await load.stop();
-    checkNothingWrong(report.wrong);
+    await fault.act();
     const elapsedMs = Math.round(performance.now() - begin);
+    const { requests, wrong, unavailable, longestPauseMs } = await load.stop();
+    checkNothingWrong(wrong);
     figures[`${name}Ms`] = elapsedMs;
-    say(`${name}: ${report.requests} requests, none wrong, longest pause ${report.longestPauseMs} ms`);
+    figures[`${name}Unavailable`] = unavailable;
+    figures[`${name}LongestPauseMs`] = longestPauseMs;
+    say(`${name}: ${requests} requests, ${unavailable} unavailable, longest pause ${longestPauseMs} ms`);
   };
 
   const [node] = cluster.nodes;
   check(node !== undefined, 'there is no node');
-  await during('kubeletKilled', async () => {
-    await node.kubelet.kill();
-    await node.restartKubelet();
-    await serveOn(world);
+  await during('kubeletKilled', {
+    act: async () => {
+      await node.kubelet.kill();
+      await node.restartKubelet();
+      await serveOn(world);
+    },
   });
-  await during('containerdKilled', async () => {
-    await node.containerd.kill();
-    await node.restartContainerd();
-    await serveOn(world);
+  await during('containerdKilled', {
+    act: async () => {
+      await node.containerd.kill();
+      await node.restartContainerd();
+      await serveOn(world);
+    },
   });
-  await during('etcdKilled', async () => {
-    await cluster.controlPlane.etcd.kill();
-    await cluster.controlPlane.restartEtcd();
-    await cluster.controlPlane.ready();
-    await serveOn(world);
+  await during('etcdKilled', {
+    act: async () => {
+      await cluster.controlPlane.etcd.kill();
+      await cluster.controlPlane.restartEtcd();
+      await cluster.controlPlane.ready();
+      await serveOn(world);
+    },
   });
-  await during('queueKilled', async () => {
-    await cluster.kubectl('delete', 'pod', '-n', namespace, 'mimo-nats-0', '--grace-period=0', '--force');
-    await cluster.kubectl('rollout', 'status', '-n', namespace, 'statefulset/mimo-nats', '--timeout=120s');
-    await serveOn(world);
+  await during('controllerKilled', {
+    act: async () => {
+      await killPod(world, 'mimo-controller', 'controller');
+      await serveOn(world);
+    },
   });
-  figures['partitionRejoinedMs'] = await partition(world);
+  // A request that cannot be recorded is refused; one that runs needs no queue.
+  await during('queueKilled', {
+    tolerated: 'refusal',
+    act: async () => {
+      await killPod(world, 'mimo-nats', 'nats');
+      await serveOn(world);
+    },
+  });
+  // Its streams end with it.
+  await during('gatewayKilled', {
+    tolerated: 'break',
+    act: async () => {
+      await killPod(world, 'mimo-gateway', 'gateway');
+      await serveOn(world);
+    },
+  });
+  await during('partition', { act: () => partition(world) });
   await installation.deleteModelService();
   return figures;
 }
 
-/** A machine that is gone counts as lost after seconds, not after Kubernetes' five minutes. */
-const quickTolerations = ['not-ready', 'unreachable'].map((condition) => ({
-  key: `node.kubernetes.io/${condition}`,
-  operator: 'Exists',
-  effect: 'NoExecute',
-}));
+interface Fault {
+  readonly tolerated?: 'refusal' | 'break';
+  /** Brings the fault about and waits until all is as before. */
+  readonly act: () => Promise<void>;
+}
+
+/** SIGKILL to the process of one part of the release; the kubelet starts it again. */
+async function killPod({ cluster }: World, part: string, container: string): Promise<void> {
+  const selector = `app.kubernetes.io/name=${part}`;
+  const text = await cluster.kubectl('get', 'pods', '-n', namespace, '-l', selector, '-o', 'json');
+  const [pod] = (JSON.parse(text) as { readonly items: readonly V1Pod[] }).items;
+  check(pod !== undefined, `there is no pod with ${selector}`);
+  const node = cluster.nodes.find(({ name }) => name === pod.spec?.nodeName);
+  await node?.killContainer(containerId(pod, container));
+}
 
 /** Serves for some seconds, and all groups are there. */
 async function serveOn({ installation }: World): Promise<void> {
@@ -87,24 +125,22 @@ async function serveOn({ installation }: World): Promise<void> {
   await installation.waitForGroups(groups);
 }
 
-/** Cuts off the second machine, waits until all groups serve without it, and heals it. */
-async function partition(world: World): Promise<number> {
-  const { cluster, installation, say } = world;
+/** Cuts off the machine on which only groups run, until it counts as lost, and heals it. */
+async function partition({ cluster, installation, say }: World): Promise<void> {
   const lost = cluster.nodes[1];
   check(lost !== undefined, 'there is no second node');
+  const pods = await installation.workerPods();
+  const cutOff = pods.filter(({ spec }) => spec?.nodeName === lost.name).length;
+  check(cutOff > 0 && cutOff < pods.length, `${cutOff} of ${pods.length} groups run on ${lost.name}`);
   await cut(lost.box, cluster.controlPlaneBox);
-  say(`${lost.name} is cut off`);
+  say(`${lost.name} is cut off, with ${cutOff} of ${pods.length} groups`);
+  const path = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}';
   await waitFor(
     'the cut-off machine to count as lost',
-    async () => {
-      const path = '{.status.conditions[?(@.type=="Ready")].status}';
-      return (await cluster.kubectl('get', 'node', lost.name, '-o', `jsonpath=${path}`)) === 'Unknown';
-    },
+    async () => (await cluster.kubectl('get', 'node', lost.name, '-o', path)) === 'Unknown',
     90_000,
   );
   await heal(lost.box, cluster.controlPlaneBox);
-  const begin = performance.now();
   await cluster.kubectl('wait', '--for=condition=Ready', `node/${lost.name}`, '--timeout=120s');
   await installation.waitForGroups(groups);
-  return Math.round(performance.now() - begin);
 }

@@ -1,12 +1,18 @@
 // Rank 1 of 2 dies: its group is out of rotation within a second of its last heartbeat, its requests go on in the other
 // group, and the group is rebuilt, once.
 
-import type { V1Pod } from '@kubernetes/client-node';
-
 import { waitFor } from '../../harness/wait-for.ts';
 import { modelName } from '../installation.ts';
 import { startLoad } from '../load.ts';
-import { check, checkNothingWrong, expectedAnswer, question, type Figures, type World } from '../scenario.ts';
+import {
+  check,
+  containerId,
+  checkNothingWrong,
+  expectedAnswer,
+  question,
+  type Figures,
+  type World,
+} from '../scenario.ts';
 
 const lanes = 4;
 const groups = 2;
@@ -70,12 +76,6 @@ export async function killRank(world: World): Promise<Figures> {
     wrong: report.wrong.length,
     longestPauseMs: report.longestPauseMs,
   };
-}
-
-function containerId(pod: V1Pod, name: string): string {
-  const status = pod.status?.containerStatuses?.find((each) => each.name === name);
-  check(status?.containerID !== undefined, `${pod.metadata?.name} has no container ${name}`);
-  return status.containerID.replace('containerd://', '');
 }
 
 /** Collects the identity of every worker pod that there ever is. */
