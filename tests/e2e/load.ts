@@ -1,8 +1,7 @@
 // Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an undisturbed
 // run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing index.
 
-import { setTimeout as sleep } from 'node:timers/promises';
-
+import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { ChatRequest } from '@mimo/proto/inference';
 
@@ -33,6 +32,8 @@ export interface LoadOptions {
   readonly request: ChatRequest;
   readonly expected: Answer;
   readonly lanes: number;
+  /** Ends every stream where the scenario has ended without stopping its load. */
+  readonly signal: AbortSignal;
   /**
    * What a client must expect of this fault: `unavailable` before anything was accepted, or at any time. Default:
    * nothing, as whoever operates the cluster is no reason for an error.
@@ -52,11 +53,12 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
   let tokens = 0;
   let longestPauseMs = 0;
   const stopping = new AbortController();
+  const over = AbortSignal.any([stopping.signal, options.signal]);
   const begun: Promise<void>[] = [];
   const lanes = Array.from({ length: options.lanes }, async (_, lane) => {
     const first = Promise.withResolvers<void>();
     begun.push(first.promise);
-    while (!stopping.signal.aborted) {
+    while (!over.aborted) {
       let last: number | undefined;
       let accepted = false;
       const startedAt = new Date().toISOString();
@@ -64,6 +66,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
         const answer = await ask(installation.client, {
           request,
           metadata: installation.metadata,
+          signal: options.signal,
           onMessage: ({ event }) => {
             const now = performance.now();
             accepted = true;
@@ -80,10 +83,13 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
           wrong.push(`lane ${lane} from ${startedAt}: another answer than undisturbed`);
         }
       } catch (error) {
+        if (options.signal.aborted) {
+          break;
+        }
         const { code } = ClusterError.from(error);
         if (code === 'unavailable' && (tolerated === 'break' || (tolerated === 'refusal' && !accepted))) {
           unavailable += 1;
-          await sleep(retryMs);
+          await pause(retryMs, over);
         } else {
           wrong.push(`lane ${lane} from ${startedAt} to ${new Date().toISOString()}: ${String(error)}`);
           first.resolve();

@@ -80,6 +80,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
   let clusterMs = 0;
   let installMs = 0;
   let installation: Installation | undefined;
+  const over = new AbortController();
   const result = (): EndToEndResult => ({
     imagesMs,
     clusterMs,
@@ -109,6 +110,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
         cluster,
         installation,
         expected,
+        signal: over.signal,
         say,
         scaleDowns: options.scaleDowns,
         rollouts: options.rollouts,
@@ -146,6 +148,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
     }
     return { ...result(), failed: error instanceof Error ? error.message : failed, savedState };
   } finally {
+    over.abort();
     await installation?.close();
     await cluster.close();
   }

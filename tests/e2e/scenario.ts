@@ -18,6 +18,8 @@ export interface World {
   readonly installation: Installation;
   /** The greedy answers of an undisturbed run outside the cluster, by the number of ranks. */
   readonly expected: ReadonlyMap<number, Answer>;
+  /** Fires when the run is over, also by a failure. */
+  readonly signal: AbortSignal;
   /** A line for the user, with the time. */
   readonly say: (line: string) => void;
   /** How often the repeating scenarios repeat. */

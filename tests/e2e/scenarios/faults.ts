@@ -34,6 +34,7 @@ export async function faults(world: World): Promise<Figures> {
     const { tolerated } = fault;
     const load = await startLoad({
       installation,
+      signal: world.signal,
       request: question,
       expected: expectedAnswer(world, 1),
       lanes,

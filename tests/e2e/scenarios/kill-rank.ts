@@ -30,18 +30,21 @@ export async function killRank(world: World): Promise<Figures> {
   await installation.waitForGroups(groups);
   const load = await startLoad({
     installation,
+    signal: world.signal,
     request: question,
     expected: expectedAnswer(world, 2),
     lanes,
   });
   const stopping = new AbortController();
+  const over = AbortSignal.any([stopping.signal, world.signal]);
   const seen = new Set<string>();
-  const following = followPods(world, seen, stopping.signal);
+  const following = followPods(world, seen, over);
+  following.catch(() => undefined);
   const [victim] = await installation.workerPods();
   const group = victim?.metadata?.labels?.['mimo-cluster.dev/group'];
   check(victim !== undefined && group !== undefined, 'a worker pod has no label that names its group');
 
-  const watching = watchRotation(world, group, stopping.signal);
+  const watching = watchRotation(world, group, over);
   const node = cluster.nodes.find(({ name }) => name === victim.spec?.nodeName);
   const killedMs = performance.now();
   await node?.killContainer(containerId(victim, 'rank-1'));

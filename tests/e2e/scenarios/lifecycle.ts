@@ -25,6 +25,7 @@ export async function lifecycle(world: World): Promise<Figures> {
   await installation.waitForGroups(mostGroups);
   const load = await startLoad({
     installation,
+    signal: world.signal,
     request: question,
     expected: expectedAnswer(world, 1),
     lanes,

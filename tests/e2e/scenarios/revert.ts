@@ -24,6 +24,7 @@ export async function revert(world: World): Promise<Figures> {
   await installation.waitForGroups(groups);
   const load = await startLoad({
     installation,
+    signal: world.signal,
     request: question,
     expected: expectedAnswer(world, 1),
     lanes: 2,

@@ -16,6 +16,7 @@ export async function upgrade(world: World): Promise<Figures> {
   await installation.waitForGroups(1);
   const load = await startLoad({
     installation,
+    signal: world.signal,
     request: question,
     expected: expectedAnswer(world, 1),
     lanes: 3,
