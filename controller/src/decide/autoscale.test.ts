@@ -164,6 +164,29 @@ describe('decideScale', () => {
     expect(counts.at(-1)).toBe(2);
   });
 
+  it('does not take back what a burst from zero needs when its first group is up', () => {
+    const burst = { inFlightRequests: 0, arrivedTokens: 60_000 };
+    const before = decideScale(spec, seenWith({}), createScaleMemory(0, 0), 2000);
+    const up = decideScale(
+      spec,
+      seenWith({ ...burst, waitingRequests: 40, waitingTokens: 60_000 }),
+      before.memory,
+      4000,
+    );
+    expect(up.decision.wanted).toBe(6);
+    let memory = up.memory;
+    const counts = [14, 16, 18, 20].map((seconds) => {
+      const seen = seenWith(
+        { ...burst, inFlightRequests: 16, inFlightTokens: 60_000, slots: 16 },
+        { readyGroups: 1, startingReadyInMs: Array.from({ length: memory.wanted - 1 }, () => 2000) },
+      );
+      memory = decideScale(spec, seen, memory, seconds * 1000).memory;
+      return memory.wanted;
+    });
+    expect(Math.min(...counts)).toBeGreaterThan(2);
+    expect(counts).toEqual(counts.toSorted((a, b) => b - a));
+  });
+
   it('goes back from a peak while it learns, but not below what it found', () => {
     const burst = seenWith(
       {
@@ -178,12 +201,19 @@ describe('decideScale', () => {
     const first = decideScale(spec, seenWith({}, { readyGroups: 2 }), createScaleMemory(2, 0), 2000);
     const up = decideScale(spec, burst, first.memory, 4000);
     expect(up.decision.wanted).toBeGreaterThan(2);
-    const passed = seenWith(
-      { slots: 32, inFlightRequests: 1, arrivedTokens: 300_000, endedTokens: 299_000 },
-      { readyGroups: 2, startingReadyInMs: Array.from({ length: up.decision.wanted - 2 }, () => 30_000) },
-    );
-    const down = decideScale(spec, passed, { ...up.memory, recentGroups: 1 }, 6000);
-    expect(down.decision.wanted).toBe(2);
+    let memory: ScaleMemory = { ...up.memory, recentGroups: 1 };
+    const counts = Array.from({ length: 20 }, (_, step) => {
+      const readyGroups = memory.wanted;
+      const passed = seenWith(
+        { slots: 32, inFlightRequests: 1, arrivedTokens: 300_000, endedTokens: 299_000 },
+        { readyGroups },
+      );
+      // Within the 300 s of the memory; the burst's weight in the smoothed count is kept out.
+      memory = { ...decideScale(spec, passed, memory, 90_000 + step * 2000).memory, recentGroups: 1 };
+      return memory.wanted;
+    });
+    expect(counts[0]).toBe(up.decision.wanted - 1);
+    expect(counts.at(-1)).toBe(2);
   });
 
   it('keeps the last group for scaleToZeroAfterSeconds and lets it go then', () => {

@@ -13,9 +13,9 @@
 //            it, starting groups helping from when they are ready. From nothing: waiting / (speed T), all at once
 //   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
 // clamped to [min, max]. Up: in one step, also from zero. Down: only with little waiting, and nothing for long; groups that
-// still start are taken back at once, ready ones one a decision, from D + T after the last step up, and not below
-// recent / 0.9, nor in the first M below what the controller found. The last group stays until scaleToZeroAfterSeconds after
-// the last work. An unknown queue holds the count.
+// still start are taken back at once, though not below recent / 0.9, smoothed or not; ready ones one a decision, from D + T
+// after the last step up, and not below recent / 0.9; neither in the first M below what the controller found. The last group
+// stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
 //
 // The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
 // INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
@@ -161,13 +161,15 @@ export function decideScale(
         : 'RecentLoad';
   if (asked < before.wanted) {
     const learning = !idle && nowMs - before.beganMs < memoryMs;
+    const starting = seen.startingReadyInMs.length;
+    // A burst has hardly moved the smoothed figure when its first group is up: what still starts may be needed for it.
+    const needed = starting > 0 ? Math.max(recentGroups, replayed) : recentGroups;
     const floor = Math.max(
       asked,
-      idle ? 0 : Math.ceil(recentGroups / downMarginRatio - roundingGroups),
+      idle ? 0 : Math.ceil(needed / downMarginRatio - roundingGroups),
       learning ? before.foundGroups : 0,
     );
     const settled = nowMs - before.lastUpMs >= startUpMs + durations.targetMs;
-    const starting = seen.startingReadyInMs.length;
     if (learning && floor >= before.wanted) {
       wanted = before.wanted;
       reason = 'Learning';
