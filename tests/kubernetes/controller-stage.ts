@@ -89,7 +89,7 @@ export async function startStage(): Promise<Stage> {
     await plane.kubectl(['apply', '--filename', crdDirectory]);
     await plane.kubectl(['create', 'namespace', namespace]);
     await plane.kubectl(['create', 'serviceaccount', serviceAccount, `--namespace=${namespace}`]);
-    await plane.kubectl(['apply', '--filename=-'], await chartRole(tools.helm));
+    await plane.kubectl(['apply', '--filename=-'], await chartRights(tools.helm));
     // The chart makes it, since the controller may make no Secret.
     await plane.kubectl(['create', 'secret', 'generic', 'mimo-tenant-keys', `--namespace=${namespace}`]);
     const established = ['wait', '--for=condition=Established', '--timeout=60s', 'crd', '--all'];
@@ -160,13 +160,14 @@ export async function startStage(): Promise<Stage> {
   }
 }
 
-/** The rights that the chart gives to the controller, for the ServiceAccount of the stage. */
-export async function chartRole(helm: string): Promise<string> {
+/** What the chart gives to the controller: its rights, for the ServiceAccount of the stage, and the Lease that it may hold but not make. */
+export async function chartRights(helm: string): Promise<string> {
   const chart = join(import.meta.dirname, '../../charts/mimo-cluster');
   const args = ['template', 'mimo', chart, `--namespace=${namespace}`];
   const { stdout } = await promisify(execFile)(helm, [
     ...args,
     '--show-only=templates/controller/rbac.yaml',
+    '--show-only=templates/controller/lease.yaml',
     '--set=fullnameOverride=mimo',
   ]);
   return stdout;

@@ -214,7 +214,10 @@ describe('a controller', () => {
     stage.kubelet.prepare = undefined;
     await patchService('lost', { model: { source: { hostPath: '/models/other' } } });
     await waitFor('a group', () => groupsOf('lost').length === 1);
-    expect(await conditionOf('lost', 'ModelFound')).toContain('True');
+    // The status is written after the group.
+    await waitFor('the condition to turn', async () =>
+      (await conditionOf('lost', 'ModelFound')).startsWith('True'),
+    );
     stop();
     await deleteService('lost');
   });

@@ -31,7 +31,7 @@ import {
 import { findTools } from '../harness/kubernetes/tools.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';
-import { chartRole, namespace, serviceAccount } from './controller-stage.ts';
+import { chartRights, namespace, serviceAccount } from './controller-stage.ts';
 
 const controllerProgram = join(import.meta.dirname, '../../controller/src/main.ts');
 const nodeCount = 300;
@@ -316,7 +316,7 @@ describe('three hundred machines', () => {
       closes.push(async () => rm(directory, { recursive: true, force: true }));
       await plane.kubectl(['apply', '--filename', crdDirectory]);
       await plane.kubectl(['wait', '--for=condition=Established', '--timeout=60s', 'crd', '--all']);
-      await plane.kubectl(['apply', '--filename=-'], await chartRole((await findTools()).helm));
+      await plane.kubectl(['apply', '--filename=-'], await chartRights((await findTools()).helm));
       const nats = await startTestNats({ storeDirectory: directory, port: 0 });
       closes.push(async () => nats.close());
       const log = createLog({ process: 'test', level: 'silent' });
