@@ -94,14 +94,18 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
     await registered.promise.finally(() => kubelet.close());
   };
 
-  await waitFor('the kubelet to take device plugins', async () => serve().then(() => true), 60_000);
+  let closed = false;
+  // The socket is there before the kubelet listens on it.
+  const register = async (): Promise<void> =>
+    waitFor('the kubelet to take device plugins', async () => closed || serve().then(() => true), 60_000);
+  await register();
   // A kubelet that starts empties the directory, makes its socket again and knows no plugins.
   let serving = Promise.resolve();
   const watcher = watch(directory, (_, name) => {
     // Several events tell of one new socket: one after another, since each takes the place of the one before.
     if (name === 'kubelet.sock' && existsSync(join(directory, name))) {
       serving = serving
-        .then(serve)
+        .then(register)
         .catch((error: unknown) => console.error(`pretend GPUs: ${String(error)}`));
     }
   });
@@ -116,6 +120,7 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
       }
     },
     close: async () => {
+      closed = true;
       watcher.close();
       await serving;
       server?.forceShutdown();
