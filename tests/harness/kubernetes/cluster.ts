@@ -54,6 +54,7 @@ export interface RealCluster {
   importImage(file: string): Promise<void>;
   /** A port on 127.0.0.1 that dials from a node, the first one unless said otherwise. */
   forward(target: { readonly host: string; readonly port: number }, node?: number): Promise<Forward>;
+  /** Idempotent. */
   close(): Promise<void>;
 }
 
@@ -64,11 +65,13 @@ export async function startRealCluster(options: RealClusterOptions): Promise<Rea
   const run = await createRunDirectory();
   const forwards: Forward[] = [];
   const gpus: GpuPlugin[] = [];
-  const close = async (): Promise<void> => {
+  let closing: Promise<void> | undefined;
+  const closeAll = async (): Promise<void> => {
     await Promise.all(gpus.map((plugin) => plugin.close()));
     await Promise.all(forwards.map((each) => each.close()));
     await run.close();
   };
+  const close = (): Promise<void> => (closing ??= closeAll());
   try {
     const box = await createBox({ run, name: 'control-plane', address: controlPlaneAddress });
     await createBridge(box);

@@ -29,6 +29,8 @@ export interface GpuPlugin {
   setHealthy(index: number, healthy: boolean): void;
   /** Identifiers of the GPUs that each container was given, in order of allocation. */
   readonly allocations: readonly (readonly string[])[];
+  /** How often a kubelet has taken the plugin; one that restarts takes it again. */
+  readonly registrations: number;
   close(): Promise<void>;
 }
 
@@ -70,6 +72,7 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
   };
 
   let server: grpc.Server | undefined;
+  let registrations = 0;
   const serve = async (): Promise<void> => {
     server?.forceShutdown();
     await rm(join(directory, endpoint), { force: true });
@@ -92,6 +95,7 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
       error === null ? registered.resolve() : registered.reject(error),
     );
     await registered.promise.finally(() => kubelet.close());
+    registrations += 1;
   };
 
   let closed = false;
@@ -111,6 +115,9 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
   });
   return {
     allocations,
+    get registrations() {
+      return registrations;
+    },
     setHealthy: (index, healthy) => {
       devices = devices.map((device, at) =>
         at === index ? { ID: device.ID, health: healthy ? 'Healthy' : 'Unhealthy' } : device,
