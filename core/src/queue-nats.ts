@@ -118,14 +118,18 @@ class NatsQueue implements RequestQueue {
     onReplayed?: () => void,
   ): AsyncGenerator<QueuedRecord, void, undefined> {
     const until = this.#until(signal);
+    let storeId = '';
     let nextSequence = 1;
     while (!until.aborted) {
-      let replaced = until;
       try {
-        const { stream } = await this.#link.opened(until);
-        replaced = this.#link.storeReplaced;
-        const { storeId } = this.#link;
-        const stop = AbortSignal.any([until, replaced]);
+        await this.#link.opened(until);
+        const { stream } = await this.#link.session();
+        // The client makes a consumer again that its server lost, but finds that out by heartbeats: 30 to 60 s late.
+        const stop = AbortSignal.any([until, this.#link.connectionLost, this.#link.storeReplaced]);
+        if (storeId !== this.#link.storeId) {
+          ({ storeId } = this.#link);
+          nextSequence = 1;
+        }
         const consumer = await consumerFrom(stream, { model, nextSequence });
         const replay = new Replay(consumer, onReplayed);
         await replay.begin(stop);
@@ -138,12 +142,11 @@ class NatsQueue implements RequestQueue {
           replay.taken(message.seq);
         }
       } catch (error) {
-        if (!until.aborted) {
+        if (!until.aborted && this.#link.connected) {
           this.#log.warn({ error: ClusterError.from(error), model }, 'queue replay interrupted');
-          await pause(retryMs, until);
         }
+        await pause(retryMs, until);
       }
-      nextSequence = replaced.aborted ? 1 : nextSequence;
     }
   }
 

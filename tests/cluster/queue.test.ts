@@ -456,7 +456,7 @@ describe('the NATS queue, when its server', () => {
         expect(followed.values.map((each) => each.sequence)).toEqual(
           [kept, doomed, after].map((place) => place.sequence),
         ),
-      40_000,
+      5_000,
     );
     expect(await queue.counts()).toEqual({ records: 2 });
     await Promise.all([queue.delete(kept), queue.delete(after)]);
