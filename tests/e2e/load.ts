@@ -18,6 +18,8 @@ interface LoadReport {
   readonly unavailable: number;
   /** The longest time between two messages of a stream. */
   readonly longestPauseMs: number;
+  /** The longest time from a request, tolerated failures apart, to its first token. */
+  readonly longestWaitMs: number;
 }
 
 export interface Load {
@@ -52,6 +54,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
   let unavailable = 0;
   let tokens = 0;
   let longestPauseMs = 0;
+  let longestWaitMs = 0;
   const stopping = new AbortController();
   const over = AbortSignal.any([stopping.signal, options.signal]);
   const begun: Promise<void>[] = [];
@@ -62,6 +65,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
       let last: number | undefined;
       let accepted = false;
       const startedAt = new Date().toISOString();
+      const askedMs = performance.now();
       try {
         const answer = await ask(installation.client, {
           request,
@@ -73,6 +77,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
             // The wait before the first token is queueing, not a pause of a stream.
             longestPauseMs = Math.max(longestPauseMs, last === undefined ? 0 : now - last);
             if (event?.$case === 'delta') {
+              longestWaitMs = Math.max(longestWaitMs, last === undefined ? now - askedMs : 0);
               last = now;
               first.resolve();
             }
@@ -104,6 +109,7 @@ export async function startLoad(options: LoadOptions): Promise<Load> {
     wrong: [...wrong],
     unavailable,
     longestPauseMs: Math.round(longestPauseMs),
+    longestWaitMs: Math.round(longestWaitMs),
   });
   await Promise.all(begun);
   return {
