@@ -426,9 +426,15 @@ describe('three hundred machines', () => {
           `${names.length} services from 0 to ${maxGroups} groups, ${wanted} pods Ready, in ${seconds(upMs)} s`,
         );
         expect(deleted.size).toBe(0);
-        const events = await plane.kubectl(['get', 'events', `--namespace=${namespace}`, '--no-headers']);
-        const scaled = events.split('\n').filter((line) => line.includes(' Scaled '));
-        expect(scaled.filter((line) => line.includes(`0 -> ${maxGroups}`))).toHaveLength(names.length);
+        // Events are sent in the background.
+        const scaledUp = async (): Promise<number> => {
+          const events = await plane.kubectl(['get', 'events', `--namespace=${namespace}`, '--no-headers']);
+          return events
+            .split('\n')
+            .filter((line) => line.includes(' Scaled ') && line.includes(`0 -> ${maxGroups}`)).length;
+        };
+        await waitFor('an event of each', async () => (await scaledUp()) >= names.length, 60_000);
+        expect(await scaledUp()).toBe(names.length);
 
         const downMs = performance.now();
         dispatchers.load(0);

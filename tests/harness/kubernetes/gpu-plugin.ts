@@ -1,9 +1,10 @@
 // A device plugin with pretend GPUs: the kubelet's own API over gRPC on a Unix socket, so that a real kubelet offers
 // nvidia.com/gpu on a machine that has none. Runs in the test's process, which reaches the node's files from outside.
 
-import { existsSync, watch } from 'node:fs';
+import { statSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 
 import * as grpc from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
@@ -12,6 +13,8 @@ import { waitFor } from '../wait-for.ts';
 
 const apiVersion = 'v1beta1';
 const endpoint = 'mimo-gpu.sock';
+/** How soon a kubelet that has started again is noticed. */
+const lookMs = 200;
 
 interface Device {
   readonly ID: string;
@@ -98,21 +101,36 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
     registrations += 1;
   };
 
-  let closed = false;
-  // The socket is there before the kubelet listens on it.
-  const register = async (): Promise<void> =>
-    waitFor('the kubelet to take device plugins', async () => closed || serve().then(() => true), 60_000);
-  await register();
-  // A kubelet that starts empties the directory, makes its socket again and knows no plugins.
-  let serving = Promise.resolve();
-  const watcher = watch(directory, (_, name) => {
-    // Several events tell of one new socket: one after another, since each takes the place of the one before.
-    if (name === 'kubelet.sock' && existsSync(join(directory, name))) {
-      serving = serving
-        .then(register)
-        .catch((error: unknown) => console.error(`pretend GPUs: ${String(error)}`));
+  const closing = new AbortController();
+  /** The socket of the kubelet that knows these GPUs. */
+  let known: string | undefined;
+  const socket = (): string | undefined => {
+    const found = statSync(join(directory, 'kubelet.sock'), { throwIfNoEntry: false });
+    // A number may be used again for the next socket, a time not.
+    return found === undefined ? undefined : `${found.ino} ${found.ctimeMs}`;
+  };
+  // Once for each kubelet: one that is registered with again gives up the GPUs when it sees the plugin before end. The
+  // socket is there before the kubelet listens on it.
+  const register = async (): Promise<void> => {
+    const present = socket();
+    if (present !== undefined && present !== known) {
+      await serve();
+      known = present;
     }
-  });
+  };
+  await waitFor(
+    'the kubelet to take device plugins',
+    async () => register().then(() => known !== undefined),
+    60_000,
+  );
+  // A kubelet that starts empties the directory, makes its socket again and knows no plugins.
+  const keepRegistered = async (): Promise<void> => {
+    while (!closing.signal.aborted) {
+      await register().catch(() => undefined);
+      await sleep(lookMs);
+    }
+  };
+  const keeping = keepRegistered();
   return {
     allocations,
     get registrations() {
@@ -127,9 +145,8 @@ export async function startGpuPlugin(options: GpuPluginOptions): Promise<GpuPlug
       }
     },
     close: async () => {
-      closed = true;
-      watcher.close();
-      await serving;
+      closing.abort();
+      await keeping;
       server?.forceShutdown();
     },
   };
