@@ -171,6 +171,17 @@ function blockerOf({ status }: ApiPod): string | undefined {
   return undefined;
 }
 
+/** Since when a pod has waited on its machine for its volumes and its network, before any image is asked for. */
+export function unmountedSinceMs({ status }: ApiPod): number | undefined {
+  const isPlaced = status?.conditions?.some(
+    ({ type, status: held }) => type === 'PodScheduled' && held === 'True',
+  );
+  const hasStarted = status?.conditions?.find(({ type }) => type === 'PodReadyToStartContainers');
+  return isPlaced === true && status?.phase === 'Pending' && hasStarted?.status === 'False'
+    ? timeOf(hasStarted.lastTransitionTime)
+    : undefined;
+}
+
 interface LastWords {
   readonly words: string;
   readonly atMs: number | undefined;

@@ -21,7 +21,7 @@ import type { EventRecorder } from './kube/events.ts';
 import type { Informer } from './kube/informer.ts';
 import { resourceTypes, type ObjectMetadata } from './kube/resource.ts';
 import type { QueueObservation, QueueWatch } from './queue-watch.ts';
-import type { PodRecord, ServiceRecord, SupportRecord } from './records.ts';
+import { podAt, type PodRecord, type ServiceRecord, type SupportRecord } from './records.ts';
 import type { ModelService } from './resources.ts';
 import { modelHashOf, revisionOf } from './revision.ts';
 import type { Condition, ModelServiceStatus, ScaleDecision } from './status.ts';
@@ -105,7 +105,10 @@ export class Reconciler {
     const { caches, watch, settings } = this.#options;
     const nowMs = Date.now();
     const { name, uid } = record.metadata;
-    const pods = caches.pods.indexed(name).filter(({ ownerUid }) => ownerUid === uid);
+    const pods = caches.pods
+      .indexed(name)
+      .filter(({ ownerUid }) => ownerUid === uid)
+      .map((pod) => podAt(pod, nowMs));
     const queue = watch.observe(service.spec.model.name, nowMs);
     const groups = groupsFromPods(
       pods.flatMap(({ rank }) => rank ?? []),

@@ -7,7 +7,7 @@ import { z } from 'zod';
 import type { ObservedPod } from './decide/groups.ts';
 import type { PreparePod } from './decide/prepare.ts';
 import type { KubeObject, ObjectMetadata } from './kube/resource.ts';
-import { observePod, observePreparePod, serviceOfPod, type ApiPod } from './observe.ts';
+import { observePod, observePreparePod, serviceOfPod, unmountedSinceMs, type ApiPod } from './observe.ts';
 import { parseModelService, parseTenant, type ModelService, type Tenant } from './resources.ts';
 import { modelServiceStatus, tenantStatus, type ModelServiceStatus } from './status.ts';
 
@@ -42,6 +42,7 @@ export interface PodRecord {
   readonly deleting: boolean;
   readonly service: string;
   readonly ownerUid: string;
+  readonly unmountedSinceMs: number | undefined;
   readonly rank: ObservedPod | undefined;
   readonly prepare: PreparePod | undefined;
 }
@@ -56,9 +57,28 @@ export function readPod(object: KubeObject): PodRecord {
     deleting: deletionTimestamp !== undefined,
     service: serviceOfPod(pod) ?? '',
     ownerUid: ownerReferences?.find(({ controller }) => controller === true)?.uid ?? '',
+    unmountedSinceMs: unmountedSinceMs(pod),
     rank: observePod(pod),
     prepare: observePreparePod(pod),
   };
+}
+
+/** A machine gives a pod its volumes and its network within this, or something is wrong with them. */
+const longWaitMs = 60_000;
+
+/**
+ * What a record says at a time: a pod that has waited for its volumes or its network for long is blocked. The kubelet tells
+ * what it lacks in events of the pod alone.
+ */
+export function podAt(record: PodRecord, nowMs: number): PodRecord {
+  const { name, unmountedSinceMs: sinceMs, rank, prepare } = record;
+  if (sinceMs === undefined || nowMs - sinceMs < longWaitMs) {
+    return record;
+  }
+  const blocker =
+    `pod ${name} has waited for its volumes or its network since ${new Date(sinceMs).toISOString()}: ` +
+    `kubectl describe pod ${name} says what it lacks`;
+  return { ...record, rank: rank && { ...rank, blocker }, prepare: prepare && { ...prepare, blocker } };
 }
 
 /** A disruption budget, or the Service that names the ranks. */

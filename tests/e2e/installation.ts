@@ -45,7 +45,7 @@ export interface InstallOptions {
   readonly cluster: RealCluster;
   readonly helm: string;
   /** Of gateway, worker and controller, and of the queue server: all given to every node already. */
-  readonly images: Readonly<Record<Exclude<ImageName, 'pause'>, BuiltImage>>;
+  readonly images: Readonly<Record<Exclude<ImageName, 'worker-cuda'>, BuiltImage>>;
   /** Further values of the chart, as `--set` takes them. */
   readonly values?: readonly string[];
 }

@@ -109,6 +109,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
       figures[name] = await scenarios[name]({
         cluster,
         installation,
+        tools,
         expected,
         signal: over.signal,
         say,

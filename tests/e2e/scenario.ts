@@ -7,6 +7,7 @@ import type { ChatRequest } from '@mimo/proto/inference';
 
 import { chatRequest, type Answer } from '../harness/cluster.ts';
 import type { RealCluster } from '../harness/kubernetes/cluster.ts';
+import type { KubernetesTools } from '../harness/kubernetes/tools.ts';
 import type { Installation } from './installation.ts';
 
 /** Numbers and words that the closing JSON line shows. */
@@ -16,6 +17,7 @@ export type Figures = Readonly<Record<string, number | string>>;
 export interface World {
   readonly cluster: RealCluster;
   readonly installation: Installation;
+  readonly tools: KubernetesTools;
   /** The greedy answers of an undisturbed run outside the cluster, by the number of ranks. */
   readonly expected: ReadonlyMap<number, Answer>;
   /** Fires when the run is over, also by a failure. */

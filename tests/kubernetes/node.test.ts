@@ -6,12 +6,13 @@ import { once } from 'node:events';
 import { readFileSync, existsSync, globSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
 
+import { unmountedSinceMs, type ApiPod } from '@mimo/controller/observe';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startRealCluster, type RealCluster } from '../harness/kubernetes/cluster.ts';
-import { cut, heal } from '../harness/kubernetes/network-faults.ts';
+import { cut, delay, heal, roundTripMs } from '../harness/kubernetes/network-faults.ts';
 import { createRunDirectory } from '../harness/kubernetes/run-directory.ts';
-import { findTools } from '../harness/kubernetes/tools.ts';
+import { findTools, type KubernetesTools } from '../harness/kubernetes/tools.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 /** What there is of one run, by the name of its directory; other runs may be going on. */
@@ -23,10 +24,12 @@ const overcommit = (): string => readFileSync('/proc/sys/vm/overcommit_memory', 
 
 describe('a real cluster of two nodes', () => {
   const before = overcommit();
+  let tools: KubernetesTools;
   let cluster: RealCluster;
   beforeAll(async () => {
+    tools = await findTools();
     cluster = await startRealCluster({
-      tools: await findTools(),
+      tools,
       nodes: 2,
       gpusPerNode: 4,
       onProgress: (line) => console.error(line),
@@ -60,6 +63,23 @@ describe('a real cluster of two nodes', () => {
     expect(await (await fetch(`http://127.0.0.1:${port}/name`)).text()).toBe('web-1\n');
     expect((await shell('web-0', 'echo $NVIDIA_VISIBLE_DEVICES')).split(',')).toHaveLength(3);
     expect(cluster.gpus[0]?.allocations).toHaveLength(1);
+  });
+
+  it('shows of a pod that its volumes are not there, before any container is made', async () => {
+    await cluster.apply({
+      apiVersion: 'v1',
+      kind: 'Pod',
+      metadata: { name: 'lost', namespace: 'default' },
+      spec: {
+        containers: [{ name: 'lost', image: 'registry.k8s.io/pause:mimo-tests', imagePullPolicy: 'Never' }],
+        volumes: [{ name: 'checkpoint', hostPath: { path: '/no/such/model', type: 'Directory' } }],
+      },
+    });
+    const sinceOf = async (pod: string): Promise<number | undefined> =>
+      unmountedSinceMs(JSON.parse(await cluster.kubectl('get', 'pod', pod, '-o', 'json')) as ApiPod);
+    await waitFor('the pod to be waiting', async () => (await sinceOf('lost')) !== undefined);
+    expect(await sinceOf('web-0')).toBe(undefined);
+    await cluster.kubectl('delete', 'pod', 'lost', '--grace-period=0', '--force');
   });
 
   it('offers one GPU less while one is sick', async () => {
@@ -118,6 +138,23 @@ describe('a real cluster of two nodes', () => {
     await heal(node.box, cluster.controlPlaneBox);
     await waitFor('the node to be back', async () => (await ready()) === 'True', 60_000);
     expect(await ready()).toBe('True');
+  });
+
+  it('has a node that is far away for as long as a test wants it', async () => {
+    const [near, far] = cluster.nodes;
+    if (near === undefined || far === undefined) {
+      throw new Error('there are no two nodes');
+    }
+    const shortMs = await roundTripMs(near.box, far.box);
+    const line = await delay(far.box, { program: tools.delay, delayMs: 100, jitterMs: 20 });
+    const longMs = await roundTripMs(near.box, far.box);
+    expect(longMs).toBeGreaterThan(2 * (100 - 20));
+    expect(await shell('web-0', 'busybox wget -qO- http://web.default.svc.cluster.local/name')).toBe(
+      'web-1\n',
+    );
+    await line.end();
+    expect(await roundTripMs(near.box, far.box)).toBeLessThan(longMs / 2);
+    expect(shortMs).toBeLessThan(longMs / 2);
   });
 
   it('leaves nothing behind', async () => {

@@ -1,9 +1,10 @@
 // Faults of machines and of what runs on them, under streaming load: kill -9 of kubelet, containerd and etcd, of
-// controller, queue server and gateway, and a machine that is cut off. What serves goes on wherever the fault leaves a way.
+// controller, queue server and gateway, a machine that is far away and one that is cut off. What serves goes on wherever the fault leaves a way.
 
 import type { V1Pod } from '@kubernetes/client-node';
 
-import { cut, heal } from '../../harness/kubernetes/network-faults.ts';
+import type { RealCluster } from '../../harness/kubernetes/cluster.ts';
+import { cut, delay, heal, roundTripMs } from '../../harness/kubernetes/network-faults.ts';
 import { waitFor } from '../../harness/wait-for.ts';
 import { namespace } from '../installation.ts';
 import { startLoad } from '../load.ts';
@@ -103,6 +104,11 @@ export async function faults(world: World): Promise<Figures> {
       await serveOn(world);
     },
   });
+  await during('delay', {
+    act: async () => {
+      figures['delayRoundTripMs'] = await farAway(world);
+    },
+  });
   await during('partition', { act: () => partition(world) });
   await installation.deleteModelService();
   return figures;
@@ -132,22 +138,57 @@ async function serveOn({ installation }: World): Promise<void> {
   await installation.waitForGroups(groups);
 }
 
-/** Cuts off the machine on which only groups run, until it counts as lost, and heals it. */
-async function partition({ cluster, installation, say }: World): Promise<void> {
-  const lost = cluster.nodes[1];
-  check(lost !== undefined, 'there is no second node');
+/** The machine on which only groups run: it must have some of them, and not all. */
+async function groupsMachine({ cluster, installation }: World): Promise<{
+  readonly node: RealCluster['nodes'][number];
+  readonly text: string;
+}> {
+  const node = cluster.nodes[1];
+  check(node !== undefined, 'there is no second node');
   const pods = await installation.workerPods();
-  const cutOff = pods.filter(({ spec }) => spec?.nodeName === lost.name).length;
-  check(cutOff > 0 && cutOff < pods.length, `${cutOff} of ${pods.length} groups run on ${lost.name}`);
-  await cut(lost.box, cluster.controlPlaneBox);
-  say(`${lost.name} is cut off, with ${cutOff} of ${pods.length} groups`);
+  const there = pods.filter(({ spec }) => spec?.nodeName === node.name).length;
+  check(there > 0 && there < pods.length, `${there} of ${pods.length} groups run on ${node.name}`);
+  return { node, text: `${node.name}, with ${there} of ${pods.length} groups` };
+}
+
+/**
+ * Serves over a line of 100 ms each way, as between continents, on which no group is lost; gives the round trip's mean.
+ */
+async function farAway(world: World): Promise<number> {
+  const { cluster, installation, tools, say } = world;
+  const { node, text } = await groupsMachine(world);
+  const names = async (): Promise<string> =>
+    (await installation.workerPods()).map(({ metadata }) => metadata?.uid).join();
+  const before = await names();
+  const line = await delay(node.box, { program: tools.delay, delayMs: 100, jitterMs: 30 });
+  const elapsedMs = await roundTripMs(cluster.controlPlaneBox, node.box);
+  say(`${text}, is ${elapsedMs} ms away`);
+  check(elapsedMs > 100, `a round trip takes ${elapsedMs} ms`);
+  const until = performance.now() + 15_000;
+  while (performance.now() < until) {
+    await installation.waitForGroups(groups);
+    await new Promise((resolve) => {
+      setTimeout(resolve, 500);
+    });
+  }
+  await line.end();
+  check((await names()) === before, 'a group was rebuilt while its machine was far away');
+  return Math.round(elapsedMs);
+}
+
+/** Cuts off the machine on which only groups run, until it counts as lost, and heals it. */
+async function partition(world: World): Promise<void> {
+  const { cluster, installation, say } = world;
+  const { node, text } = await groupsMachine(world);
+  await cut(node.box, cluster.controlPlaneBox);
+  say(`${text}, is cut off`);
   const path = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}';
   await waitFor(
     'the cut-off machine to count as lost',
-    async () => (await cluster.kubectl('get', 'node', lost.name, '-o', path)) === 'Unknown',
+    async () => (await cluster.kubectl('get', 'node', node.name, '-o', path)) === 'Unknown',
     90_000,
   );
-  await heal(lost.box, cluster.controlPlaneBox);
-  await cluster.kubectl('wait', '--for=condition=Ready', `node/${lost.name}`, '--timeout=120s');
+  await heal(node.box, cluster.controlPlaneBox);
+  await cluster.kubectl('wait', '--for=condition=Ready', `node/${node.name}`, '--timeout=120s');
   await installation.waitForGroups(groups);
 }

@@ -3,7 +3,7 @@
 
 import { execFile } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { chmod, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
@@ -108,6 +108,14 @@ export async function startContainer(
   const bundle = await mkdtemp(join(tmpdir(), 'mimo-container-'));
   const [uid = 0, gid = 0] = image.config.user.split(':').map(Number);
   const directories = Object.entries(options.directories ?? {});
+  const writable = await Promise.all(
+    (options.writable ?? []).map(async (destination, index) => {
+      const source = join(bundle, `writable-${index}`);
+      await mkdir(source);
+      await chmod(source, 0o777);
+      return { destination, source };
+    }),
+  );
   const spec = {
     ociVersion: '1.0.2',
     root: { path: image.directory, readonly: true },
@@ -131,11 +139,11 @@ export async function startContainer(
         source,
         options: ['bind', 'ro', 'nosuid', 'nodev'],
       })),
-      ...(options.writable ?? []).map((destination) => ({
+      ...writable.map(({ destination, source }) => ({
         destination,
-        type: 'tmpfs',
-        source: 'tmpfs',
-        options: ['nosuid', 'nodev', 'mode=1777'],
+        type: 'bind',
+        source,
+        options: ['bind', 'nosuid', 'nodev'],
       })),
     ],
     // No namespace for the network: tests reach the process on loopback.

@@ -22,7 +22,7 @@ import {
   writeFile,
 } from 'node:fs/promises';
 import { homedir } from 'node:os';
-import { dirname, join, relative } from 'node:path';
+import { basename, dirname, join, relative } from 'node:path';
 import { promisify } from 'node:util';
 
 import { ClusterError } from '@mimo/core/errors';
@@ -30,19 +30,30 @@ import { withFileLock } from '@mimo/core/file-lock';
 
 import { startChild } from '../../../deploy/local/child-process.ts';
 import { cacheDirectoryFrom, findNatsServer, type FindOptions } from '../../../deploy/local/nats-server.ts';
-import { findTools } from './tools.ts';
 
 const root = join(import.meta.dirname, '../../..');
-const baseName = 'docker.io/library/node:26-bookworm-slim';
 const debianSuite = 'bookworm';
-/** What Docker's own image has beyond Debian's essential packages, as far as Node needs it. */
-const basePackages = ['libatomic1', 'libstdc++6'];
+
+/** A stand-in for one of Docker's images, by the same name: Debian's essential packages and those of `packages`. */
+interface Base {
+  readonly name: string;
+  readonly packages: readonly string[];
+}
+
+const nodeBase: Base = {
+  name: 'docker.io/library/node:26-bookworm-slim',
+  packages: ['libatomic1', 'libstdc++6'],
+};
+const pythonBase: Base = {
+  name: 'docker.io/library/python:3.12-slim-bookworm',
+  packages: ['python3', 'python3-pip', 'ca-certificates'],
+};
 /** Archives of one image that are kept: a change and its revert do not build again. */
 const keptArchives = 2;
 const keptFreeBytes = 10 * 2 ** 30;
 
-/** What can be built: the three of deploy/images, and two that a cluster without a registry needs besides. */
-export type ImageName = 'gateway' | 'worker' | 'controller' | 'nats' | 'pause';
+/** What can be built: those of deploy/images, and the queue server's for a cluster without a registry. */
+export type ImageName = 'gateway' | 'worker' | 'worker-cuda' | 'controller' | 'nats';
 
 /** An image as `ctr images import` takes it. */
 export interface BuiltImage {
@@ -58,9 +69,9 @@ export interface BuiltImage {
 const imageReferences: Readonly<Record<ImageName, string>> = {
   gateway: 'docker.io/mimo-cluster/gateway:test',
   worker: 'docker.io/mimo-cluster/worker:test',
+  'worker-cuda': 'docker.io/mimo-cluster/worker-cuda:test',
   controller: 'docker.io/mimo-cluster/controller:test',
   nats: 'docker.io/mimo-cluster/nats:test',
-  pause: 'registry.k8s.io/pause:3.10',
 };
 
 interface Run {
@@ -185,8 +196,16 @@ export function copiedPaths(dockerfile: string): readonly string[] {
     .flatMap((line) => line.split(/\s+/).slice(1, -1));
 }
 
+function dockerfileOf(image: ImageName): string {
+  return join(
+    root,
+    'deploy/images',
+    image === 'worker-cuda' ? 'worker/cuda.Dockerfile' : `${image}/Dockerfile`,
+  );
+}
+
 async function dockerfileKey(image: ImageName, baseKey: string): Promise<string> {
-  const file = join(root, 'deploy/images', image, 'Dockerfile');
+  const file = dockerfileOf(image);
   const digest = createHash('sha256').update(baseKey);
   for (const path of ['.dockerignore', relative(root, file), ...copiedPaths(await readFile(file, 'utf8'))]) {
     await digestTree(digest, join(root, path));
@@ -205,7 +224,7 @@ async function findNodeParts(): Promise<{ node: string; npm: string; key: string
   }
   const npm = join(dirname(npmProgram), '..');
   const { version } = JSON.parse(await readFile(join(npm, 'package.json'), 'utf8')) as { version: string };
-  const recipe = JSON.stringify([process.version, process.arch, version, debianSuite, basePackages]);
+  const recipe = JSON.stringify([process.version, process.arch, version, debianSuite, nodeBase.packages]);
   return {
     node: process.execPath,
     npm,
@@ -213,16 +232,21 @@ async function findNodeParts(): Promise<{ node: string; npm: string; key: string
   };
 }
 
-/** Makes the stand-in for Docker's node image, by the same name, out of Debian's packages. */
-async function buildBase(workshop: Workshop, key: string, node: string, npm: string): Promise<void> {
+/** Makes a base image out of Debian's packages and what `add` puts into its root. */
+async function buildBase(
+  workshop: Workshop,
+  base: Base,
+  key: string,
+  add: (rootfs: string) => Promise<void> = async () => undefined,
+): Promise<void> {
   const { directory, buildah, options } = workshop;
-  const marker = join(directory, `base-${key}`);
-  if ((await stat(marker).catch(() => undefined)) !== undefined) {
+  const { name, packages } = base;
+  // The name can stand for one of them at a time, whatever others were made before.
+  const marker = join(directory, `base-${basename(name).replace(/:.*/, '')}`);
+  if ((await readFile(marker, 'utf8').catch(() => undefined)) === key) {
     return;
   }
-  options.onProgress(
-    `making a base image of Debian ${debianSuite} and Node ${process.version}, once: 1 to 2 minutes`,
-  );
+  options.onProgress(`making a base image in place of ${name}, once: 1 to 2 minutes`);
   const begin = performance.now();
   const work = await mkdtemp(join(directory, 'base-work-'));
   try {
@@ -232,27 +256,30 @@ async function buildBase(workshop: Workshop, key: string, node: string, npm: str
         'mmdebstrap',
         '--quiet',
         '--variant=minbase',
-        `--include=${basePackages.join(',')}`,
-        ...['doc', 'man', 'locale'].map((name) => `--dpkgopt=path-exclude=/usr/share/${name}/*`),
+        `--include=${packages.join(',')}`,
+        ...['doc', 'man', 'locale'].map((folder) => `--dpkgopt=path-exclude=/usr/share/${folder}/*`),
         debianSuite,
         rootfs,
       ],
     });
-    const modules = join(rootfs, 'usr/local/lib/node_modules');
-    await cp(node, join(rootfs, 'usr/local/bin/node'));
-    await chmod(join(rootfs, 'usr/local/bin/node'), 0o755);
-    await mkdir(modules, { recursive: true });
-    await cp(npm, join(modules, 'npm'), { recursive: true });
-    await symlink('../lib/node_modules/npm/bin/npm-cli.js', join(rootfs, 'usr/local/bin/npm'));
+    await add(rootfs);
     await buildah('from', '--name=base-work', 'scratch');
     await buildah('add', '--quiet', 'base-work', rootfs, '/');
-    await buildah('config', '--cmd=node', 'base-work');
-    await buildah('commit', '--quiet', '--rm', 'base-work', baseName);
-    await writeFile(marker, '');
+    await buildah('commit', '--quiet', '--rm', 'base-work', name);
+    await writeFile(marker, key);
     options.onProgress(`made the base image in ${((performance.now() - begin) / 1000).toFixed(0)} s`);
   } finally {
     await rm(work, { recursive: true, force: true });
   }
+}
+
+async function addNode(rootfs: string, node: string, npm: string): Promise<void> {
+  const modules = join(rootfs, 'usr/local/lib/node_modules');
+  await cp(node, join(rootfs, 'usr/local/bin/node'));
+  await chmod(join(rootfs, 'usr/local/bin/node'), 0o755);
+  await mkdir(modules, { recursive: true });
+  await cp(npm, join(modules, 'npm'), { recursive: true });
+  await symlink('../lib/node_modules/npm/bin/npm-cli.js', join(rootfs, 'usr/local/bin/npm'));
 }
 
 async function npmSetting(name: string): Promise<string> {
@@ -282,18 +309,27 @@ async function npmOptions(directory: string): Promise<readonly string[]> {
   ];
 }
 
-/** Writes a Dockerfile and its context for a static program that is its image's only file. */
-async function writeStaticContext(work: string, program: string, name: string): Promise<void> {
-  await cp(program, join(work, name));
-  await chmod(join(work, name), 0o755);
+/** Options by which pip inside a build trusts and asks whom this machine's does. */
+async function pipOptions(): Promise<readonly string[]> {
+  const files = ['/etc/pip.conf', '/etc/ssl/certs/ca-certificates.crt'];
+  const existing = await Promise.all(
+    files.map(async (file) => ((await stat(file).catch(() => undefined)) === undefined ? [] : [file])),
+  );
+  return existing.flat().map((file) => `--volume=${file}:${file}:ro`);
+}
+
+/** Writes the Dockerfile and the context of the queue server's image, whose only file is the program. */
+async function writeNatsContext(work: string, program: string): Promise<void> {
+  await cp(program, join(work, 'nats-server'));
+  await chmod(join(work, 'nats-server'), 0o755);
   await writeFile(
     join(work, 'Dockerfile'),
     [
       'FROM scratch',
-      `COPY ${name} /usr/local/bin/${name}`,
+      'COPY nats-server /usr/local/bin/nats-server',
       'ENV PATH=/usr/local/bin',
       'USER 10001:10001',
-      `ENTRYPOINT ["/usr/local/bin/${name}"]`,
+      'ENTRYPOINT ["/usr/local/bin/nats-server"]',
     ].join('\n'),
   );
 }
@@ -307,22 +343,18 @@ interface Recipe {
 async function recipeOf(image: ImageName, workshop: Workshop): Promise<Recipe> {
   const { buildah, options } = workshop;
   const common = ['bud', '--quiet', '--pull-never', '--layers', `--tag=${imageReferences[image]}`];
-  if (image === 'pause' || image === 'nats') {
-    const program =
-      image === 'pause'
-        ? (await findTools(options)).pause
-        : await findNatsServer({ ...options, isBuiltHere: true });
+  if (image === 'nats') {
+    const program = await findNatsServer({ ...options, isBuiltHere: true });
     if (program === null) {
       throw new ClusterError(
         'failed_precondition',
         'the image of nats-server needs Go on the PATH to build it',
       );
     }
-    const fileName = image === 'pause' ? 'pause' : 'nats-server';
     return {
       key: createHash('sha256').update(program).digest('hex').slice(0, 16),
       build: async (work) => {
-        await writeStaticContext(work, program, fileName);
+        await writeNatsContext(work, program);
         await buildah(...common, work);
       },
     };
@@ -331,7 +363,10 @@ async function recipeOf(image: ImageName, workshop: Workshop): Promise<Recipe> {
   return {
     key: await dockerfileKey(image, baseKey),
     build: async (work) => {
-      await buildBase(workshop, baseKey, node, npm);
+      await buildBase(workshop, nodeBase, baseKey, async (rootfs) => addNode(rootfs, node, npm));
+      if (image === 'worker-cuda') {
+        await buildBase(workshop, pythonBase, `python-${debianSuite}-${process.arch}`);
+      }
       await buildah(
         ...common,
         '--isolation=oci',
@@ -339,7 +374,8 @@ async function recipeOf(image: ImageName, workshop: Workshop): Promise<Recipe> {
         '--runtime=runc',
         '--network=host',
         ...(await npmOptions(work)),
-        `--file=${join(root, 'deploy/images', image, 'Dockerfile')}`,
+        ...(image === 'worker-cuda' ? await pipOptions() : []),
+        `--file=${dockerfileOf(image)}`,
         root,
       );
     },

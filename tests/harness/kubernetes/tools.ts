@@ -28,16 +28,16 @@ export interface KubernetesTools {
   readonly etcd: string;
   readonly helm: string;
   readonly coredns: string;
-  /** The process of a pod's sandbox, which is static and may be an image's only file. */
-  readonly pause: string;
+  /** Holds the packets of a queue for a while. */
+  readonly delay: string;
 }
 
 /** A Go module of tools/ and what is built from it. */
 export interface ToolModule {
   /** The folder under tools/. */
   readonly name: string;
-  /** The dependency whose version the build is told and named by; null: it is all our own. */
-  readonly versionOf: string | null;
+  /** The dependency whose version the build is told and named by. */
+  readonly versionOf: string;
   /** Go package by the file name that its program gets. */
   readonly programs: Readonly<Record<string, string>>;
   /** Other names of the first program, which acts by its name. */
@@ -80,10 +80,10 @@ const coredns: ToolModule = {
   variables: () => ({}),
   durationText: '1 to 3 minutes',
 };
-const pause: ToolModule = {
-  name: 'pause',
-  versionOf: null,
-  programs: { pause: '.' },
+const delay: ToolModule = {
+  name: 'delay',
+  versionOf: 'github.com/florianl/go-nfqueue/v2',
+  programs: { delay: '.' },
   links: [],
   variables: () => ({}),
   durationText: 'seconds',
@@ -104,9 +104,6 @@ export async function toolKey(module: ToolModule, directory: string): Promise<st
 }
 
 async function versionOf(module: ToolModule, directory: string): Promise<string> {
-  if (module.versionOf === null) {
-    return 'v0.0.0';
-  }
   const file = join(directory, 'go.mod');
   const line = (await readFile(file, 'utf8'))
     .split('\n')
@@ -258,7 +255,7 @@ export async function findTools(given: Partial<FindOptions> = {}): Promise<Kuber
   const kubernetesDirectory = await findToolModule(kubernetes, options);
   const helmDirectory = await findToolModule(helm, options);
   const corednsDirectory = await findToolModule(coredns, options);
-  const pauseDirectory = await findToolModule(pause, options);
+  const delayDirectory = await findToolModule(delay, options);
   return {
     kubeApiserver: join(kubernetesDirectory, 'kube-apiserver'),
     kubeControllerManager: join(kubernetesDirectory, 'kube-controller-manager'),
@@ -269,6 +266,6 @@ export async function findTools(given: Partial<FindOptions> = {}): Promise<Kuber
     etcd: join(kubernetesDirectory, 'etcd'),
     helm: join(helmDirectory, 'helm'),
     coredns: join(corednsDirectory, 'coredns'),
-    pause: join(pauseDirectory, 'pause'),
+    delay: join(delayDirectory, 'delay'),
   };
 }

@@ -1,3 +1,0 @@
-module mimo-cluster.dev/tests/pause
-
-go 1.26.0
