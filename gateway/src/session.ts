@@ -40,9 +40,12 @@ export interface SessionTarget {
 }
 
 const greetTimeoutMs = 5_000;
-const pingIntervalMs = 2_000;
-/** A group that is silent for this long, pings unanswered, is lost: stopped, cut off, or its event loop blocked. */
-const silenceLimitMs = 8_000;
+const pingIntervalMs = 1_000;
+/**
+ * A group that is silent for this long, pings unanswered, is lost: stopped or cut off. Its steps run in a thread of their
+ * own, so that a long one keeps no ping waiting.
+ */
+const silenceLimitMs = 3_000;
 /** A session that nobody needs yet is not opened more often than this. */
 const holdAgainMs = 500;
 /** A step frame of a thousand sequences with logprobs stays below it. */
