@@ -35,6 +35,22 @@ export const acceptedSpecs: readonly (readonly [what: string, spec: object])[] =
   ['milli CPUs', { resources: { cpu: '500m', memory: '1.5Gi' } }],
   ['an immediate drain', { drainSeconds: 0 }],
   ['a toleration', { template: { tolerations: [{ key: 'gpu', operator: 'Exists', effect: 'NoSchedule' }] } }],
+  ['any taint', { template: { tolerations: [{ operator: 'Exists' }] } }],
+  [
+    'a lost machine for a minute',
+    {
+      template: {
+        tolerations: [
+          {
+            key: 'node.kubernetes.io/unreachable',
+            operator: 'Exists',
+            effect: 'NoExecute',
+            tolerationSeconds: 60,
+          },
+        ],
+      },
+    },
+  ],
   [
     'a private repository',
     { model: { ...model, source: { hub: { repository: 'a/b', tokenSecret: { name: 'hub' } } } } },
@@ -120,8 +136,23 @@ export const refusedSpecs: readonly (readonly [what: string, spec: object, words
   ],
   [
     'an unknown toleration',
-    { template: { tolerations: [{ effect: 'Never' }] } },
+    { template: { tolerations: [{ key: 'gpu', effect: 'Never' }] } },
     'spec.template.tolerations[0].effect',
+  ],
+  [
+    'a toleration of every taint with one value',
+    { template: { tolerations: [{ value: 'gpu' }] } },
+    'spec.template.tolerations[0]',
+  ],
+  [
+    'a toleration of a value that must only exist',
+    { template: { tolerations: [{ key: 'gpu', operator: 'Exists', value: 'yes' }] } },
+    'spec.template.tolerations[0]',
+  ],
+  [
+    'a toleration for a while of what evicts nobody',
+    { template: { tolerations: [{ key: 'gpu', effect: 'NoSchedule', tolerationSeconds: 5 }] } },
+    'spec.template.tolerations[0]',
   ],
 ];
 

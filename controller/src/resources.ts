@@ -248,12 +248,37 @@ const rollout = withRules(
   ],
 );
 
-const toleration = z.object({
-  key: text(253).optional(),
-  operator: z.enum(['Exists', 'Equal']).default('Equal'),
-  value: z.string().max(63).optional(),
-  effect: z.enum(['NoSchedule', 'PreferNoSchedule', 'NoExecute']).optional(),
-});
+/** As Kubernetes has it for pods, so that a mistake is refused here and not when the first pod is made. */
+const toleration = withRules(
+  z
+    .object({
+      key: text(253).optional(),
+      operator: z.enum(['Exists', 'Equal']).default('Equal'),
+      value: z.string().max(63).optional(),
+      effect: z.enum(['NoSchedule', 'PreferNoSchedule', 'NoExecute']).optional(),
+      tolerationSeconds: seconds(0, 7 * 86_400)
+        .describe('How long a pod stays once its machine has the taint; 30 for a lost machine unless given.')
+        .optional(),
+    })
+    .describe('A taint of machines that the pods put up with.'),
+  [
+    {
+      cel: "has(self.key) || self.operator == 'Exists'",
+      message: 'operator must be Exists where key is left out',
+      holds: ({ key, operator }) => key !== undefined || operator === 'Exists',
+    },
+    {
+      cel: "!has(self.value) || self.operator == 'Equal'",
+      message: 'operator must be Equal where value is given',
+      holds: ({ value, operator }) => value === undefined || operator === 'Equal',
+    },
+    {
+      cel: "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+      message: 'effect must be NoExecute where tolerationSeconds is given',
+      holds: ({ tolerationSeconds, effect }) => tolerationSeconds === undefined || effect === 'NoExecute',
+    },
+  ],
+);
 
 const template = z
   .object({

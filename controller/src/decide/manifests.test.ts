@@ -297,6 +297,14 @@ describe('what the configuration says of pods', () => {
     expect(JSON.stringify(plain['tolerations'])).not.toContain('nvidia');
   });
 
+  it('lets a group wait for its lost machine as long as the template says, else half a minute', () => {
+    const unreachable = { key: 'node.kubernetes.io/unreachable', operator: 'Exists', effect: 'NoExecute' };
+    const own = { ...unreachable, tolerationSeconds: 300 };
+    const notReady = { ...unreachable, key: 'node.kubernetes.io/not-ready', tolerationSeconds: 30 };
+    expect(specOf({})['tolerations']).toEqual([notReady, { ...unreachable, tolerationSeconds: 30 }]);
+    expect(specOf({ template: { tolerations: [own] } })['tolerations']).toEqual([own, notReady]);
+  });
+
   it("brings the queue's credentials to every container", () => {
     const pod = preparePod(serviceWith({}), 'hash', { ...configured, natsCredentialsSecret: 'queue' });
     const { volumes, containers } = pod['spec'] as {

@@ -26,7 +26,7 @@ import {
   routableCondition,
 } from './labels.ts';
 
-/** A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five. */
+/** A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five minutes. */
 const lostMachineTolerations = ['not-ready', 'unreachable'].map((condition) => ({
   key: `node.kubernetes.io/${condition}`,
   operator: 'Exists',
@@ -190,7 +190,12 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
       runtimeClassName: template.runtimeClassName ?? accelerated?.runtimeClassName,
     }),
     nodeSelector: { ...accelerated?.nodeSelector, ...template.nodeSelector },
-    tolerations: [...template.tolerations, ...(accelerated?.tolerations ?? []), ...lostMachineTolerations],
+    tolerations: [
+      ...template.tolerations,
+      ...(accelerated?.tolerations ?? []),
+      // The shortest of several counts for Kubernetes: whoever says another must be the only one to say it.
+      ...lostMachineTolerations.filter(({ key }) => !template.tolerations.some((own) => own.key === key)),
+    ],
     imagePullSecrets: [...pullSecrets].map((name) => ({ name })),
     securityContext: podSecurity,
     volumes: volumesOf(spec, settings),
