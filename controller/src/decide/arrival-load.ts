@@ -1,5 +1,6 @@
 // What the autoscaler remembers of the load: tokens that arrived, in bins of two seconds, and how fast full groups retire
-// them. Pure. Fed with the queue's cumulative counters, so that a missed reading loses nothing. autoscale.ts decides.
+// them. Pure. Fed with the queue's cumulative counters, so that a missed reading loses nothing. replay.ts reads the past,
+// autoscale.ts decides.
 
 /** The queue as the dispatcher reports it. Tokens are prompt plus permitted completion: what is known in advance. */
 export interface QueueReading {
@@ -28,16 +29,15 @@ export interface LoadMemory {
   readonly fullGroupSeconds: number;
 }
 
-const binMs = 2000;
-/** Over how long the present rate is taken: a few requests of the largest kind should not make one. */
-const rateBins = 10;
+/** Length of a bin of arrivals. */
+export const binMs = 2000;
+/** Over how long the present rate is taken: a single large request should not make one, a burst of seconds should. */
+export const rateBins = 5;
 /** How long arrivals are remembered at least: bursts have to be seen a few times before they are known as such. */
 const precedentMs = 1_800_000;
 /** A moment at least half as busy as the present is like it; two separate ones say how such moments go on. */
 const precedentRatio = 0.5;
 const leastMoments = 2;
-/** Part of the recent tokens that may have waited longer than the target. */
-const lateRatio = 0.05;
 /** Below half the slots a step's fixed cost hides how fast a full group would be. */
 const measurableSlotsRatio = 0.5;
 /** The mix of requests changes over the day; and the first guess weighs as much as this many seconds of one group. */
@@ -149,49 +149,4 @@ export function expectedRate(memory: LoadMemory, horizonMs: number): number {
   const knownMs = arrivals.length * binMs;
   const lastingRatio = moments < leastMoments ? knownMs / (knownMs + horizonMs) : followed / precedents;
   return rate * Math.min(1, lastingRatio);
-}
-
-interface ReplayRule {
-  readonly perSecond: number;
-  readonly targetMs: number;
-  /** How much of the memory is replayed. */
-  readonly memoryMs: number;
-  readonly maxGroups: number;
-}
-
-/**
- * The fewest groups (at most maxGroups) through which the arrivals of the last `memoryMs`, replayed as a fluid in order of arrival,
- * wait no longer than the target, except for a twentieth of the tokens. 0 where nothing arrived.
- */
-export function groupsForRecent(memory: LoadMemory, rule: ReplayRule): number {
-  const { perSecond, targetMs, memoryMs, maxGroups } = rule;
-  const arrivals = memory.arrivals.slice(-Math.max(1, Math.ceil(memoryMs / binMs)));
-  const total = arrivals.reduce((sum, tokens) => sum + tokens, 0);
-  if (total === 0) {
-    return 0;
-  }
-  const suffices = (groups: number): boolean => {
-    const perBin = (groups * perSecond * binMs) / 1000;
-    const withinTarget = (groups * perSecond * targetMs) / 1000;
-    let waiting = 0;
-    let late = 0;
-    for (const tokens of arrivals) {
-      waiting += tokens;
-      late += waiting - tokens / 2 > withinTarget ? tokens : 0;
-      waiting = Math.max(0, waiting - perBin);
-    }
-    return late <= lateRatio * total;
-  };
-  let enough = maxGroups;
-  // Fewer than the mean would only push the work past the end of the memory.
-  let least = Math.min(maxGroups, Math.ceil(total / ((arrivals.length * binMs * perSecond) / 1000)));
-  while (least < enough) {
-    const middle = Math.floor((least + enough) / 2);
-    if (suffices(middle)) {
-      enough = middle;
-    } else {
-      least = middle + 1;
-    }
-  }
-  return enough;
 }

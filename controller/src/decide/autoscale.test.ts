@@ -148,20 +148,57 @@ describe('decideScale', () => {
     expect(known.decision.wanted).toBeGreaterThanOrEqual(2);
   });
 
+  it('counts silence from when the queue is known again', () => {
+    const blind = { ...seenWith({}), queue: 'unknown' as const, readyGroups: 1 };
+    const { memory } = decideScale(spec, blind, createScaleMemory(1, 0), 3_600_000);
+    const known = decideScale(spec, seenWith({}, { readyGroups: 1 }), memory, 3_602_000);
+    expect(known.decision.wanted).toBe(1);
+    const later = decideScale(spec, seenWith({}, { readyGroups: 1 }), known.memory, 3_900_000);
+    expect(later.decision).toMatchObject({ wanted: 0, reason: 'Idle' });
+  });
+
   it('keeps an unknown queue within changed limits', () => {
     const seen = { ...seenWith({}), queue: 'unknown' as const, readyGroups: 3 };
     expect(decideScale({ ...spec, max: 2 }, seen, createScaleMemory(3, 0), 0).decision.wanted).toBe(2);
   });
 
-  it('goes down one group a decision, after it has learnt the load, and then keeps still', () => {
+  it('goes down after it has learnt the load, and then keeps still', () => {
     const learning = runSteady(createScaleMemory(6, 0), { seconds: 298, tokensPerSecond: 1500, fromMs: 0 });
     expect(new Set(learning.counts)).toEqual(new Set([6]));
     const { counts } = runSteady(learning.memory, { seconds: 1800, tokensPerSecond: 1500, fromMs: 298_000 });
-    const steps = counts.map((count, index) => count - (counts[index - 1] ?? 6));
-    expect(Math.min(...steps)).toBe(-1);
-    expect(Math.max(...steps)).toBe(0);
+    expect(counts).toEqual(counts.toSorted((a, b) => b - a));
     // 1,500 tokens a second need 1.5 groups, and the margin on the way down another half.
     expect(counts.at(-1)).toBe(2);
+  });
+
+  it('leaves as many groups as work off what still waits in a third of the target', () => {
+    const memory: ScaleMemory = { ...createScaleMemory(8, 0), beganMs: -3_600_000, recentGroups: 1 };
+    const seen = seenWith({ waitingRequests: 10, waitingTokens: 10_000 }, { readyGroups: 8 });
+    expect(decideScale(spec, seen, memory, 2000).decision).toMatchObject({ wanted: 3, reason: 'RecentLoad' });
+  });
+
+  it('leaves as many groups as have slots for all that runs', () => {
+    const memory: ScaleMemory = { ...createScaleMemory(8, 0), beganMs: -3_600_000, recentGroups: 1 };
+    const seen = seenWith({ inFlightRequests: 50, slots: 128 }, { readyGroups: 8 });
+    expect(decideScale(spec, seen, memory, 2000).decision.wanted).toBe(4);
+  });
+
+  it('takes back what still starts, and what was ordered and came, once its burst has passed', () => {
+    const quick = { ...spec, startUpSeconds: 5 };
+    const before = decideScale(quick, seenWith({}, { readyGroups: 4 }), createScaleMemory(4, 0), 2000);
+    const burst = seenWith(
+      { waitingRequests: 60, waitingTokens: 60_000, arrivedTokens: 60_000 },
+      { readyGroups: 4 },
+    );
+    const up = decideScale(quick, burst, before.memory, 4000);
+    expect(up.decision.wanted).toBe(8);
+    const passed = { inFlightRequests: 1, slots: 64, arrivedTokens: 60_000, endedTokens: 59_000 };
+    const starting = seenWith(passed, { readyGroups: 4, startingReadyInMs: [1000, 1000, 1000, 1000] });
+    const ready = seenWith({ ...passed, slots: 128 }, { readyGroups: 8 });
+    for (const seen of [starting, ready]) {
+      // Not below what the controller found, while it learns.
+      expect(decideScale(quick, seen, up.memory, 64_000).decision.wanted).toBe(4);
+    }
   });
 
   it('does not take back what a burst from zero needs when its first group is up', () => {
@@ -185,35 +222,6 @@ describe('decideScale', () => {
     });
     expect(Math.min(...counts)).toBeGreaterThan(2);
     expect(counts).toEqual(counts.toSorted((a, b) => b - a));
-  });
-
-  it('goes back from a peak while it learns, but not below what it found', () => {
-    const burst = seenWith(
-      {
-        waitingRequests: 60,
-        waitingTokens: 300_000,
-        inFlightRequests: 32,
-        slots: 32,
-        arrivedTokens: 300_000,
-      },
-      { readyGroups: 2 },
-    );
-    const first = decideScale(spec, seenWith({}, { readyGroups: 2 }), createScaleMemory(2, 0), 2000);
-    const up = decideScale(spec, burst, first.memory, 4000);
-    expect(up.decision.wanted).toBeGreaterThan(2);
-    let memory: ScaleMemory = { ...up.memory, recentGroups: 1 };
-    const counts = Array.from({ length: 20 }, (_, step) => {
-      const readyGroups = memory.wanted;
-      const passed = seenWith(
-        { slots: 32, inFlightRequests: 1, arrivedTokens: 300_000, endedTokens: 299_000 },
-        { readyGroups },
-      );
-      // Within the 300 s of the memory; the burst's weight in the smoothed count is kept out.
-      memory = { ...decideScale(spec, passed, memory, 90_000 + step * 2000).memory, recentGroups: 1 };
-      return memory.wanted;
-    });
-    expect(counts[0]).toBe(up.decision.wanted - 1);
-    expect(counts.at(-1)).toBe(2);
   });
 
   it('keeps the last group for scaleToZeroAfterSeconds and lets it go then', () => {
@@ -312,8 +320,11 @@ describe('decideScale', () => {
           expect(decision.wanted).toBeLessThanOrEqual(max);
           expect(decision.message.length * decision.formula.length).toBeGreaterThan(0);
           expect(seen.queue === 'unknown' ? decision.wanted : before).toBe(before);
-          // Nothing is given up faster than a group a decision but what serves nobody yet.
-          expect(before - decision.wanted).toBeLessThanOrEqual(Math.max(1, seen.startingReadyInMs.length));
+          // Who goes down leaves as many as work off what waits in a third of the target.
+          const waiting =
+            seen.queue === 'unknown' || decision.wanted >= before ? 0 : seen.queue.waitingTokens;
+          const perTarget = (decision.inputs.groupTokensPerSecond + 1) * spec.targetWaitSeconds;
+          expect(waiting).toBeLessThanOrEqual(((decision.wanted + 1) * perTarget) / 3);
           expect(decideScale({ ...spec, min, max }, seen, memory, nowMs)).toEqual(result);
           memory = result.memory;
         }

@@ -3,19 +3,20 @@
 //
 //   speed    tokens that a full group retires a second, measured while at least half the slots run (arrival-load.ts)
 //   T        targetWaitSeconds;  D  start-up time, measured;  M  memory: 120 s + 3 D, what starts slowly is kept longer
-//   reserve  5 % of the speed, and 3 % for each minute of D: nobody helps out sooner
+//   reserve  5 % of the speed, and 4 % for each minute of D: nobody helps out sooner
 //
 // wanted is the largest of
-//   recent   the fewest groups through which the arrivals of the last M, replayed, wait at most T (the worst twentieth of the
-//            tokens excepted) at `speed` less `reserve`; smoothed over M / 3
+//   recent   the count that, held through the arrivals of the last M, replayed with help on backlogs as below, would have made
+//            the smallest bill with 19 of 20 tokens waiting at most T, at `speed` less `reserve`; smoothed over M / 3 (replay.ts)
 //   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))), where `rate` is what is
-//            expected over the next D (arrival-load.ts: how moments as busy as this one went on) and `left` is what waits after
-//            it, starting groups helping from when they are ready. From nothing: waiting / (speed T), all at once
+//            expected over the next D - T (arrival-load.ts: how moments as busy as this one went on; whoever comes later may
+//            wait for what is ordered at present), and `left` is what waits after D at that rate, starting groups helping from when they
+//            are ready. From nothing: waiting / (speed T), all at once
 //   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
-// clamped to [min, max]. Up: in one step, also from zero. Down: only with little waiting, and nothing for long; groups that
-// still start are taken back at once, though not below recent / 0.9, smoothed or not; ready ones one a decision, from D + T
-// after the last step up, and not below recent / 0.9; neither in the first M below what the controller found. The last group
-// stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
+// clamped to [min, max]. Up: in one step, also from zero. Down: in one step, those that still start first, but not below
+// recent / 0.95, smoothed or not, nor below 3 waiting / (speed T), nor below what has slots for all that runs, nor in the first M
+// below what the controller found, and not while the oldest waits longer than 2 T. The last group stays until scaleToZeroAfterSeconds after the last work. An unknown
+// queue holds the count.
 //
 // The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
 // INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
@@ -26,11 +27,11 @@ import {
   createLoadMemory,
   expectedRate,
   groupSpeed,
-  groupsForRecent,
   observeLoad,
   type LoadMemory,
   type QueueReading,
 } from './arrival-load.ts';
+import { groupsForRecent, groupsToRelease, isBacklog, planBacklog, type ServiceRule } from './replay.ts';
 
 /** What the decision is made from. */
 export interface ScaleObservation {
@@ -55,7 +56,6 @@ export interface ScaleMemory {
   readonly recentGroups: number;
   readonly decidedMs: number;
   readonly lastWorkMs: number;
-  readonly lastUpMs: number;
 }
 
 export interface ScaleResult {
@@ -64,15 +64,7 @@ export interface ScaleResult {
 }
 
 /** A count is lowered only to what would do for groups this much slower: it keeps the count from flapping. */
-const downMarginRatio = 0.9;
-/** Half of the target may be spent waiting before it counts as a backlog, a fifth before it forbids going down. */
-const backlogRatio = 0.5;
-const calmRatio = 0.2;
-/**
- * What waits once new groups are up is worked off in the target and another start-up, but no longer than this many targets:
- * what was long in coming should not take as long again.
- */
-const longestClearTargets = 2;
+const downMarginRatio = 0.95;
 /** A fraction of a group this small is not worth one. */
 const roundingGroups = 0.25;
 
@@ -86,7 +78,6 @@ export function createScaleMemory(wanted: number, nowMs: number): ScaleMemory {
     recentGroups: wanted,
     decidedMs: nowMs,
     lastWorkMs: nowMs,
-    lastUpMs: Number.NEGATIVE_INFINITY,
   };
 }
 
@@ -96,14 +87,9 @@ interface Terms {
   readonly backlog: number;
   readonly oldest: number;
   readonly rate: number;
-  readonly calm: boolean;
+  /** Whether the oldest has waited so long that the tokens cannot be right. */
+  readonly overdue: boolean;
   readonly formula: string;
-}
-
-interface Durations {
-  readonly targetMs: number;
-  readonly startUpMs: number;
-  readonly memoryMs: number;
 }
 
 /** Decides the count. Call it every few seconds and when the queue changes; the same arguments give the same result. */
@@ -115,7 +101,7 @@ export function decideScale(
 ): ScaleResult {
   const startUpMs = seen.startUpMs ?? spec.startUpSeconds * 1000;
   const memoryMs = spec.memorySeconds === undefined ? 120_000 + 3 * startUpMs : spec.memorySeconds * 1000;
-  const durations = { targetMs: spec.targetWaitSeconds * 1000, startUpMs, memoryMs };
+  const targetMs = spec.targetWaitSeconds * 1000;
   const existing = seen.readyGroups + seen.startingReadyInMs.length;
 
   if (seen.queue === 'unknown') {
@@ -129,7 +115,9 @@ export function decideScale(
       startUpMs,
       perSecond: groupSpeed(before.load, spec.groupTokensPerSecond),
     });
-    return { decision: decided, memory: { ...before, wanted: decided.wanted, decidedMs: nowMs } };
+    // Nobody knows what passed unseen: silence is counted from the next reading.
+    const memory = { ...before, wanted: decided.wanted, decidedMs: nowMs, lastWorkMs: nowMs };
+    return { decision: decided, memory };
   }
 
   const queue = seen.queue;
@@ -139,17 +127,19 @@ export function decideScale(
   const idle = nowMs - lastWorkMs >= spec.scaleToZeroAfterSeconds * 1000;
 
   const perSecond = groupSpeed(load, spec.groupTokensPerSecond);
-  const reserveRatio = Math.min(0.5, 0.05 + (0.03 * startUpMs) / 60_000);
+  const reserveRatio = Math.min(0.5, 0.05 + (0.04 * startUpMs) / 60_000);
   const replayed = groupsForRecent(load, {
     perSecond: perSecond * (1 - reserveRatio),
-    targetMs: durations.targetMs,
+    targetMs,
+    startUpMs,
     memoryMs,
     maxGroups: spec.max,
   });
   const weight = 1 - Math.exp((-3 * (nowMs - before.decidedMs)) / memoryMs);
   const recentGroups = before.recentGroups + (replayed - before.recentGroups) * weight;
 
-  const terms = computeTerms({ ...seen, queue }, load, { ...durations, perSecond, recentGroups });
+  const rule = { perSecond, targetMs, startUpMs };
+  const terms = computeTerms({ ...seen, queue }, load, { ...rule, recentGroups });
   const asked = Math.max(idle ? 0 : terms.recent, terms.backlog, terms.oldest);
 
   let wanted = asked;
@@ -161,24 +151,20 @@ export function decideScale(
         : 'RecentLoad';
   if (asked < before.wanted) {
     const learning = !idle && nowMs - before.beganMs < memoryMs;
-    const starting = seen.startingReadyInMs.length;
-    // A burst has hardly moved the smoothed figure when its first group is up: what still starts may be needed for it.
-    const needed = starting > 0 ? Math.max(recentGroups, replayed) : recentGroups;
+    // What the last moments changed has hardly moved the smoothed figure, and may last.
+    const needed = Math.max(recentGroups, replayed) / downMarginRatio;
+    const slotsPerGroup = queue.slots / Math.max(1, seen.readyGroups);
     const floor = Math.max(
       asked,
-      idle ? 0 : Math.ceil(needed / downMarginRatio - roundingGroups),
+      // What runs on a group that goes is moved to a free slot of another.
+      slotsPerGroup > 0 ? Math.ceil(queue.inFlightRequests / slotsPerGroup) : 0,
+      idle ? 0 : Math.ceil(needed - roundingGroups),
+      groupsToRelease(queue.waitingTokens, rule),
       learning ? before.foundGroups : 0,
     );
-    const settled = nowMs - before.lastUpMs >= startUpMs + durations.targetMs;
-    if (learning && floor >= before.wanted) {
-      wanted = before.wanted;
-      reason = 'Learning';
-    } else if (!terms.calm || floor >= before.wanted || (starting === 0 && !settled)) {
-      wanted = before.wanted;
-      reason = 'Stabilising';
-    } else {
-      wanted = Math.max(floor, before.wanted - Math.max(1, starting));
-    }
+    const held = terms.overdue || floor >= before.wanted;
+    wanted = held ? before.wanted : floor;
+    reason = held ? (learning && !terms.overdue ? 'Learning' : 'Stabilising') : reason;
   }
   if (wanted === 0) {
     // A group that serves or starts outlives short silences; what is at zero stays there without work.
@@ -206,7 +192,6 @@ export function decideScale(
       recentGroups,
       decidedMs: nowMs,
       lastWorkMs,
-      lastUpMs: decision.wanted > before.wanted ? nowMs : before.lastUpMs,
     },
   };
 }
@@ -214,35 +199,32 @@ export function decideScale(
 function computeTerms(
   seen: ScaleObservation & { readonly queue: QueueReading },
   load: LoadMemory,
-  rule: Durations & { readonly perSecond: number; readonly recentGroups: number },
+  rule: ServiceRule & { readonly recentGroups: number },
 ): Terms {
   const { queue, readyGroups, startingReadyInMs } = seen;
-  const { perSecond, targetMs, startUpMs, recentGroups } = rule;
+  const { perSecond, targetMs, startUpMs } = rule;
+  const { waitingTokens } = queue;
   const existing = readyGroups + startingReadyInMs.length;
-  const perMs = perSecond / 1000;
-  const rate = expectedRate(load, startUpMs);
-  const withinTarget = Math.max(1, existing) * perMs * targetMs;
+  const rate = expectedRate(load, Math.max(0, startUpMs - targetMs));
 
-  const recent = Math.ceil(recentGroups - roundingGroups);
+  const recent = Math.ceil(rule.recentGroups - roundingGroups);
   const parts = [`recent ${recent}`];
   let backlog = 0;
   if (existing === 0) {
-    backlog = Math.ceil(queue.waitingTokens / (perMs * targetMs));
+    backlog = Math.ceil((waitingTokens * 1000) / (perSecond * targetMs));
     parts.push(
-      `backlog ceil(${queue.waitingTokens} / (${Math.round(perSecond)} * ${targetMs / 1000} s)) = ${backlog}`,
+      `backlog ceil(${waitingTokens} / (${Math.round(perSecond)} * ${targetMs / 1000} s)) = ${backlog}`,
     );
-  } else if (queue.waitingTokens > backlogRatio * withinTarget) {
-    const servedMs = startingReadyInMs.reduce(
+  } else if (isBacklog(waitingTokens, existing, rule)) {
+    const groupMs = startingReadyInMs.reduce(
       (sum, readyInMs) => sum + Math.max(0, startUpMs - readyInMs),
       readyGroups * startUpMs,
     );
-    const left = Math.max(0, queue.waitingTokens + (rate / 1000) * startUpMs - servedMs * perMs);
-    const clearMs = targetMs + Math.min(startUpMs, longestClearTargets * targetMs);
-    backlog = Math.ceil(rate / perSecond + left / (perMs * clearMs));
-    const seconds = clearMs / 1000;
+    const { groups, left, clearMs } = planBacklog({ waitingTokens, rate, groupMs }, rule);
+    backlog = groups;
     parts.push(
       `backlog ceil(${Math.round(rate)} / ${Math.round(perSecond)} + ` +
-        `${Math.round(left)} / (${Math.round(perSecond)} * ${seconds.toFixed(0)} s)) = ${backlog}`,
+        `${Math.round(left)} / (${Math.round(perSecond)} * ${(clearMs / 1000).toFixed(0)} s)) = ${backlog}`,
     );
   }
   const overdue = queue.oldestWaitingMs > 2 * targetMs;
@@ -255,7 +237,7 @@ function computeTerms(
     backlog,
     oldest,
     rate,
-    calm: queue.waitingTokens <= calmRatio * withinTarget && !overdue,
+    overdue,
     formula: `max(${parts.join(', ')})`,
   };
 }
