@@ -10,13 +10,13 @@
 //            the smallest bill with 19 of 20 tokens waiting at most T, at `speed` less `reserve`; smoothed over M / 3 (replay.ts)
 //   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))), where `rate` is what is
 //            expected over the next D - T (arrival-load.ts: how moments as busy as this one went on; whoever comes later may
-//            wait for what is ordered at present), and `left` is what waits after D at that rate, starting groups helping from when they
-//            are ready. From nothing: waiting / (speed T), all at once
+//            wait for what is ordered at present), and `left` is what waits after D at that rate, starting groups helping from
+//            when they are ready. From nothing: waiting / (speed T), all at once
 //   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
 // clamped to [min, max]. Up: in one step, also from zero. Down: in one step, those that still start first, but not below
-// recent / 0.95, smoothed or not, nor below 3 waiting / (speed T), nor below what has slots for all that runs, nor in the first M
-// below what the controller found, and not while the oldest waits longer than 2 T. The last group stays until scaleToZeroAfterSeconds after the last work. An unknown
-// queue holds the count.
+// recent / 0.95, smoothed or not, nor below 3 waiting / (speed T), nor below what has slots for all that runs, nor in the first
+// M below what the controller found, and not while the oldest waits longer than 2 T. The last group stays until
+// scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
 //
 // The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
 // INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
