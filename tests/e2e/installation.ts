@@ -25,6 +25,7 @@ import type { RequestQueue } from '@mimo/core/queue';
 import { InferenceServiceService, type InferenceServiceClient } from '@mimo/proto/inference';
 
 import { createClient } from '../harness/cluster.ts';
+import { controlPlaneAddress } from '../harness/kubernetes/addresses.ts';
 import type { RealCluster } from '../harness/kubernetes/cluster.ts';
 import type { BuiltImage, ImageName } from '../harness/kubernetes/images.ts';
 import { waitFor } from '../harness/wait-for.ts';
@@ -239,6 +240,9 @@ function settings(images: InstallOptions['images']): readonly string[] {
     'modelCache.pvc.size=1Gi',
     'modelCache.pvc.storageClassName=model-cache',
     'modelCache.pvc.keepOnUninstall=false',
+    // Names are resolved by no pod here.
+    `networkPolicy.dnsPeers[0].ipBlock.cidr=${controlPlaneAddress}/32`,
+    `nats.networkPolicy.dnsPeers[0].ipBlock.cidr=${controlPlaneAddress}/32`,
     'tenants[0].name=tests',
     `tenants[0].apiKeySha256[0]=${hash}`,
   ];

@@ -41,6 +41,11 @@ describe('a real cluster of two nodes', () => {
 
   const shell = (pod: string, script: string): Promise<string> =>
     cluster.kubectl('exec', pod, '--', 'busybox', 'sh', '-c', script);
+  /** What web-0 hears from the Service of web-1 within two seconds. */
+  const askWeb = async (): Promise<string | undefined> =>
+    shell('web-0', 'busybox timeout 2 busybox wget -qO- http://web.default.svc.cluster.local/name').catch(
+      () => undefined,
+    );
 
   it('runs pods with GPUs that find one another by name across nodes', async () => {
     for (const [index, { name }] of cluster.nodes.entries()) {
@@ -124,6 +129,28 @@ describe('a real cluster of two nodes', () => {
         )) === '4',
       60_000,
     );
+  });
+
+  it('enforces network policies, which stop no probe', async () => {
+    const policy = {
+      apiVersion: 'networking.k8s.io/v1',
+      kind: 'NetworkPolicy',
+      metadata: { name: 'web', namespace: 'default' },
+    };
+    const spec = { podSelector: { matchLabels: { app: 'web-1' } }, policyTypes: ['Ingress'] };
+    await waitFor('the Service to answer', async () => (await askWeb()) === 'web-1\n');
+    await cluster.apply({ ...policy, spec });
+    await waitFor('nobody to be let in', async () => (await askWeb()) === undefined);
+    for (const app of ['web-1', 'another']) {
+      await cluster.apply({ ...policy, spec: { ...spec, ingress: [holeFor(app)] } });
+      expect(await askWeb()).toBe(undefined);
+    }
+    // By this time probes that do not get through would have failed three times.
+    const path = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}';
+    expect(await cluster.kubectl('get', 'pod', 'web-1', '-o', path)).toBe('True');
+    await cluster.apply({ ...policy, spec: { ...spec, ingress: [holeFor('web-0')] } });
+    await waitFor('the other pod to be let in', async () => (await askWeb()) === 'web-1\n');
+    await cluster.kubectl('delete', 'networkpolicy', 'web');
   });
 
   it('loses a node that is cut off, and finds it again', async () => {
@@ -214,6 +241,11 @@ function readFileOr(file: string): string {
   } catch {
     return '';
   }
+}
+
+/** A rule that lets the pods of an app in, by the pod's port. */
+function holeFor(app: string): unknown {
+  return { from: [{ podSelector: { matchLabels: { app } } }], ports: [{ port: 8080 }] };
 }
 
 function webPod(name: string, node: string): unknown {

@@ -1,9 +1,11 @@
-// One node of a cluster in a box: containerd with runc and a CNI bridge, kubelet and kube-proxy, all real. Owns their
-// configuration and what this kind of machine needs (no systemd, cgroup v1 or v2, no CAP_SYS_RESOURCE). Knows no images
-// but the one that holds a pod's namespaces.
+// One node of a cluster in a box: containerd with runc and a CNI bridge, kubelet, kube-proxy and kube-network-policies,
+// all real. Owns their configuration and what this kind of machine needs (no systemd, cgroup v1 or v2, no
+// CAP_SYS_RESOURCE). Knows no images but the one that holds a pod's namespaces.
 
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+
+import { ClusterError } from '@mimo/core/errors';
 
 import { waitFor } from '../wait-for.ts';
 import { clusterDomain, dnsServiceAddress, podRange } from './addresses.ts';
@@ -11,10 +13,12 @@ import type { Box, BoxProcess } from './box.ts';
 import type { Pki } from './pki.ts';
 
 const runtimeSocket = '/run/containerd.sock';
+const policyQueue = '100';
 
 export interface NodeTools {
   readonly kubelet: string;
   readonly kubeProxy: string;
+  readonly kubeNetworkPolicies: string;
 }
 
 export interface NodeOptions {
@@ -64,7 +68,7 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
   await importImage(options.pauseImage.file);
 
   const user = `system:node:${name}`;
-  const [client, server, proxy] = await Promise.all([
+  const [client, server, proxy, policies] = await Promise.all([
     pki.issueClient(`kubelet-${name}`, { user, group: 'system:nodes' }),
     pki.issueServer(`kubelet-server-${name}`, {
       user,
@@ -72,6 +76,10 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
       addresses: [box.address, '127.0.0.1'],
     }),
     pki.issueClient(`kube-proxy-${name}`, { user: 'system:kube-proxy' }),
+    pki.issueClient(`kube-network-policies-${name}`, {
+      user: 'kube-network-policies',
+      group: 'system:masters',
+    }),
   ]);
   // What pods inherit from their node: the search path comes from the kubelet.
   await writeFile(file('resolv.conf'), `nameserver ${dnsServiceAddress}\n`);
@@ -126,6 +134,11 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
     kubeProxy: tools.kubeProxy,
     kubeconfig: await pki.writeKubeconfig(`kube-proxy-${name}`, apiUrl, proxy),
   });
+  await startNetworkPolicies({
+    box,
+    kubeNetworkPolicies: tools.kubeNetworkPolicies,
+    kubeconfig: await pki.writeKubeconfig(`kube-network-policies-${name}`, apiUrl, policies),
+  });
   return {
     name,
     box,
@@ -173,6 +186,38 @@ async function startKubeProxy(options: {
     }),
   );
   return box.start('kube-proxy', [options.kubeProxy, `--config=${configFile}`]);
+}
+
+/**
+ * Enforces NetworkPolicies: the first packet of each connection that goes through the box waits for a verdict, and goes
+ * nowhere without one. The kubeconfig must allow to list and watch pods, namespaces and network policies.
+ */
+async function startNetworkPolicies(options: {
+  readonly box: Box;
+  readonly kubeNetworkPolicies: string;
+  readonly kubeconfig: string;
+}): Promise<BoxProcess> {
+  const { box } = options;
+  const policies = await box.start('kube-network-policies', [
+    options.kubeNetworkPolicies,
+    `--kubeconfig=${options.kubeconfig}`,
+    `--hostname-override=${box.name}`,
+    `--nfqueue-id=${policyQueue}`,
+  ]);
+  // What it would put here itself needs the kernel's nft_queue, which is rarer; where that is there it judges twice. What
+  // comes from the box, as probes do, is not forwarded: policies never apply to a pod's own node. A killed server's last
+  // packets may count as INVALID: judged as if they began something they would be dropped, and its clients learn nothing.
+  const fresh = 'FORWARD --match conntrack --ctstate NEW';
+  const rule = `--wait --table mangle --append ${fresh} --jump NFQUEUE --queue-num ${policyQueue}`;
+  await box.run('iptables', ...rule.split(' '));
+  await waitFor(`network policies of ${box.name} to be enforced`, async () => {
+    const queues = await box.run('cat', '/proc/net/netfilter/nfnetlink_queue');
+    return !policies.isRunning() || new RegExp(String.raw`^\s*${policyQueue}\s`, 'm').test(queues);
+  });
+  if (!policies.isRunning()) {
+    throw new ClusterError('unavailable', `kube-network-policies ended:\n${policies.logTail()}`);
+  }
+  return policies;
 }
 
 function networkConfig(subnet: string): unknown {

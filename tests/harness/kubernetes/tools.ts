@@ -28,6 +28,7 @@ export interface KubernetesTools {
   readonly etcd: string;
   readonly helm: string;
   readonly coredns: string;
+  readonly kubeNetworkPolicies: string;
   /** Holds the packets of a queue for a while. */
   readonly delay: string;
 }
@@ -79,6 +80,14 @@ const coredns: ToolModule = {
   links: [],
   variables: () => ({}),
   durationText: '1 to 3 minutes',
+};
+const kubeNetworkPolicies: ToolModule = {
+  name: 'kube-network-policies',
+  versionOf: 'sigs.k8s.io/kube-network-policies',
+  programs: { 'kube-network-policies': '.' },
+  links: [],
+  variables: () => ({}),
+  durationText: '1 to 2 minutes',
 };
 const delay: ToolModule = {
   name: 'delay',
@@ -255,6 +264,7 @@ export async function findTools(given: Partial<FindOptions> = {}): Promise<Kuber
   const kubernetesDirectory = await findToolModule(kubernetes, options);
   const helmDirectory = await findToolModule(helm, options);
   const corednsDirectory = await findToolModule(coredns, options);
+  const policiesDirectory = await findToolModule(kubeNetworkPolicies, options);
   const delayDirectory = await findToolModule(delay, options);
   return {
     kubeApiserver: join(kubernetesDirectory, 'kube-apiserver'),
@@ -266,6 +276,7 @@ export async function findTools(given: Partial<FindOptions> = {}): Promise<Kuber
     etcd: join(kubernetesDirectory, 'etcd'),
     helm: join(helmDirectory, 'helm'),
     coredns: join(corednsDirectory, 'coredns'),
+    kubeNetworkPolicies: join(policiesDirectory, 'kube-network-policies'),
     delay: join(delayDirectory, 'delay'),
   };
 }
