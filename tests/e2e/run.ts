@@ -12,6 +12,7 @@ import { check, oneRank, question, type Figures, type Scenario } from './scenari
 import { faults } from './scenarios/faults.ts';
 import { killRank } from './scenarios/kill-rank.ts';
 import { lifecycle } from './scenarios/lifecycle.ts';
+import { policies } from './scenarios/policies.ts';
 import { revert } from './scenarios/revert.ts';
 import { serve } from './scenarios/serve.ts';
 import { upgrade } from './scenarios/upgrade.ts';
@@ -19,6 +20,7 @@ import { upgrade } from './scenarios/upgrade.ts';
 /** In the order in which they run. */
 export const scenarios = {
   serve,
+  policies,
   'kill-rank': killRank,
   revert,
   upgrade,
@@ -65,7 +67,9 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
   const images = await findImages(['gateway', 'worker', 'controller', 'nats'], find);
   const imagesMs = stopwatch();
   say('images built');
-  const expected = await undisturbedAnswers(options.scenarios.includes('kill-rank') ? [1, 2] : [1]);
+  const expected = await undisturbedAnswers(
+    options.scenarios.some((name) => name === 'policies' || name === 'kill-rank') ? [1, 2] : [1],
+  );
   say('answers of an undisturbed run made');
   stopwatch();
 
