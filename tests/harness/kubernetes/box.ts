@@ -315,6 +315,19 @@ export async function plugIn(box: Box, first: Box): Promise<void> {
   await ip(`route add default via ${first.address}`);
 }
 
+/** Waits until a process of a box reads the packets of an NFQUEUE; fails with its last words where it ends instead. */
+export async function waitForPacketReader(box: Box, reader: BoxProcess, queue: number): Promise<void> {
+  const isRead = new RegExp(String.raw`^\s*${queue}\s`, 'm');
+  await waitFor(
+    `${reader.name} of ${box.name} to read queue ${queue}`,
+    async () =>
+      !reader.isRunning() || isRead.test(await box.run('cat', '/proc/net/netfilter/nfnetlink_queue')),
+  );
+  if (!reader.isRunning()) {
+    throw new ClusterError('unavailable', `${reader.name} of ${box.name} ended:\n${reader.logTail()}`);
+  }
+}
+
 /** The end of a box's cable, in the first box. */
 export function vethOf(box: Box): string {
   return `v-${box.name}`;

@@ -1,10 +1,7 @@
 // Faults of the network between the boxes of a cluster. A box's cable ends in the control plane's box, where it can be
 // pulled out; what goes through a box's own end can be held back.
 
-import { ClusterError } from '@mimo/core/errors';
-
-import { waitFor } from '../wait-for.ts';
-import { vethOf, type Box } from './box.ts';
+import { vethOf, waitForPacketReader, type Box } from './box.ts';
 
 /** Cuts a node off from every other and from the control plane. What runs on it goes on. */
 export async function cut(node: Box, controlPlane: Box): Promise<void> {
@@ -46,13 +43,7 @@ export async function delay(
         String(delayMs),
         String(jitterMs),
       ]);
-      await waitFor(`packets of ${node.name} to be held`, async () => {
-        const queues = await node.run('cat', '/proc/net/netfilter/nfnetlink_queue');
-        return !holding.isRunning() || new RegExp(String.raw`^\s*${queue}\s`, 'm').test(queues);
-      });
-      if (!holding.isRunning()) {
-        throw new ClusterError('unavailable', `packets of ${node.name} cannot be held: ${holding.logTail()}`);
-      }
+      await waitForPacketReader(node, holding, queue);
       return holding;
     }),
   );

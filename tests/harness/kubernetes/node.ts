@@ -5,15 +5,13 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 
-import { ClusterError } from '@mimo/core/errors';
-
 import { waitFor } from '../wait-for.ts';
 import { clusterDomain, dnsServiceAddress, podRange } from './addresses.ts';
-import type { Box, BoxProcess } from './box.ts';
+import { waitForPacketReader, type Box, type BoxProcess } from './box.ts';
 import type { Pki } from './pki.ts';
 
 const runtimeSocket = '/run/containerd.sock';
-const policyQueue = '100';
+const policyQueue = 100;
 
 export interface NodeTools {
   readonly kubelet: string;
@@ -210,13 +208,7 @@ async function startNetworkPolicies(options: {
   const fresh = 'FORWARD --match conntrack --ctstate NEW';
   const rule = `--wait --table mangle --append ${fresh} --jump NFQUEUE --queue-num ${policyQueue}`;
   await box.run('iptables', ...rule.split(' '));
-  await waitFor(`network policies of ${box.name} to be enforced`, async () => {
-    const queues = await box.run('cat', '/proc/net/netfilter/nfnetlink_queue');
-    return !policies.isRunning() || new RegExp(String.raw`^\s*${policyQueue}\s`, 'm').test(queues);
-  });
-  if (!policies.isRunning()) {
-    throw new ClusterError('unavailable', `kube-network-policies ended:\n${policies.logTail()}`);
-  }
+  await waitForPacketReader(box, policies, policyQueue);
   return policies;
 }
 
