@@ -11,7 +11,7 @@ import { createScaleMemory, decideScale, type ScaleMemory } from './decide/autos
 import type { WorkerSettings } from './decide/containers.ts';
 import { noDisruption, planDisruption, type DisruptionMemory } from './decide/disruption.ts';
 import { noFailures, type FailureMemory } from './decide/failures.ts';
-import { groupsFromPods, type ReplicaGroup } from './decide/groups.ts';
+import { groupsFromPods, isServing, type ReplicaGroup } from './decide/groups.ts';
 import { disruptionBudgetName, drainFinalizer, rankServiceName } from './decide/labels.ts';
 import { planService, type Action } from './decide/plan.ts';
 import { noPreparation, planPrepare, type Preparation, type PrepareMemory } from './decide/prepare.ts';
@@ -209,7 +209,7 @@ export class Reconciler {
       scaling,
       {
         queue: queue.queue,
-        readyGroups: groups.filter(({ state }) => state === 'ready').length,
+        readyGroups: groups.filter(isServing).length,
         startingReadyInMs: readyInMs(groups, startUpMs ?? scaling.startUpSeconds * 1000, nowMs),
         startUpMs,
         blocker: blocker?.slice(0, 1024),

@@ -201,6 +201,25 @@ describe('decideScale', () => {
     }
   });
 
+  it.each([2, 5, 30, 180])(
+    'asks for no more while the groups of a burst from zero start in %i s',
+    (startUpSeconds) => {
+      const burst = { waitingRequests: 40, waitingTokens: 30_000, arrivedTokens: 30_000 };
+      const startUpMs = startUpSeconds * 1000;
+      const idle = decideScale(spec, seenWith({}, { startUpMs }), createScaleMemory(0, 0), 600_000);
+      const up = decideScale(spec, seenWith(burst, { startUpMs }), idle.memory, 602_000);
+      expect(up.decision.wanted).toBe(3);
+      let { memory } = up;
+      for (const afterMs of [100, 500, 2000, 10_000]) {
+        const startingReadyInMs = [1, 2, 3].map(() => Math.max(0, startUpMs - afterMs));
+        const seen = seenWith({ ...burst, oldestWaitingMs: afterMs }, { startUpMs, startingReadyInMs });
+        const { decision, memory: after } = decideScale(spec, seen, memory, 602_000 + afterMs);
+        expect(decision.wanted).toBe(3);
+        memory = after;
+      }
+    },
+  );
+
   it('does not take back what a burst from zero needs when its first group is up', () => {
     const burst = { inFlightRequests: 0, arrivedTokens: 60_000 };
     const before = decideScale(spec, seenWith({}), createScaleMemory(0, 0), 2000);

@@ -11,7 +11,7 @@
 //   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))), where `rate` is what is
 //            expected over the next D - T (arrival-load.ts: how moments as busy as this one went on; whoever comes later may
 //            wait for what is ordered at present), and `left` is what waits after D at that rate, starting groups helping from
-//            when they are ready. From nothing: waiting / (speed T), all at once
+//            when they are ready. Until a first group serves no more than waiting / (speed T), all at once
 //   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
 // clamped to [min, max]. Up: in one step, also from zero. Down: in one step, those that still start first, but not below
 // recent / 0.95, smoothed or not, nor below 3 waiting / (speed T), nor below what has slots for all that runs, nor in the first
@@ -36,6 +36,7 @@ import { groupsForRecent, groupsToRelease, isBacklog, planBacklog, type ServiceR
 /** What the decision is made from. */
 export interface ScaleObservation {
   readonly queue: QueueReading | 'unknown';
+  /** Groups on which requests run. */
   readonly readyGroups: number;
   /** For each group that starts: when it will be ready, going by what start-ups take; 0 where it is overdue. */
   readonly startingReadyInMs: readonly number[];
@@ -210,22 +211,26 @@ function computeTerms(
   const recent = Math.ceil(rule.recentGroups - roundingGroups);
   const parts = [`recent ${recent}`];
   let backlog = 0;
-  if (existing === 0) {
-    backlog = Math.ceil((waitingTokens * 1000) / (perSecond * targetMs));
-    parts.push(
-      `backlog ceil(${waitingTokens} / (${Math.round(perSecond)} * ${targetMs / 1000} s)) = ${backlog}`,
-    );
-  } else if (isBacklog(waitingTokens, existing, rule)) {
+  if (isBacklog(waitingTokens, existing, rule)) {
     const groupMs = startingReadyInMs.reduce(
       (sum, readyInMs) => sum + Math.max(0, startUpMs - readyInMs),
       readyGroups * startUpMs,
     );
-    const { groups, left, clearMs } = planBacklog({ waitingTokens, rate, groupMs }, rule);
-    backlog = groups;
-    parts.push(
-      `backlog ceil(${Math.round(rate)} / ${Math.round(perSecond)} + ` +
-        `${Math.round(left)} / (${Math.round(perSecond)} * ${(clearMs / 1000).toFixed(0)} s)) = ${backlog}`,
-    );
+    const planned = planBacklog({ waitingTokens, rate, groupMs }, rule);
+    const speed = Math.round(perSecond);
+    const fromNothing = Math.ceil((waitingTokens * 1000) / (perSecond * targetMs));
+    // What waits is all that is known then: the beginning of a burst promises too much of it.
+    if (existing === 0 || (readyGroups === 0 && fromNothing < planned.groups)) {
+      backlog = fromNothing;
+      parts.push(`backlog ceil(${waitingTokens} / (${speed} * ${targetMs / 1000} s)) = ${backlog}`);
+    } else {
+      backlog = planned.groups;
+      const clearSeconds = (planned.clearMs / 1000).toFixed(0);
+      parts.push(
+        `backlog ceil(${Math.round(rate)} / ${speed} + ` +
+          `${Math.round(planned.left)} / (${speed} * ${clearSeconds} s)) = ${backlog}`,
+      );
+    }
   }
   const overdue = queue.oldestWaitingMs > 2 * targetMs;
   const oldest = overdue && startingReadyInMs.length === 0 ? existing + 1 : 0;

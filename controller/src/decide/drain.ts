@@ -2,18 +2,20 @@
 
 import type { DrainMarks } from '@mimo/core/queue';
 
-import type { ReplicaGroup } from './groups.ts';
+import { isServing, type ReplicaGroup } from './groups.ts';
 
 /**
- * The `count` groups that are the cheapest to take away: those that serve nobody yet, youngest first; then those with the
- * fewest tokens in flight. Unknown load counts as most. Ties go to the higher index, so that the answer is always the same.
+ * The `count` groups that are the cheapest to take away: those that serve nobody yet, youngest first; then those that are
+ * becoming ready, then those that are, each with the fewest tokens in flight first. Unknown load counts as most. Ties go to
+ * the higher index, so that the answer is always the same.
  */
 export function chooseVictims(groups: readonly ReplicaGroup[], count: number): readonly ReplicaGroup[] {
   return groups
     .toSorted(
       (a, b) =>
         Number(a.ready) - Number(b.ready) ||
-        (a.ready ? tokensOf(a) - tokensOf(b) : b.createdMs - a.createdMs) ||
+        Number(isServing(a)) - Number(isServing(b)) ||
+        (isServing(a) ? tokensOf(a) - tokensOf(b) : b.createdMs - a.createdMs) ||
         b.index - a.index,
     )
     .slice(0, Math.max(0, count));

@@ -63,6 +63,11 @@ export interface ReplicaGroup {
   readonly load: GroupLoad | undefined;
 }
 
+/** Whether requests run there: it is ready, or the dispatcher reaches it already, which makes it ready a moment later. */
+export function isServing({ state, load }: ReplicaGroup): boolean {
+  return state === 'ready' || (state === 'starting' && load?.routable === true);
+}
+
 /** Groups in order of name; each pod is in exactly one. */
 export function groupsFromPods(
   pods: readonly ObservedPod[],

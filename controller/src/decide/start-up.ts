@@ -1,7 +1,7 @@
 // How long groups take from their creation until they serve, measured. Pure. A group that could not be placed tells how
 // full the cluster is, not how long a start-up takes, so it is left out.
 
-import type { ReplicaGroup } from './groups.ts';
+import { isServing, type ReplicaGroup } from './groups.ts';
 
 /** What was measured; `startingUids` are the first pods of groups that are being timed. */
 export interface StartUpMemory {
@@ -34,13 +34,13 @@ export function observeStartUps(
   return { startUpMs, startingUids };
 }
 
-/** For each group that starts, when it will be ready; 0 where it is overdue. */
+/** For each group that starts and does not serve yet, when it will; 0 where it is overdue. */
 export function readyInMs(
   groups: readonly ReplicaGroup[],
   startUpMs: number,
   nowMs: number,
 ): readonly number[] {
   return groups
-    .filter(({ state }) => state === 'starting')
+    .filter((group) => group.state === 'starting' && !isServing(group))
     .map(({ createdMs }) => Math.max(0, createdMs + startUpMs - nowMs));
 }
