@@ -303,6 +303,10 @@ describe('what the configuration says of pods', () => {
     const notReady = { ...unreachable, key: 'node.kubernetes.io/not-ready', tolerationSeconds: 30 };
     expect(specOf({})['tolerations']).toEqual([notReady, { ...unreachable, tolerationSeconds: 30 }]);
     expect(specOf({ template: { tolerations: [own] } })['tolerations']).toEqual([own, notReady]);
+    const everything = { operator: 'Exists' };
+    expect(specOf({ template: { tolerations: [everything] } })['tolerations']).toEqual([everything]);
+    const scheduled = { ...unreachable, effect: 'NoSchedule' };
+    expect(specOf({ template: { tolerations: [scheduled] } })['tolerations']).toHaveLength(3);
   });
 
   it("brings the queue's credentials to every container", () => {

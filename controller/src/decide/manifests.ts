@@ -26,13 +26,23 @@ import {
   routableCondition,
 } from './labels.ts';
 
-/** A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five minutes. */
+/**
+ * A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five minutes.
+ */
 const lostMachineTolerations = ['not-ready', 'unreachable'].map((condition) => ({
   key: `node.kubernetes.io/${condition}`,
   operator: 'Exists',
   effect: 'NoExecute',
   tolerationSeconds: 30,
 }));
+
+/** Whether a pod's tolerations say how long it outlives its machine's failing: of several Kubernetes takes the shortest. */
+function isSaid(condition: string, tolerations: ModelServiceSpec['template']['tolerations']): boolean {
+  return tolerations.some(
+    ({ key = condition, value = '', effect = 'NoExecute' }) =>
+      key === condition && value === '' && effect === 'NoExecute',
+  );
+}
 
 /** The longest that fetching and compiling a model may take. */
 const prepareLimitSeconds = 3 * 3600;
@@ -193,8 +203,7 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
     tolerations: [
       ...template.tolerations,
       ...(accelerated?.tolerations ?? []),
-      // The shortest of several counts for Kubernetes: whoever says another must be the only one to say it.
-      ...lostMachineTolerations.filter(({ key }) => !template.tolerations.some((own) => own.key === key)),
+      ...lostMachineTolerations.filter(({ key }) => !isSaid(key, template.tolerations)),
     ],
     imagePullSecrets: [...pullSecrets].map((name) => ({ name })),
     securityContext: podSecurity,

@@ -338,6 +338,21 @@ describe('planService', () => {
       ]);
     });
 
+    it('takes a group that serves nobody before one that is not ready but serves', () => {
+      const pods = [
+        ...groupOf(0),
+        ...groupOf(1, { state: 'starting' }),
+        ...groupOf(2, { state: 'starting' }),
+      ];
+      const load = { routable: true, draining: false, inFlightRequests: 9, inFlightTokens: 900 };
+      const groups = groupsFromPods(pods, new Map([['chat-new-2', load]]));
+      expect(chooseVictims(groups, 3).map(({ name }) => name)).toEqual([
+        'chat-new-1',
+        'chat-new-2',
+        'chat-new-0',
+      ]);
+    });
+
     it('chooses the same victim whatever the order it sees', () => {
       const pods = [...groupOf(0), ...groupOf(1), ...groupOf(2)];
       const groups = groupsFromPods(pods, new Map());

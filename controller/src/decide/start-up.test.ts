@@ -48,4 +48,9 @@ describe('readyInMs', () => {
     ];
     expect(readyInMs(groups, 30_000, 60_000)).toEqual([0, 20_000]);
   });
+
+  it('does not wait for one that the dispatcher reaches already', () => {
+    const load = { routable: true, draining: false, inFlightRequests: 3, inFlightTokens: 300 };
+    expect(readyInMs([groupOf('a', 'starting', { load })], 30_000, 10_000)).toEqual([]);
+  });
 });
