@@ -44,9 +44,9 @@ describe('bootstrap.mjs', () => {
     writeFileSync(
       join(checkout, 'script.ts'),
       `const words: string[] = process.argv.slice(2);
+       if (words[0] === 'wait') { process.on('SIGTERM', () => process.exit(7)); setInterval(() => {}, 1000); }
        console.log(words.join('+'), process.env['PATH']?.startsWith(import.meta.dirname + '/node_modules/.bin:'));
        if (words[0] === 'exit') process.exit(Number(words[1]));
-       if (words[0] === 'wait') { process.on('SIGTERM', () => process.exit(7)); setInterval(() => {}, 1000); }
        if (words[0] === 'die') { process.kill(process.pid, 'SIGKILL'); setInterval(() => {}, 1000); }`,
     );
   });
