@@ -1,6 +1,7 @@
-// `npm run bench -- autoscale [--seed N] [--target-wait S] [--trace NAME] [--plot FILE]`: the production scaling rule and
-// other rules in a discrete-event cluster, against a clairvoyant. Prints a table, draws docs/autoscale.svg, and prints one
-// JSON line last. Owns the goals; the traces, the cluster, the arms and the drawing are in autoscale/.
+// `npm run bench -- autoscale [--seed N] [--target-wait S] [--max N] [--trace NAME] [--plot FILE]`: the production scaling
+// rule (with at most --max groups) and other rules in a discrete-event cluster, against a clairvoyant. Prints a table, draws
+// docs/autoscale.svg, and prints one JSON line last. Owns the goals; the traces, the cluster, the arms and the drawing are in
+// autoscale/.
 
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -56,11 +57,13 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     options: {
       seed: { type: 'string', default: '7' },
       'target-wait': { type: 'string', default: '30' },
+      max: { type: 'string', default: String(maxGroups) },
       trace: { type: 'string' },
       plot: { type: 'string', default: join(import.meta.dirname, '../../docs/autoscale.svg') },
     },
   });
   const targetWaitMs = Number(values['target-wait']) * 1000;
+  const ourMax = Number(values.max);
   const traces = createTraces(Number(values.seed)).filter(
     ({ name }) => values.trace === undefined || name === values.trace,
   );
@@ -74,7 +77,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       // The runs are synchronous: this is where an interrupt gets in.
       await setImmediate();
       signal.throwIfAborted();
-      const panel = runPanel(trace, seconds, targetWaitMs);
+      const panel = runPanel(trace, seconds, targetWaitMs, ourMax);
       printPanel(trace, seconds, panel);
       results.push(...panel);
     }
@@ -90,6 +93,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       bench: 'autoscale',
       seed: Number(values.seed),
       targetWaitSeconds: targetWaitMs / 1000,
+      maxGroups: ourMax,
       node: process.version,
       results: results.map((result) => ({
         trace: result.trace,
@@ -107,7 +111,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   );
 }
 
-function runPanel(trace: Trace, seconds: number, targetWaitMs: number): ArmResult[] {
+function runPanel(trace: Trace, seconds: number, targetWaitMs: number, ourMax: number): ArmResult[] {
   const startUpMs = seconds * 1000;
   const work = trace.requests.reduce((sum, request) => sum + engineMs(request), 0);
   const tokens = trace.requests.reduce(
@@ -124,7 +128,7 @@ function runPanel(trace: Trace, seconds: number, targetWaitMs: number): ArmResul
 
   const oracle = runOracle(options);
   const arms: readonly Policy[] = [
-    createProduction(limits),
+    createProduction({ ...limits, maxGroups: ourMax }),
     createPlainTokens(limits, (tokens / work) * 1000),
     createHpaOnCpu(limits),
     createKnative(limits),
