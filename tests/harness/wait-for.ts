@@ -5,7 +5,8 @@ import { readFileSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 const pollMs = 20;
-const defaultTimeoutMs = 30_000;
+/** Far above what anything takes: a busy machine is no failure. */
+const defaultTimeoutMs = 90_000;
 
 /** Polls until the condition holds; fails, naming `what`, after the time-out. Errors of the condition count as "not yet". */
 export async function waitFor(
