@@ -249,11 +249,11 @@ describe('a replica group of two ranks', () => {
     // A second session with slots of the same numbers; the first one's end does not touch it.
     const other = new SessionPeer(client);
     session.submit(8, { sampling: endless });
-    other.submit(8, { sampling: endless });
+    other.submit(8, { sampling: endless, creditTokens: 100 });
     await waitFor('both to run', () => session.tokensOf(8).length > 0 && other.tokensOf(8).length > 0);
     session.call.cancel();
-    const soFar = other.tokensOf(8).length;
-    await waitFor('the other to go on', () => other.tokensOf(8).length > soFar + 5);
+    other.send({ $case: 'credit', value: { slot: 8, epoch: 1, tokens: 100 } });
+    await waitFor('the other to go on', () => other.tokensOf(8).length === 200);
     other.call.end();
     await waitFor('nothing to be held', async () => {
       const { heartbeat, sessions } = await callUnary(client, WorkerServiceService.stats, { request: {} });
@@ -269,9 +269,10 @@ describe('a replica group of two ranks', () => {
   });
 
   it('drains on SIGTERM: finishes what it holds, refuses what comes, exits with 0 on every rank', async () => {
-    await startGroup();
+    await startGroup({ MIMO_WORKER_DRAIN_FINISH: '60s', MIMO_WORKER_DRAIN_GRACE: '90s' });
     const session = new SessionPeer(client);
-    session.submit(1, { sampling: { ...sampling, maxTokens: 400 } });
+    // It stops where its credit ends, and has not finished when the group is asked to.
+    session.submit(1, { sampling: { ...sampling, maxTokens: 400 }, creditTokens: 100 });
     await waitFor('tokens', () => session.tokensOf(1).length > 0);
     for (const rank of ranks) {
       process.kill(rank.pid, 'SIGTERM');
@@ -279,6 +280,7 @@ describe('a replica group of two ranks', () => {
     await waitFor('the group to say so', () => heartbeats.at(-1)?.state === GroupState.DRAINING);
     session.submit(2);
     expect(await session.finished(2)).toMatchObject({ kind: FinishKind.ERROR, errorCode: 'unavailable' });
+    session.send({ $case: 'credit', value: { slot: 1, epoch: 1, tokens: 300 } });
     expect(await session.finished(1)).toMatchObject({ kind: FinishKind.LENGTH, completionTokens: 400 });
     expect(session.tokensOf(1)).toHaveLength(400);
     expect(await Promise.all(ranks.map(({ exited }) => exited))).toEqual([
@@ -299,7 +301,8 @@ describe('a replica group of two ranks', () => {
       session.submit(1, { sampling: { ...sampling, maxTokens: 100 } });
       await session.finished(1);
       const endless = { ...sampling, maxTokens: 2_000 };
-      session.submit(2, { sampling: endless, creditTokens: 2_000 });
+      // Whatever the machine does, neither gets to its end.
+      session.submit(2, { sampling: endless, creditTokens: 1_000 });
       session.submit(3, { sampling: endless, creditTokens: 3 });
       await waitFor('tokens', () => session.tokensOf(2).length > 0 && session.tokensOf(3).length === 3);
       for (const rank of asked) {
@@ -314,8 +317,8 @@ describe('a replica group of two ranks', () => {
         const common = Math.min(tokens.length, 100);
         expect(tokens.slice(0, common)).toEqual(session.tokensOf(1).slice(0, common));
       }
-      expect(session.tokensOf(2).length).toBeLessThan(2_000);
-      expect(heartbeats.at(-1)?.state).toBe(GroupState.DRAINING);
+      expect(session.tokensOf(2).length).toBeLessThanOrEqual(1_000);
+      await waitFor('the group to say so', () => heartbeats.at(-1)?.state === GroupState.DRAINING);
       expect(await Promise.all(ranks.map(({ exited }) => exited))).toEqual([
         { code: 0, signal: null },
         { code: 0, signal: null },
@@ -327,13 +330,12 @@ describe('a replica group of two ranks', () => {
     // Its leader says so; nobody is left to say it of the leader.
     ['follower', 1, GroupState.FAILED],
     ['leader', 0, GroupState.READY],
-  ])('notices within seconds that its %s is gone, also while idle', async (_, killed, lastState) => {
-    await startGroup();
+  ])('notices by itself that its %s is gone, also while idle', async (_, killed, lastState) => {
+    await startGroup({ MIMO_WORKER_PEER_TIMEOUT: '10m' });
     ranks[killed]?.kill();
-    const goneMs = performance.now();
+    // Not by its silence: the test would be over before.
     expect(await ranks[1 - killed]?.exited).toEqual({ code: 1, signal: null });
-    expect(performance.now() - goneMs).toBeLessThan(8_000);
-    expect(heartbeats.at(-1)?.state).toBe(lastState);
+    await waitFor('its last word', () => heartbeats.at(-1)?.state === lastState);
   });
 
   async function loseRank(killed: number): Promise<SessionPeer> {
@@ -351,7 +353,7 @@ describe('a replica group of two ranks', () => {
     const session = await loseRank(1);
     expect(session.finishOf(1)).toMatchObject({ kind: FinishKind.ERROR, errorCode: 'aborted' });
     expect(session.ended?.code).toBe(grpc.status.ABORTED);
-    expect(heartbeats.at(-1)?.state).toBe(GroupState.FAILED);
+    await waitFor('the group to say so', () => heartbeats.at(-1)?.state === GroupState.FAILED);
   });
 
   it('goes down whole by itself when the leader is killed', async () => {
