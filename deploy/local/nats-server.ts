@@ -17,7 +17,7 @@ import { startChild, type Child } from './child-process.ts';
 export const natsServerVersion = '2.15.1';
 /** Filtered ordered consumers need this much; Debian 12's own server is 2.9. */
 const minVersion = [2, 10] as const;
-const startTimeoutMs = 10_000;
+const startTimeoutMs = 30_000;
 const startPollMs = 10;
 
 /** Where things are kept that can be made again: $MIMO_CACHE_DIR, else $XDG_CACHE_HOME/mimo-cluster, else ~/.cache. */

@@ -87,6 +87,14 @@ describe('a storm of client cancels', () => {
     return { started: started.promise, ended: ended.promise, cancel: () => call.cancel() };
   }
 
+  /** A few may have come to their own end before their cancel did. */
+  function expectCanceled(codes: readonly grpc.status[]): void {
+    const canceled = codes.filter((code) => code === grpc.status.CANCELLED).length;
+    const finished = codes.filter((code) => code === grpc.status.OK).length;
+    expect(canceled + finished).toBe(codes.length);
+    expect(finished).toBeLessThan(codes.length / 10);
+  }
+
   async function expectNothingHeld(): Promise<void> {
     await waitFor(
       'everything to be let go of',
@@ -106,7 +114,7 @@ describe('a storm of client cancels', () => {
     const { right, wrong } = await streams.stop();
     expect(wrong).toEqual([]);
     expect(right).toBeGreaterThanOrEqual(streamCount);
-    expect(codes.filter((code) => code !== grpc.status.CANCELLED)).toEqual([]);
+    expectCanceled(codes);
     await expectNothingHeld();
   });
 
@@ -133,7 +141,7 @@ describe('a storm of client cancels', () => {
     const { right, wrong } = await streams.stop();
     expect(wrong).toEqual([]);
     expect(right).toBeGreaterThanOrEqual(streamCount);
-    expect(codes.filter((code) => code !== grpc.status.CANCELLED)).toEqual([]);
+    expectCanceled(codes);
     await expectNothingHeld();
   });
 });

@@ -20,7 +20,7 @@ async function members(
       addresses,
       listenAddress: addresses[rank]!,
       token: 'secret',
-      timeoutMs: 3000,
+      timeoutMs: 30_000,
     };
     return different[rank]?.(options) ?? options;
   });
@@ -70,7 +70,7 @@ describe('joinGroup', () => {
     const options = await members(3, {
       2: (each) => ({ ...each, member: { ...each.member, rank: 1 }, listenAddress: '127.0.0.1:0' }),
     });
-    const joined = await joinAll(options);
+    const joined = await joinAll(options.map((each) => ({ ...each, timeoutMs: 3_000 })));
     expect(joined[0]).toEqual(
       refused('failed_precondition', /rank 0 of 3 was joined by rank 1, which is taken/),
     );

@@ -17,8 +17,6 @@ afterEach(async () => {
 });
 afterAll(() => fixtures.remove());
 
-const peerTimeoutMs = 1500;
-
 function request(sequenceId: number, maxTokens: number): SequenceRequest {
   const sampling = greedySampling({ maxTokens });
   return { sequenceId, tokenIds: promptIds, resumedTokens: 0, sampling, creditTokens: 1e9 };
@@ -49,8 +47,8 @@ async function startRanks(
           rank,
           addresses,
           token: 'secret',
-          connectTimeoutMs: 8000,
-          peerTimeoutMs,
+          connectTimeoutMs: 60_000,
+          peerTimeoutMs: 60_000,
           ...group,
         },
         maxSequences: 8,
@@ -62,13 +60,15 @@ async function startRanks(
   return started;
 }
 
-async function startGroup(worldSize: number): Promise<RankProcess[]> {
-  const group = await startRanks(
+async function startGroup(worldSize: number, group: Partial<Network> = {}): Promise<RankProcess[]> {
+  const started = await startRanks(
     worldSize,
-    Array.from({ length: worldSize }, (_, rank) => ({ rank })),
+    Array.from({ length: worldSize }, (_, rank) => ({ rank, group })),
   );
-  await Promise.all(group.map((rank) => rank.response('ready')));
-  return group;
+  for (const rank of started) {
+    expect(await rank.response('ready', 'rejected')).toEqual({ kind: 'ready' });
+  }
+  return started;
 }
 
 describe('a network group', () => {
@@ -125,7 +125,7 @@ describe('a network group', () => {
     ['follower', 1],
     ['leader', 0],
   ])('gives a stopped %s up after the timeout', async (_, stopped) => {
-    const group = await startGroup(2);
+    const group = await startGroup(2, { peerTimeoutMs: 3_000 });
     group[stopped]!.process.kill('SIGSTOP');
     const lost = await group[1 - stopped]!.response('failed');
     expect(lost).toMatchObject({

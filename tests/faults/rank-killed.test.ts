@@ -7,8 +7,10 @@ import { ask, chatRequest, socketCount, startTestCluster, type TestCluster } fro
 import { expectStreams, startStreams, type ExpectedStream } from '../harness/disturbed-streams.ts';
 import { isAlive, waitFor } from '../harness/wait-for.ts';
 
-const peerTimeoutMs = 3_000;
-const maxTokens = 160;
+/** For the rank that stalls; the others should not take a machine that stands still for one. */
+const peerTimeoutMs = 8_000;
+/** More than is made before the signal comes. */
+const maxTokens = 1_500;
 
 describe.each([
   ['the only group, which comes back', 1],
@@ -42,9 +44,7 @@ describe.each([
 
     const streams = startStreams(cluster.client, expected);
     await streams.begun;
-    expect((await cluster.stats(0)).heartbeat?.running.length).toBeGreaterThanOrEqual(
-      expected.length / groupCount,
-    );
+    expect((await cluster.stats(0)).heartbeat?.running.length).toBeGreaterThan(0);
     process.kill(before[rank] ?? 0, signal);
     const { wrong, same } = await streams.outcome;
     expect(wrong).toEqual([]);

@@ -44,7 +44,7 @@ describe('startChild', () => {
       'process.on("SIGTERM", () => process.exit(5)); setInterval(() => {}, 1e3); console.log("up")',
     );
     await waitFor('output', () => polite.logTail().includes('up'));
-    await polite.stop(5_000);
+    await polite.stop(60_000);
     expect(await polite.exited).toEqual({ code: 5, signal: null });
 
     const deaf = await start(

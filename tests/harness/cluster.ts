@@ -165,7 +165,10 @@ class RunningCluster implements TestCluster {
     if (leader === undefined) {
       throw new RangeError(`there is no group ${group}`);
     }
-    return callUnary(leader, WorkerServiceService.stats, { request: {}, deadlineUnixMs: Date.now() + 5_000 });
+    return callUnary(leader, WorkerServiceService.stats, {
+      request: {},
+      deadlineUnixMs: Date.now() + 30_000,
+    });
   }
 
   async held(): Promise<HeldCounts> {

@@ -13,7 +13,7 @@ export interface GatewayProcess {
   readonly child: ChildProcess;
   /** What it wrote: log lines and errors. */
   readonly lines: readonly string[];
-  /** Resolves with its exit code and signal. */
+  /** Resolves with its exit code and signal, once all that it wrote has been read. */
   readonly exited: Promise<unknown[]>;
   /** Waits until it serves; gives the address of its door. */
   address(): Promise<string>;
@@ -35,5 +35,5 @@ export function startGatewayProcess(env: Readonly<Record<string, string>>): Gate
     });
     return String(found);
   };
-  return { child, lines, exited: once(child, 'exit'), address };
+  return { child, lines, exited: once(child, 'close'), address };
 }
