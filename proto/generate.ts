@@ -1,5 +1,6 @@
 // Writes proto/src/gen from proto/mimo and from the standard protos that npm packages carry (gRPC health and
-// reflection, google.rpc). Those are copied to proto/.vendor at each run and never committed.
+// reflection, google.rpc). Those are copied to proto/.vendor at each run and never committed. With a directory as its
+// argument it writes below that instead.
 
 import { execFileSync } from 'node:child_process';
 import { cpSync, mkdirSync, rmSync } from 'node:fs';
@@ -26,6 +27,7 @@ for (const [target, source] of Object.entries(standard)) {
 const buf = (...args: string[]): void => {
   execFileSync(join(root, 'node_modules/.bin/buf'), args, { cwd: root, stdio: 'inherit' });
 };
+const [output = root] = process.argv.slice(2);
 buf('lint');
-buf('generate');
-buf('build', '--exclude-source-info', '-o', 'proto/src/gen/descriptor.binpb');
+buf('generate', '--output', output);
+buf('build', '--exclude-source-info', '-o', join(output, 'proto/src/gen/descriptor.binpb'));
