@@ -12,6 +12,7 @@ export default defineConfig({
           name: 'unit',
           // Far above what a test takes: a busy machine is no failure.
           testTimeout: 60_000,
+          hookTimeout: 60_000,
           include: ['*/src/**/*.test.ts', 'deploy/**/*.test.ts', 'tests/structure/**/*.test.ts'],
         },
       },
