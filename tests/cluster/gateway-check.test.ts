@@ -101,14 +101,14 @@ describe('check', () => {
   it('gives up on a gateway that drains, saying so', async () => {
     const address = await start('');
     await gateway?.drain(AbortSignal.timeout(5_000));
-    expect(await check([`--address=${address}`, '--timeout-seconds=2'])).toEqual({
+    expect(await check([`--address=${address}`, '--timeout-seconds=6'])).toEqual({
       code: 1,
       said: 'check: the gateway does not serve: it says that it does not serve',
     });
   });
 
   it('gives up on an address where nobody listens', async () => {
-    const answer = await check(['--address=127.0.0.1:1', '--timeout-seconds=2']);
+    const answer = await check(['--address=127.0.0.1:1', '--timeout-seconds=6']);
     expect(answer.code).toBe(1);
     expect(answer.said).toMatch(/^check: the gateway does not serve: .*ECONNREFUSED/);
   });

@@ -67,14 +67,16 @@ async function promptTokens(): Promise<number> {
   return (await callUnary(client, InferenceServiceService.countTokens, { request })).promptTokens;
 }
 
-/** The whole text of a completion, with a call at its first piece. */
+/** The whole text of a completion, with a call at its first piece, during which the group stands still. */
 async function generate(onFirst?: () => Promise<void>): Promise<string> {
   const request = GenerateRequest.fromPartial({ model, input: { $case: 'prompt', value: prompt } });
   let text = '';
   for await (const { event } of callServerStream(client, InferenceServiceService.generate, { request })) {
     if (event?.$case === 'delta') {
-      if (text === '') {
-        await onFirst?.();
+      if (text === '' && onFirst !== undefined) {
+        group?.stall();
+        await onFirst();
+        group?.resume();
       }
       text += event.value.text;
     }

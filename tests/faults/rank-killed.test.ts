@@ -10,7 +10,7 @@ import { isAlive, waitFor } from '../harness/wait-for.ts';
 /** For the rank that stalls; the others should not take a machine that stands still for one. */
 const peerTimeoutMs = 8_000;
 /** More than is made before the signal comes. */
-const maxTokens = 1_500;
+const maxTokens = 1_000;
 
 describe.each([
   ['the only group, which comes back', 1],
