@@ -728,9 +728,9 @@ describe('gateways', () => {
 
   it('that drain refuse new requests, finish the running ones, and then close', async () => {
     const gateway = await openGateway();
-    let said = false;
+    const enough = new AbortController();
     const script = function* () {
-      while (!said) {
+      while (!enough.signal.aborted) {
         yield 65;
       }
     };
@@ -747,7 +747,7 @@ describe('gateways', () => {
       ),
     );
     expect(drained).toBe(false);
-    said = true;
+    enough.abort();
     let finished = false;
     for await (const { event } of running) {
       finished ||= event?.$case === 'finish';

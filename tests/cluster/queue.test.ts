@@ -151,7 +151,6 @@ describe.each(Object.keys(backends))('%s', (name) => {
       for (const each of [...(await replayOf(queue, model)), ...(await replayOf(queue, 'other'))]) {
         await queue.delete(each);
       }
-      expect(await queue.counts()).toEqual({ records: 0 });
     }
     await Promise.all(opened.map((each) => each.close()));
     opened.length = 0;

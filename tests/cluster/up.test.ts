@@ -26,6 +26,15 @@ import { isAlive, waitFor } from '../harness/wait-for.ts';
 const repository = join(import.meta.dirname, '../..');
 const question = 'What is 47 + 85?';
 
+/** The program of a process; undefined where it has ended. */
+function programOf(pid: number): string | undefined {
+  try {
+    return readFileSync(`/proc/${pid}/comm`, 'utf8').trim();
+  } catch {
+    return undefined;
+  }
+}
+
 describe('the mimo command', () => {
   let directory: string;
   let env: NodeJS.ProcessEnv;
@@ -70,14 +79,6 @@ describe('the mimo command', () => {
         }
       })
       .map(Number);
-  }
-  /** What a process runs; that of one that has ended meanwhile is a shell's no less. */
-  function programOf(pid: number): string {
-    try {
-      return readFileSync(`/proc/${pid}/comm`, 'utf8').trim();
-    } catch {
-      return 'sh';
-    }
   }
   function mimo(...args: string[]): ChildProcessByStdio<Writable, Readable, Readable> {
     const bootstrap = join(repository, 'deploy/local/bootstrap.mjs');
@@ -140,11 +141,8 @@ describe('the mimo command', () => {
     child.kill('SIGINT');
     expect((await ended)[0]).toBe(0);
     // The shells that watched the programs may still be on their way out.
-    expect(
-      processesOfThisTest()
-        .map(programOf)
-        .filter((name) => name !== 'sh'),
-    ).toEqual([]);
+    const left = processesOfThisTest().map(programOf);
+    expect(left.filter((program) => program !== undefined && program !== 'sh')).toEqual([]);
     await waitFor('every process to be gone', () => processesOfThisTest().length === 0);
     const nobody = await run(['chat', '--address', address(), question]);
     expect(nobody).toMatchObject({ code: 1, stdout: '' });

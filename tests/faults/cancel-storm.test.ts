@@ -23,6 +23,14 @@ interface OpenStream {
   readonly cancel: () => void;
 }
 
+/** A few may have come to their own end before their cancel did. */
+function expectCanceled(codes: readonly grpc.status[]): void {
+  const canceled = codes.filter((code) => code === grpc.status.CANCELLED).length;
+  const finished = codes.filter((code) => code === grpc.status.OK).length;
+  expect(canceled + finished).toBe(codes.length);
+  expect(finished).toBeLessThan(codes.length / 10);
+}
+
 describe('a storm of client cancels', () => {
   let cluster: TestCluster;
   let client: InferenceServiceClient;
@@ -85,14 +93,6 @@ describe('a storm of client cancels', () => {
     call.on('end', () => ended.resolve(grpc.status.OK));
     call.resume();
     return { started: started.promise, ended: ended.promise, cancel: () => call.cancel() };
-  }
-
-  /** A few may have come to their own end before their cancel did. */
-  function expectCanceled(codes: readonly grpc.status[]): void {
-    const canceled = codes.filter((code) => code === grpc.status.CANCELLED).length;
-    const finished = codes.filter((code) => code === grpc.status.OK).length;
-    expect(canceled + finished).toBe(codes.length);
-    expect(finished).toBeLessThan(codes.length / 10);
   }
 
   async function expectNothingHeld(): Promise<void> {
