@@ -157,7 +157,7 @@ async function groupsMachine({ cluster, installation }: World): Promise<{
 }
 
 /**
- * Serves over a line of 100 ms each way, as between continents, on which no group is lost; gives the round trip's mean.
+ * Serves over a line of 100 ms each way, as between continents, on which no group is lost; gives the round trip.
  */
 async function farAway(world: World): Promise<number> {
   const { cluster, installation, tools, say } = world;

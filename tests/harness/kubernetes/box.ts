@@ -241,7 +241,7 @@ async function childOf(pid: number, name: string): Promise<number> {
       child = Number.parseInt(children ?? '', 10);
       return children === undefined || Number.isInteger(child);
     },
-    5_000,
+    60_000,
   );
   if (!Number.isInteger(child)) {
     throw new ClusterError('internal', `${name} ended at once`);

@@ -55,11 +55,19 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
   await mkdir(file('cni'));
   await writeFile(file('cni/10-bridge.conflist'), JSON.stringify(networkConfig(options.podRange)));
   await writeFile(file('containerd.toml'), containerdConfig(options));
-  const startContainerd = (): Promise<BoxProcess> =>
-    box.start('containerd', ['containerd', '--config', file('containerd.toml'), '--log-level', 'warn']);
-  let containerd = await startContainerd();
   const runtime = ['ctr', '--address', runtimeSocket, '--namespace', 'k8s.io'];
-  await waitFor(`containerd of ${name}`, async () => box.run(...runtime, 'images', 'list').then(() => true));
+  /** Returns when it answers: a kubelet asks it once at its own start, and ends where nobody does. */
+  const startContainerd = async (): Promise<BoxProcess> => {
+    const command = ['containerd', '--config', file('containerd.toml'), '--log-level', 'warn'];
+    const started = await box.start('containerd', command);
+    await waitFor(
+      `containerd of ${name}`,
+      async () => box.run(...runtime, 'images', 'list').then(() => true),
+      60_000,
+    );
+    return started;
+  };
+  let containerd = await startContainerd();
   const importImage = async (image: string): Promise<void> => {
     await box.run(...runtime, 'images', 'import', image);
   };
