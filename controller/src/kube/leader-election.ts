@@ -160,9 +160,14 @@ class LeaseHolder {
     clearTimeout(expiry);
   }
 
-  /** One exchange within the time to the next; failures are logged and count as no. */
+  /** How long one exchange may take: two fit before the deadline. */
+  get #exchangeMs(): number {
+    return this.#timing.renewDeadlineMs / 2;
+  }
+
+  /** One exchange; failures are logged and count as no. */
   async #attempt(signal: AbortSignal, exchange: (limit: AbortSignal) => Promise<boolean>): Promise<boolean> {
-    const limit = AbortSignal.any([signal, AbortSignal.timeout(this.#timing.renewDeadlineMs / 2)]);
+    const limit = AbortSignal.any([signal, AbortSignal.timeout(this.#exchangeMs)]);
     try {
       return await exchange(limit);
     } catch (error) {
@@ -241,7 +246,7 @@ class LeaseHolder {
     const { resourceVersion } = seen.metadata;
     const spec: LeaseSpec = { holderIdentity: '', leaseDurationSeconds: 1, renewTime: microTime() };
     try {
-      const limit = AbortSignal.timeout(this.#timing.retryMs);
+      const limit = AbortSignal.timeout(this.#exchangeMs);
       await client.patch(resourceTypes.leases, leaseName, { metadata: { resourceVersion }, spec }, {}, limit);
       log.info({ identity: this.identity }, 'lease given back');
     } catch (error) {
