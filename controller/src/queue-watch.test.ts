@@ -4,7 +4,7 @@ import { createLog } from '@mimo/core/log';
 import type { CatalogModel } from '@mimo/core/model-catalog';
 import type { QueueState, RequestQueue } from '@mimo/core/queue';
 import { createMemoryQueue } from '@mimo/core/queue-memory';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 
 import { QueueWatch } from './queue-watch.ts';
 
@@ -42,6 +42,8 @@ describe('QueueWatch', () => {
   let watch: QueueWatch;
   let changes: string[];
   beforeEach(async () => {
+    // A state is as old as a test says, and not as long as the test was stopped.
+    vi.useFakeTimers({ toFake: ['Date'] });
     queue = createMemoryQueue();
     changes = [];
     watch = new QueueWatch({
@@ -56,6 +58,7 @@ describe('QueueWatch', () => {
   afterEach(async () => {
     await watch.close();
     await queue.close();
+    vi.useRealTimers();
   });
 
   const waiting = (): number | 'unknown' => {

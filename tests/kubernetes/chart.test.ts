@@ -433,7 +433,7 @@ describe('before an uninstall', () => {
 
   it('one that is held for ever ends it, by name', async () => {
     await createServices('held');
-    const { code, said } = await removeServices(3);
+    const { code, said } = await removeServices(15);
     expect(code).toBe(1);
     expect(said).toMatch(/^remove-services: still there: held\. Does the controller run\?/);
   });

@@ -285,19 +285,21 @@ class PretendKubelet {
       return;
     }
     this.#seen.add(uid);
-    if (this.prepare !== undefined) {
-      await this.end(pod, this.prepare);
-      return;
+    try {
+      await this.end(pod, this.prepare ?? (await this.#publishModel(named?.[prepareLabels.service] ?? '')));
+    } catch (error) {
+      // The next look tries again.
+      this.#seen.delete(uid);
+      throw error;
     }
-    const service = await this.#options.client.get(
-      resourceTypes.modelServices,
-      named?.[prepareLabels.service] ?? '',
-      never,
-    );
+  }
+
+  async #publishModel(serviceName: string): Promise<Ending> {
+    const service = await this.#options.client.get(resourceTypes.modelServices, serviceName, never);
     const { model } = service.spec as { readonly model: { readonly name: string } };
     const files = new Map([['config.json', Buffer.from('{}')]]);
     await this.#options.catalog.publish({ name: model.name, files }, never);
-    await this.end(pod, { exitCode: 0, message: '' });
+    return { exitCode: 0, message: '' };
   }
 
   /** Refused where the pod has changed since: the change is looked at again. */

@@ -401,7 +401,7 @@ describe('three hundred machines', () => {
                   memorySeconds: 60,
                   scaleToZeroAfterSeconds: 0,
                 },
-                drainSeconds: 10,
+                drainSeconds: 60,
               },
             },
             never,
