@@ -33,10 +33,14 @@ const result = await runEndToEnd({
   scenarios: values.faults && !chosen.includes('faults') ? [...chosen, 'faults'] : chosen,
   scaleDowns: Number(values['scale-downs']),
   rollouts: Number(values.rollouts),
-  decisionLimitMs: 1_000,
   hold: values.hold,
   signal: stopping.signal,
   say: (line) => console.log(`${((performance.now() - begin) / 1000).toFixed(1).padStart(7)} s  ${line}`),
 });
+for (const [scenario, figures] of Object.entries(result.scenarios)) {
+  for (const [figure] of Object.entries(figures).filter(([, value]) => value === 'MISSED')) {
+    console.log(`MISSED: ${figure} of ${scenario}`);
+  }
+}
 console.log(JSON.stringify(result));
 process.exit(result.failed === undefined ? 0 : 1);

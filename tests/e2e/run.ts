@@ -39,7 +39,6 @@ export interface EndToEndOptions {
   readonly scenarios: readonly ScenarioName[];
   readonly scaleDowns: number;
   readonly rollouts: number;
-  readonly decisionLimitMs: number;
   /** Leaves a cluster in which a scenario failed as it is, until the signal. */
   readonly hold: boolean;
   readonly signal: AbortSignal;
@@ -119,7 +118,6 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
         say,
         scaleDowns: options.scaleDowns,
         rollouts: options.rollouts,
-        decisionLimitMs: options.decisionLimitMs,
       });
     }
     // With a service that serves: whoever uninstalls need not have cleaned up before.

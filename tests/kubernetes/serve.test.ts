@@ -10,8 +10,6 @@ it('serves from zero, scales in one decision, loses no request and leaves nothin
     scenarios: ['serve'],
     scaleDowns: 0,
     rollouts: 0,
-    // The second that the full run is held to, and what a machine busy with other tests adds to it.
-    decisionLimitMs: 10_000,
     hold: false,
     signal: new AbortController().signal,
     say: (line) => console.error(line),

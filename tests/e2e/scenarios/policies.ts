@@ -121,15 +121,19 @@ async function waitForReach(
 ): Promise<void> {
   const { places, targets, expected, when } = options;
   let wrong: readonly string[] = [];
-  await waitFor(`connections ${when}`, async () => {
-    const seen = await Promise.all(
-      Object.entries(places).map(async ([name, place]) =>
-        differences(name, expected[name] ?? [], await reach(world, place, targets)),
-      ),
-    );
-    wrong = seen.flat();
-    return wrong.length === 0;
-  }).catch((error: unknown) => {
+  await waitFor(
+    `connections ${when}`,
+    async () => {
+      const seen = await Promise.all(
+        Object.entries(places).map(async ([name, place]) =>
+          differences(name, expected[name] ?? [], await reach(world, place, targets)),
+        ),
+      );
+      wrong = seen.flat();
+      return wrong.length === 0;
+    },
+    120_000,
+  ).catch((error: unknown) => {
     check(wrong.length === 0, `${when}: ${wrong.join('; ')}`);
     throw error;
   });

@@ -16,6 +16,10 @@ import {
 
 const groups = 2;
 const edits = 10;
+/** Is nowhere: a group of it never serves. */
+const missingImage = { image: 'mimo-cluster/worker:missing', imagePullPolicy: 'Never' };
+/** Takes it back. */
+const chartsImage = { image: null, imagePullPolicy: null };
 
 export async function revert(world: World): Promise<Figures> {
   const { cluster, installation, say } = world;
@@ -31,25 +35,22 @@ export async function revert(world: World): Promise<Figures> {
   });
   const serving = await identities(world);
 
-  // An image that is nowhere: the new group never serves.
-  await installation.patchSpec({
-    template: { image: 'mimo-cluster/worker:missing', imagePullPolicy: 'Never' },
-  });
+  await installation.patchSpec({ template: missingImage });
   await waitFor(
     'a group of the broken revision',
     async () => (await identities(world)).length > groups,
     60_000,
   );
-  await installation.patchSpec({ template: { image: null, imagePullPolicy: null } });
+  await installation.patchSpec({ template: chartsImage });
   await installation.waitForGroups(groups);
   check(isSame(await identities(world), serving), 'a revert in mid-rollout replaced groups that served');
   say('reverted in mid-rollout: the groups that served stay');
 
-  for (let edit = 1; edit <= edits; edit++) {
-    await installation.patchSpec({
-      template: { annotations: { edit: edit === edits ? 'none' : String(edit) } },
-    });
+  // However far apart they come, none of the revisions between gets to replace a group.
+  for (let edit = 1; edit < edits; edit++) {
+    await installation.patchSpec({ template: { ...missingImage, annotations: { edit: String(edit) } } });
   }
+  await installation.patchSpec({ template: { ...chartsImage, annotations: { edit: 'none' } } });
   await installation.waitForGroups(groups);
   check(isSame(await identities(world), serving), 'edits that end where they began replaced groups');
   say(`${edits} edits in a row, the last one undoes them: the groups that served stay`);
