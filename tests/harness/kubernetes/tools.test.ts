@@ -129,4 +129,23 @@ echo "$@" >> ${directory}/builds; sleep 0.3; echo "#!/bin/sh" > "$7"; chmod +x "
     });
     expect(existsSync(join(directory, 'cache/kubernetes', await toolKey(hello, source)))).toBe(false);
   });
+
+  it('tries a build again, as it may have failed at a download, but no source that does not compile', async () => {
+    const attempts = (): number => readFileSync(join(directory, 'attempts'), 'utf8').length;
+    const attempt = `[ "$3" = env ] && exit 0\nprintf x >> ${directory}/attempts`;
+    writeGo(`${attempt}\necho "main.go:3:1: syntax error" >&2; exit 1`);
+    await expect(find()).rejects.toMatchObject({ message: expect.stringContaining('syntax error') });
+    expect(attempts()).toBe(1);
+    expect(lines.filter((line) => line.startsWith('attempt'))).toEqual([]);
+
+    writeGo(`${attempt}
+[ "$(wc -c < ${directory}/attempts)" -lt 4 ] && echo "unexpected EOF" >&2 && exit 1
+echo "#!/bin/sh" > "$7"`);
+    expect(readdirSync(await find()).toSorted()).toEqual(['greet', 'hello']);
+    expect(attempts()).toBe(4);
+    expect(lines.filter((line) => line.startsWith('attempt'))).toEqual([
+      'attempt 1 of 3 to build hello v1.2.3 failed:\nunexpected EOF',
+      'attempt 2 of 3 to build hello v1.2.3 failed:\nunexpected EOF',
+    ]);
+  });
 });

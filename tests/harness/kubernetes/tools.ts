@@ -16,6 +16,11 @@ import { cacheDirectoryFrom, type FindOptions } from '../../../deploy/local/nats
 
 const toolsDirectory = join(import.meta.dirname, 'tools');
 const progressMs = 30_000;
+/** A build downloads its modules, and networks fail at times; what has come is kept. */
+const buildAttempts = 3;
+const betweenAttemptsMs = 1_000;
+/** What Go says of a source that does not compile, which no other attempt changes. */
+const compileError = /^\S+\.go:\d+:\d+: /m;
 
 /** Paths of programs. */
 export interface KubernetesTools {
@@ -170,6 +175,22 @@ async function assertGo(directory: string, logFile: string, options: FindOptions
   }
 }
 
+/** Runs a build, again where it fails for what may be a network's fault. */
+async function buildProgram(run: GoRun, what: string, options: FindOptions): Promise<void> {
+  for (let attempt = 1; ; attempt++) {
+    const { code, text } = await runGo(run, options);
+    if (code === 0) {
+      return;
+    }
+    if (attempt === buildAttempts || compileError.test(text)) {
+      throw new ClusterError('unavailable', `${what} cannot be built here:\n${text}`);
+    }
+    options.onProgress(`attempt ${attempt} of ${buildAttempts} to build ${what} failed:\n${text}`);
+    await rm(run.logFile);
+    await sleep(attempt * betweenAttemptsMs, undefined, { signal: options.signal });
+  }
+}
+
 async function buildModule(
   module: ToolModule,
   directory: string,
@@ -186,26 +207,18 @@ async function buildModule(
       `building ${Object.keys(module.programs).join(' and ')} ${version} from Go modules, once: ${module.durationText}`,
     );
     const variables = Object.entries(module.variables(version)).map(([name, value]) => `-X ${name}=${value}`);
+    const flags = `-ldflags=-s -w ${variables.join(' ')}`;
     for (const [program, goPackage] of Object.entries(module.programs)) {
-      const { code, text } = await runGo(
+      await buildProgram(
         {
-          args: [
-            'build',
-            '-v',
-            `-ldflags=-s -w ${variables.join(' ')}`,
-            '-o',
-            join(work, 'bin', program),
-            goPackage,
-          ],
+          args: ['build', '-v', flags, '-o', join(work, 'bin', program), goPackage],
           directory,
           logFile: join(work, `${program}.log`),
           onLog: (lines) => options.onProgress(`building ${program}: ${lines} packages`),
         },
+        `${program} ${version}`,
         options,
       );
-      if (code !== 0) {
-        throw new ClusterError('unavailable', `${program} ${version} cannot be built here:\n${text}`);
-      }
     }
     const [first = ''] = Object.keys(module.programs);
     for (const link of module.links) {
