@@ -64,8 +64,8 @@ export function check(holds: boolean, message: string): asserts holds {
 const hopelessMs = 60_000;
 
 /**
- * Says how a time compares with its goal, and gives that for the figures. One that is missed is said loudly and fails
- * nothing, since processes that are stopped for a moment miss it too; a time without any hope fails the scenario.
+ * Says how a time compares with its goal, and gives that for the figures. One that is missed is said loudly and lets the
+ * scenario go on, since processes that are stopped for a moment miss it too; a time without any hope fails it.
  */
 export function judge(
   { say }: World,
