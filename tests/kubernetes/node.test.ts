@@ -167,6 +167,7 @@ describe('a real cluster of two nodes', () => {
     await waitFor('the node to count as lost', async () => (await ready()) === 'Unknown', 60_000);
     await heal(node.box, cluster.controlPlaneBox);
     await waitFor('the node to be back', async () => (await ready()) === 'True', 60_000);
+    expect(await ready()).toBe('True');
   });
 
   it('has a node that is far away for as long as a test wants it', async () => {
