@@ -50,7 +50,7 @@ const goals: Readonly<Record<string, { readonly attainmentRatio: number; readonl
   'code bursts': { attainmentRatio: 0.9, costRatio: 1.5 },
 };
 
-/** Runs the benchmark. Throws `invalid_argument` for unknown options or traces, and what the signal aborts with. */
+/** Runs the benchmark. Throws `invalid_argument` for options and traces that are none, and what the signal aborts with. */
 export async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
   const { values } = parseArgs({
     args: [...args],
@@ -62,11 +62,10 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       plot: { type: 'string', default: join(import.meta.dirname, '../../docs/autoscale.svg') },
     },
   });
-  const targetWaitMs = Number(values['target-wait']) * 1000;
-  const ourMax = Number(values.max);
-  const traces = createTraces(Number(values.seed)).filter(
-    ({ name }) => values.trace === undefined || name === values.trace,
-  );
+  const targetWaitMs = readNumber('target-wait', values['target-wait']) * 1000;
+  const ourMax = readNumber('max', values.max);
+  const seed = readNumber('seed', values.seed);
+  const traces = createTraces(seed).filter(({ name }) => values.trace === undefined || name === values.trace);
   if (traces.length === 0) {
     throw new ClusterError('invalid_argument', `--trace: no trace is called ${values.trace ?? ''}`);
   }
@@ -91,7 +90,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   console.log(
     JSON.stringify({
       bench: 'autoscale',
-      seed: Number(values.seed),
+      seed,
       targetWaitSeconds: targetWaitMs / 1000,
       maxGroups: ourMax,
       node: process.version,
@@ -109,6 +108,14 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       })),
     }),
   );
+}
+
+function readNumber(option: string, text: string): number {
+  const value = Number(text);
+  if (!Number.isFinite(value) || value <= 0) {
+    throw new ClusterError('invalid_argument', `--${option}: must be a number above 0, is ${text}`);
+  }
+  return value;
 }
 
 function runPanel(trace: Trace, seconds: number, targetWaitMs: number, ourMax: number): ArmResult[] {
