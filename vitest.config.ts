@@ -44,6 +44,15 @@ export default defineConfig({
       },
       {
         test: {
+          name: 'hostile',
+          include: ['tests/hostile/**/*.test.ts'],
+          fileParallelism: false,
+          testTimeout: 120_000,
+          hookTimeout: 180_000,
+        },
+      },
+      {
+        test: {
           name: 'kubernetes',
           include: ['tests/kubernetes/**/*.test.ts'],
           globalSetup: ['tests/harness/kubernetes/set-up.ts'],

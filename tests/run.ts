@@ -41,6 +41,7 @@ const layers: readonly Stage[] = [
   vitest('golden'),
   vitest('webgpu'),
   vitest('servers'),
+  vitest('hostile'),
   vitest('kubernetes'),
 ];
 

@@ -43,6 +43,8 @@ export interface TestClusterOptions {
   readonly nats?: boolean;
   readonly workerEnv?: NodeJS.ProcessEnv;
   readonly gatewayEnv?: NodeJS.ProcessEnv;
+  /** With which the harness itself asks, where `gatewayEnv` names a keys file. */
+  readonly apiKey?: string;
 }
 
 /** What is held for requests, all parts together; all zero when none lives. */
@@ -58,6 +60,8 @@ export interface TestCluster {
   readonly parts: LocalCluster;
   readonly modelName: string;
   readonly client: InferenceServiceClient;
+  /** Streams and log files of the processes. */
+  readonly dataDirectory: string;
   /** What the local supervisor said, line by line. */
   readonly events: readonly string[];
   /** A connection to the cluster's queue; throws where that is in the gateway's memory. */
@@ -106,7 +110,7 @@ export async function startTestCluster(options: TestClusterOptions = {}): Promis
     gatewayEnv: options.gatewayEnv ?? {},
     onEvent: (line) => events.push(line),
   });
-  const cluster = new RunningCluster({ parts, modelName, events, dataDirectory });
+  const cluster = new RunningCluster({ parts, modelName, events, dataDirectory, apiKey: options.apiKey });
   try {
     await Promise.race([cluster.ready(), parts.givenUp]);
   } catch (error) {
@@ -123,19 +127,24 @@ class RunningCluster implements TestCluster {
   readonly events: readonly string[];
   readonly #leaders: readonly WorkerServiceClient[];
   readonly #queue: RequestQueue | undefined;
-  readonly #dataDirectory: string;
+  readonly dataDirectory: string;
+  readonly #metadata = new grpc.Metadata();
 
   constructor(options: {
     readonly parts: LocalCluster;
     readonly modelName: string;
     readonly events: readonly string[];
     readonly dataDirectory: string;
+    readonly apiKey: string | undefined;
   }) {
     const { parts } = options;
     this.parts = parts;
     this.modelName = options.modelName;
     this.events = options.events;
-    this.#dataDirectory = options.dataDirectory;
+    this.dataDirectory = options.dataDirectory;
+    if (options.apiKey !== undefined) {
+      this.#metadata.set('authorization', `Bearer ${options.apiKey}`);
+    }
     this.client = createClient(parts.gatewayAddress);
     this.#leaders = parts.leaderAddresses.map(
       (address) =>
@@ -191,6 +200,7 @@ class RunningCluster implements TestCluster {
       const { models } = await callUnary(this.client, InferenceServiceService.listModels, {
         request: {},
         deadlineUnixMs: Date.now() + 5_000,
+        metadata: this.#metadata,
       });
       return models.some(
         ({ name, readyGroups }) => name === this.modelName && readyGroups === this.parts.groups.length,
@@ -205,7 +215,7 @@ class RunningCluster implements TestCluster {
     }
     await this.#queue?.close();
     await this.parts.close();
-    await rm(this.#dataDirectory, { recursive: true, force: true });
+    await rm(this.dataDirectory, { recursive: true, force: true });
   }
 }
 
