@@ -244,7 +244,7 @@ describe('admitRequest', () => {
   it('says all that is wrong at once, with limit and value, and quotes no prompt', () => {
     const input = chat({ role: Role.USER, content: 'top secret' }, { content: '' });
     expect(violationsOf(input, { temperature: 3, topP: 0, stop: [''], maxTokens: 0 })).toEqual({
-      'sampling.temperature': 'must be a number from 0 to 2, not 3',
+      'sampling.temperature': 'must be 0 or a number from 0.000001 to 2, not 3',
       'sampling.top_p': 'must be a number above 0 and at most 1, not 0',
       'sampling.max_tokens': 'must be a whole number from 1 to 4294967295, not 0',
       'sampling.stop[0]': 'must be well-formed text of 1 to 256 characters; it has 0',

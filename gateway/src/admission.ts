@@ -5,6 +5,13 @@
 
 import { ClusterError, type FieldViolation } from '@mimo/core/errors';
 import { Role, type Message } from '@mimo/proto/inference';
+import {
+  numberProblem,
+  repeatedLimits,
+  samplingLimits,
+  stopTextMaxCharacters,
+  type NumberLimit,
+} from '@mimo/proto/limits';
 import type { RequestRecord } from '@mimo/proto/queue';
 import type { SamplingParams } from '@mimo/proto/sampling';
 import type { ChatMessage } from '@mimo/tokenizer';
@@ -44,21 +51,6 @@ export interface AdmissionContext {
   readonly deadlineUnixMs: number | undefined;
 }
 
-/** At most this many stop texts: each is searched for in every piece of text. */
-export const maxStops = 16;
-export const maxStopCharacters = 256;
-export const maxStopTokenIds = 64;
-const uint32Max = 0xffff_ffff;
-
-interface NumberRule {
-  readonly field: string;
-  readonly value: number | undefined;
-  readonly min: number;
-  readonly max: number;
-  readonly minExcluded?: boolean;
-  readonly integer?: boolean;
-}
-
 /** Temperature and top_p are MiMo's recommendation; the others leave the distribution as it is. */
 const defaults = {
   temperature: 0.6,
@@ -92,7 +84,7 @@ export function admitRequest(
   }
   const leftTokens = facts.maxContextTokens - promptTokenIds.length;
   const minTokens = sampling?.minTokens ?? 0;
-  if (leftTokens > 0 && minTokens > leftTokens && minTokens <= (sampling?.maxTokens ?? uint32Max)) {
+  if (leftTokens > 0 && minTokens > leftTokens && minTokens <= (sampling?.maxTokens ?? Infinity)) {
     const description = `must be at most the ${leftTokens} tokens that are left of the context, not ${minTokens}`;
     violations.push({ field: 'sampling.min_tokens', description });
   }
@@ -232,65 +224,48 @@ function checkSampling(sampling: SamplingParams | undefined, facts: ModelFacts):
     return [];
   }
   const violations: FieldViolation[] = [];
-  const rules: readonly NumberRule[] = [
-    { field: 'temperature', value: sampling.temperature, min: 0, max: 2 },
-    { field: 'top_p', value: sampling.topP, min: 0, max: 1, minExcluded: true },
-    { field: 'top_k', value: sampling.topK, min: 0, max: uint32Max, integer: true },
-    { field: 'min_p', value: sampling.minP, min: 0, max: 1 },
-    { field: 'repetition_penalty', value: sampling.repetitionPenalty, min: 0, max: 2, minExcluded: true },
-    { field: 'presence_penalty', value: sampling.presencePenalty, min: -2, max: 2 },
-    { field: 'frequency_penalty', value: sampling.frequencyPenalty, min: -2, max: 2 },
-    { field: 'seed', value: sampling.seed, min: 0, max: uint32Max, integer: true },
-    { field: 'max_tokens', value: sampling.maxTokens, min: 1, max: uint32Max, integer: true },
-    { field: 'min_tokens', value: sampling.minTokens, min: 0, max: uint32Max, integer: true },
-    { field: 'logprobs', value: sampling.logprobs, min: 0, max: 20, integer: true },
-    { field: 'draft_tokens', value: sampling.draftTokens, min: 0, max: facts.draftTokens, integer: true },
-  ];
-  for (const rule of rules) {
-    const description = numberProblem(rule);
+  const limits: Readonly<Record<keyof typeof samplingLimits, NumberLimit>> = {
+    ...samplingLimits,
+    draftTokens: { ...samplingLimits.draftTokens, max: facts.draftTokens },
+  };
+  for (const name of Object.keys(limits) as (keyof typeof limits)[]) {
+    const value = sampling[name];
+    const description = value === undefined ? undefined : numberProblem(value, limits[name]);
     if (description !== undefined) {
-      violations.push({ field: `sampling.${rule.field}`, description });
+      violations.push({ field: `sampling.${toSnakeCase(name)}`, description });
     }
   }
-  if ((sampling.minTokens ?? 0) > (sampling.maxTokens ?? uint32Max)) {
+  if ((sampling.minTokens ?? 0) > (sampling.maxTokens ?? Infinity)) {
     violations.push({
       field: 'sampling.min_tokens',
       description: `must be at most max_tokens, ${sampling.maxTokens}, not ${sampling.minTokens}`,
     });
   }
-  if (sampling.stop.length > maxStops) {
+  if (sampling.stop.length > repeatedLimits.stop) {
     violations.push({
       field: 'sampling.stop',
-      description: `has ${sampling.stop.length} texts; the limit is ${maxStops}`,
+      description: `has ${sampling.stop.length} texts; the limit is ${repeatedLimits.stop}`,
     });
   }
   for (const [index, stop] of sampling.stop.entries()) {
-    if (stop === '' || stop.length > maxStopCharacters || !stop.isWellFormed()) {
+    if (stop === '' || stop.length > stopTextMaxCharacters || !stop.isWellFormed()) {
       violations.push({
         field: `sampling.stop[${index}]`,
-        description: `must be well-formed text of 1 to ${maxStopCharacters} characters; it has ${stop.length}`,
+        description: `must be well-formed text of 1 to ${stopTextMaxCharacters} characters; it has ${stop.length}`,
       });
     }
   }
-  if (sampling.stopTokenIds.length > maxStopTokenIds) {
+  if (sampling.stopTokenIds.length > repeatedLimits.stopTokenIds) {
     violations.push({
       field: 'sampling.stop_token_ids',
-      description: `has ${sampling.stopTokenIds.length} ids; the limit is ${maxStopTokenIds}`,
+      description: `has ${sampling.stopTokenIds.length} ids; the limit is ${repeatedLimits.stopTokenIds}`,
     });
   }
   checkTokenIds('sampling.stop_token_ids', sampling.stopTokenIds, { facts, violations });
   return violations;
 }
 
-function numberProblem({ value, min, max, minExcluded, integer }: NumberRule): string | undefined {
-  if (value === undefined) {
-    return undefined;
-  }
-  // Written so that NaN, which no comparison holds for, is a problem.
-  const fits = value <= max && (minExcluded === true ? value > min : value >= min);
-  if (fits && (integer !== true || Number.isInteger(value))) {
-    return undefined;
-  }
-  const range = `${minExcluded === true ? 'above' : 'from'} ${min} ${minExcluded === true ? 'and at most' : 'to'} ${max}`;
-  return `must be ${integer === true ? 'a whole number' : 'a number'} ${range}, not ${value}`;
+/** As the protos spell it. */
+function toSnakeCase(name: string): string {
+  return name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 }

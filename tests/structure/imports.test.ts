@@ -23,13 +23,14 @@ const allowed: Readonly<Record<string, readonly string[]>> = {
 /** Below these folders only the packages named may be imported: the engine knows no text, queue, HTTP or Kubernetes. */
 const engineFolders = ['engine', 'model', 'runtime', 'collective'].map((name) => join('worker', 'src', name));
 const engineImports =
-  /^(node:|koffi$|onnxruntime-node$|@bufbuild\/protobuf\/wire$|@mimo\/core\/(?:errors|file-lock)$|\.)/;
+  /^(node:|koffi$|onnxruntime-node$|@bufbuild\/protobuf\/wire$|@mimo\/core\/(?:errors|file-lock)$|@mimo\/proto\/limits$|\.)/;
 
 /** Files that decide and never act: they import nothing that waits, reads a clock or draws a number. */
 const pureFiles = [
   ...sources('controller/src/decide/*.ts').filter((file) => !file.endsWith('.test.ts')),
   'gateway/src/admission.ts',
   'gateway/src/dispatcher/placement.ts',
+  'proto/src/limits.ts',
   'worker/src/engine/kv-cache.ts',
   'worker/src/engine/scheduler.ts',
   'worker/src/engine/sampler.ts',

@@ -351,24 +351,32 @@ describe('Engine', () => {
     [
       'a negative temperature',
       { sampling: { ...greedy, temperature: -1 } },
-      /temperature: must be in \[0, 2\], is -1/,
+      /temperature: must be 0 or a number from 0.000001 to 2, not -1/,
     ],
     [
       'temperature NaN',
       { sampling: { ...greedy, temperature: NaN } },
-      /temperature: must be in \[0, 2\], is NaN/,
+      /temperature: must be 0 or a number from 0.000001 to 2, not NaN/,
     ],
-    ['top_p zero', { sampling: { ...greedy, topP: 0 } }, /topP: must be in \(0, 1\], is 0/],
-    ['a negative top_k', { sampling: { ...greedy, topK: -1 } }, /topK: must be an integer from 0, is -1/],
+    [
+      'top_p zero',
+      { sampling: { ...greedy, topP: 0 } },
+      /topP: must be a number above 0 and at most 1, not 0/,
+    ],
+    [
+      'a negative top_k',
+      { sampling: { ...greedy, topK: -1 } },
+      /topK: must be a whole number from 0 to 4294967295, not -1/,
+    ],
     [
       'no tokens to produce',
       { sampling: { ...greedy, maxTokens: 0 } },
-      /maxTokens: must be an integer from 1, is 0/,
+      /maxTokens: must be a whole number from 1 to 4294967295, not 0/,
     ],
     [
       'too many logprobs',
       { sampling: { ...greedy, logprobs: 21 } },
-      /logprobs: must be in \[-1, 20\], is 21/,
+      /logprobs: must be a whole number from 0 to 20, not 21/,
     ],
     ['negative credit', { creditTokens: -1 }, /creditTokens: must be at least 0, is -1/],
   ])('ends %s with invalid_argument and goes on', (_, wrong, message) => {

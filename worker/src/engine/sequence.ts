@@ -2,6 +2,7 @@
 // ends and what its request may say; knows no KV slot, no batch and no logits.
 
 import { ClusterError } from '@mimo/core/errors';
+import { numberProblem, repeatedLimits, samplingLimits } from '@mimo/proto/limits';
 import type {
   SequenceDelta,
   SequenceEnd,
@@ -17,8 +18,6 @@ export interface SequenceLimits {
   readonly maxContextTokens: number;
   readonly eosTokenIds: readonly number[];
 }
-
-const maxLogprobs = 20;
 
 /** Throws `invalid_argument` that lists every problem with its field, limit and value. */
 export function validateRequest(request: SequenceRequest, limits: SequenceLimits): void {
@@ -40,32 +39,17 @@ export function validateRequest(request: SequenceRequest, limits: SequenceLimits
   check(strange < 0, `tokenIds[${strange}]: must be in [0, ${limits.vocabSize}), is ${tokenIds[strange]}`);
   check(request.creditTokens >= 0, `creditTokens: must be at least 0, is ${request.creditTokens}`);
 
-  const inRange = (field: keyof SequenceSampling, min: number, max: number): void => {
-    const value = sampling[field] as number;
-    check(value >= min && value <= max, `sampling.${field}: must be in [${min}, ${max}], is ${value}`);
-  };
-  const above = (field: keyof SequenceSampling, max: number): void => {
-    const value = sampling[field] as number;
-    check(value > 0 && value <= max, `sampling.${field}: must be in (0, ${max}], is ${value}`);
-  };
-  inRange('temperature', 0, 2);
-  above('topP', 1);
-  inRange('minP', 0, 1);
-  above('repetitionPenalty', 2);
-  inRange('presencePenalty', -2, 2);
-  inRange('frequencyPenalty', -2, 2);
-  inRange('logprobs', -1, maxLogprobs);
-  inRange('draftTokens', 0, 1);
-  check(atLeast(sampling.topK, 0), `sampling.topK: must be an integer from 0, is ${sampling.topK}`);
+  for (const name of Object.keys(samplingLimits) as (keyof typeof samplingLimits)[]) {
+    // The engine's own way to say that no log-probabilities are wanted.
+    const isNone = name === 'logprobs' && sampling.logprobs === -1;
+    const problem = isNone ? undefined : numberProblem(sampling[name], samplingLimits[name]);
+    check(problem === undefined, `sampling.${name}: ${problem}`);
+  }
+  const stopIds = sampling.stopTokenIds.length;
   check(
-    atLeast(sampling.maxTokens, 1),
-    `sampling.maxTokens: must be an integer from 1, is ${sampling.maxTokens}`,
+    stopIds <= repeatedLimits.stopTokenIds,
+    `sampling.stopTokenIds: has ${stopIds} ids; the limit is ${repeatedLimits.stopTokenIds}`,
   );
-  check(
-    atLeast(sampling.minTokens, 0),
-    `sampling.minTokens: must be an integer from 0, is ${sampling.minTokens}`,
-  );
-  check(Number.isInteger(sampling.seed), `sampling.seed: must be an integer, is ${sampling.seed}`);
   if (problems.length > 0) {
     throw new ClusterError('invalid_argument', problems.join('; '));
   }

@@ -64,43 +64,52 @@ export function finishReasonToJSON(object: FinishReason): string {
  * because proto3's zero is not the default: an absent field takes the model's recommended value.
  */
 export interface SamplingParams {
-  /** Divides the logits; 0 is greedy. In [0, 2]. Default 0.6, MiMo's recommendation. */
+  /** Divides the logits; 0 is greedy: 0 or a number from 0.000001 to 2. Default 0.6, MiMo's recommendation. */
   temperature?:
     | number
     | undefined;
-  /** Keeps the smallest set of tokens whose probability sums to at least top_p. In (0, 1]. Default 0.95. */
+  /**
+   * Keeps the smallest set of tokens whose probability sums to at least top_p: a number above 0 and at most 1.
+   * Default 0.95.
+   */
   topP?:
     | number
     | undefined;
-  /** Keeps the k likeliest tokens; 0 keeps all. Default 0. */
+  /** Keeps the k likeliest tokens, 0 keeps all: a whole number from 0 to 4294967295. Default 0. */
   topK?:
     | number
     | undefined;
-  /** Keeps tokens with at least min_p times the probability of the likeliest. In [0, 1]. Default 0. */
+  /** Keeps tokens with at least min_p times the probability of the likeliest: a number from 0 to 1. Default 0. */
   minP?:
     | number
     | undefined;
-  /** Divides (or multiplies, where negative) the logits of tokens seen in prompt or completion. In (0, 2]. Default 1. */
+  /**
+   * Divides (or multiplies, where negative) the logits of tokens seen in prompt or completion: a number from 0.01 to 2.
+   * Default 1.
+   */
   repetitionPenalty?:
     | number
     | undefined;
-  /** Subtracted once from the logits of tokens already in the completion. In [-2, 2]. Default 0. */
+  /** Subtracted once from the logits of tokens already in the completion: a number from -2 to 2. Default 0. */
   presencePenalty?:
     | number
     | undefined;
-  /** Subtracted from the logits once for each earlier occurrence in the completion. In [-2, 2]. Default 0. */
+  /** Subtracted from the logits once for each earlier occurrence in the completion: a number from -2 to 2. Default 0. */
   frequencyPenalty?:
     | number
     | undefined;
-  /** Fixes the draws: the same seed and prompt give the same text. Default: drawn by the gateway. */
+  /**
+   * Fixes the draws: the same seed and prompt give the same text: a whole number from 0 to 4294967295.
+   * Default: drawn by the gateway.
+   */
   seed?:
     | number
     | undefined;
-  /** Ends the completion at the first of these texts, which is left out. At most 16, none empty. */
+  /** Ends the completion at the first of these texts, which is left out. At most 16, each of 1 to 256 characters. */
   stop: string[];
   /** Ends the completion at any of these token ids, which is left out of the text. At most 64. */
   stopTokenIds: number[];
-  /** At most this many completion tokens. Default: what is left of the context. */
+  /** At most this many completion tokens: a whole number from 1 to 4294967295. Default: what is left of the context. */
   maxTokens?:
     | number
     | undefined;
@@ -108,15 +117,21 @@ export interface SamplingParams {
   ignoreEos?:
     | boolean
     | undefined;
-  /** Returns the log-probability of each token and of this many likeliest alternatives (0 to 20). Absent: none. */
+  /**
+   * Returns the log-probability of each token and of this many likeliest alternatives: a whole number from 0 to 20.
+   * Absent: none.
+   */
   logprobs?:
     | number
     | undefined;
-  /** Draft tokens per step of speculative decoding: 0 turns it off, 1 is MiMo's MTP layer. Never changes the text. */
+  /**
+   * Draft tokens per step of speculative decoding: a whole number from 0 to 1, at most what the model drafts. 0 turns it
+   * off, 1 is MiMo's MTP layer. Never changes the text.
+   */
   draftTokens?:
     | number
     | undefined;
-  /** No end-of-text or stop before this many completion tokens. Default 0. */
+  /** No end-of-text or stop before this many completion tokens: a whole number from 0 to 4294967295. Default 0. */
   minTokens?: number | undefined;
 }
 
