@@ -1,12 +1,19 @@
 // The queue in the memory of one process, with the semantics of queue-nats save durability: for machines where no
 // nats-server can be had, and as the fast half of the shared test suite. Handles opened on one broker see one another.
 
-import type { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
+import type {
+  Assignment,
+  AssignmentReply,
+  Cancellation,
+  RequestEnded,
+  RequestRecord,
+} from '@mimo/proto/queue';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { beforeAbort } from './abort.ts';
 import { Channel, channelUntil } from './channel.ts';
 import { ClusterError } from './errors.ts';
+import { ownerSilent } from './queue.ts';
 import type {
   Closeable,
   DrainMark,
@@ -51,7 +58,8 @@ export class MemoryBroker {
   readonly states = new Topic<QueueState>();
   readonly drains = new Map<string, DrainMarks>();
   readonly drainChanges = new Topic<{ readonly model: string; readonly marks: DrainMarks }>();
-  readonly gateways = new Map<string, (assignment: Assignment) => AssignmentReply>();
+  readonly assigned = new Map<string, (assignment: Assignment) => AssignmentReply>();
+  readonly cancelled = new Map<string, (cancellation: Cancellation) => boolean>();
   readonly leases = new Map<string, { readonly holder: symbol; readonly freed: Promise<void> }>();
   #sequence = 0;
 
@@ -160,7 +168,7 @@ class MemoryQueue implements RequestQueue {
 
   async assign(gatewayId: string, assignment: Assignment): Promise<AssignmentReply> {
     this.#assertOpen();
-    const handler = this.#broker.gateways.get(gatewayId);
+    const handler = this.#broker.assigned.get(gatewayId);
     if (handler === undefined) {
       throw new ClusterError('not_found', `gateway ${gatewayId} does not listen for assignments`);
     }
@@ -168,17 +176,25 @@ class MemoryQueue implements RequestQueue {
   }
 
   serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable {
-    this.#broker.gateways.set(gatewayId, handler);
-    const served: Closeable = {
-      close: async () => {
-        this.#served.delete(served);
-        if (this.#broker.gateways.get(gatewayId) === handler) {
-          this.#broker.gateways.delete(gatewayId);
-        }
-      },
-    };
-    this.#served.add(served);
-    return served;
+    return this.#serve(this.#broker.assigned, gatewayId, handler);
+  }
+
+  async cancel(cancellation: Cancellation): Promise<boolean> {
+    this.#assertOpen();
+    const { requestId, tenant } = cancellation;
+    const record = [...this.#broker.records.values()].find((each) => each.requestId === requestId);
+    if (record?.tenant !== tenant) {
+      return false;
+    }
+    const handler = this.#broker.cancelled.get(record.gatewayId);
+    if (handler === undefined) {
+      throw ownerSilent(record.gatewayId);
+    }
+    return handler(cancellation);
+  }
+
+  serveCancellations(gatewayId: string, handler: (cancellation: Cancellation) => boolean): Closeable {
+    return this.#serve(this.#broker.cancelled, gatewayId, handler);
   }
 
   publishHeartbeat(heartbeat: Heartbeat): void {
@@ -242,6 +258,20 @@ class MemoryQueue implements RequestQueue {
     change(marks);
     this.#broker.drains.set(model, marks);
     this.#broker.drainChanges.publish({ model, marks });
+  }
+
+  #serve<Handler>(handlers: Map<string, Handler>, gatewayId: string, handler: Handler): Closeable {
+    handlers.set(gatewayId, handler);
+    const served: Closeable = {
+      close: async () => {
+        this.#served.delete(served);
+        if (handlers.get(gatewayId) === handler) {
+          handlers.delete(gatewayId);
+        }
+      },
+    };
+    this.#served.add(served);
+    return served;
   }
 
   #until(signal: AbortSignal): AbortSignal {

@@ -10,7 +10,14 @@ import {
 } from '@nats-io/jetstream';
 import { errors, type Msg } from '@nats-io/transport-node';
 
-import { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
+import {
+  Assignment,
+  AssignmentReply,
+  Cancellation,
+  CancellationReply,
+  RequestEnded,
+  RequestRecord,
+} from '@mimo/proto/queue';
 import { Heartbeat } from '@mimo/proto/worker';
 
 import { beforeAbort, pause } from './abort.ts';
@@ -19,7 +26,7 @@ import type { Log } from './log.ts';
 import { NatsLink, unavailable, type NatsOptions } from './nats-connection.ts';
 import { NatsDrains } from './nats-drains.ts';
 import { NatsLeases } from './nats-lease.ts';
-import { assignTimeoutMs } from './queue.ts';
+import { ownerSilent, ownerTimeoutMs } from './queue.ts';
 import type {
   Closeable,
   DrainMark,
@@ -164,7 +171,7 @@ class NatsQueue implements RequestQueue {
     const { connection } = await this.#link.session();
     const bytes = Assignment.encode(assignment).finish();
     try {
-      const timeout = assignTimeoutMs;
+      const timeout = ownerTimeoutMs;
       const message = await connection.request(subjects.assignments(gatewayId), bytes, { timeout });
       return AssignmentReply.decode(message.data);
     } catch (error) {
@@ -175,32 +182,46 @@ class NatsQueue implements RequestQueue {
         const text = `gateway ${gatewayId} does not listen for assignments`;
         throw new ClusterError('not_found', text, { cause: error });
       }
-      throw unavailable(`gateway ${gatewayId} did not answer within ${assignTimeoutMs} ms`, error);
+      throw unavailable(`gateway ${gatewayId} did not answer within ${ownerTimeoutMs} ms`, error);
     }
   }
 
   serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable {
-    const stop = new AbortController();
-    const serve = async (): Promise<void> => {
-      for await (const message of this.#messages(subjects.assignments(gatewayId), stop.signal)) {
-        const assignment = this.#decoded(message.data, Assignment);
-        if (assignment !== undefined) {
-          message.respond(AssignmentReply.encode(handler(assignment)).finish());
+    return this.#serve(subjects.assignments(gatewayId), Assignment, (assignment) =>
+      AssignmentReply.encode(handler(assignment)).finish(),
+    );
+  }
+
+  async cancel(cancellation: Cancellation): Promise<boolean> {
+    const { connection, manager } = await this.#link.session();
+    const subject = subjects.requestById(cancellation.requestId);
+    const stored = await manager.streams
+      .getMessage(requestStream, { last_by_subj: subject })
+      .catch((error: unknown) => {
+        if (error instanceof JetStreamApiError && noMessageCodes.has(error.code)) {
+          return null;
         }
-      }
-    };
-    const serving = serve();
-    return {
-      close: async () => {
-        stop.abort();
-        await serving;
-        // Once closed, an assignment finds nobody at once, where the server did not know yet it would time out.
-        await this.#link
-          .session()
-          .then(({ connection }) => connection.flush())
-          .catch(() => undefined);
-      },
-    };
+        throw unavailable('the queue did not answer', error);
+      });
+    const record = stored === null ? undefined : this.#decoded(stored.data, RequestRecord);
+    if (record?.tenant !== cancellation.tenant) {
+      return false;
+    }
+    const { gatewayId } = record;
+    const bytes = Cancellation.encode(cancellation).finish();
+    try {
+      const timeout = ownerTimeoutMs;
+      const message = await connection.request(subjects.cancellations(gatewayId), bytes, { timeout });
+      return CancellationReply.decode(message.data).cancelled;
+    } catch (error) {
+      throw ownerSilent(gatewayId, error);
+    }
+  }
+
+  serveCancellations(gatewayId: string, handler: (cancellation: Cancellation) => boolean): Closeable {
+    return this.#serve(subjects.cancellations(gatewayId), Cancellation, (cancellation) =>
+      CancellationReply.encode({ cancelled: handler(cancellation) }).finish(),
+    );
   }
 
   publishHeartbeat(heartbeat: Heartbeat): void {
@@ -249,6 +270,35 @@ class NatsQueue implements RequestQueue {
       const limit = AbortSignal.timeout(releaseTimeoutMs);
       await beforeAbort(this.#leases.releaseAll(), limit).catch(() => undefined);
     });
+  }
+
+  /** Answers requests on a subject until closed. */
+  #serve<T>(
+    subject: string,
+    question: { decode(bytes: Uint8Array): T },
+    answer: (question: T) => Uint8Array,
+  ): Closeable {
+    const stop = new AbortController();
+    const serve = async (): Promise<void> => {
+      for await (const message of this.#messages(subject, stop.signal)) {
+        const asked = this.#decoded(message.data, question);
+        if (asked !== undefined) {
+          message.respond(answer(asked));
+        }
+      }
+    };
+    const serving = serve();
+    return {
+      close: async () => {
+        stop.abort();
+        await serving;
+        // Once closed, a question finds nobody at once, where the server did not know yet it would time out.
+        await this.#link
+          .session()
+          .then(({ connection }) => connection.flush())
+          .catch(() => undefined);
+      },
+    };
   }
 
   /** Core messages are for now: what would wait in the client's buffer for a reconnection would arrive stale. */

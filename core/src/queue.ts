@@ -3,8 +3,16 @@
 // queue-memory (one process, nothing durable); a shared test suite holds both to the promises below. Tokens never
 // travel here.
 
-import type { Assignment, AssignmentReply, RequestEnded, RequestRecord } from '@mimo/proto/queue';
+import type {
+  Assignment,
+  AssignmentReply,
+  Cancellation,
+  RequestEnded,
+  RequestRecord,
+} from '@mimo/proto/queue';
 import type { Heartbeat } from '@mimo/proto/worker';
+
+import { ClusterError } from './errors.ts';
 
 /** Where a record lies: sequences only grow within a store, so they are also the order of arrival. */
 export interface RecordPlace {
@@ -123,6 +131,14 @@ export interface RequestQueue extends Closeable {
   /** Answers the assignments to this gateway until closed. The handler may not throw. */
   serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable;
 
+  /**
+   * Has the gateway that owns a request end it. False where the tenant has no such record, or its owner says that the request
+   * has ended; fails with `unavailable` where a record is there and its owner does not answer.
+   */
+  cancel(cancellation: Cancellation): Promise<boolean>;
+  /** Answers the cancellations that reach this gateway until closed: whether it ended the request. May not throw. */
+  serveCancellations(gatewayId: string, handler: (cancellation: Cancellation) => boolean): Closeable;
+
   /** Sends a heartbeat; lost without an error while disconnected. */
   publishHeartbeat(heartbeat: Heartbeat): void;
   /** Follows the heartbeats of every group of every model. */
@@ -149,8 +165,14 @@ export const leaseTtlMs = 5_000;
 /** How often a holder renews: two renewals may be lost. */
 export const leaseRenewMs = leaseTtlMs / 3;
 
-/** How long an owning gateway has to answer an assignment; its handler only looks into a map. */
-export const assignTimeoutMs = 2_000;
+/** How long an owning gateway has to answer; its handlers only look into a map. */
+export const ownerTimeoutMs = 2_000;
 
 /** A published state older than this says nothing any more. */
 export const queueStateFreshMs = 5_000;
+
+/** What `cancel` fails with where the owner of a request does not answer. */
+export function ownerSilent(gatewayId: string, cause?: unknown): ClusterError {
+  const text = `gateway ${gatewayId}, which holds the request's stream, does not answer: the request may still run`;
+  return new ClusterError('unavailable', text, { cause, detail: { retryAfterMs: 1_000 } });
+}

@@ -40,6 +40,8 @@ export function nameFromToken(token: string): string {
 export const subjects = {
   allRequests: 'requests.>',
   requestsOf: (model: string): string => `requests.${tokenFromName(model)}.*`,
+  /** A request by its id alone, whatever its model. */
+  requestById: (requestId: string): string => `requests.*.${tokenFromName(requestId)}`,
   request: (model: string, requestId: string): string =>
     `requests.${tokenFromName(model)}.${tokenFromName(requestId)}`,
   /** Heartbeats: from the leader of a group, several times a second. */
@@ -48,6 +50,8 @@ export const subjects = {
     `workers.${tokenFromName(model)}.${tokenFromName(group)}`,
   /** Assignments: from a dispatcher to the gateway that owns the request, with a reply. */
   assignments: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.assign`,
+  /** From the gateway that was asked to cancel a request to the one that owns it, with a reply. */
+  cancellations: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.cancel`,
   /** Said when a lease was given back, so that who waits for it need not find out. */
   leaseFreed: (name: string): string => `leases.${tokenFromName(name)}.freed`,
   ended: (model: string): string => `ended.${tokenFromName(model)}`,

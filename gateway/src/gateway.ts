@@ -133,7 +133,10 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     await rm(modelsDirectory, { recursive: true, force: true });
     return leave(error);
   });
-  const served = queue.serveAssignments(gatewayId, (assignment) => requests.assign(assignment));
+  const served = [
+    queue.serveAssignments(gatewayId, (assignment) => requests.assign(assignment)),
+    queue.serveCancellations(gatewayId, (cancellation) => requests.cancelHeld(cancellation)),
+  ];
   const followGroups = async (): Promise<void> => {
     for await (const heartbeat of queue.followHeartbeats(closing.signal)) {
       groups.observe(heartbeat, performance.now());
@@ -216,7 +219,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       const modelsClosed = models.close();
       await server.close(AbortSignal.timeout(closeGraceMs));
       sessions.close();
-      await served.close();
+      await Promise.all(served.map((each) => each.close()));
       await catalog?.close();
       await queue.close();
       await Promise.all([...background, modelsClosed]);

@@ -105,7 +105,7 @@ export function createInferenceService(parts: InferenceServiceParts): ServiceEnt
       cancel: unaryHandler<CancelRequest, CancelResponse>((request, context) =>
         counted('cancel', async () => {
           const { tenant } = callerOf(parts, context.metadata);
-          return { cancelled: parts.requests.cancel(request.requestId, tenant) };
+          return { cancelled: await parts.requests.cancel({ requestId: request.requestId, tenant }) };
         }),
       ),
       countTokens: unaryHandler<CountTokensRequest, CountTokensResponse>((request, context) =>

@@ -10,6 +10,7 @@ import {
   AssignmentOutcome,
   type Assignment,
   type AssignmentReply,
+  type Cancellation,
   type RequestRecord,
 } from '@mimo/proto/queue';
 
@@ -43,6 +44,9 @@ interface HeldRequest extends OpenRequest {
 
 // setTimeout's longest delay: a deadline beyond 24 days is as good as none.
 const maxTimerMs = 2 ** 31 - 1;
+
+/** What admission gives: other ids need not be looked up. */
+const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
 export class Requests {
@@ -123,8 +127,19 @@ export class Requests {
     return { outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
   }
 
-  /** Ends a request of the tenant; false where there is none of that id. */
-  cancel(requestId: string, tenant: string): boolean {
+  /**
+   * Ends a request of the tenant, here or at the gateway that owns it; false where there is none of that id. Fails with
+   * `unavailable` where the queue, or the owner, does not answer.
+   */
+  async cancel(cancellation: Cancellation): Promise<boolean> {
+    return (
+      this.cancelHeld(cancellation) ||
+      (requestIdPattern.test(cancellation.requestId) && (await this.#parts.queue.cancel(cancellation)))
+    );
+  }
+
+  /** Ends a request of the tenant that is held here; false where there is none of that id. */
+  cancelHeld({ requestId, tenant }: Cancellation): boolean {
     const held = this.#held.get(requestId);
     if (held?.record.tenant !== tenant) {
       return false;

@@ -1,7 +1,7 @@
 // The gateway over real gRPC, with a real NATS server and groups that follow a script: what a client sees, and that
 // nothing is left when it has gone.
 
-import { createHash } from 'node:crypto';
+import { createHash, randomUUID } from 'node:crypto';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -376,6 +376,28 @@ describe('a request that is ended early', () => {
     expect(await cancel(requestId)).toEqual({ cancelled: true });
     await expect(drainOf(stream)).rejects.toMatchObject({ code: 'canceled' });
     expect(await cancel(requestId)).toEqual({ cancelled: false });
+  });
+
+  it('by Cancel at any gateway: while it runs, and while it waits', async () => {
+    const [owner, other] = [await openGateway(), await openGateway()];
+    const group = await openGroup({ script: endless, maxSequences: 1 });
+    const running = generate(clientOf(owner), generation('runs'));
+    const { requestId } = await begin(running, 5);
+    const waiting = generate(clientOf(owner), generation('waits'));
+    const { value } = await waiting.next();
+    const waitingId = value?.event?.$case === 'started' ? value.event.value.requestId : '';
+    const elsewhere = clientOf(other);
+    const cancel = (id: string): Promise<unknown> =>
+      callUnary(elsewhere, InferenceServiceService.cancel, { request: { requestId: id } });
+    expect(await cancel(waitingId)).toEqual({ cancelled: true });
+    await expect(drainOf(waiting)).rejects.toMatchObject({ code: 'canceled' });
+    expect(group.begun).toBe(1);
+    expect(await cancel(requestId)).toEqual({ cancelled: true });
+    await expect(drainOf(running)).rejects.toMatchObject({ code: 'canceled' });
+    expect(await cancel(requestId)).toEqual({ cancelled: false });
+    for (const id of ['', 'another', '*', 'requests.>', 'ab'.repeat(4_000), randomUUID()]) {
+      expect(await cancel(id)).toEqual({ cancelled: false });
+    }
   });
 
   it('by its deadline while it runs', async () => {
@@ -988,9 +1010,14 @@ describe('the door', () => {
     await ask(withKey('secret-of-a'));
     const stream = generate(client, generation('x'), withKey('secret-of-a'));
     const { requestId } = await begin(stream, 1);
-    const cancel = { request: { requestId }, ...withKey('secret-of-b') };
-    expect(await callUnary(client, InferenceServiceService.cancel, cancel)).toEqual({ cancelled: false });
-    await stream.return(undefined);
+    const other = clientOf(await openGateway({ MIMO_GATEWAY_KEYS_FILE: keysFile }));
+    for (const each of [client, other]) {
+      const cancel = { request: { requestId }, ...withKey('secret-of-b') };
+      expect(await callUnary(each, InferenceServiceService.cancel, cancel)).toEqual({ cancelled: false });
+    }
+    const cancel = { request: { requestId }, ...withKey('secret-of-a') };
+    expect(await callUnary(other, InferenceServiceService.cancel, cancel)).toEqual({ cancelled: true });
+    await expect(drainOf(stream)).rejects.toMatchObject({ code: 'canceled' });
   });
 
   it('counts tokens as the model would read them', async () => {

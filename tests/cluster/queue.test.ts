@@ -17,7 +17,7 @@ import {
 } from '@mimo/core/queue';
 import { createMemoryQueue, MemoryBroker } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
-import { Assignment, AssignmentOutcome, RequestRecord } from '@mimo/proto/queue';
+import { Assignment, AssignmentOutcome, type Cancellation, RequestRecord } from '@mimo/proto/queue';
 import { Heartbeat } from '@mimo/proto/worker';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 
@@ -279,6 +279,28 @@ describe.each(Object.keys(backends))('%s', (name) => {
       () => expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' }),
       patience,
     );
+  });
+
+  it('has the owner of a recorded request end it, for its own tenant, and says so where the owner is gone', async () => {
+    const [asked, owner] = [await open(), await open()];
+    const seen: Cancellation[] = [];
+    const served = owner.serveCancellations('gw.2', (each) => {
+      seen.push(each);
+      return seen.length === 1;
+    });
+    const mine = { requestId: 'of.mine *>', tenant: 'me' };
+    const place = await owner.publish(record(mine.requestId, { tenant: 'me', gatewayId: 'gw.2' }));
+    await owner.publish(record('another', { tenant: 'me', gatewayId: 'gw.2' }));
+    expect(await vi.waitFor(() => asked.cancel(mine), patience)).toBe(true);
+    expect(await asked.cancel(mine)).toBe(false);
+    expect(await asked.cancel({ ...mine, tenant: 'you' })).toBe(false);
+    expect(await asked.cancel({ ...mine, requestId: 'unknown' })).toBe(false);
+    expect(seen).toEqual([mine, mine]);
+    await served.close();
+    const unanswered = { code: 'unavailable', message: expect.stringContaining('gw.2') as string };
+    await expect(asked.cancel(mine)).rejects.toMatchObject(unanswered);
+    await owner.delete(place);
+    expect(await asked.cancel(mine)).toBe(false);
   });
 
   it('carries heartbeats, ends and states to those who follow', async () => {

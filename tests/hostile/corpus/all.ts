@@ -1,6 +1,7 @@
 // Every subject of the corpus. A new one is added here.
 
 import type { HostileSubject } from '../hostile-case.ts';
+import { cancel } from './cancel.ts';
 import { requests } from './requests.ts';
 
-export const subjects: readonly HostileSubject[] = [requests];
+export const subjects: readonly HostileSubject[] = [cancel, requests];

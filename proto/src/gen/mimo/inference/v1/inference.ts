@@ -157,7 +157,7 @@ export interface CancelRequest {
 }
 
 export interface CancelResponse {
-  /** False where the request had ended already or is not known to this gateway. */
+  /** False where the tenant has no such request, or it had ended already. */
   cancelled: boolean;
 }
 
@@ -2034,7 +2034,10 @@ export const InferenceServiceService = {
     responseSerialize: (value: GenerateResponse): Buffer => Buffer.from(GenerateResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GenerateResponse => GenerateResponse.decode(value),
   },
-  /** Cancel ends a request of the caller's tenant, wherever it waits or runs. */
+  /**
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   */
   cancel: {
     path: "/mimo.inference.v1.InferenceService/Cancel" as const,
     requestStream: false as const,
@@ -2071,7 +2074,10 @@ export interface InferenceServiceServer extends UntypedServiceImplementation {
   chat: handleServerStreamingCall<ChatRequest, ChatResponse>;
   /** Generate continues a raw prompt, without a template. */
   generate: handleServerStreamingCall<GenerateRequest, GenerateResponse>;
-  /** Cancel ends a request of the caller's tenant, wherever it waits or runs. */
+  /**
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   */
   cancel: handleUnaryCall<CancelRequest, CancelResponse>;
   /** CountTokens says how many tokens a request would put before the model. */
   countTokens: handleUnaryCall<CountTokensRequest, CountTokensResponse>;
@@ -2090,7 +2096,10 @@ export interface InferenceServiceClient extends Client {
     metadata?: Metadata,
     options?: Partial<CallOptions>,
   ): ClientReadableStream<GenerateResponse>;
-  /** Cancel ends a request of the caller's tenant, wherever it waits or runs. */
+  /**
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   */
   cancel(
     request: CancelRequest,
     callback: (error: ServiceError | null, response: CancelResponse) => void,
