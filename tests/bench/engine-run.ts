@@ -5,6 +5,7 @@
 // that the head and the draft layer chose, so that a given share of the drafts is right.
 
 import { Engine, type PassExecutor } from '@mimo/worker/engine/engine';
+import type { HeadRow } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { PassPlan } from '@mimo/worker/engine/step-plan';
 import { testLimits, type LocalGroup } from '../harness/local-group.ts';
@@ -109,19 +110,19 @@ function withScript(group: LocalGroup, acceptance: number): PassExecutor {
   const { vocabSize } = group.manifest.config;
   let drafts = 0;
   return {
-    run: (plan: PassPlan): Float32Array => {
-      const best = group.run(plan);
+    run: (plan: PassPlan): readonly HeadRow[] => {
+      const chosen = [...group.run(plan)];
       let row = 0;
       for (const { start, rows, headRows } of plan.spans) {
         for (let i = rows - headRows; i < rows; i++) {
           // A row knows the token after its position; a slot of the draft layer knows that one, and drafts the next.
           const position = start + i + (plan.kind === 'forward' ? 1 : 2);
           const isRight = plan.kind === 'forward' || (drafts++ * acceptance) % 1 < acceptance;
-          best[2 * row] = scripted(position + (isRight ? 0 : 1), vocabSize);
+          chosen[row] = { tokenId: scripted(position + (isRight ? 0 : 1), vocabSize), logit: 0 };
           row += 1;
         }
       }
-      return best;
+      return chosen;
     },
   };
 }

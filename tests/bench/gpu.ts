@@ -16,8 +16,9 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/errors';
 import { startEngine, type EngineOptions } from '@mimo/worker/engine/engine-host';
+import type { HeadRequest } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import type { HeadOutput, PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
+import type { PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
@@ -46,7 +47,7 @@ interface Load {
   readonly batch: number;
   readonly rows: number;
   readonly past: number;
-  readonly wants: HeadOutput;
+  readonly wants: 'best' | 'logits';
 }
 
 interface Device {
@@ -272,7 +273,7 @@ function measureAll(
   }
   // Frees the slots that the passes above have used.
   const releasedSlots = Array.from({ length: Math.max(...batches) }, (_, slot) => slot);
-  group.run({ kind: 'forward', wants: 'best', releasedSlots, spans: [], tokenIds: new Int32Array(0) });
+  group.run({ kind: 'forward', heads: [], releasedSlots, spans: [], tokenIds: new Int32Array(0) });
 }
 
 /** What a decode pass must read: the weights, and the keys and values of the context. */
@@ -299,7 +300,10 @@ function measurePass(
     capacityTokens: past + rows <= 1024 ? 1024 : 8192,
   }));
   const tokenIds = Int32Array.from({ length: batch * rows }, (_, i) => (i * 7919) % mimo7b.vocabSize);
-  const plan: PassPlan = { kind: 'forward', wants, releasedSlots: [], spans, tokenIds };
+  const heads = spans.flatMap(({ headRows }) =>
+    Array.from({ length: headRows }, (): HeadRequest => ({ kind: wants })),
+  );
+  const plan: PassPlan = { kind: 'forward', heads, releasedSlots: [], spans, tokenIds };
   const elapsed: number[] = [];
   for (let i = 0; i < times + 3; i++) {
     const startedMs = performance.now();

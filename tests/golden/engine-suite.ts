@@ -4,6 +4,7 @@
 import { afterAll, describe, expect, it } from 'vitest';
 import type { SequenceRequest, SequenceSampling } from '@mimo/worker/engine/engine-api';
 import { Engine, type EngineLimits } from '@mimo/worker/engine/engine';
+import { bestToken, chooseToken, type HeadRequest, type HeadRow } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { RuntimeImplementation } from '@mimo/worker/runtime/runtime';
 import {
@@ -51,6 +52,19 @@ function complete(
   return { completions, engine };
 }
 
+/** A pass over the prompt's first rows, one for each request; the answers in memory of their own. */
+function askHeads(
+  group: LocalGroup,
+  promptIds: readonly number[],
+  heads: readonly HeadRequest[],
+): readonly HeadRow[] {
+  const rows = heads.length;
+  const span = { slot: 0, start: 0, rows, headRows: rows, hiddenRow: 0, capacityTokens: 64 };
+  const tokenIds = Int32Array.from(promptIds.slice(0, rows));
+  const answers = group.run({ kind: 'forward', heads, releasedSlots: [], spans: [span], tokenIds });
+  return answers.map((row) => structuredClone(row));
+}
+
 /** Declares the suite. */
 export function describeEngine(implementation: RuntimeImplementation): void {
   const fixtures = new CompiledFixtures();
@@ -60,9 +74,10 @@ export function describeEngine(implementation: RuntimeImplementation): void {
     name: FixtureName,
     choice: CompileChoice,
     use: (group: LocalGroup) => void,
+    options: { readonly usableVocab?: number } = {},
   ): Promise<void> => {
     const directories = await fixtures.compile(name, choice);
-    const group = await openLocalGroup({ directories, implementation });
+    const group = await openLocalGroup({ directories, implementation, ...options });
     try {
       use(group);
     } finally {
@@ -114,6 +129,41 @@ export function describeEngine(implementation: RuntimeImplementation): void {
           expect(complete(group, [...others, request]).completions[3]).toEqual(greedyIds);
         }
       }));
+
+    it('answers each head row of a pass as it was asked, whatever the others ask, and never with a padding id', () => {
+      const usableVocab = 40;
+      return withGroup(
+        name,
+        choice,
+        (group) => {
+          const draw = { sampling: { ...sampled, temperature: 2, topP: 1 }, seen: new Map(), forbidden: [] };
+          const requests: readonly HeadRequest[] = [
+            { kind: 'best' },
+            { kind: 'logits' },
+            { kind: 'sampled', draw: { ...draw, position: 3 } },
+            { kind: 'best' },
+            { kind: 'sampled', draw: { ...draw, position: 5 } },
+            { kind: 'sampled', draw: { ...draw, position: 6 } },
+          ];
+          const logits = askHeads(
+            group,
+            promptIds,
+            requests.map(() => ({ kind: 'logits' })),
+          ) as Float32Array[];
+          expect(logits[0]).toHaveLength(group.manifest.config.vocabSize);
+          const wanted = requests.map((request, row) => {
+            const usable = logits[row]!.slice(0, usableVocab);
+            return request.kind === 'logits'
+              ? logits[row]!
+              : request.kind === 'best'
+                ? bestToken(usable)
+                : chooseToken(usable, request.draw);
+          });
+          expect(askHeads(group, promptIds, requests)).toEqual(wanted);
+        },
+        { usableVocab },
+      );
+    });
 
     it('samples the same with and without speculation, preempted or not, resumed or not', () =>
       withGroup(name, choice, (group) => {

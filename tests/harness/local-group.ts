@@ -6,6 +6,7 @@ import { Worker } from 'node:worker_threads';
 import { createSingleRankCollective, type Collective } from '@mimo/worker/collective/collective';
 import { createInProcessCollective, createInProcessGroup } from '@mimo/worker/collective/in-process';
 import type { EngineLimits, PassExecutor } from '@mimo/worker/engine/engine';
+import type { HeadRow } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import { gatherMemories } from '@mimo/worker/engine/memory-budget';
 import { ShardRunner } from '@mimo/worker/engine/shard-runner';
@@ -28,6 +29,8 @@ export interface LocalGroupOptions {
   /** Default: as many. */
   readonly maxHeadRows?: number;
   readonly kvBlocks?: number;
+  /** Default: the vocabulary. */
+  readonly usableVocab?: number;
 }
 
 /** Runs passes over all ranks. `close` ends the threads. */
@@ -45,6 +48,7 @@ export async function openLocalGroup({
   maxRows = 256,
   maxHeadRows = maxRows,
   kvBlocks = defaultKvBlocks,
+  usableVocab,
 }: LocalGroupOptions): Promise<LocalGroup> {
   const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
   const manifest = manifests[0]!;
@@ -77,7 +81,7 @@ export async function openLocalGroup({
     kvBlocks,
     maxRows,
     maxHeadRows,
-    usableVocab: manifest.config.vocabSize,
+    usableVocab: usableVocab ?? manifest.config.vocabSize,
     deviceGroupId: worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
   } as const;
   collective.broadcast(encodeStepPlan(configure));
@@ -85,7 +89,7 @@ export async function openLocalGroup({
   collective.allReduce(new Float32Array(1));
   return {
     manifest,
-    run: (plan: PassPlan): Float32Array => {
+    run: (plan: PassPlan): readonly HeadRow[] => {
       collective.broadcast(encodeStepPlan(plan));
       return runner.run(plan);
     },
@@ -146,17 +150,16 @@ export function promptLogits(
     const run = (kind: PassPlan['kind'], spans: readonly RowSpan[], tokenIds: readonly number[]): void => {
       const logits = group.run({
         kind,
-        wants: 'logits',
+        heads: tokenIds.map(() => ({ kind: 'logits' })),
         releasedSlots: [],
         spans,
         tokenIds: Int32Array.from(tokenIds),
       });
-      const width = group.manifest.config.vocabSize;
       let row = 0;
       for (const span of spans) {
         for (let i = 0; i < span.rows; i++, row++) {
           const target = results[span.slot]![kind === 'forward' ? 'backbone' : 'mtp'];
-          target.push(logits.slice(row * width, (row + 1) * width));
+          target.push((logits[row] as Float32Array).slice());
         }
       }
     };
@@ -191,7 +194,7 @@ export function promptLogits(
   }
   group.run({
     kind: 'forward',
-    wants: 'logits',
+    heads: [],
     releasedSlots: prompts.map((_, slot) => slot),
     spans: [],
     tokenIds: new Int32Array(0),

@@ -4,6 +4,7 @@
 import { once } from 'node:events';
 import { joinGroup } from '@mimo/worker/collective/join-group';
 import { createNetworkCollective } from '@mimo/worker/collective/network';
+import type { HeadRow } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import { gatherMemories } from '@mimo/worker/engine/memory-budget';
 import { ShardRunner } from '@mimo/worker/engine/shard-runner';
@@ -83,7 +84,7 @@ export async function openProcessGroup(options: ProcessGroupOptions): Promise<Lo
   collective.allReduce(new Float32Array(1));
   return {
     manifest,
-    run: (plan: PassPlan): Float32Array => {
+    run: (plan: PassPlan): readonly HeadRow[] => {
       collective.broadcast(encodeStepPlan(plan));
       return runner.run(plan);
     },

@@ -3,8 +3,9 @@ import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { SequenceDelta, SequenceRequest, SequenceSampling } from './engine-api.ts';
 import { Engine, type EngineLimits, type PassExecutor } from './engine.ts';
+import { bestToken, chooseToken, type ChosenToken, type HeadRow } from './head-rows.ts';
 import { kvBlockTokens } from './kv-cache.ts';
-import { argmax, drawToken, keyedUniform } from './sampler.ts';
+import { drawToken, keyedUniform } from './sampler.ts';
 import type { PassPlan } from './step-plan.ts';
 
 const vocabSize = 50;
@@ -58,7 +59,7 @@ class HashModel implements PassExecutor {
   readonly #slots = new Map<number, { backbone: number[]; mtp: number[] }>();
   #rows: { slot: number; position: number }[] = [];
 
-  run(plan: PassPlan): Float32Array {
+  run(plan: PassPlan): readonly HeadRow[] {
     plan.releasedSlots.forEach((slot) => this.#slots.delete(slot));
     const rows: { slot: number; position: number }[] = [];
     const logits: Float32Array[] = [];
@@ -91,8 +92,10 @@ class HashModel implements PassExecutor {
     if (plan.kind === 'forward') {
       this.#rows = rows;
     }
-    const wanted = plan.wants === 'logits' ? logits : logits.map((row) => [argmax(row), Math.max(...row)]);
-    return Float32Array.from(wanted.flatMap((row) => Array.from(row)));
+    assert.equal(logits.length, plan.heads.length);
+    return plan.heads.map((head, i) =>
+      head.kind === 'sampled' ? chooseToken(logits[i]!, head.draw) : bestToken(logits[i]!),
+    );
   }
 
   #draft(slot: { backbone: number[]; mtp: number[] }, slots: number): Float32Array {
@@ -300,12 +303,12 @@ describe('Engine', () => {
     for (const stopTokenId of truth) {
       const right: boolean[] = [];
       const model = new HashModel();
-      const run = (plan: PassPlan): Float32Array => {
+      const run = (plan: PassPlan): readonly HeadRow[] => {
         const best = model.run(plan);
         if (plan.kind === 'draft' && plan.spans[0]!.headRows > 0) {
           const { start, rows } = plan.spans[0]!;
           // Slot s drafts the token at position s + 2; the prompt has three.
-          right.push(best[0] === truth[start + rows - 1 + 2 - 3]);
+          right.push((best[0] as ChosenToken).tokenId === truth[start + rows - 1 + 2 - 3]);
         }
         return best;
       };
@@ -408,10 +411,9 @@ describe('Engine', () => {
   it('ends a sequence whose logits are no numbers, and only that one', () => {
     const model = new HashModel();
     const executor = {
-      run: (plan: PassPlan): Float32Array => {
-        const output = model.run(plan);
-        assert.equal(plan.wants, 'best');
-        return plan.tokenIds[0] === 13 ? output.fill(NaN, 1, 2) : output;
+      run: (plan: PassPlan): readonly HeadRow[] => {
+        const [first, ...others] = model.run(plan);
+        return plan.tokenIds[0] === 13 ? [{ tokenId: 0, logit: NaN }, ...others] : [first!, ...others];
       },
     };
     const engine = new Engine(executor, limits);
@@ -423,11 +425,20 @@ describe('Engine', () => {
     expect(completionOf(deltas, 2)).toEqual(generateAlone(request(2, [1, 2, 3])));
   });
 
-  it('never draws a padding id', () => {
-    const engine = new Engine(new HashModel(), { ...limits, usableVocab: 5 });
-    engine.submit(
-      request(1, [1, 2, 3], { sampling: { ...greedy, temperature: 2, maxTokens: 200, ignoreEos: true } }),
-    );
-    expect(Math.max(...completionOf(runOut(engine), 1))).toBeLessThan(5);
+  it('asks for the best token alone wherever nothing more is needed, whatever the other rows ask', () => {
+    const model = new HashModel();
+    const asked: string[] = [];
+    const run = (plan: PassPlan): readonly HeadRow[] => {
+      asked.push(`${plan.kind} ${plan.heads.map(({ kind }) => kind).join()}`);
+      return model.run(plan);
+    };
+    const engine = new Engine({ run }, limits);
+    const sampling = { ...greedy, draftTokens: 0, maxTokens: 2, ignoreEos: true };
+    engine.submit(request(1, [1, 2, 3], { sampling }));
+    engine.submit(request(2, [1, 2, 3], { sampling: { ...sampling, logprobs: 2 } }));
+    engine.submit(request(3, [1, 2, 3], { sampling: { ...sampling, minTokens: 2, stopTokenIds: [3] } }));
+    engine.submit(request(4, [1, 2, 3], { sampling: { ...sampling, temperature: 1 } }));
+    runOut(engine);
+    expect(new Set(asked)).toEqual(new Set(['forward best,sampled,sampled,sampled']));
   });
 });

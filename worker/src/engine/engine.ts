@@ -11,8 +11,8 @@
 
 import { ClusterError } from '@mimo/core/errors';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceEnd, SequenceRequest } from './engine-api.ts';
+import type { ChosenToken, HeadRequest, HeadRow } from './head-rows.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
-import { drawToken, type DrawnToken } from './sampler.ts';
 import {
   capacityTokens,
   planStep,
@@ -21,14 +21,11 @@ import {
   type SchedulerSequence,
 } from './scheduler.ts';
 import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
-import type { HeadOutput, PassPlan, RowSpan } from './step-plan.ts';
+import type { PassPlan, RowSpan } from './step-plan.ts';
 
-/**
- * Runs a pass over the group. Returns what the plan wants of the spans' head rows, valid until the next pass: logits,
- * [headRows, vocabSize], or of each the id and the logit of the best token, [headRows, 2].
- */
+/** Runs a pass over the group. Returns what the plan asks of each head row, valid until the next pass. */
 export interface PassExecutor {
-  run(plan: PassPlan): Float32Array;
+  run(plan: PassPlan): readonly HeadRow[];
 }
 
 export interface EngineLimits {
@@ -46,12 +43,6 @@ export interface EngineLimits {
   readonly draftTokens: number;
   /** With more sequences decoding than this, verifying costs more than it gives. */
   readonly maxSpeculatingSequences: number;
-}
-
-/** What a pass gave for its head rows. */
-interface HeadRows {
-  readonly wants: HeadOutput;
-  readonly values: Float32Array;
 }
 
 /** A sequence's rows of the step, with what the MTP pass needs of them. */
@@ -141,9 +132,8 @@ export class Engine {
     }
     if (rows.length > 0) {
       this.#counters.steps += 1;
-      const plan = this.#forwardPlan(rows);
-      const output = this.#executor.run(plan);
-      const surviving = this.#drawTokens(rows, { wants: plan.wants, values: output });
+      const chosen = this.#runPass(this.#forwardPlan(rows));
+      const surviving = this.#takeTokens(rows, chosen);
       this.#makeDrafts(rows, surviving);
     }
     const deltas = [...this.#ended];
@@ -243,35 +233,47 @@ export class Engine {
     ]);
     return {
       kind: 'forward',
-      // Logits of a whole vocabulary are copied and looked through only where a choice needs more than the best.
-      wants: rows.every(({ sequence, span }) => span.headRows === 0 || sequence.takesBest)
-        ? 'best'
-        : 'logits',
+      heads: rows.flatMap(({ sequence, scheduled, span }) => [
+        ...(span.headRows > 0 ? [sequence.nextHead()] : []),
+        ...(scheduled.withDraft ? [sequence.nextHead(sequence.draft)] : []),
+      ]),
       releasedSlots: this.#takeReleasedSlots(),
       spans: rows.map(({ span }) => span),
       tokenIds: Int32Array.from(tokenIds),
     };
   }
 
-  /** Chooses the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
-  #drawTokens(rows: readonly StepRows[], output: HeadRows): number[] {
+  /** The tokens of all head rows; the engine asks for nothing else. */
+  #runPass(plan: PassPlan): readonly ChosenToken[] {
+    return this.#executor.run(plan).map((row) => {
+      if (row instanceof Float32Array) {
+        throw new ClusterError('internal', 'a pass returned logits where a token was asked for');
+      }
+      return row;
+    });
+  }
+
+  /** Takes the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
+  #takeTokens(rows: readonly StepRows[], chosen: readonly ChosenToken[]): number[] {
     let headRow = 0;
     return rows.map(({ sequence, scheduled, span }) => {
       const firstHeadRow = headRow;
       headRow += span.headRows;
       const computedBefore = Math.min(sequence.promptTokens, span.start);
       let survivors = scheduled.pendingRows;
-      const tokenId = span.headRows > 0 ? this.#draw(sequence, firstHeadRow, output) : undefined;
+      if (span.headRows > 0) {
+        takeToken(sequence, chosen[firstHeadRow]!);
+      }
       if (scheduled.withDraft) {
         sequence.draftedTokens += 1;
         this.#counters.draftedTokens += 1;
-        if (tokenId === sequence.draft) {
+        if (chosen[firstHeadRow]!.tokenId === sequence.draft) {
           sequence.acceptedTokens += 1;
           this.#counters.acceptedTokens += 1;
           // A right draft may be the token that ends the sequence.
           if (sequence.end === undefined) {
             survivors += 1;
-            this.#draw(sequence, firstHeadRow + 1, output);
+            takeToken(sequence, chosen[firstHeadRow + 1]!);
           }
         }
       }
@@ -280,29 +282,6 @@ export class Engine {
       this.#counters.promptTokens += Math.min(sequence.promptTokens, sequence.kvTokens) - computedBefore;
       return survivors;
     });
-  }
-
-  /** Chooses the sequence's next token from a head row, and returns it, whether it goes on or ends there. */
-  #draw(sequence: Sequence, headRow: number, { wants, values }: HeadRows): number {
-    const { sampling, seen, forbidden } = sequence;
-    const position = sequence.tokenIds.length;
-    let drawn: DrawnToken;
-    let logit: number | undefined;
-    if (wants === 'best') {
-      drawn = { tokenId: values[2 * headRow]! };
-      logit = values[2 * headRow + 1];
-    } else {
-      const row = this.#row(values, headRow);
-      drawn = drawToken(row, { sampling, position, seen, forbidden });
-      logit = row[drawn.tokenId];
-    }
-    if (Number.isFinite(logit)) {
-      sequence.append(drawn);
-    } else {
-      const message = `the model gives no finite logit for position ${position}`;
-      sequence.end = { kind: 'error', code: 'data_loss', message };
-    }
-    return drawn.tokenId;
   }
 
   /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
@@ -324,9 +303,9 @@ export class Engine {
     const tokenIds = drafting.flatMap(({ sequence, span, survivors }) =>
       sequence.tokenIds.slice(span.start + 1, span.start + 1 + survivors),
     );
-    const best = this.#executor.run({
+    const best = this.#runPass({
       kind: 'draft',
-      wants: 'best',
+      heads: spans.flatMap(({ headRows }): HeadRequest[] => (headRows > 0 ? [{ kind: 'best' }] : [])),
       releasedSlots: [],
       spans,
       tokenIds: Int32Array.from(tokenIds),
@@ -334,15 +313,9 @@ export class Engine {
     let headRow = 0;
     for (const [i, { sequence }] of drafting.entries()) {
       if (spans[i]!.headRows > 0) {
-        sequence.draft = best[2 * headRow++]!;
+        sequence.draft = best[headRow++]!.tokenId;
       }
     }
-  }
-
-  /** One head row's logits without the padding ids. */
-  #row(logits: Float32Array, headRow: number): Float32Array {
-    const start = headRow * this.#limits.vocabSize;
-    return logits.subarray(start, start + this.#limits.usableVocab);
   }
 
   #preempt(sequence: Sequence): void {
@@ -367,6 +340,16 @@ export class Engine {
     const slots = this.#releasedSlots;
     this.#releasedSlots = [];
     return slots;
+  }
+}
+
+/** The sequence goes on with the token, or ends where the model gives none. */
+function takeToken(sequence: Sequence, chosen: ChosenToken): void {
+  if (Number.isFinite(chosen.logit)) {
+    sequence.append(chosen);
+  } else {
+    const message = `the model gives no finite logit for position ${sequence.tokenIds.length}`;
+    sequence.end = { kind: 'error', code: 'data_loss', message };
   }
 }
 

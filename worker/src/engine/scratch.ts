@@ -30,9 +30,9 @@ export class Rows {
     runtime.sum(this.#memory, rows * this.width);
   }
 
-  /** The first rows as float32; see RuntimeMemory. */
-  read(rows: number): Float32Array {
-    return this.#memory.read(0, rows * this.width);
+  /** The first rows, or those from `start` on, as float32; see RuntimeMemory. */
+  read(rows: number, start = 0): Float32Array {
+    return this.#memory.read(start * this.width, rows * this.width);
   }
 
   /** From the first row on. */

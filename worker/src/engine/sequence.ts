@@ -10,6 +10,7 @@ import type {
   SequenceSampling,
   TokenLogprob,
 } from './engine-api.ts';
+import type { HeadRequest } from './head-rows.ts';
 import { hasPenalties, type DrawnToken } from './sampler.ts';
 
 /** What a request is checked against. */
@@ -115,15 +116,21 @@ export class Sequence {
     return this.sampling.draftTokens > 0;
   }
 
-  /** Is its next token simply that of the largest logit? */
-  get takesBest(): boolean {
-    const { temperature, logprobs } = this.sampling;
-    return temperature === 0 && logprobs < 0 && !hasPenalties(this.sampling) && this.forbidden.length === 0;
-  }
-
-  /** Ids that may not be drawn next: those that would end it before `minTokens`. */
-  get forbidden(): readonly number[] {
-    return this.completionTokens < this.sampling.minTokens ? [...this.#stopIds] : [];
+  /** What it asks of the head row that gives its next token, or, with `draft`, the token after that one. */
+  nextHead(draft?: number): HeadRequest {
+    const { sampling } = this;
+    const ahead = draft === undefined ? 0 : 1;
+    // Ids that would end it before `minTokens`.
+    const forbidden = this.completionTokens + ahead < sampling.minTokens ? [...this.#stopIds] : [];
+    const penalised = hasPenalties(sampling);
+    if (sampling.temperature === 0 && sampling.logprobs < 0 && !penalised && forbidden.length === 0) {
+      return { kind: 'best' };
+    }
+    const seen =
+      draft === undefined || !penalised
+        ? this.seen
+        : new Map(this.seen).set(draft, (this.seen.get(draft) ?? 0) + 1);
+    return { kind: 'sampled', draw: { sampling, position: this.tokenIds.length + ahead, seen, forbidden } };
   }
 
   /** Takes the next token: appends it, or ends at it. */

@@ -11,9 +11,9 @@ import { planShards } from '../model/shard-plan.ts';
 import { activationType, type ShardManifest } from '../model/shard.ts';
 import type { Runtime, RuntimeTensor, Segment } from '../runtime/runtime.ts';
 import { type Attention, createAttention } from './attention.ts';
-import { argmax } from './sampler.ts';
+import { bestToken, chooseToken, type HeadRequest, type HeadRow } from './head-rows.ts';
 import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
-import { countHeadRows, type ConfigurePlan, type PassPlan } from './step-plan.ts';
+import type { ConfigurePlan, PassPlan } from './step-plan.ts';
 
 export interface ShardRunnerOptions {
   readonly runtime: Runtime;
@@ -26,6 +26,8 @@ export interface ShardRunnerOptions {
 /** What a configured shard computes in. */
 interface Memory extends Scratch {
   readonly attention: Attention;
+  /** Ids at or above are never chosen. */
+  readonly usableVocab: number;
   /** This rank's ids below are usable, counted from its first; on the host, int64 [1]. */
   readonly usableIds: number;
   readonly usableEnd: RuntimeTensor;
@@ -145,14 +147,12 @@ export class ShardRunner {
     });
     const usableIds = Math.min(vocabRows, Math.max(0, plan.usableVocab - vocabStart));
     const usableEnd = this.#runtime.tensor(BigInt64Array.of(BigInt(usableIds)), [1]);
-    this.#memory = { ...scratch, attention, usableIds, usableEnd, sums };
+    const { usableVocab } = plan;
+    this.#memory = { ...scratch, attention, usableVocab, usableIds, usableEnd, sums };
   }
 
-  /**
-   * Runs one pass with the other ranks. Rank 0 gets what the plan wants of the spans' head rows in order (see
-   * PassExecutor), in memory that the next pass overwrites; other ranks get nothing.
-   */
-  run(plan: PassPlan): Float32Array {
+  /** Runs one pass with the other ranks. Rank 0 gets what the plan asks of its head rows, other ranks get nothing. */
+  run(plan: PassPlan): readonly HeadRow[] {
     const memory = this.#memory;
     if (memory === undefined) {
       throw new ClusterError('internal', 'the shard is not configured');
@@ -162,7 +162,7 @@ export class ShardRunner {
       memory.attention.release(slot);
     }
     if (plan.spans.length === 0) {
-      return new Float32Array(0);
+      return [];
     }
     const places = memory.attention.place(plan.spans);
     const rows = plan.tokenIds.length;
@@ -172,7 +172,8 @@ export class ShardRunner {
     if (plan.kind === 'draft') {
       memory.hiddenRows.write(continuedRows(plan));
     }
-    const wantsBest = plan.wants === 'best' && this.#best !== undefined && memory.usableIds > 0;
+    const wantsBest =
+      this.#best !== undefined && memory.usableIds > 0 && plan.heads.some(({ kind }) => kind === 'best');
     const work = (): void => {
       const normed = plan.kind === 'forward' ? this.#forward(rows, memory) : this.#draft(rows, memory);
       if (headRows.length > 0) {
@@ -185,12 +186,7 @@ export class ShardRunner {
     } else {
       work();
     }
-    if (headRows.length === 0) {
-      return new Float32Array(0);
-    }
-    return plan.wants === 'best'
-      ? this.#gatherBest(headRows.length, memory)
-      : this.#gatherLogits(headRows.length, memory);
+    return this.#collectHeads(plan.heads, memory);
   }
 
   close(): void {
@@ -282,19 +278,39 @@ export class ShardRunner {
     }
   }
 
-  /** Rank 0: [headRows, 2]; other ranks: nothing. */
-  #gatherBest(headRows: number, memory: Memory): Float32Array {
+  /** Rank 0: the answers to the requests; other ranks take part, and get nothing. */
+  #collectHeads(heads: readonly HeadRequest[], memory: Memory): readonly HeadRow[] {
+    const best = heads.some(({ kind }) => kind === 'best') ? this.#gatherBest(heads, memory) : undefined;
+    const logits = wholeRuns(heads).flatMap((run) => this.#gatherLogits(run, memory));
+    if (this.#collective.rank !== 0) {
+      return [];
+    }
+    let whole = 0;
+    return heads.map((head, row) => {
+      if (head.kind === 'best') {
+        return { tokenId: best![2 * row]!, logit: best![2 * row + 1]! };
+      }
+      const all = logits[whole++]!;
+      return head.kind === 'logits' ? all : chooseToken(all.subarray(0, memory.usableVocab), head.draw);
+    });
+  }
+
+  /** Rank 0: ids and logits of the best tokens, [headRows, 2], where they are asked for; other ranks: nothing. */
+  #gatherBest(heads: readonly HeadRequest[], memory: Memory): Float32Array {
     const local =
       this.#best !== undefined && memory.usableIds > 0
-        ? memory.best.read(headRows)
-        : this.#findBest(headRows, memory);
+        ? memory.best.read(heads.length)
+        : this.#findBest(heads, memory);
     if (this.#collective.worldSize === 1) {
       return local;
     }
-    const lengths = this.#rankVocabulary.map(() => 2 * headRows);
-    const parts = memory.gathered.map((part) => part.subarray(0, 2 * headRows));
-    this.#collective.gather(local, lengths, parts);
-    const best = memory.logits.subarray(0, parts.length === 0 ? 0 : 2 * headRows);
+    const parts = memory.gathered.map((part) => part.subarray(0, local.length));
+    this.#collective.gather(
+      local,
+      this.#rankVocabulary.map(() => local.length),
+      parts,
+    );
+    const best = new Float32Array(parts.length === 0 ? 0 : local.length);
     for (let at = 0; at < best.length; at += 2) {
       // The first at ties: ranks hold ascending ids.
       const winner = parts.reduce((most, part) => (part[at + 1]! > most[at + 1]! ? part : most));
@@ -304,39 +320,65 @@ export class ShardRunner {
   }
 
   /** This rank's best tokens, looked for on the host; with none usable, id 0 of minus infinity. */
-  #findBest(headRows: number, { headOutput, usableIds }: Memory): Float32Array {
-    const logits = headOutput.read(headRows);
-    const { vocabStart } = this.manifest;
-    const best = new Float32Array(2 * headRows);
-    for (let row = 0; row < headRows; row++) {
-      const usable = logits.subarray(row * headOutput.width, row * headOutput.width + usableIds);
-      const id = argmax(usable);
-      best[2 * row] = vocabStart + id;
-      best[2 * row + 1] = usable[id] ?? -Infinity;
+  #findBest(heads: readonly HeadRequest[], { headOutput, usableIds }: Memory): Float32Array {
+    const { width } = headOutput;
+    const logits = headOutput.read(heads.length);
+    const best = new Float32Array(2 * heads.length);
+    for (const [row, { kind }] of heads.entries()) {
+      if (kind === 'best') {
+        const { tokenId, logit } = bestToken(logits.subarray(row * width, row * width + usableIds));
+        best.set([this.manifest.vocabStart + tokenId, logit], 2 * row);
+      }
     }
     return best;
   }
 
-  /** Rank 0: [headRows, V]; other ranks: nothing. */
-  #gatherLogits(headRows: number, memory: Memory): Float32Array {
-    const local = memory.headOutput.read(headRows);
-    if (this.#collective.worldSize === 1) {
-      return local;
-    }
-    const lengths = this.#rankVocabulary.map((count) => headRows * count);
-    const parts = memory.gathered.map((part, r) => part.subarray(0, lengths[r]));
-    this.#collective.gather(local, lengths, parts);
-    let column = 0;
-    for (const [r, part] of parts.entries()) {
-      const width = this.#rankVocabulary[r]!;
-      for (let row = 0; row < headRows; row++) {
-        const logits = part.subarray(row * width, (row + 1) * width);
-        memory.logits.set(logits, row * this.manifest.config.vocabSize + column);
+  /** Rank 0: all logits of the run's head rows, [V] each; other ranks: nothing. */
+  #gatherLogits({ start, rows }: RowRun, memory: Memory): readonly Float32Array[] {
+    const { vocabSize } = this.manifest.config;
+    const local = memory.headOutput.read(rows, start);
+    let whole = local;
+    if (this.#collective.worldSize > 1) {
+      whole = memory.logits.subarray(start * vocabSize, (start + rows) * vocabSize);
+      const lengths = this.#rankVocabulary.map((count) => rows * count);
+      const parts = memory.gathered.map((part, r) => part.subarray(0, lengths[r]));
+      this.#collective.gather(local, lengths, parts);
+      let column = 0;
+      for (const [r, part] of parts.entries()) {
+        const width = this.#rankVocabulary[r]!;
+        for (let row = 0; row < rows; row++) {
+          whole.set(part.subarray(row * width, (row + 1) * width), row * vocabSize + column);
+        }
+        column += width;
       }
-      column += width;
     }
-    return memory.logits.subarray(0, parts.length === 0 ? 0 : headRows * column);
+    return this.#collective.rank === 0
+      ? Array.from({ length: rows }, (_, row) => whole.subarray(row * vocabSize, (row + 1) * vocabSize))
+      : [];
   }
+}
+
+/** Consecutive head rows. */
+interface RowRun {
+  readonly start: number;
+  readonly rows: number;
+}
+
+/** The head rows of which more than the best token is asked, as runs: each is copied and gathered at once. */
+function wholeRuns(heads: readonly HeadRequest[]): readonly RowRun[] {
+  const runs: { start: number; rows: number }[] = [];
+  for (const [row, { kind }] of heads.entries()) {
+    const last = runs.at(-1);
+    if (kind === 'best') {
+      continue;
+    }
+    if (last !== undefined && last.start + last.rows === row) {
+      last.rows += 1;
+    } else {
+      runs.push({ start: row, rows: 1 });
+    }
+  }
+  return runs;
 }
 
 /** The rows of the pass that get logits, [headRows]. */
@@ -361,7 +403,7 @@ function continuedRows(plan: PassPlan): Int32Array {
 
 function assertFits(plan: PassPlan, { maxRows, maxHeadRows }: Scratch): void {
   const rows = plan.tokenIds.length;
-  const headRows = countHeadRows(plan);
+  const headRows = plan.heads.length;
   if (rows > maxRows || headRows > maxHeadRows) {
     throw new ClusterError(
       'internal',

@@ -1,6 +1,6 @@
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { decodeStepPlan, encodeStepPlan, type StepPlan } from './step-plan.ts';
+import { decodeStepPlan, encodeStepPlan, type PassPlan, type StepPlan } from './step-plan.ts';
 
 const spans = fc.record({
   slot: fc.nat(100),
@@ -14,14 +14,16 @@ const spans = fc.record({
 const passes = fc
   .tuple(
     fc.constantFrom('forward' as const, 'draft' as const),
-    fc.constantFrom('logits' as const, 'best' as const),
+    fc.infiniteStream(fc.constantFrom('logits' as const, 'best' as const)),
     fc.array(fc.nat(100), { maxLength: 5 }),
     fc.array(spans, { maxLength: 6 }),
   )
-  .map(([kind, wants, releasedSlots, allSpans]): StepPlan => {
+  .map(([kind, wanted, releasedSlots, allSpans]): PassPlan => {
+    const headRows = allSpans.reduce((sum, span) => sum + span.headRows, 0);
+    const heads = [...wanted.take(headRows)].map((each) => ({ kind: each }));
     const rows = allSpans.reduce((sum, span) => sum + span.rows, 0);
     const tokenIds = Int32Array.from({ length: rows }, (_, i) => i * 31);
-    return { kind, wants, releasedSlots, spans: allSpans, tokenIds };
+    return { kind, heads, releasedSlots, spans: allSpans, tokenIds };
   });
 
 describe('step plans', () => {

@@ -1,12 +1,14 @@
 // What rank 0 tells the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
 //
 //   configure  [1, kvBlocks, maxRows, maxHeadRows, usableVocab, words of the device group's id, words...]
-//   forward    [2, wants, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)..., tokenIds...]
+//   forward    [2, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)...,
+//              of each head row 1 where its logits are wanted and 0 where the best token is..., tokenIds...]
 //   draft      [3, the same]
 //   ping       [4]
 //   stop       [5]
 
 import { ClusterError } from '@mimo/core/errors';
+import type { HeadRequest } from './head-rows.ts';
 
 /** Consecutive rows of one sequence in a pass. */
 export interface RowSpan {
@@ -26,9 +28,9 @@ export interface RowSpan {
 /** One pass over the group: the backbone (`forward`) or the MTP layer (`draft`). */
 export interface PassPlan {
   readonly kind: 'forward' | 'draft';
+  /** Of each head row, in the order of the spans. A frame says `logits` for `sampled`: rank 0 draws. */
+  readonly heads: readonly HeadRequest[];
   /** Slots whose KV buffers go back to the pool before the pass. */
-  /** Of each head row: all its logits, or the id and the logit of the best token, the lowest id at ties. */
-  readonly wants: HeadOutput;
   readonly releasedSlots: readonly number[];
   readonly spans: readonly RowSpan[];
   /** [rows of all spans]. Draft pass: the token after each row's position. */
@@ -48,17 +50,8 @@ export interface ConfigurePlan {
 
 export type StepPlan = PassPlan | ConfigurePlan | { readonly kind: 'ping' } | { readonly kind: 'stop' };
 
-const headOutputs = ['logits', 'best'] as const;
-
-export type HeadOutput = (typeof headOutputs)[number];
-
 const kinds = ['configure', 'forward', 'draft', 'ping', 'stop'] as const;
 const spanWords = 6;
-
-/** Rows of the pass that get logits, all spans together. */
-export function countHeadRows(plan: PassPlan): number {
-  return plan.spans.reduce((sum, span) => sum + span.headRows, 0);
-}
 
 export function encodeStepPlan(plan: StepPlan): Int32Array {
   const kind = kinds.indexOf(plan.kind) + 1;
@@ -77,14 +70,13 @@ export function encodeStepPlan(plan: StepPlan): Int32Array {
       ...deviceGroupId,
     );
   }
-  const { wants, releasedSlots, spans, tokenIds } = plan;
-  const header = 4 + releasedSlots.length + spanWords * spans.length;
+  const { heads, releasedSlots, spans, tokenIds } = plan;
+  const header = 3 + releasedSlots.length + spanWords * spans.length + heads.length;
   const frame = new Int32Array(header + tokenIds.length);
   frame[0] = kind;
-  frame[1] = headOutputs.indexOf(wants);
-  frame[2] = releasedSlots.length;
-  frame.set(releasedSlots, 3);
-  let at = 3 + releasedSlots.length;
+  frame[1] = releasedSlots.length;
+  frame.set(releasedSlots, 2);
+  let at = 2 + releasedSlots.length;
   frame[at++] = spans.length;
   for (const span of spans) {
     frame[at++] = span.slot;
@@ -93,6 +85,9 @@ export function encodeStepPlan(plan: StepPlan): Int32Array {
     frame[at++] = span.headRows;
     frame[at++] = span.hiddenRow;
     frame[at++] = span.capacityTokens;
+  }
+  for (const { kind: wanted } of heads) {
+    frame[at++] = wanted === 'best' ? 0 : 1;
   }
   frame.set(tokenIds, header);
   return frame;
@@ -126,10 +121,6 @@ export function decodeStepPlan(frame: Int32Array): StepPlan {
     }
     return { kind, ...size, deviceGroupId: frame.slice(at) };
   }
-  const wants = headOutputs[next()];
-  if (wants === undefined) {
-    throw new ClusterError('data_loss', `step plan: unknown head output ${frame[1]}`);
-  }
   const releasedSlots = Array.from({ length: next() }, next);
   const spans = Array.from({ length: next() }, () => ({
     slot: next(),
@@ -139,9 +130,13 @@ export function decodeStepPlan(frame: Int32Array): StepPlan {
     hiddenRow: next(),
     capacityTokens: next(),
   }));
+  const headRows = spans.reduce((sum, span) => sum + span.headRows, 0);
+  const heads = Array.from({ length: headRows }, (): HeadRequest => ({
+    kind: next() === 0 ? 'best' : 'logits',
+  }));
   const rows = spans.reduce((sum, span) => sum + span.rows, 0);
   if (frame.length - at !== rows) {
     throw new ClusterError('data_loss', `step plan: ${rows} rows, but ${frame.length - at} token ids`);
   }
-  return { kind, wants, releasedSlots, spans, tokenIds: frame.slice(at) };
+  return { kind, heads, releasedSlots, spans, tokenIds: frame.slice(at) };
 }

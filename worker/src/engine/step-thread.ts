@@ -13,6 +13,7 @@ import { Engine, type EngineLimits } from './engine.ts';
 import type { EngineFrame, SequenceRequest } from './engine-api.ts';
 import { slackPages } from './attention.ts';
 import { kvBlockBytes } from './engine-options.ts';
+import type { HeadRow } from './head-rows.ts';
 import { kvBlockTokens } from './kv-cache.ts';
 import { assertWeightsFit, fitKvBlocks, gatherMemories } from './memory-budget.ts';
 import { ShardRunner } from './shard-runner.ts';
@@ -158,7 +159,7 @@ async function lead({ runtime, runner, collective, port, limits, pingMs, onReady
   onReady();
 
   const executor = {
-    run: (plan: PassPlan): Float32Array => {
+    run: (plan: PassPlan): readonly HeadRow[] => {
       collective.broadcast(encodeStepPlan(plan));
       return runner.run(plan);
     },

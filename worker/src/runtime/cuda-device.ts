@@ -160,12 +160,13 @@ export class DeviceMemory implements RuntimeMemory {
 
   read(start: number, count: number): Float32Array {
     const { address, buffer } = (this.#mirror ??= this.#createMirror());
+    const offset = start * elementBytes[this.type];
     const bytes = count * elementBytes[this.type];
-    this.#copy(address, this.#at(start), bytes, copyKinds.deviceToHost);
+    this.#copy(address + BigInt(offset), this.#at(start), bytes, copyKinds.deviceToHost);
     this.#device.synchronize();
     return this.type === 'float16' || this.type === 'bfloat16'
-      ? decodeHalves(new Uint16Array(buffer, 0, count), this.type)
-      : new Float32Array(buffer, 0, count);
+      ? decodeHalves(new Uint16Array(buffer, offset, count), this.type)
+      : new Float32Array(buffer, offset, count);
   }
 
   copyFrom(): void {

@@ -35,7 +35,7 @@ export interface RuntimeMemory {
   tensor(start: number, dims: readonly number[]): RuntimeTensor;
   /** Floats are rounded to the memory's type; integers must be of it. */
   write(start: number, values: Float32Array | Int32Array | BigInt64Array): void;
-  /** Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read overwrites. */
+  /** Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read of it overwrites. */
   read(start: number, count: number): Float32Array;
   /** `source` is memory of the same runtime and type. Not where `kernels.pagedAttention`: nothing needs it there. */
   copyFrom(source: RuntimeMemory, range: CopyRange): void;

@@ -1,0 +1,34 @@
+// What a pass is asked for each of its head rows, and what it returns. Owns the choice of a token from one row of logits
+// on the host, where no device has chosen it; knows no batch and no sequence.
+
+import { argmax, drawToken, type DrawContext, type DrawnToken } from './sampler.ts';
+
+/** What a pass shall return of one head row; every row is asked by itself, and none pays for another's. */
+export type HeadRequest =
+  /** The token of the largest logit, the lowest id at ties. */
+  | { readonly kind: 'best' }
+  /** A drawn token, with log-probabilities where the sampling asks for them. */
+  | { readonly kind: 'sampled'; readonly draw: DrawContext }
+  /** All logits of the row. */
+  | { readonly kind: 'logits' };
+
+/** A token chosen from a head row. */
+export interface ChosenToken extends DrawnToken {
+  /** Of the token, after penalties; not finite where the row has no finite logit to choose. */
+  readonly logit: number;
+}
+
+/** The answer to a request: a token, or the logits. Valid until the next pass. */
+export type HeadRow = ChosenToken | Float32Array;
+
+/** Chooses on the host. `row` holds the logits of the ids that may be chosen, and is overwritten. */
+export function chooseToken(row: Float32Array, draw: DrawContext): ChosenToken {
+  const drawn = drawToken(row, draw);
+  return { ...drawn, logit: row[drawn.tokenId] ?? Number.NaN };
+}
+
+/** The token of the largest logit, looked for on the host. */
+export function bestToken(row: Float32Array): ChosenToken {
+  const tokenId = argmax(row);
+  return { tokenId, logit: row[tokenId] ?? -Infinity };
+}
