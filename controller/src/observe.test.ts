@@ -184,7 +184,6 @@ describe('observeLoads', () => {
   const group = { incarnation: '1', revision: '', draining: false, inFlightRequests: 1, inFlightTokens: 9 };
   const state: QueueState = {
     model: 'm',
-    atUnixMs: 0,
     dispatcherEpoch: 1,
     waitingRequests: 0,
     runningRequests: 0,

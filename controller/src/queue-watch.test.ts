@@ -13,7 +13,6 @@ const model = 'mimo';
 function stateWith(fields: Partial<QueueState>): QueueState {
   return {
     model,
-    atUnixMs: 0,
     dispatcherEpoch: 1,
     waitingRequests: 0,
     runningRequests: 0,

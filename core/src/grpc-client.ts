@@ -8,10 +8,10 @@ import { errorFromStatus } from './grpc-status.ts';
 
 keepDrainingCalls();
 
-/** What bounds a call. The deadline is a point in time, as gRPC carries it. */
+/** What bounds a call. Time counts from the call on; the server hears how much is left. */
 export interface CallLimits {
   readonly signal?: AbortSignal | undefined;
-  readonly deadlineUnixMs?: number | undefined;
+  readonly timeoutMs?: number | undefined;
   readonly metadata?: grpc.Metadata | undefined;
 }
 
@@ -102,7 +102,8 @@ export async function* callServerStream<Request, Response>(
 }
 
 function optionsOf(limits: CallLimits): grpc.CallOptions {
-  return limits.deadlineUnixMs === undefined ? {} : { deadline: limits.deadlineUnixMs };
+  // grpc-js takes a point in time and makes the time that is left of it again.
+  return limits.timeoutMs === undefined ? {} : { deadline: Date.now() + limits.timeoutMs };
 }
 
 function cancelOn(signal: AbortSignal | undefined, call: { cancel(): void }): () => void {

@@ -13,6 +13,7 @@ import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo
 
 import { beforeAbort } from './abort.ts';
 import { ClusterError } from './errors.ts';
+import { keepLongDeadlines } from './grpc-deadline.ts';
 import { keepDrainingCalls } from './grpc-drain.ts';
 import { Health } from './grpc-health.ts';
 import { createReflection } from './grpc-reflection.ts';
@@ -64,6 +65,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   });
   raiseResetLimits(server);
   keepDrainingCalls();
+  keepLongDeadlines();
   const health = new Health();
   const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
   const definitions = [
@@ -124,13 +126,18 @@ function raiseResetLimits(server: grpc.Server): void {
 interface CancellableCall {
   readonly cancelled: boolean;
   on(event: 'cancelled', listener: () => void): unknown;
+  getDeadline(): grpc.Deadline;
 }
 
-/** Fires when the peer cancels, goes away or its deadline passes. */
+/** Fires when the peer cancels or goes away (`canceled`), or its deadline passes (`deadline_exceeded`). */
 export function signalOf(call: CancellableCall): AbortSignal {
   const controller = new AbortController();
   const abort = (): void =>
-    controller.abort(new ClusterError('canceled', 'the call was canceled by its caller'));
+    controller.abort(
+      performance.now() >= deadlineMsOf(call)
+        ? new ClusterError('deadline_exceeded', 'the deadline passed')
+        : new ClusterError('canceled', 'the call was canceled by its caller'),
+    );
   if (call.cancelled) {
     abort();
   } else {
@@ -209,19 +216,17 @@ export function strictDeserializer<Request>(message: {
 export interface CallContext {
   readonly signal: AbortSignal;
   readonly metadata: grpc.Metadata;
-  /** Unix milliseconds; undefined: the caller set none. */
-  readonly deadlineUnixMs: number | undefined;
+  /** By performance.now(); infinite: the caller set none. */
+  readonly deadlineMs: number;
 }
 
-function contextOf(
-  call: CancellableCall & { metadata: grpc.Metadata; getDeadline(): grpc.Deadline },
-): CallContext {
-  const deadline = Number(call.getDeadline());
-  return {
-    signal: signalOf(call),
-    metadata: call.metadata,
-    deadlineUnixMs: Number.isFinite(deadline) ? deadline : undefined,
-  };
+function contextOf(call: CancellableCall & { metadata: grpc.Metadata }): CallContext {
+  return { signal: signalOf(call), metadata: call.metadata, deadlineMs: deadlineMsOf(call) };
+}
+
+/** What grpc-deadline.ts has set. */
+function deadlineMsOf(call: CancellableCall): number {
+  return Number(call.getDeadline());
 }
 
 function assertWellFormed<Request>(request: Request | MalformedRequest): asserts request is Request {

@@ -18,6 +18,7 @@ import type {
   Closeable,
   DrainMark,
   DrainMarks,
+  FollowedRecord,
   Lease,
   QueuedRecord,
   QueueState,
@@ -49,9 +50,14 @@ class Topic<T> {
   }
 }
 
+interface StoredRecord {
+  readonly record: RequestRecord;
+  readonly storedMs: number;
+}
+
 /** What the handles of one in-memory queue share. Nothing to close: it goes when its handles do. */
 export class MemoryBroker {
-  readonly records = new Map<number, RequestRecord>();
+  readonly records = new Map<number, StoredRecord>();
   readonly arrivals = new Topic<QueuedRecord>();
   readonly heartbeats = new Topic<Heartbeat>();
   readonly ended = new Topic<RequestEnded>();
@@ -97,7 +103,7 @@ class MemoryQueue implements RequestQueue {
   async publish(record: RequestRecord): Promise<RecordPlace> {
     this.#assertOpen();
     const sequence = this.#broker.nextSequence();
-    this.#broker.records.set(sequence, record);
+    this.#broker.records.set(sequence, { record, storedMs: performance.now() });
     const place = { storeId: this.storeId, sequence };
     this.#broker.arrivals.publish({ ...place, record });
     return place;
@@ -111,19 +117,22 @@ class MemoryQueue implements RequestQueue {
     model: string,
     signal: AbortSignal,
     onReplayed?: () => void,
-  ): AsyncGenerator<QueuedRecord, void, undefined> {
-    const live = [...this.#broker.records].map(([sequence, record]) => ({
+  ): AsyncGenerator<FollowedRecord, void, undefined> {
+    const live = [...this.#broker.records].map(([sequence, { record }]) => ({
       storeId: this.storeId,
       sequence,
       record,
     }));
+    const lastFound = live.at(-1)?.sequence ?? 0;
     let toReplay = live.length;
     if (toReplay === 0) {
       onReplayed?.();
     }
     for await (const queued of this.#broker.arrivals.follow(this.#until(signal), live)) {
-      if (queued.record.model === model && this.#broker.records.has(queued.sequence)) {
-        yield queued;
+      const stored = this.#broker.records.get(queued.sequence);
+      if (queued.record.model === model && stored !== undefined) {
+        const ageMs = performance.now() - stored.storedMs;
+        yield { ...queued, isArrival: queued.sequence > lastFound, ageMs };
       }
       toReplay -= 1;
       if (toReplay === 0) {

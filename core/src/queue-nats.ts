@@ -31,8 +31,8 @@ import type {
   Closeable,
   DrainMark,
   DrainMarks,
+  FollowedRecord,
   Lease,
-  QueuedRecord,
   QueueState,
   RecordPlace,
   RequestQueue,
@@ -123,27 +123,37 @@ class NatsQueue implements RequestQueue {
     model: string,
     signal: AbortSignal,
     onReplayed?: () => void,
-  ): AsyncGenerator<QueuedRecord, void, undefined> {
+  ): AsyncGenerator<FollowedRecord, void, undefined> {
     const until = this.#until(signal);
     let storeId = '';
     let nextSequence = 1;
+    /** The last record that lay there when the following began. */
+    let lastFound: number | undefined;
     while (!until.aborted) {
       try {
         await this.#link.opened(until);
-        const { stream } = await this.#link.session();
+        const { stream, manager } = await this.#link.session();
         // The client makes a consumer again that its server lost, but finds that out by heartbeats: 30 to 60 s late.
         const stop = AbortSignal.any([until, this.#link.connectionLost, this.#link.storeReplaced]);
         if (storeId !== this.#link.storeId) {
+          lastFound = storeId === '' ? undefined : 0;
           ({ storeId } = this.#link);
           nextSequence = 1;
         }
+        const { state, ts } = await manager.streams.info(requestStream);
+        lastFound ??= state.last_seq;
+        const beganMs = Date.parse(ts ?? '') || 0;
         const consumer = await consumerFrom(stream, { model, nextSequence });
         const replay = new Replay(consumer, onReplayed);
         await replay.begin(stop);
         for await (const message of messagesOf(consumer, stop)) {
           const record = this.#decoded(message.data, RequestRecord);
           if (record !== undefined) {
-            yield { storeId, sequence: message.seq, record };
+            // The server's clock is compared with itself. What comes later comes at once, so that a server whose clock is
+            // set meanwhile makes nothing old.
+            const storedMs = message.time.getTime();
+            const ageMs = message.seq > state.last_seq ? 0 : Math.max(0, beganMs - storedMs);
+            yield { storeId, sequence: message.seq, record, isArrival: message.seq > lastFound, ageMs };
           }
           nextSequence = message.seq + 1;
           replay.taken(message.seq);

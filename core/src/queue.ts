@@ -25,6 +25,14 @@ export interface QueuedRecord extends RecordPlace {
   readonly record: RequestRecord;
 }
 
+/** A live record as a follower gets it. */
+export interface FollowedRecord extends QueuedRecord {
+  /** It came after the following began; false: it lay there then. */
+  readonly isArrival: boolean;
+  /** For how long it had been stored when it was handed over, by the store's own clock alone; about 0 for what arrives. */
+  readonly ageMs: number;
+}
+
 /** The right to dispatch for one model. Only one holder has it at a time, as far as clocks and the network allow. */
 export interface Lease {
   /** Larger than that of every earlier lease of the model in this store: it fences the holder's assignments. */
@@ -52,12 +60,11 @@ export interface QueueGroupState {
 }
 
 /**
- * What a dispatcher publishes about its queue, at every change and once a second. A reader that has none younger than
+ * What a dispatcher publishes about its queue, at every change and once a second. A reader that has received none for
  * `queueStateFreshMs` knows nothing, which is not zero. Tokens are prompt plus permitted completion: known in advance.
  */
 export interface QueueState {
   readonly model: string;
-  readonly atUnixMs: number;
   readonly dispatcherEpoch: number;
   readonly waitingRequests: number;
   readonly runningRequests: number;
@@ -116,7 +123,7 @@ export interface RequestQueue extends Closeable {
    * Replays the live records of a model in order, then follows new ones; each record once. `onReplayed` is called when
    * what was there at the beginning has been taken, and again where the store was replaced.
    */
-  follow(model: string, signal: AbortSignal, onReplayed?: () => void): AsyncIterable<QueuedRecord>;
+  follow(model: string, signal: AbortSignal, onReplayed?: () => void): AsyncIterable<FollowedRecord>;
   /** Live records of every model, counted by the server. */
   counts(): Promise<{ readonly records: number }>;
 
@@ -168,7 +175,7 @@ export const leaseRenewMs = leaseTtlMs / 3;
 /** How long an owning gateway has to answer; its handlers only look into a map. */
 export const ownerTimeoutMs = 2_000;
 
-/** A published state older than this says nothing any more. */
+/** A state that was received longer ago than this says nothing any more. */
 export const queueStateFreshMs = 5_000;
 
 /** What `cancel` fails with where the owner of a request does not answer. */

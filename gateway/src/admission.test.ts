@@ -25,8 +25,7 @@ const context: AdmissionContext = {
   tenant: 't',
   gatewayId: 'g',
   seed: 42,
-  acceptedUnixMs: 1_000,
-  deadlineUnixMs: undefined,
+  timeLeftMs: undefined,
 };
 
 /** One token a character, and one before each message: enough of a tokenizer to count with. */
@@ -42,17 +41,13 @@ function encode(input: PromptInput): number[] {
 }
 
 /** What a door does. */
-function admit(
-  input: PromptInput,
-  sampling?: Partial<SamplingParams>,
-  deadlineUnixMs?: number,
-): RequestRecord {
+function admit(input: PromptInput, sampling?: Partial<SamplingParams>, timeLeftMs?: number): RequestRecord {
   const problems = checkPrompt(input, { facts, promptMaxBytes });
   const tokenIds = problems.length === 0 ? encode(input) : [];
   return admitRequest(
     { kind: input.kind, tokenIds, problems },
     sampling === undefined ? undefined : SamplingParams.fromPartial(sampling),
-    { ...context, deadlineUnixMs },
+    { ...context, timeLeftMs },
   );
 }
 
@@ -89,8 +84,7 @@ describe('admitRequest', () => {
       model: 'm',
       tenant: 't',
       gatewayId: 'g',
-      acceptedUnixMs: 1_000,
-      deadlineUnixMs: 9_000,
+      timeLeftMs: 9_000,
       promptTokenIds: encode(prompt),
       sampling: {
         temperature: 0.6,

@@ -47,8 +47,8 @@ export interface AdmissionContext {
   readonly tenant: string;
   readonly gatewayId: string;
   readonly seed: number;
-  readonly acceptedUnixMs: number;
-  readonly deadlineUnixMs: number | undefined;
+  /** Until the caller's deadline; undefined: none. */
+  readonly timeLeftMs: number | undefined;
 }
 
 /** Temperature and top_p are MiMo's recommendation; the others leave the distribution as it is. */
@@ -94,8 +94,7 @@ export function admitRequest(
     model: facts.name,
     tenant: context.tenant,
     gatewayId: context.gatewayId,
-    acceptedUnixMs: context.acceptedUnixMs,
-    deadlineUnixMs: context.deadlineUnixMs ?? 0,
+    timeLeftMs: context.timeLeftMs,
     promptTokenIds,
     sampling: {
       ...defaults,

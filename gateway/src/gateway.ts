@@ -11,7 +11,7 @@ import { ClusterError } from '@mimo/core/errors';
 import { startGrpcServer } from '@mimo/core/grpc-server';
 import type { Log } from '@mimo/core/log';
 import { startMetrics } from '@mimo/core/metrics';
-import type { QueueState, RequestQueue } from '@mimo/core/queue';
+import type { RequestQueue } from '@mimo/core/queue';
 import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
 import { createMemoryQueue } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
@@ -22,7 +22,7 @@ import { runDispatcher } from './dispatcher/dispatcher.ts';
 import { Groups } from './groups.ts';
 import { createInferenceService } from './inference-service.ts';
 import { openKeysFile } from './keys-file.ts';
-import { createGatewayMetrics, observeQueues } from './metrics.ts';
+import { createGatewayMetrics, observeQueues, type ReceivedState } from './metrics.ts';
 import { loadModels } from './models.ts';
 import { pollHeartbeats } from './polled-heartbeats.ts';
 import { Requests } from './requests.ts';
@@ -98,11 +98,11 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const resigning = new AbortController();
   const stopping = new AbortController();
   const closing = new AbortController();
-  const states = new Map<string, QueueState>();
+  const states = new Map<string, ReceivedState>();
   const runModel = async (model: string, signal: AbortSignal): Promise<void> => {
     const followState = async (): Promise<void> => {
       for await (const state of queue.followState(model, signal)) {
-        states.set(model, state);
+        states.set(model, { state, receivedMs: performance.now() });
       }
       states.delete(model);
     };

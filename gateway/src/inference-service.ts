@@ -157,8 +157,7 @@ async function complete(
     tenant: caller.tenant,
     gatewayId: parts.gatewayId,
     seed: randomInt(2 ** 32),
-    acceptedUnixMs: Date.now(),
-    deadlineUnixMs: context.deadlineUnixMs,
+    timeLeftMs: timeLeftMs(context),
   });
   const { relay, recorded } = parts.requests.open(record, {
     tokenizer: model.tokenizer,
@@ -166,13 +165,7 @@ async function complete(
     minTokens: record.sampling?.minTokens ?? 0,
     splitReasoning: completion.input.kind === 'chat',
   });
-  const leave = (): void => {
-    // grpc-js tells of a passed deadline in the same way as of a caller that went away.
-    const late = context.deadlineUnixMs !== undefined && Date.now() >= context.deadlineUnixMs;
-    relay.fail(
-      late ? new ClusterError('deadline_exceeded', 'the deadline passed') : canceled(context.signal),
-    );
-  };
+  const leave = (): void => relay.fail(ClusterError.from(context.signal.reason));
   context.signal.addEventListener('abort', leave, { once: true });
   if (context.signal.aborted) {
     leave();
@@ -220,8 +213,11 @@ async function readPrompt(
   return { kind: input.kind, tokenIds, problems };
 }
 
-function canceled(signal: AbortSignal): ClusterError {
-  return ClusterError.from(signal.reason);
+/** Whole milliseconds, as they are recorded. */
+function timeLeftMs({ deadlineMs }: CallContext): number | undefined {
+  return deadlineMs === Number.POSITIVE_INFINITY
+    ? undefined
+    : Math.ceil(Math.max(0, deadlineMs - performance.now()));
 }
 
 async function countTokens(

@@ -1,13 +1,12 @@
 import { startMetrics } from '@mimo/core/metrics';
-import { queueStateFreshMs, type QueueState } from '@mimo/core/queue';
+import { queueStateFreshMs } from '@mimo/core/queue';
 import { expect, it } from 'vitest';
 
-import { observeQueues } from './metrics.ts';
+import { observeQueues, type ReceivedState } from './metrics.ts';
 
-function stateOf(model: string, ageMs: number): QueueState {
-  return {
+function stateOf(model: string, ageMs: number): ReceivedState {
+  const state = {
     model,
-    atUnixMs: Date.now() - ageMs,
     dispatcherEpoch: 1,
     waitingRequests: 3,
     runningRequests: 2,
@@ -20,6 +19,7 @@ function stateOf(model: string, ageMs: number): QueueState {
     endedTokens: 0,
     groups: [],
   };
+  return { state, receivedMs: performance.now() - ageMs };
 }
 
 it('shows the queues of models whose dispatcher is heard of, and nothing for the others', async () => {

@@ -47,11 +47,17 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
   };
 }
 
+/** What a dispatcher published, and when it came, by performance.now(). */
+export interface ReceivedState {
+  readonly state: QueueState;
+  readonly receivedMs: number;
+}
+
 /**
  * Shows what the dispatchers publish about their queues; every gateway shows the same. A model whose dispatcher has been
  * silent for `queueStateFreshMs` has no value: what is not known is not zero.
  */
-export function observeQueues(metrics: Metrics, states: () => Iterable<QueueState>): void {
+export function observeQueues(metrics: Metrics, states: () => Iterable<ReceivedState>): void {
   const gauge = (
     name: string,
     description: string,
@@ -59,8 +65,8 @@ export function observeQueues(metrics: Metrics, states: () => Iterable<QueueStat
   ): void =>
     metrics.gauge(name, description, () =>
       [...states()]
-        .filter(({ atUnixMs }) => Date.now() - atUnixMs < queueStateFreshMs)
-        .flatMap((state) =>
+        .filter(({ receivedMs }) => performance.now() - receivedMs < queueStateFreshMs)
+        .flatMap(({ state }) =>
           read(state).map(([value, labels]) => [value, { model: state.model, ...labels }] as const),
         ),
     );

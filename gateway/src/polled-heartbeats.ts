@@ -22,7 +22,7 @@ export async function pollHeartbeats(
   const client = new WorkerServiceClient(address, credentials, channelOptions(maxReceiveBytes));
   try {
     while (!signal.aborted) {
-      const limits = { request: {}, signal, deadlineUnixMs: Date.now() + pollTimeoutMs };
+      const limits = { request: {}, signal, timeoutMs: pollTimeoutMs };
       const stats = await callUnary(client, WorkerServiceService.stats, limits).catch(() => undefined);
       if (stats?.heartbeat !== undefined) {
         queue.publishHeartbeat(stats.heartbeat);

@@ -76,6 +76,8 @@ export class Relay {
   readonly record: RequestRecord;
   readonly #listener: RelayListener;
   readonly #text: CompletionText;
+  /** By performance.now(); undefined: none. */
+  readonly #deadlineMs: number | undefined;
   /** Completion tokens that came, in order: what is on its way to the client, or there. */
   readonly #tokenIds: number[] = [];
   #attempt: Attempt | undefined;
@@ -94,6 +96,7 @@ export class Relay {
 
   constructor(record: RequestRecord, text: CompletionTextOptions, listener: RelayListener) {
     this.record = record;
+    this.#deadlineMs = record.timeLeftMs === undefined ? undefined : performance.now() + record.timeLeftMs;
     this.#text = new CompletionText(text);
     this.#listener = listener;
   }
@@ -126,7 +129,7 @@ export class Relay {
   begin(session: Pick<Session, 'submit' | 'target'>): void {
     this.#epoch += 1;
     const epoch = this.#epoch;
-    const { requestId, promptTokenIds, sampling, deadlineUnixMs } = this.record;
+    const { requestId, promptTokenIds, sampling } = this.record;
     const current = (): boolean => this.#attempt?.epoch === epoch;
     const listener: SequenceListener = {
       onDelta: (delta) => {
@@ -155,7 +158,7 @@ export class Relay {
         tokenIds: [...promptTokenIds, ...this.#tokenIds],
         resumedTokens: firstIndex,
         sampling,
-        deadlineUnixMs,
+        timeLeftMs: this.#timeLeftMs,
         creditTokens,
       },
       listener,
@@ -190,6 +193,12 @@ export class Relay {
         throw this.#end.error;
       }
     }
+  }
+
+  get #timeLeftMs(): number | undefined {
+    return this.#deadlineMs === undefined
+      ? undefined
+      : Math.max(0, Math.ceil(this.#deadlineMs - performance.now()));
   }
 
   /** Tokens that the present attempt has added. */

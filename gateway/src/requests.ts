@@ -6,6 +6,7 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { RecordPlace, RequestQueue } from '@mimo/core/queue';
+import { startTimer, type Timer } from '@mimo/core/timer';
 import {
   AssignmentOutcome,
   type Assignment,
@@ -36,14 +37,13 @@ export interface OpenRequest {
 
 interface HeldRequest extends OpenRequest {
   readonly record: RequestRecord;
-  readonly deadlineTimer: NodeJS.Timeout | undefined;
+  readonly deadline: Timer | undefined;
+  /** By performance.now(), as all times here. */
+  readonly acceptedMs: number;
   /** Since when no group has given it a token: what the longest wait counts from. */
-  waitingSinceUnixMs: number;
-  waitTimer: NodeJS.Timeout | undefined;
+  waitingSinceMs: number;
+  wait: Timer | undefined;
 }
-
-// setTimeout's longest delay: a deadline beyond 24 days is as good as none.
-const maxTimerMs = 2 ** 31 - 1;
 
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
@@ -71,7 +71,8 @@ export class Requests {
 
   /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
   open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
-    const { requestId, deadlineUnixMs } = record;
+    const { requestId, timeLeftMs } = record;
+    const nowMs = performance.now();
     const relay = new Relay(record, text, {
       onRequeued: (attempt) => this.#requeued(requestId, attempt),
       onEnded: (end) => this.#ended(requestId, end),
@@ -82,10 +83,10 @@ export class Requests {
       relay,
       recorded,
       record,
-      deadlineTimer:
-        deadlineUnixMs === 0 ? undefined : setTimeout(() => this.#expire(held), delayUntil(deadlineUnixMs)),
-      waitingSinceUnixMs: record.acceptedUnixMs,
-      waitTimer: undefined,
+      deadline: timeLeftMs === undefined ? undefined : startTimer(timeLeftMs, () => this.#expire(held)),
+      acceptedMs: nowMs,
+      waitingSinceMs: nowMs,
+      wait: undefined,
     };
     this.#held.set(requestId, held);
     this.#watchWait(held);
@@ -113,9 +114,9 @@ export class Requests {
     if (relay.onTrial && this.#triesAnother(assignment)) {
       return { outcome: AssignmentOutcome.NOT_NOW, ...nowhere };
     }
-    clearTimeout(held.waitTimer);
+    held.wait?.clear();
     if (relay.epoch === 0) {
-      this.#parts.metrics.queueWait(Date.now() - held.record.acceptedUnixMs, { model });
+      this.#parts.metrics.queueWait(performance.now() - held.acceptedMs, { model });
     }
     try {
       relay.begin(this.#parts.sessions.to(assignment));
@@ -189,7 +190,7 @@ export class Requests {
         this.#parts.metrics.moves({ model, cause: broke ? 'broken' : 'handed over' });
       }
       if (tokens > 0) {
-        held.waitingSinceUnixMs = Date.now();
+        held.waitingSinceMs = performance.now();
       }
       this.#watchWait(held);
       this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch: relay.epoch });
@@ -202,8 +203,8 @@ export class Requests {
       return;
     }
     this.#held.delete(requestId);
-    clearTimeout(held.deadlineTimer);
-    clearTimeout(held.waitTimer);
+    held.deadline?.clear();
+    held.wait?.clear();
     const deleting = this.#delete(held).finally(() => this.#deleting.delete(deleting));
     this.#deleting.add(deleting);
     if (end.kind === 'error' && end.error.code === 'internal') {
@@ -222,17 +223,14 @@ export class Requests {
   }
 
   #watchWait(held: HeldRequest): void {
-    clearTimeout(held.waitTimer);
+    held.wait?.clear();
     const { maxWaitMs } = this.#parts;
-    held.waitTimer = setTimeout(
-      () => {
-        const { completionTokens } = held.relay;
-        const which = completionTokens === 0 ? '' : ` up again, after ${completionTokens} completion tokens,`;
-        const text = `no group took the request${which} within ${maxWaitMs} ms`;
-        held.relay.fail(new ClusterError('deadline_exceeded', text, { detail: { retryAfterMs: 5_000 } }));
-      },
-      delayUntil(held.waitingSinceUnixMs + maxWaitMs),
-    );
+    held.wait = startTimer(held.waitingSinceMs + maxWaitMs - performance.now(), () => {
+      const { completionTokens } = held.relay;
+      const which = completionTokens === 0 ? '' : ` up again, after ${completionTokens} completion tokens,`;
+      const text = `no group took the request${which} within ${maxWaitMs} ms`;
+      held.relay.fail(new ClusterError('deadline_exceeded', text, { detail: { retryAfterMs: 5_000 } }));
+    });
   }
 
   #expire({ relay }: HeldRequest): void {
@@ -242,8 +240,4 @@ export class Requests {
         : `after ${relay.completionTokens} completion tokens`;
     relay.fail(new ClusterError('deadline_exceeded', `the deadline passed ${where}`));
   }
-}
-
-function delayUntil(unixMs: number): number {
-  return Math.min(Math.max(unixMs - Date.now(), 0), maxTimerMs);
 }

@@ -163,20 +163,28 @@ describe.each(Object.keys(backends))('%s', (name) => {
     const third = await queue.publish(record('c'));
     expect([first.sequence < second.sequence, second.sequence < third.sequence]).toEqual([true, true]);
     const values = queue.follow(model, never)[Symbol.asyncIterator]();
-    expect((await values.next()).value).toEqual({ ...first, record: record('a') });
-    expect((await values.next()).value).toEqual({ ...third, record: record('c') });
+    expect((await values.next()).value).toMatchObject({ ...first, record: record('a'), isArrival: false });
+    expect((await values.next()).value).toMatchObject({ ...third, record: record('c'), isArrival: false });
     const next = values.next();
     const fourth = await queue.publish(record('d'));
-    expect((await next).value).toEqual({ ...fourth, record: record('d') });
+    expect((await next).value).toMatchObject({ ...fourth, record: record('d'), isArrival: true });
     await values.return?.();
+  });
+
+  it('says how old a record is that it found', async () => {
+    const queue = await open();
+    await queue.publish(record('a'));
+    await sleep(300);
+    const [queued] = await take(queue.follow(model, never), 1);
+    expect(queued?.ageMs).toBeGreaterThan(250);
+    expect(queued?.ageMs).toBeLessThan(60_000);
   });
 
   it('keeps every field of a record', async () => {
     const queue = await open();
     const full = record('full', {
       tenant: 'acme',
-      acceptedUnixMs: 1_790_000_000_000,
-      deadlineUnixMs: 1_790_000_060_000,
+      timeLeftMs: 10 * 365 * 86_400_000,
       promptTokenIds: [0, 151_643, 151_679],
       sampling: {
         stop: ['\n\n', '終'],
@@ -317,7 +325,6 @@ describe.each(Object.keys(backends))('%s', (name) => {
     });
     const state: QueueState = {
       model,
-      atUnixMs: 1,
       dispatcherEpoch: 2,
       waitingRequests: 3,
       runningRequests: 4,

@@ -230,7 +230,7 @@ describe('a replica group of two ranks', () => {
     await waitFor('tokens', () => session.tokensOf(4).length > 0);
     session.send({ $case: 'abort', value: { slot: 4, epoch: 1 } });
     expect(await session.finished(4)).toMatchObject({ kind: FinishKind.ABORTED });
-    session.submit(5, { sampling: endless, deadlineUnixMs: Date.now() + 150 });
+    session.submit(5, { sampling: endless, timeLeftMs: 150 });
     expect(await session.finished(5)).toMatchObject({
       kind: FinishKind.ERROR,
       errorCode: 'deadline_exceeded',

@@ -145,7 +145,7 @@ export async function install(options: InstallOptions): Promise<Installation> {
       const { models } = await callUnary(client, InferenceServiceService.listModels, {
         request: {},
         metadata,
-        deadlineUnixMs: Date.now() + 5_000,
+        timeoutMs: 5_000,
       });
       return models.map(({ name }) => name);
     },

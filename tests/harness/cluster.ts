@@ -176,7 +176,7 @@ class RunningCluster implements TestCluster {
     }
     return callUnary(leader, WorkerServiceService.stats, {
       request: {},
-      deadlineUnixMs: Date.now() + 30_000,
+      timeoutMs: 30_000,
     });
   }
 
@@ -199,7 +199,7 @@ class RunningCluster implements TestCluster {
     await waitFor('every group to take requests', async () => {
       const { models } = await callUnary(this.client, InferenceServiceService.listModels, {
         request: {},
-        deadlineUnixMs: Date.now() + 5_000,
+        timeoutMs: 5_000,
         metadata: this.#metadata,
       });
       return models.some(
@@ -250,7 +250,7 @@ export interface Answer {
 export interface AskOptions {
   readonly request: ChatRequest;
   readonly signal?: AbortSignal;
-  readonly deadlineUnixMs?: number;
+  readonly timeoutMs?: number;
   /** Holds the API key where one is needed. */
   readonly metadata?: grpc.Metadata;
   /** Hears of each message as it comes. */
@@ -264,11 +264,11 @@ export async function ask(client: InferenceServiceClient, options: AskOptions): 
   const logprobs: TokenLogprob[] = [];
   let started: Started | undefined;
   let finish: Finish | undefined;
-  const { request, signal, deadlineUnixMs, metadata } = options;
+  const { request, signal, timeoutMs, metadata } = options;
   for await (const message of callServerStream(client, InferenceServiceService.chat, {
     request,
     signal,
-    deadlineUnixMs,
+    timeoutMs,
     metadata,
   })) {
     options.onMessage?.(message);

@@ -415,7 +415,6 @@ class PretendDispatcher {
     }));
     const state: QueueState = {
       model: this.#model,
-      atUnixMs: Date.now(),
       dispatcherEpoch: this.epoch,
       waitingRequests,
       waitingTokens,

@@ -228,7 +228,6 @@ class PretendDispatchers {
     const inFlightTokens = isBusy ? 5_000 : 0;
     this.#queue.publishState({
       model,
-      atUnixMs: Date.now(),
       dispatcherEpoch: 1,
       waitingRequests: isBusy ? 40 : 0,
       waitingTokens: this.#waitingTokens,

@@ -17,20 +17,20 @@ const throughputWindowMs = 5_000;
 /** Completion tokens per second over the last seconds with work. Fed at each heartbeat; pure but for what it keeps. */
 export class Throughput {
   readonly #samples: { readonly busyMs: number; readonly tokens: number }[] = [];
-  #lastUnixMs: number | undefined;
+  #lastMs: number | undefined;
   #lastTokens = 0;
 
-  /** Takes the counters as of `nowUnixMs`. An interval without a token is idle, and is left out. */
-  observe(stats: Pick<EngineStats, 'completionTokens'>, nowUnixMs: number): void {
+  /** Takes the counters as of `nowMs`, by performance.now(). An interval without a token is idle, and is left out. */
+  observe(stats: Pick<EngineStats, 'completionTokens'>, nowMs: number): void {
     const tokens = stats.completionTokens - this.#lastTokens;
-    if (this.#lastUnixMs !== undefined && tokens > 0) {
-      this.#samples.push({ busyMs: nowUnixMs - this.#lastUnixMs, tokens });
+    if (this.#lastMs !== undefined && tokens > 0) {
+      this.#samples.push({ busyMs: nowMs - this.#lastMs, tokens });
       let busyMs = this.#sum('busyMs');
       while (this.#samples.length > 1 && busyMs > throughputWindowMs) {
         busyMs -= this.#samples.shift()?.busyMs ?? 0;
       }
     }
-    this.#lastUnixMs = nowUnixMs;
+    this.#lastMs = nowMs;
     this.#lastTokens = stats.completionTokens;
   }
 

@@ -170,7 +170,7 @@ class GroupView {
     const info = this.#serving?.engine.info;
     const stats = this.#serving?.engine.stats() ?? idleStats(0);
     this.#sequenceNumber += 1;
-    this.#throughput.observe(stats, Date.now());
+    this.#throughput.observe(stats, performance.now());
     return {
       model: config.model,
       group: config.group,

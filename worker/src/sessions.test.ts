@@ -202,7 +202,7 @@ describe('Sessions', () => {
 
   it('ends a sequence at its deadline with deadline_exceeded', () => {
     const { peer, session } = open();
-    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + 1_000 }));
+    session.receive(submitMessage(1, { timeLeftMs: 1_000 }));
     vi.advanceTimersByTime(999);
     expect(engine.aborted).toEqual([]);
     vi.advanceTimersByTime(1);
@@ -218,7 +218,7 @@ describe('Sessions', () => {
   it('waits through deadlines beyond the longest timer', () => {
     const { session } = open();
     const leftMs = 2 ** 31 + 5_000;
-    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + leftMs }));
+    session.receive(submitMessage(1, { timeLeftMs: leftMs }));
     vi.advanceTimersByTime(leftMs - 1);
     expect(engine.aborted).toEqual([]);
     vi.advanceTimersByTime(1);
@@ -227,7 +227,7 @@ describe('Sessions', () => {
 
   it('frees every sequence of a session that goes away, and drops what the engine still sends', () => {
     const { peer, session } = open();
-    session.receive(submitMessage(1, { deadlineUnixMs: Date.now() + 60_000 }));
+    session.receive(submitMessage(1, { timeLeftMs: 60_000 }));
     session.receive(submitMessage(2));
     session.close();
     session.close();

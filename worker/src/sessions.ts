@@ -6,6 +6,7 @@
 // merged, one for each sequence, and go out as one frame when it drains: memory stays below the credit granted.
 
 import { ClusterError } from '@mimo/core/errors';
+import { startTimer, type Timer } from '@mimo/core/timer';
 import type {
   RunningRequest,
   SequenceDelta,
@@ -30,14 +31,11 @@ export interface SessionStream {
   end(error?: ClusterError): void;
 }
 
-// setTimeout's longest delay; a deadline beyond it is looked at again then.
-const maxTimerMs = 2 ** 31 - 1;
-
 interface Sequence extends SequenceOnWire {
   readonly id: number;
   readonly session: Session;
   readonly requestId: string;
-  timer: NodeJS.Timeout | undefined;
+  deadline: Timer | undefined;
 }
 
 /** Every session of the group. The leader feeds it the engine's frames and closes it. */
@@ -135,7 +133,7 @@ export class Sessions {
       epoch: submit.epoch,
       requestId: submit.requestId,
       nextIndex: submit.resumedTokens,
-      timer: undefined,
+      deadline: undefined,
       abortedFor: undefined,
     };
     try {
@@ -155,8 +153,8 @@ export class Sessions {
       return undefined;
     }
     this.#sequences.set(sequence.id, sequence);
-    if (submit.deadlineUnixMs > 0) {
-      this.#watchDeadline(sequence, submit.deadlineUnixMs);
+    if (submit.timeLeftMs !== undefined) {
+      sequence.deadline = startTimer(submit.timeLeftMs, () => this.abort(sequence, 'deadline'));
     }
     return sequence;
   }
@@ -179,22 +177,8 @@ export class Sessions {
     }
   }
 
-  #watchDeadline(sequence: Sequence, deadlineUnixMs: number): void {
-    const leftMs = deadlineUnixMs - Date.now();
-    sequence.timer = setTimeout(
-      () => {
-        if (leftMs > maxTimerMs) {
-          this.#watchDeadline(sequence, deadlineUnixMs);
-          return;
-        }
-        this.abort(sequence, 'deadline');
-      },
-      Math.min(Math.max(leftMs, 0), maxTimerMs),
-    );
-  }
-
   #forget(sequence: Sequence): void {
-    clearTimeout(sequence.timer);
+    sequence.deadline?.clear();
     this.#sequences.delete(sequence.id);
     sequence.session.forget(sequence.slot);
   }

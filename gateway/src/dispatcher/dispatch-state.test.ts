@@ -15,11 +15,10 @@ function stateOf(...requestIds: readonly string[]): DispatchState {
     const record = RequestRecord.fromPartial({
       requestId,
       model: 'm',
-      acceptedUnixMs: at - 5_000,
       promptTokenIds: [1, 2, 3],
       sampling: { maxTokens: 10 },
     });
-    state.add({ storeId: 's', sequence: index + 1, record }, true);
+    state.add({ storeId: 's', sequence: index + 1, record, isArrival: true, ageMs: 0 }, at - 5_000);
   }
   return state;
 }
@@ -105,9 +104,9 @@ describe('DispatchState', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
     state.postpone('a', at);
-    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeUnixMs: at + 250 }]);
+    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeMs: at + 250 }]);
     state.reconcile([], at + 250);
-    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeUnixMs: 0 }]);
+    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeMs: 0 }]);
   });
 
   it('does not trust a group for a while on which an attempt failed, but its next life at once', () => {
@@ -115,17 +114,14 @@ describe('DispatchState', () => {
     state.place('a', beat('g'), at);
     state.requeue('a', 1, at);
     const lives = [beat('g'), beat('g', { incarnation: 'g2' })];
-    expect(state.openGroups(lives, unmarked).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([
-      at + 2_000,
-      0,
-    ]);
+    expect(state.openGroups(lives, unmarked).map(({ notBeforeMs }) => notBeforeMs)).toEqual([at + 2_000, 0]);
     state.reconcile([], at + 2_000);
-    expect(state.openGroups(lives, unmarked).map(({ notBeforeUnixMs }) => notBeforeUnixMs)).toEqual([0, 0]);
+    expect(state.openGroups(lives, unmarked).map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0]);
   });
 
   it('gives a silent gateway time, then calls all of its requests nobody’s', () => {
     const state = stateOf('a', 'b');
-    const retries = (): number[] => [...state.waiting()].map(({ notBeforeUnixMs }) => notBeforeUnixMs);
+    const retries = (): number[] => [...state.waiting()].map(({ notBeforeMs }) => notBeforeMs);
     expect(state.unanswered('a', true, at)).toEqual([]);
     expect(retries()).toEqual([at + 1_000, at + 1_000]);
     expect(state.unanswered('b', true, at + 14_999)).toEqual([]);
@@ -137,7 +133,7 @@ describe('DispatchState', () => {
     const state = stateOf('a');
     state.unanswered('a', true, at);
     state.heard('');
-    expect([...state.waiting()][0]?.notBeforeUnixMs).toBe(0);
+    expect([...state.waiting()][0]?.notBeforeMs).toBe(0);
     expect(state.unanswered('a', true, at + 15_000)).toEqual([]);
     state.unanswered('a', false, at + 16_000);
     expect(state.unanswered('a', true, at + 40_000)).toEqual([]);
@@ -165,13 +161,10 @@ describe('DispatchState', () => {
 
   it('sums up what waits, what runs, what came and what ended in a group', () => {
     const state = stateOf('a', 'b', 'c', 'd');
-    const found = RequestRecord.fromPartial({
-      requestId: 'found',
-      acceptedUnixMs: at - 9_000,
-      promptTokenIds: [1],
-    });
-    state.add({ storeId: 's', sequence: 9, record: found }, false);
-    state.add({ storeId: 's', sequence: 9, record: found }, true);
+    const record = RequestRecord.fromPartial({ requestId: 'found', promptTokenIds: [1] });
+    const found = { storeId: 's', sequence: 9, record, isArrival: false, ageMs: 0 };
+    state.add(found, at);
+    state.add({ ...found, isArrival: true }, at);
     state.place('a', beat('g'), at);
     state.place('found', beat('g'), at);
     state.place('d', beat('g'), at);
@@ -199,6 +192,14 @@ describe('DispatchState', () => {
     });
   });
 
+  it('takes the age of what it found from the store, and a deadline from when it first saw the record', () => {
+    const state = new DispatchState();
+    const record = RequestRecord.fromPartial({ requestId: 'a', timeLeftMs: 60_000 });
+    state.add({ storeId: 's', sequence: 1, record, isArrival: false, ageMs: 20_000 }, at);
+    expect(state.summary(at + 1_000).oldestWaitingMs).toBe(21_000);
+    expect([...state.waiting()]).toEqual([{ requestId: 'a', expiredMs: at + 60_000, notBeforeMs: 0 }]);
+  });
+
   it('counts the same however requests come, move and go', () => {
     const step = fc.record({
       act: fc.constantFrom('add', 'place', 'requeue', 'postpone', 'unanswered', 'remove', 'reconcile'),
@@ -217,10 +218,9 @@ describe('DispatchState', () => {
           if (act === 'add') {
             const record = RequestRecord.fromPartial({
               requestId,
-              acceptedUnixMs: nowMs,
               promptTokenIds: Array<number>(request + 1).fill(7),
             });
-            state.add({ storeId: 's', sequence: nowMs, record }, true);
+            state.add({ storeId: 's', sequence: nowMs, record, isArrival: true, ageMs: 0 }, nowMs);
             live.set(requestId, request + 1);
           } else if (act === 'place') {
             state.place(requestId, heartbeat, nowMs);

@@ -1,8 +1,9 @@
 // What a dispatcher believes: the live requests of one model and the group that each is with. Rebuilt from the stream and
 // the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the owning
-// gateway's answer to an assignment is the truth. Time is an argument.
+// gateway's answer to an assignment is the truth. Time is an
+// argument: the dispatcher's own monotonic clock, which is compared with nobody's.
 
-import type { DrainMarks, QueuedRecord, QueueState } from '@mimo/core/queue';
+import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo/core/queue';
 import type { RequestRecord } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
@@ -15,7 +16,7 @@ export interface Place {
 }
 
 interface Placed extends Place {
-  readonly sinceUnixMs: number;
+  readonly sinceMs: number;
 }
 
 /** What is with one life of a group. Tokens are prompt plus permitted completion. */
@@ -24,11 +25,17 @@ export interface PlacedLoad {
   readonly tokens: number;
 }
 
+/** A record that this dispatcher has seen, and when; it was stored at `storedMs`, which may be before its time. */
+interface SeenRecord extends QueuedRecord {
+  readonly seenMs: number;
+  readonly storedMs: number;
+}
+
 /** A gateway that did not answer. */
 interface SilentGateway {
   /** Since when nobody listens in its name; undefined where somebody does, but did not answer in time. */
-  readonly goneSinceUnixMs: number | undefined;
-  readonly retryUnixMs: number;
+  readonly goneSinceMs: number | undefined;
+  readonly retryMs: number;
 }
 
 /** How long a group may leave an assigned request out of its heartbeats before it counts as waiting again. */
@@ -44,7 +51,7 @@ const orphanAfterMs = 15_000;
 /** The state of one model's queue. */
 export class DispatchState {
   /** In order of arrival, which is the order in which they were added. */
-  readonly #requests = new Map<string, QueuedRecord>();
+  readonly #requests = new Map<string, SeenRecord>();
   /** The few of them that are with a group. */
   readonly #placed = new Map<string, Placed>();
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
@@ -58,11 +65,11 @@ export class DispatchState {
   #arrivedTokens = 0;
   #endedTokens = 0;
 
-  /** Takes a record; with `isArrival` it counts among those that came since the beginning. */
-  add(queued: QueuedRecord, isArrival: boolean): void {
+  /** Takes a record; one that arrived counts among those that came since the beginning. */
+  add({ isArrival, ageMs, ...queued }: FollowedRecord, nowMs: number): void {
     const { record } = queued;
     if (!this.#requests.has(record.requestId)) {
-      this.#requests.set(record.requestId, queued);
+      this.#requests.set(record.requestId, { ...queued, seenMs: nowMs, storedMs: nowMs - ageMs });
       this.#waitingTokens += tokensOf(record);
       this.#arrivedTokens += isArrival ? tokensOf(record) : 0;
     }
@@ -85,43 +92,43 @@ export class DispatchState {
   }
 
   /** The request is with a group, as its owner says: the attempt has this number. */
-  confirm(requestId: string, where: Place & { readonly epoch: number }, nowUnixMs: number): void {
+  confirm(requestId: string, where: Place & { readonly epoch: number }, nowMs: number): void {
     if (where.epoch >= (this.#epochs.get(requestId) ?? 0)) {
-      this.place(requestId, where, nowUnixMs);
+      this.place(requestId, where, nowMs);
       this.#begin(requestId, where.epoch);
     }
   }
 
   /** The request is with a group, as far as is known. */
-  place(requestId: string, { group, incarnation }: Place, nowUnixMs: number): void {
+  place(requestId: string, { group, incarnation }: Place, nowMs: number): void {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
       if (!this.#placed.has(requestId)) {
         this.#waitingTokens -= tokensOf(request.record);
         this.#inFlightTokens += tokensOf(request.record);
       }
-      this.#placed.set(requestId, { group, incarnation, sinceUnixMs: nowUnixMs });
+      this.#placed.set(requestId, { group, incarnation, sinceMs: nowMs });
     }
   }
 
   /** Its attempt of this number is over: it waits again, and the group is not trusted for a while. */
-  requeue(requestId: string, epoch: number, nowUnixMs: number): void {
+  requeue(requestId: string, epoch: number, nowMs: number): void {
     if (epoch < (this.#epochs.get(requestId) ?? 0)) {
       return;
     }
     this.#begin(requestId, epoch + 1);
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
-      this.#suspects.set(placeKey(place), nowUnixMs + suspectMs);
+      this.#suspects.set(placeKey(place), nowMs + suspectMs);
       this.#unplace(requestId);
     }
   }
 
   /** Its owner does not want it in this group at this moment: it waits again, and is left alone for a while. */
-  postpone(requestId: string, nowUnixMs: number): void {
+  postpone(requestId: string, nowMs: number): void {
     if (this.#requests.has(requestId)) {
       this.#unplace(requestId);
-      this.#postponed.set(requestId, nowUnixMs + postponeMs);
+      this.#postponed.set(requestId, nowMs + postponeMs);
     }
   }
 
@@ -134,16 +141,16 @@ export class DispatchState {
    * A gateway did not answer for this request, which waits again; all of its requests are left alone for a while. With
    * `gone` nobody even listens in its name. Returns the requests that are nobody's by now.
    */
-  unanswered(requestId: string, gone: boolean, nowUnixMs: number): string[] {
+  unanswered(requestId: string, gone: boolean, nowMs: number): string[] {
     const request = this.#requests.get(requestId);
     if (request === undefined) {
       return [];
     }
     this.#unplace(requestId);
     const { gatewayId } = request.record;
-    const goneSinceUnixMs = gone ? (this.#silent.get(gatewayId)?.goneSinceUnixMs ?? nowUnixMs) : undefined;
-    this.#silent.set(gatewayId, { goneSinceUnixMs, retryUnixMs: nowUnixMs + retryMs });
-    if (goneSinceUnixMs === undefined || nowUnixMs - goneSinceUnixMs < orphanAfterMs) {
+    const goneSinceMs = gone ? (this.#silent.get(gatewayId)?.goneSinceMs ?? nowMs) : undefined;
+    this.#silent.set(gatewayId, { goneSinceMs, retryMs: nowMs + retryMs });
+    if (goneSinceMs === undefined || nowMs - goneSinceMs < orphanAfterMs) {
       return [];
     }
     return [...this.#requests.values()]
@@ -155,25 +162,25 @@ export class DispatchState {
    * Brings the beliefs in line with the groups that are alive: what a group says it runs is with it; what is believed
    * with a group that does not say so, or is gone, waits again after a while.
    */
-  reconcile(groups: readonly Heartbeat[], nowUnixMs: number): void {
+  reconcile(groups: readonly Heartbeat[], nowMs: number): void {
     const running = new Set<string>();
     for (const heartbeat of groups) {
       for (const { requestId, epoch } of heartbeat.running) {
         if (epoch >= (this.#epochs.get(requestId) ?? 0)) {
           running.add(requestId);
-          this.place(requestId, heartbeat, nowUnixMs);
+          this.place(requestId, heartbeat, nowMs);
           this.#begin(requestId, epoch);
         }
       }
     }
-    for (const [requestId, { sinceUnixMs }] of this.#placed) {
-      if (!running.has(requestId) && nowUnixMs - sinceUnixMs > settleMs) {
+    for (const [requestId, { sinceMs }] of this.#placed) {
+      if (!running.has(requestId) && nowMs - sinceMs > settleMs) {
         this.#unplace(requestId);
       }
     }
     for (const kept of [this.#suspects, this.#postponed]) {
-      for (const [key, untilUnixMs] of kept) {
-        if (untilUnixMs <= nowUnixMs) {
+      for (const [key, untilMs] of kept) {
+        if (untilMs <= nowMs) {
           kept.delete(key);
         }
       }
@@ -182,14 +189,15 @@ export class DispatchState {
 
   /** What no group has, in order of arrival. */
   *waiting(): Generator<WaitingRequest, void, undefined> {
-    for (const { record } of this.#requests.values()) {
-      const { requestId, gatewayId, deadlineUnixMs } = record;
+    for (const { record, seenMs } of this.#requests.values()) {
+      const { requestId, gatewayId, timeLeftMs } = record;
       if (!this.#placed.has(requestId)) {
-        const notBeforeUnixMs = Math.max(
-          this.#silent.get(gatewayId)?.retryUnixMs ?? 0,
+        const notBeforeMs = Math.max(
+          this.#silent.get(gatewayId)?.retryMs ?? 0,
           this.#postponed.get(requestId) ?? 0,
         );
-        yield { requestId, deadlineUnixMs, notBeforeUnixMs };
+        // What was left at acceptance cannot be more now: late by the record's age, and never early.
+        yield { requestId, expiredMs: seenMs + (timeLeftMs ?? Number.POSITIVE_INFINITY), notBeforeMs };
       }
     }
   }
@@ -221,13 +229,13 @@ export class DispatchState {
         group: heartbeat.group,
         slots: heartbeat.waitingSequences > 0 ? 0 : heartbeat.maxSequences,
         usedSlots: Math.max(loads.get(placeKey(heartbeat))?.requests ?? 0, heartbeat.runningSequences),
-        notBeforeUnixMs: this.#suspects.get(placeKey(heartbeat)) ?? 0,
+        notBeforeMs: this.#suspects.get(placeKey(heartbeat)) ?? 0,
       }));
   }
 
   /** Figures for the published state. */
   summary(
-    nowUnixMs: number,
+    nowMs: number,
   ): Pick<
     QueueState,
     | 'waitingRequests'
@@ -238,10 +246,10 @@ export class DispatchState {
     | 'arrivedTokens'
     | 'endedTokens'
   > {
-    let oldestUnixMs = nowUnixMs;
-    for (const { record } of this.#requests.values()) {
+    let oldestMs = nowMs;
+    for (const { record, storedMs } of this.#requests.values()) {
       if (!this.#placed.has(record.requestId)) {
-        oldestUnixMs = record.acceptedUnixMs;
+        oldestMs = storedMs;
         break;
       }
     }
@@ -250,8 +258,7 @@ export class DispatchState {
       runningRequests: this.#placed.size,
       waitingTokens: this.#waitingTokens,
       inFlightTokens: this.#inFlightTokens,
-      // Clocks of gateways differ a little.
-      oldestWaitingMs: Math.max(0, nowUnixMs - oldestUnixMs),
+      oldestWaitingMs: nowMs - oldestMs,
       arrivedTokens: this.#arrivedTokens,
       endedTokens: this.#endedTokens,
     };

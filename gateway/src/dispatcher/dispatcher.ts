@@ -76,7 +76,6 @@ class Dispatcher {
   readonly #until: AbortSignal;
   readonly #state = new DispatchState();
   readonly #beganMs = performance.now();
-  readonly #beganUnixMs = Date.now();
   #planning = false;
   #lookedMs = 0;
   /** What lay in the queue at the beginning is known; before that its state would be told too small. */
@@ -116,7 +115,7 @@ class Dispatcher {
       this.#planSoon();
     };
     for await (const queued of queue.follow(model, this.#until, onReplayed)) {
-      this.#state.add(queued, this.#replayed || queued.record.acceptedUnixMs >= this.#beganUnixMs);
+      this.#state.add(queued, performance.now());
       this.#planSoon();
     }
   }
@@ -134,7 +133,7 @@ class Dispatcher {
       this.#until,
     )) {
       if (requeued) {
-        this.#state.requeue(requestId, epoch, Date.now());
+        this.#state.requeue(requestId, epoch, performance.now());
       } else {
         this.#state.remove(requestId);
       }
@@ -157,7 +156,9 @@ class Dispatcher {
       this.#planSoon();
       if (performance.now() - this.#lookedMs >= lookMs) {
         this.#lookedMs = performance.now();
-        planAbandoned(this.#state.waiting(), Date.now()).forEach((requestId) => this.#orphan(requestId));
+        planAbandoned(this.#state.waiting(), performance.now()).forEach((requestId) =>
+          this.#orphan(requestId),
+        );
       }
       await pause(tickMs, this.#until);
     }
@@ -165,7 +166,7 @@ class Dispatcher {
 
   #reconcile(): void {
     const { groups, model } = this.#parts;
-    this.#state.reconcile(groups.alive(model, performance.now()), Date.now());
+    this.#state.reconcile(groups.alive(model, performance.now()), performance.now());
   }
 
   /** Sessions are opened before anything is sent on them, so that a group that is called routable is. */
@@ -201,17 +202,17 @@ class Dispatcher {
   }
 
   #assignAll(drains: DrainMarks): void {
-    const nowUnixMs = Date.now();
-    const groups = this.#parts.groups.ready(this.#parts.model, performance.now());
+    const nowMs = performance.now();
+    const groups = this.#parts.groups.ready(this.#parts.model, nowMs);
     const plan = planAssignments(
       { waiting: this.#state.waiting(), groups: this.#state.openGroups(groups, drains) },
-      nowUnixMs,
+      nowMs,
     );
     for (const { requestId, group } of plan) {
       const target = groups.find((each) => each.group === group);
       if (target !== undefined) {
         // Believed at once, so that the next plan does not place it again.
-        this.#state.place(requestId, target, nowUnixMs);
+        this.#state.place(requestId, target, nowMs);
         void this.#assign(requestId, target);
       }
     }
@@ -239,9 +240,9 @@ class Dispatcher {
         reply.outcome === AssignmentOutcome.ACCEPTED ||
         reply.outcome === AssignmentOutcome.ALREADY_ASSIGNED
       ) {
-        this.#state.confirm(requestId, reply, Date.now());
+        this.#state.confirm(requestId, reply, performance.now());
       } else if (reply.outcome === AssignmentOutcome.NOT_NOW) {
-        this.#state.postpone(requestId, Date.now());
+        this.#state.postpone(requestId, performance.now());
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();
@@ -255,7 +256,7 @@ class Dispatcher {
       }
       const { code } = ClusterError.from(error);
       log.debug({ code, requestId, gatewayId }, 'assignment not answered');
-      for (const orphan of this.#state.unanswered(requestId, code === 'not_found', Date.now())) {
+      for (const orphan of this.#state.unanswered(requestId, code === 'not_found', performance.now())) {
         this.#orphan(orphan);
       }
     }
@@ -291,7 +292,7 @@ class Dispatcher {
       return;
     }
     const state = this.#readState(drains);
-    const content = JSON.stringify({ ...state, atUnixMs: 0, oldestWaitingMs: 0 });
+    const content = JSON.stringify({ ...state, oldestWaitingMs: 0 });
     if (content !== this.#published || sinceMs >= republishMs) {
       this.#published = content;
       this.#publishedMs = nowMs;
@@ -301,16 +302,15 @@ class Dispatcher {
 
   #readState(drains: DrainMarks): QueueState {
     const { model, groups, sessions } = this.#parts;
-    const nowUnixMs = Date.now();
+    const nowMs = performance.now();
     const loads = this.#state.loads();
-    const ready = groups.ready(model, performance.now());
+    const ready = groups.ready(model, nowMs);
     const readyNames = new Set(ready.map(({ group }) => group));
-    const alive = groups.alive(model, performance.now()).toSorted((a, b) => (a.group < b.group ? -1 : 1));
+    const alive = groups.alive(model, nowMs).toSorted((a, b) => (a.group < b.group ? -1 : 1));
     return {
       model,
-      atUnixMs: nowUnixMs,
       dispatcherEpoch: this.#epoch,
-      ...this.#state.summary(nowUnixMs),
+      ...this.#state.summary(nowMs),
       readyGroups: ready.length,
       slots: ready
         .filter(({ group }) => !drains.has(group))

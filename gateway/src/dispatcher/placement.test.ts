@@ -12,11 +12,11 @@ import {
 const now = 1_000_000;
 
 function waiting(requestId: string, more: Partial<WaitingRequest> = {}): WaitingRequest {
-  return { requestId, deadlineUnixMs: 0, notBeforeUnixMs: 0, ...more };
+  return { requestId, expiredMs: Number.POSITIVE_INFINITY, notBeforeMs: 0, ...more };
 }
 
-function group(name: string, slots: number, usedSlots = 0, notBeforeUnixMs = 0): OpenGroup {
-  return { group: name, slots, usedSlots, notBeforeUnixMs };
+function group(name: string, slots: number, usedSlots = 0, notBeforeMs = 0): OpenGroup {
+  return { group: name, slots, usedSlots, notBeforeMs };
 }
 
 function places(requests: readonly WaitingRequest[], groups: readonly OpenGroup[]): string[] {
@@ -51,13 +51,13 @@ describe('planAssignments', () => {
 
   it('passes over a group that is not trusted yet, and a request whose gateway did not answer', () => {
     expect(places([waiting('a')], [group('a', 4, 0, now + 1), group('b', 4, 3)])).toEqual(['a>b']);
-    const silent = waiting('a', { notBeforeUnixMs: now + 1 });
+    const silent = waiting('a', { notBeforeMs: now + 1 });
     expect(places([silent, waiting('b')], [group('g', 1)])).toEqual(['b>g']);
   });
 
   it('gives no group a request whose deadline has passed', () => {
-    const late = waiting('late', { deadlineUnixMs: now });
-    expect(places([late, waiting('in time', { deadlineUnixMs: now + 1 })], [group('g', 9)])).toEqual([
+    const late = waiting('late', { expiredMs: now });
+    expect(places([late, waiting('in time', { expiredMs: now + 1 })], [group('g', 9)])).toEqual([
       'in time>g',
     ]);
   });
@@ -80,8 +80,8 @@ describe('planAssignments', () => {
   const requests = fc.uniqueArray(
     fc.record({
       requestId: fc.uuid(),
-      deadlineUnixMs: fc.constantFrom(0, now - 100_000, now - 1, now + 1),
-      notBeforeUnixMs: fc.constantFrom(0, now, now + 1),
+      expiredMs: fc.constantFrom(now - 100_000, now, now + 1, Number.POSITIVE_INFINITY),
+      notBeforeMs: fc.constantFrom(0, now, now + 1),
     }),
     { selector: ({ requestId }) => requestId, maxLength: 40 },
   );
@@ -90,7 +90,7 @@ describe('planAssignments', () => {
       group: fc.string({ minLength: 1, maxLength: 3 }),
       slots: fc.nat(8),
       usedSlots: fc.nat(10),
-      notBeforeUnixMs: fc.constantFrom(0, now + 1),
+      notBeforeMs: fc.constantFrom(0, now + 1),
     }),
     { selector: ({ group: name }) => name, maxLength: 6 },
   );
@@ -100,20 +100,19 @@ describe('planAssignments', () => {
       fc.property(requests, groups, (held, open) => {
         const assignments = planAssignments({ waiting: held, groups: open }, now);
         const placed = assignments.map(({ requestId }) => requestId);
-        for (const { group: name, slots, usedSlots, notBeforeUnixMs } of open) {
+        for (const { group: name, slots, usedSlots, notBeforeMs } of open) {
           const given = assignments.filter((assignment) => assignment.group === name).length;
-          expect(given).toBeLessThanOrEqual(notBeforeUnixMs > now ? 0 : Math.max(0, slots - usedSlots));
+          expect(given).toBeLessThanOrEqual(notBeforeMs > now ? 0 : Math.max(0, slots - usedSlots));
         }
         // Nobody overtakes: what may be placed and is not came after all that was placed.
         const mayBePlaced = held.filter(
-          ({ deadlineUnixMs, notBeforeUnixMs }) =>
-            notBeforeUnixMs <= now && (deadlineUnixMs === 0 || deadlineUnixMs > now),
+          ({ expiredMs, notBeforeMs }) => notBeforeMs <= now && expiredMs > now,
         );
         const order = mayBePlaced.map(({ requestId }) => requestId);
         expect(placed).toEqual(order.slice(0, placed.length));
         // Nothing is left undone: either all are placed, or every slot is used.
         const free = open
-          .filter(({ notBeforeUnixMs }) => notBeforeUnixMs <= now)
+          .filter(({ notBeforeMs }) => notBeforeMs <= now)
           .reduce((sum, { slots, usedSlots }) => sum + Math.max(0, slots - usedSlots), 0);
         expect(placed).toHaveLength(Math.min(order.length, free));
       }),
@@ -145,8 +144,8 @@ describe('planAbandoned', () => {
   it('gives a gateway its chance to end its own request', () => {
     const held = [
       waiting('endless'),
-      waiting('just', { deadlineUnixMs: now - abandonAfterMs + 1 }),
-      waiting('long', { deadlineUnixMs: now - abandonAfterMs }),
+      waiting('just', { expiredMs: now - abandonAfterMs + 1 }),
+      waiting('long', { expiredMs: now - abandonAfterMs }),
     ];
     expect(planAbandoned(held, now)).toEqual(['long']);
   });

@@ -10,10 +10,10 @@
 /** A recorded request that no group has. */
 export interface WaitingRequest {
   readonly requestId: string;
-  /** Unix milliseconds; 0: none. */
-  readonly deadlineUnixMs: number;
+  /** By this time its deadline has passed, or some time ago; infinite: it has none. */
+  readonly expiredMs: number;
   /** Not to be offered before this, because its gateway did not answer, or asked for it. */
-  readonly notBeforeUnixMs: number;
+  readonly notBeforeMs: number;
 }
 
 /** A group that takes requests. */
@@ -22,7 +22,7 @@ export interface OpenGroup {
   readonly slots: number;
   readonly usedSlots: number;
   /** Not to be used before this, because an attempt on it failed. */
-  readonly notBeforeUnixMs: number;
+  readonly notBeforeMs: number;
 }
 
 /** What is decided upon. */
@@ -39,17 +39,17 @@ export interface Placement {
 }
 
 /** Plans by the rule above. */
-export function planAssignments({ waiting, groups }: DispatchView, nowUnixMs: number): Placement[] {
+export function planAssignments({ waiting, groups }: DispatchView, nowMs: number): Placement[] {
   const plan: Placement[] = [];
   const open = groups
-    .filter((group) => group.notBeforeUnixMs <= nowUnixMs)
+    .filter((group) => group.notBeforeMs <= nowMs)
     .map(({ group, slots, usedSlots }) => ({ group, slots, usedSlots }));
   let target = leastLoaded(open);
   if (target === undefined) {
     return plan;
   }
   for (const request of waiting) {
-    if (!isExpired(request, nowUnixMs) && request.notBeforeUnixMs <= nowUnixMs) {
+    if (!isExpired(request, nowMs) && request.notBeforeMs <= nowMs) {
       target.usedSlots += 1;
       plan.push({ requestId: request.requestId, group: target.group });
       target = leastLoaded(open);
@@ -62,21 +62,21 @@ export function planAssignments({ waiting, groups }: DispatchView, nowUnixMs: nu
 }
 
 /** A gateway ends its requests at their deadline; it gets this long before somebody else cleans up. */
-export const abandonAfterMs = 30_000;
+export const abandonAfterMs = 10_000;
 
 /** The requests so far past their deadline that their gateway cannot be there any more: their records may go. */
-export function planAbandoned(waiting: Iterable<WaitingRequest>, nowUnixMs: number): string[] {
+export function planAbandoned(waiting: Iterable<WaitingRequest>, nowMs: number): string[] {
   const abandoned: string[] = [];
   for (const request of waiting) {
-    if (isExpired(request, nowUnixMs - abandonAfterMs)) {
+    if (isExpired(request, nowMs - abandonAfterMs)) {
       abandoned.push(request.requestId);
     }
   }
   return abandoned;
 }
 
-function isExpired({ deadlineUnixMs }: WaitingRequest, nowUnixMs: number): boolean {
-  return deadlineUnixMs !== 0 && deadlineUnixMs <= nowUnixMs;
+function isExpired({ expiredMs }: WaitingRequest, nowMs: number): boolean {
+  return expiredMs <= nowMs;
 }
 
 function leastLoaded<Group extends Pick<OpenGroup, 'group' | 'slots' | 'usedSlots'>>(

@@ -94,12 +94,16 @@ export interface RequestRecord {
   tenant: string;
   /** The gateway that holds the client's stream and relays its tokens. */
   gatewayId: string;
-  acceptedUnixMs: number;
-  /** 0: none. */
-  deadlineUnixMs: number;
   promptTokenIds: number[];
   /** Complete: every default filled in at admission, the seed included. */
-  sampling: SamplingParams | undefined;
+  sampling:
+    | SamplingParams
+    | undefined;
+  /**
+   * Milliseconds until the deadline, as of acceptance; absent: no deadline. A reader knows so that the request is over at
+   * the latest when that time has passed since it first saw the record.
+   */
+  timeLeftMs?: number | undefined;
 }
 
 /** Assignment tells the owning gateway where a request runs: a core NATS request on `gateways.<gatewayId>.assign`. */
@@ -157,10 +161,9 @@ function createBaseRequestRecord(): RequestRecord {
     model: "",
     tenant: "",
     gatewayId: "",
-    acceptedUnixMs: 0,
-    deadlineUnixMs: 0,
     promptTokenIds: [],
     sampling: undefined,
+    timeLeftMs: undefined,
   };
 }
 
@@ -178,12 +181,6 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     if (message.gatewayId !== "") {
       writer.uint32(34).string(message.gatewayId);
     }
-    if (message.acceptedUnixMs !== 0) {
-      writer.uint32(40).uint64(message.acceptedUnixMs);
-    }
-    if (message.deadlineUnixMs !== 0) {
-      writer.uint32(48).uint64(message.deadlineUnixMs);
-    }
     if (message.promptTokenIds.length !== 0) {
       writer.uint32(58).fork();
       for (const v of message.promptTokenIds) {
@@ -193,6 +190,9 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     }
     if (message.sampling !== undefined) {
       SamplingParams.encode(message.sampling, writer.uint32(66).fork()).join();
+    }
+    if (message.timeLeftMs !== undefined) {
+      writer.uint32(80).uint64(message.timeLeftMs);
     }
     return writer;
   },
@@ -242,22 +242,6 @@ export const RequestRecord: MessageFns<RequestRecord> = {
             message.gatewayId = reader.string();
             continue;
           }
-          case 5: {
-            if (tag !== 40) {
-              break;
-            }
-
-            message.acceptedUnixMs = longToNumber(reader.uint64());
-            continue;
-          }
-          case 6: {
-            if (tag !== 48) {
-              break;
-            }
-
-            message.deadlineUnixMs = longToNumber(reader.uint64());
-            continue;
-          }
           case 7: {
             if (tag === 56) {
               message.promptTokenIds.push(reader.uint32());
@@ -282,6 +266,14 @@ export const RequestRecord: MessageFns<RequestRecord> = {
             }
 
             message.sampling = SamplingParams.decode(reader, reader.uint32());
+            continue;
+          }
+          case 10: {
+            if (tag !== 80) {
+              break;
+            }
+
+            message.timeLeftMs = longToNumber(reader.uint64());
             continue;
           }
         }
@@ -310,22 +302,17 @@ export const RequestRecord: MessageFns<RequestRecord> = {
         : isSet(object.gateway_id)
         ? globalThis.String(object.gateway_id)
         : "",
-      acceptedUnixMs: isSet(object.acceptedUnixMs)
-        ? globalThis.Number(object.acceptedUnixMs)
-        : isSet(object.accepted_unix_ms)
-        ? globalThis.Number(object.accepted_unix_ms)
-        : 0,
-      deadlineUnixMs: isSet(object.deadlineUnixMs)
-        ? globalThis.Number(object.deadlineUnixMs)
-        : isSet(object.deadline_unix_ms)
-        ? globalThis.Number(object.deadline_unix_ms)
-        : 0,
       promptTokenIds: globalThis.Array.isArray(object?.promptTokenIds)
         ? object.promptTokenIds.map((e: any) => globalThis.Number(e))
         : globalThis.Array.isArray(object?.prompt_token_ids)
         ? object.prompt_token_ids.map((e: any) => globalThis.Number(e))
         : [],
       sampling: isSet(object.sampling) ? SamplingParams.fromJSON(object.sampling) : undefined,
+      timeLeftMs: isSet(object.timeLeftMs)
+        ? globalThis.Number(object.timeLeftMs)
+        : isSet(object.time_left_ms)
+        ? globalThis.Number(object.time_left_ms)
+        : undefined,
     };
   },
 
@@ -343,17 +330,14 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     if (message.gatewayId !== "") {
       obj.gatewayId = message.gatewayId;
     }
-    if (message.acceptedUnixMs !== 0) {
-      obj.acceptedUnixMs = Math.round(message.acceptedUnixMs);
-    }
-    if (message.deadlineUnixMs !== 0) {
-      obj.deadlineUnixMs = Math.round(message.deadlineUnixMs);
-    }
     if (message.promptTokenIds?.length) {
       obj.promptTokenIds = message.promptTokenIds.map((e) => Math.round(e));
     }
     if (message.sampling !== undefined) {
       obj.sampling = SamplingParams.toJSON(message.sampling);
+    }
+    if (message.timeLeftMs !== undefined) {
+      obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
     return obj;
   },
@@ -367,12 +351,11 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     message.model = object.model ?? "";
     message.tenant = object.tenant ?? "";
     message.gatewayId = object.gatewayId ?? "";
-    message.acceptedUnixMs = object.acceptedUnixMs ?? 0;
-    message.deadlineUnixMs = object.deadlineUnixMs ?? 0;
     message.promptTokenIds = object.promptTokenIds?.map((e) => e) || [];
     message.sampling = (object.sampling !== undefined && object.sampling !== null)
       ? SamplingParams.fromPartial(object.sampling)
       : undefined;
+    message.timeLeftMs = object.timeLeftMs ?? undefined;
     return message;
   },
 };

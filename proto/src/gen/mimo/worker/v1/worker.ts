@@ -189,10 +189,13 @@ export interface Submit {
   sampling:
     | SamplingParams
     | undefined;
-  /** Unix milliseconds; 0: none. The engine frees the sequence when it passes. */
-  deadlineUnixMs: number;
   /** Tokens that may be sent before more credit comes. */
   creditTokens: number;
+  /**
+   * Milliseconds that are left until the deadline, as of sending: clocks of machines differ, so that no point in time
+   * would mean the same to both. Absent: no deadline. The engine frees the sequence when they have passed.
+   */
+  timeLeftMs?: number | undefined;
 }
 
 /** Abort ends a sequence; the engine frees it within one step. Its last delta carries FINISH_KIND_ABORTED. */
@@ -812,8 +815,8 @@ function createBaseSubmit(): Submit {
     tokenIds: [],
     resumedTokens: 0,
     sampling: undefined,
-    deadlineUnixMs: 0,
     creditTokens: 0,
+    timeLeftMs: undefined,
   };
 }
 
@@ -841,11 +844,11 @@ export const Submit: MessageFns<Submit> = {
     if (message.sampling !== undefined) {
       SamplingParams.encode(message.sampling, writer.uint32(50).fork()).join();
     }
-    if (message.deadlineUnixMs !== 0) {
-      writer.uint32(56).uint64(message.deadlineUnixMs);
-    }
     if (message.creditTokens !== 0) {
       writer.uint32(64).uint32(message.creditTokens);
+    }
+    if (message.timeLeftMs !== undefined) {
+      writer.uint32(72).uint64(message.timeLeftMs);
     }
     return writer;
   },
@@ -921,20 +924,20 @@ export const Submit: MessageFns<Submit> = {
             message.sampling = SamplingParams.decode(reader, reader.uint32());
             continue;
           }
-          case 7: {
-            if (tag !== 56) {
-              break;
-            }
-
-            message.deadlineUnixMs = longToNumber(reader.uint64());
-            continue;
-          }
           case 8: {
             if (tag !== 64) {
               break;
             }
 
             message.creditTokens = reader.uint32();
+            continue;
+          }
+          case 9: {
+            if (tag !== 72) {
+              break;
+            }
+
+            message.timeLeftMs = longToNumber(reader.uint64());
             continue;
           }
         }
@@ -969,16 +972,16 @@ export const Submit: MessageFns<Submit> = {
         ? globalThis.Number(object.resumed_tokens)
         : 0,
       sampling: isSet(object.sampling) ? SamplingParams.fromJSON(object.sampling) : undefined,
-      deadlineUnixMs: isSet(object.deadlineUnixMs)
-        ? globalThis.Number(object.deadlineUnixMs)
-        : isSet(object.deadline_unix_ms)
-        ? globalThis.Number(object.deadline_unix_ms)
-        : 0,
       creditTokens: isSet(object.creditTokens)
         ? globalThis.Number(object.creditTokens)
         : isSet(object.credit_tokens)
         ? globalThis.Number(object.credit_tokens)
         : 0,
+      timeLeftMs: isSet(object.timeLeftMs)
+        ? globalThis.Number(object.timeLeftMs)
+        : isSet(object.time_left_ms)
+        ? globalThis.Number(object.time_left_ms)
+        : undefined,
     };
   },
 
@@ -1002,11 +1005,11 @@ export const Submit: MessageFns<Submit> = {
     if (message.sampling !== undefined) {
       obj.sampling = SamplingParams.toJSON(message.sampling);
     }
-    if (message.deadlineUnixMs !== 0) {
-      obj.deadlineUnixMs = Math.round(message.deadlineUnixMs);
-    }
     if (message.creditTokens !== 0) {
       obj.creditTokens = Math.round(message.creditTokens);
+    }
+    if (message.timeLeftMs !== undefined) {
+      obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
     return obj;
   },
@@ -1024,8 +1027,8 @@ export const Submit: MessageFns<Submit> = {
     message.sampling = (object.sampling !== undefined && object.sampling !== null)
       ? SamplingParams.fromPartial(object.sampling)
       : undefined;
-    message.deadlineUnixMs = object.deadlineUnixMs ?? 0;
     message.creditTokens = object.creditTokens ?? 0;
+    message.timeLeftMs = object.timeLeftMs ?? undefined;
     return message;
   },
 };
