@@ -191,7 +191,10 @@ class MemoryQueue implements RequestQueue {
   async cancel(cancellation: Cancellation): Promise<boolean> {
     this.#assertOpen();
     const { requestId, tenant } = cancellation;
-    const record = [...this.#broker.records.values()].find((each) => each.requestId === requestId);
+    const record = this.#broker.records
+      .values()
+      .map((stored) => stored.record)
+      .find((each) => each.requestId === requestId);
     if (record?.tenant !== tenant) {
       return false;
     }

@@ -15,7 +15,7 @@ describe('startTimer', () => {
   it.each([0, 1, 100, 1_000.5, 24 * dayMs, 2 ** 31 - 1, 2 ** 31, 25 * dayMs, 365 * dayMs, 3_653 * dayMs])(
     'fires once, %d ms later and no sooner',
     (delayMs) => {
-      const act = vi.fn();
+      const act = vi.fn<() => void>();
       startTimer(delayMs, act);
       vi.advanceTimersByTime(Math.max(0, Math.ceil(delayMs) - 1));
       expect(act).toHaveBeenCalledTimes(delayMs === 0 ? 1 : 0);
@@ -26,7 +26,7 @@ describe('startTimer', () => {
   );
 
   it('is not moved by a clock that is set', () => {
-    const act = vi.fn();
+    const act = vi.fn<() => void>();
     startTimer(60_000, act);
     vi.setSystemTime(Date.now() + 300_000);
     vi.advanceTimersByTime(59_999);
@@ -37,7 +37,7 @@ describe('startTimer', () => {
   });
 
   it('never fires once it is cleared, also between its parts', () => {
-    const act = vi.fn();
+    const act = vi.fn<() => void>();
     const timer = startTimer(60 * dayMs, act);
     vi.advanceTimersByTime(30 * dayMs);
     timer.clear();
