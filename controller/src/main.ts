@@ -4,7 +4,7 @@
 import { printableConfig } from '@mimo/core/config';
 import { ClusterError } from '@mimo/core/errors';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog } from '@mimo/core/log';
+import { createLog, logCrashes } from '@mimo/core/log';
 
 import { controllerSettings, parseControllerConfig } from './config.ts';
 import { startController } from './controller.ts';
@@ -16,6 +16,7 @@ try {
   const config = parseControllerConfig(process.env);
   const log = createLog({ process: 'controller', level: config.logLevel });
   log.info({ config: printableConfig(controllerSettings, config), node: process.version }, 'starting');
+  logCrashes(log);
   const lifecycle = new Lifecycle({ log, graceMs });
   stopOnSignals(lifecycle);
   const controller = await startController(config, log);

@@ -80,7 +80,7 @@ export class ClusterError extends Error {
 
   /**
    * Turns what a `catch` received into a ClusterError. An abort becomes `canceled`, a time-out `deadline_exceeded`,
-   * anything unknown `internal`; a ClusterError stays itself.
+   * anything unknown `internal`; a ClusterError stays itself. Parsers' text is withheld, see `textOf`.
    */
   static from(error: unknown): ClusterError {
     if (error instanceof ClusterError) {
@@ -95,8 +95,18 @@ export class ClusterError extends Error {
           ? new ClusterError('canceled', error.message, { cause: error })
           : ClusterError.from(error.cause);
       }
-      return new ClusterError('internal', error.message, { cause: error });
+      return new ClusterError('internal', textOf(error), { cause: error });
     }
     return new ClusterError('internal', String(error));
   }
+}
+
+const parserErrors = new Set(['SyntaxError', 'ZodError', '$ZodError']);
+
+/**
+ * The message of an error, unless it comes from a parser: V8's JSON parser and zod quote what they read, which may be a
+ * key, a prompt or a template.
+ */
+export function textOf(error: Error): string {
+  return parserErrors.has(error.name) ? `${error.name}: withheld, it may quote what was read` : error.message;
 }

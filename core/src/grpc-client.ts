@@ -4,6 +4,7 @@
 import * as grpc from '@grpc/grpc-js';
 
 import { keepDrainingCalls } from './grpc-drain.ts';
+import './grpc-log.ts';
 import { errorFromStatus } from './grpc-status.ts';
 
 keepDrainingCalls();

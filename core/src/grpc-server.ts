@@ -16,6 +16,7 @@ import { ClusterError } from './errors.ts';
 import { keepLongDeadlines } from './grpc-deadline.ts';
 import { keepDrainingCalls } from './grpc-drain.ts';
 import { Health } from './grpc-health.ts';
+import './grpc-log.ts';
 import { createReflection } from './grpc-reflection.ts';
 import { statusFromError } from './grpc-status.ts';
 

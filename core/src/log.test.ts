@@ -1,4 +1,4 @@
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 
 import { ClusterError } from './errors.ts';
 import { createLog } from './log.ts';
@@ -15,5 +15,55 @@ describe('createLog', () => {
     expect(lines).toHaveLength(2);
     expect(accepted).toMatchObject({ level: 'info', process: 'gateway', requestId: 'r1', msg: 'accepted' });
     expect(failed).toMatchObject({ level: 'error', error: { message: 'broken', code: 'internal' } });
+  });
+
+  it('counts a message that repeats instead of writing it on and on', () => {
+    vi.useFakeTimers();
+    try {
+      const lines: string[] = [];
+      const destination = { write: (line: string) => void lines.push(line) };
+      const log = createLog({ process: 'gateway', level: 'info', destination });
+      for (let index = 0; index < 1_000; index++) {
+        log.child({ peer: index }).warn({ index }, 'refused');
+      }
+      log.warn('another message');
+      log.info('refused');
+      expect(lines).toHaveLength(102);
+      vi.advanceTimersByTime(10_000);
+      expect(lines).toHaveLength(103);
+      expect(JSON.parse(lines.at(-1) ?? '')).toMatchObject({ msg: 'refused', level: 'warn', repeated: 900 });
+      log.warn('refused');
+      vi.advanceTimersByTime(10_000);
+      expect(lines).toHaveLength(104);
+    } finally {
+      vi.useRealTimers();
+    }
+  });
+
+  it('writes no text of a parser, and nothing that hangs on an error', () => {
+    const lines: string[] = [];
+    const destination = { write: (line: string) => void lines.push(line) };
+    const log = createLog({ process: 'gateway', level: 'info', destination });
+    let cause: unknown;
+    try {
+      JSON.parse('sk-secret-1 is not JSON');
+    } catch (error) {
+      cause = error;
+    }
+    const foreign = Object.assign(new Error('call failed', { cause }), {
+      metadata: { authorization: 'Bearer sk-secret-2' },
+      input: 'nats://user:sk-secret-3@host',
+      code: 'ERR_CALL',
+    });
+    log.error({ error: foreign }, 'failed');
+    log.error({ error: ClusterError.from(cause) }, 'failed');
+    const fromZod = Object.assign(new Error('Unrecognized key: "sk-secret-4"'), { name: 'ZodError' });
+    log.error({ error: ClusterError.from(fromZod) }, 'failed');
+    log.error({ error: 'sk-secret-5' }, 'failed');
+    expect(lines.join('')).not.toContain('sk-secret');
+    expect(JSON.parse(lines[0] ?? '')).toMatchObject({
+      error: { message: 'call failed', code: 'ERR_CALL', cause: { type: 'SyntaxError' } },
+    });
+    expect(lines.join('')).toContain('log.test.ts');
   });
 });

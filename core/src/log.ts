@@ -1,7 +1,11 @@
 // The log of a process: one JSON object a line. A message is constant, what varies is a field (`requestId`, `tenant`,
-// `model`, `group`, `rank`, `revision`). Prompts and completions are never logged; nothing here could know them.
+// `model`, `group`, `rank`, `revision`). Prompts and completions are never logged; nothing here could know them. Errors are
+// written by our own rules, since libraries hang requests, headers and URLs on theirs; a message that repeats is written a
+// few times and then counted, so that nobody outside can fill a disk.
 
-import { pino, type DestinationStream, type Logger } from 'pino';
+import { pino, type DestinationStream, type LogFn, type Logger } from 'pino';
+
+import { ClusterError, textOf } from './errors.ts';
 
 export type Log = Logger;
 
@@ -17,14 +21,92 @@ export interface LogOptions {
   readonly destination?: DestinationStream;
 }
 
-/** Makes the log of a process. Errors go in the field `error`, with their code, stack and cause. */
+/** Of one message and level in one window: above what a start of many groups writes, far below what fills a disk. */
+const repeatWindowMs = 10_000;
+const repeatedLines = 100;
+/** Of one text in an error. */
+const maxTextCharacters = 2_000;
+const maxCauses = 5;
+
+/**
+ * Makes the log of a process. Errors go in the field `error`, with their code, stack and cause. A message beyond 100 times
+ * in 10 s is left out; a line with the same message and `repeated`, how many were, follows at the end of the window.
+ */
 export function createLog(options: LogOptions): Log {
+  const repeats = new Map<string, { lines: number; repeated: number }>();
   const settings = {
     level: options.level,
     base: { process: options.process },
     timestamp: pino.stdTimeFunctions.isoTime,
     errorKey: 'error',
+    serializers: { error: describeError },
     formatters: { level: (label: string) => ({ level: label }) },
+    hooks: {
+      logMethod(this: Logger, args: Parameters<LogFn>, method: LogFn, level: number): void {
+        const message = String(args.findLast((arg) => typeof arg === 'string') ?? '');
+        const key = `${level} ${message}`;
+        const seen = repeats.get(key);
+        if (seen === undefined) {
+          const begun = { lines: 1, repeated: 0 };
+          repeats.set(key, begun);
+          const end = (): void => {
+            repeats.delete(key);
+            if (begun.repeated > 0) {
+              method.call(this, { repeated: begun.repeated, windowMs: repeatWindowMs }, message);
+            }
+          };
+          setTimeout(end, repeatWindowMs).unref();
+        } else if (seen.lines >= repeatedLines) {
+          seen.repeated += 1;
+          return;
+        } else {
+          seen.lines += 1;
+        }
+        method.apply(this, args);
+      },
+    },
   };
   return options.destination === undefined ? pino(settings) : pino(settings, options.destination);
+}
+
+interface DescribedError {
+  readonly type: string;
+  readonly code?: string | number;
+  readonly message: string;
+  /** Without the message, which the first lines of a stack repeat. */
+  readonly stack: string;
+  readonly cause?: DescribedError;
+}
+
+/** An error as the log shows it: no other properties than these, and no text of a parser. */
+function describeError(error: unknown, depth = 0): DescribedError | undefined {
+  if (!(error instanceof Error)) {
+    return error === undefined ? undefined : { type: typeof error, message: 'not an Error', stack: '' };
+  }
+  const code: unknown = 'code' in error ? error.code : undefined;
+  const cause = depth < maxCauses ? describeError(error.cause, depth + 1) : undefined;
+  return {
+    type: error.name,
+    ...(typeof code === 'string' || typeof code === 'number' ? { code } : {}),
+    message: textOf(error).slice(0, maxTextCharacters),
+    stack: (error.stack ?? '')
+      .split('\n')
+      .filter((line) => /^ +at /.test(line))
+      .join('\n')
+      .slice(0, maxTextCharacters),
+    ...(cause === undefined ? {} : { cause }),
+  };
+}
+
+/**
+ * Ends the process with code 1 on an error that nobody caught, after a line that keeps to this log's rules. Node itself
+ * would print the error with all that hangs on it; its warnings are logged by their names.
+ */
+export function logCrashes(log: Log): void {
+  process.on('uncaughtException', (error) => {
+    log.fatal({ error: ClusterError.from(error) }, 'uncaught error');
+    process.exit(1);
+  });
+  process.removeAllListeners('warning');
+  process.on('warning', (warning) => log.warn({ warning: warning.name }, 'warning of Node'));
 }

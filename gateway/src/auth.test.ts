@@ -1,5 +1,9 @@
 import { createHash } from 'node:crypto';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 
+import { createLog } from '@mimo/core/log';
 import { describe, expect, it } from 'vitest';
 
 import { assertMayUse, authenticateNobody, loadKeys, parseKeys } from './auth.ts';
@@ -48,6 +52,29 @@ describe('parseKeys', () => {
 });
 
 describe('loadKeys', () => {
+  it.each([
+    ['not JSON', 'sk-secret-0001'],
+    ['a key as a field', '{"sk-secret-0001": "tenant"}'],
+    ['a key as a field of an entry', '{"keys": [{"sk-secret-0001": 1, "key": "sk-secret-0002"}]}'],
+    ['a key where the hash belongs', '{"keys": [{"sha256": "sk-secret-0001", "tenant": "a"}]}'],
+    ['a key where the tenant belongs', '{"keys": [{"key": "sk-secret-0001", "tenant": ["sk-secret-0002"]}]}'],
+    [
+      'a key in a list of models',
+      '{"keys": [{"key": "sk-secret-0001", "tenant": "a", "models": [["sk-secret-1"]]}]}',
+    ],
+  ])('logs nothing of a file with %s', async (_name, text) => {
+    const directory = await mkdtemp(join(tmpdir(), 'mimo-keys-'));
+    const path = join(directory, 'keys.json');
+    await writeFile(path, text);
+    const lines: string[] = [];
+    const destination = { write: (line: string) => void lines.push(line) };
+    const error: unknown = await loadKeys(path).then(String, (thrown: unknown) => thrown);
+    createLog({ process: 'test', level: 'info', destination }).error({ error }, 'keys file not usable');
+    await rm(directory, { recursive: true });
+    expect(error).toMatchObject({ code: 'invalid_argument', message: expect.stringContaining(path) });
+    expect(lines.join('')).not.toContain('sk-secret');
+  });
+
   it('says which file it cannot read, and none of what is in it', async () => {
     await expect(loadKeys('/nowhere/keys.json')).rejects.toMatchObject({
       code: 'invalid_argument',

@@ -37,6 +37,15 @@ const keysFileSchema = z.strictObject({
   ),
 });
 
+/** What each field must be, for errors; every field that zod can name as a place is one of these. */
+const keyFields = {
+  sha256: '64 hex digits',
+  key: 'a text of at least 8 characters',
+  tenant: 'a text that is not empty',
+  models: 'a list of names',
+  keys: '{ keys: [{ sha256 or key, tenant, models? }] } with no other fields',
+} as const;
+
 /** Lets everybody in as tenant `anonymous`. */
 export const authenticateNobody: Authenticate = () => ({ tenant: 'anonymous', models: undefined });
 
@@ -58,7 +67,7 @@ export async function loadKeys(path: string): Promise<Authenticate> {
 export function parseKeys(json: unknown, source: string): Authenticate {
   const parsed = keysFileSchema.safeParse(json);
   if (!parsed.success) {
-    throw new ClusterError('invalid_argument', `the keys file ${source}:\n${z.prettifyError(parsed.error)}`);
+    throw new ClusterError('invalid_argument', `the keys file ${source}: ${problemOf(parsed.error)}`);
   }
   const callers = new Map<string, Caller>();
   for (const { sha256, key, tenant, models } of parsed.data.keys) {
@@ -78,6 +87,20 @@ export function parseKeys(json: unknown, source: string): Authenticate {
     }
     return caller;
   };
+}
+
+/** Where the file is wrong, in our own words: zod's name unknown fields, and a field may be a key that somebody misplaced. */
+function problemOf({ issues }: z.ZodError): string {
+  const place = issues[0]?.path
+    .map((part) => (typeof part === 'number' ? `[${part}]` : part.toString()))
+    .join('.');
+  const more = issues.length > 1 ? `, and ${issues.length - 1} more problems` : '';
+  return `${place || 'the top level'} must be ${expectedOf(place ?? '')}${more}`;
+}
+
+function expectedOf(place: string): string {
+  const field = place.slice(place.lastIndexOf('.') + 1);
+  return Object.hasOwn(keyFields, field) ? keyFields[field as keyof typeof keyFields] : keyFields.keys;
 }
 
 /** Fails with `permission_denied` where the caller may not use the model. */

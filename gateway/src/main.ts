@@ -3,8 +3,9 @@
 
 import { printableConfig } from '@mimo/core/config';
 import { ClusterError } from '@mimo/core/errors';
+import { reportGrpcTo } from '@mimo/core/grpc-log';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog } from '@mimo/core/log';
+import { createLog, logCrashes } from '@mimo/core/log';
 
 import { gatewaySettings, parseGatewayConfig } from './config.ts';
 import { startGateway } from './gateway.ts';
@@ -13,6 +14,8 @@ try {
   const config = parseGatewayConfig(process.env);
   const log = createLog({ process: 'gateway', level: config.logLevel });
   log.info({ config: printableConfig(gatewaySettings, config), node: process.version }, 'starting');
+  logCrashes(log);
+  reportGrpcTo(log);
   const lifecycle = new Lifecycle({ log, graceMs: config.graceMs });
   stopOnSignals(lifecycle);
   const gateway = await startGateway(config, log);

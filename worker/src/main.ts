@@ -3,8 +3,9 @@
 // an argument runs prepare.ts instead, in the same environment.
 
 import { ClusterError } from '@mimo/core/errors';
+import { reportGrpcTo } from '@mimo/core/grpc-log';
 import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog } from '@mimo/core/log';
+import { createLog, logCrashes } from '@mimo/core/log';
 
 import { parseWorkerConfig } from './config.ts';
 import { startEngine } from './engine/engine-host.ts';
@@ -19,6 +20,8 @@ async function run(): Promise<void> {
     group: config.group,
     rank: config.rank,
   });
+  logCrashes(log);
+  reportGrpcTo(log);
   const lifecycle = new Lifecycle({ log, graceMs: config.drainGraceMs });
   stopOnSignals(lifecycle);
   const exitWith = async (error: ClusterError, message: string): Promise<void> => {
