@@ -4,10 +4,11 @@
 import * as grpc from '@grpc/grpc-js';
 
 import { keepDrainingCalls } from './grpc-drain.ts';
-import './grpc-log.ts';
+import { withholdGrpcLog } from './grpc-log.ts';
 import { errorFromStatus } from './grpc-status.ts';
 
 keepDrainingCalls();
+withholdGrpcLog();
 
 /** What bounds a call. Time counts from the call on; the server hears how much is left. */
 export interface CallLimits {

@@ -1,6 +1,6 @@
 // grpc-js's own log. It prints to standard error what peers sent, an invalid `authorization` with its key for one, so its
-// text is withheld whole: a line of ours says what it was about. Importing this file is enough to silence it; a
-// process with a log hands that over.
+// text is withheld whole: a line of ours says what it was about. Servers and clients withhold it by themselves; a process
+// with a log hands that over.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -21,13 +21,17 @@ function report(level: 'debug' | 'error', text: unknown): void {
   log?.[level]({ about }, 'grpc-js reports');
 }
 
-grpc.setLogger({
-  error: (text: unknown) => report('error', text),
-  info: (text: unknown) => report('debug', text),
-  debug: (text: unknown) => report('debug', text),
-});
+/** Silences grpc-js in this process. Idempotent. */
+export function withholdGrpcLog(): void {
+  grpc.setLogger({
+    error: (text: unknown) => report('error', text),
+    info: (text: unknown) => report('debug', text),
+    debug: (text: unknown) => report('debug', text),
+  });
+}
 
 /** From here on, what grpc-js reports is a line of this log; its words are not. */
 export function reportGrpcTo(target: Log): void {
   log = target;
+  withholdGrpcLog();
 }

@@ -16,7 +16,7 @@ import { ClusterError } from './errors.ts';
 import { keepLongDeadlines } from './grpc-deadline.ts';
 import { keepDrainingCalls } from './grpc-drain.ts';
 import { Health } from './grpc-health.ts';
-import './grpc-log.ts';
+import { withholdGrpcLog } from './grpc-log.ts';
 import { createReflection } from './grpc-reflection.ts';
 import { statusFromError } from './grpc-status.ts';
 
@@ -66,6 +66,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   });
   raiseResetLimits(server);
   keepDrainingCalls();
+  withholdGrpcLog();
   keepLongDeadlines();
   const health = new Health();
   const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));

@@ -43,7 +43,7 @@ export function createLog(options: LogOptions): Log {
     formatters: { level: (label: string) => ({ level: label }) },
     hooks: {
       logMethod(this: Logger, args: Parameters<LogFn>, method: LogFn, level: number): void {
-        const message = String(args.findLast((arg) => typeof arg === 'string') ?? '');
+        const message = args.findLast((arg) => typeof arg === 'string') ?? '';
         const key = `${level} ${message}`;
         const seen = repeats.get(key);
         if (seen === undefined) {
