@@ -23,7 +23,7 @@ export class Health {
       check: (call, callback) => {
         const status = this.#status.get(call.request.service);
         if (status === undefined) {
-          callback({ code: grpc.status.NOT_FOUND, details: `unknown service ${call.request.service}` });
+          callback({ code: grpc.status.NOT_FOUND, details: 'unknown service' });
         } else {
           callback(null, { status });
         }

@@ -19,6 +19,7 @@ import {
   CountTokensRequest,
   type CountTokensResponse,
 } from '@mimo/proto/inference';
+import { requestLimits } from '@mimo/proto/limits';
 import { ServerReflectionClient, type ServerReflectionResponse } from '@mimo/proto/reflection';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 
@@ -52,7 +53,7 @@ async function serve(answer: Stream, maxReceiveBytes = 2 ** 20): Promise<Inferen
         definition: {
           generate: {
             ...InferenceServiceService.generate,
-            requestDeserialize: strictDeserializer(GenerateRequest),
+            requestDeserialize: strictDeserializer(GenerateRequest, requestLimits.GenerateRequest),
           },
           countTokens: InferenceServiceService.countTokens,
         },

@@ -8,6 +8,7 @@ import { BinaryReader } from '@bufbuild/protobuf/wire';
 import * as grpc from '@grpc/grpc-js';
 
 import { HealthService } from '@mimo/proto/health';
+import type { MessageLimits } from '@mimo/proto/limits';
 import { ServerReflectionService } from '@mimo/proto/reflection';
 import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo/proto/reflection-v1alpha';
 
@@ -19,6 +20,7 @@ import { Health } from './grpc-health.ts';
 import { withholdGrpcLog } from './grpc-log.ts';
 import { createReflection } from './grpc-reflection.ts';
 import { statusFromError } from './grpc-status.ts';
+import { assertWithinLimits } from './wire-limits.ts';
 
 /** One service and its handlers. */
 export interface ServiceEntry {
@@ -195,14 +197,16 @@ function decodeStrictly(bytes: Uint8Array): string {
 }
 
 /**
- * A request deserializer that refuses what is not valid: invalid UTF-8 (by default replaced with U+FFFD) and bytes that
- * are no message at all (by default an INTERNAL error).
+ * A request deserializer that refuses what is not valid: fields beyond their limits, before objects are made of them;
+ * invalid UTF-8 (by default replaced with U+FFFD); bytes that are no message at all (by default an INTERNAL error).
  */
-export function strictDeserializer<Request>(message: {
-  decode(input: BinaryReader): Request;
-}): (bytes: Buffer) => Request | MalformedRequest {
+export function strictDeserializer<Request>(
+  message: { decode(input: BinaryReader): Request },
+  limits: MessageLimits,
+): (bytes: Buffer) => Request | MalformedRequest {
   return (bytes) => {
     try {
+      assertWithinLimits(bytes, limits);
       return message.decode(new BinaryReader(bytes, decodeStrictly));
     } catch (error) {
       if (error instanceof ClusterError) {

@@ -1,4 +1,5 @@
 import * as grpc from '@grpc/grpc-js';
+import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import { ClusterError, errorTable, type ErrorCode } from './errors.ts';
@@ -43,5 +44,31 @@ describe('statusFromError and errorFromStatus', () => {
     });
     expect(errorFromStatus(unknown)).toMatchObject({ code: 'internal', message: 'what' });
     expect(errorFromStatus(new DOMException('gone', 'AbortError'))).toMatchObject({ code: 'canceled' });
+  });
+
+  it('keep a status small, whatever the error holds, and count what is left out', () => {
+    const texts = fc.oneof(
+      fc.string({ unit: 'binary', maxLength: 5_000 }),
+      fc.constant('\ud800'.repeat(2_000)),
+    );
+    const violations = fc.array(fc.record({ field: texts, description: texts }), { maxLength: 40 });
+    fc.assert(
+      fc.property(texts, violations, fc.nat(2_000), (message, some, repeats) => {
+        const fieldViolations = [
+          ...some,
+          ...Array.from({ length: repeats }, () => ({ field: 'f', description: 'd' })),
+        ];
+        const thrown = new ClusterError('invalid_argument', message, { detail: { fieldViolations } });
+        const status = statusFromError(thrown);
+        const [binary] = status.metadata.get('grpc-status-details-bin');
+        const onTheWire = encodeURI(status.details).length + ((binary as Buffer).length / 3) * 4;
+        expect(onTheWire).toBeLessThan(6_000);
+        const kept = errorFromStatus(asServiceError(thrown)).detail.fieldViolations ?? [];
+        expect(kept.length).toBeLessThanOrEqual(16);
+        const isCounted = status.details.startsWith(`${fieldViolations.length} problems`);
+        expect(isCounted || kept.length === fieldViolations.length).toBe(true);
+      }),
+      { numRuns: 200 },
+    );
   });
 });

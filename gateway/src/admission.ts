@@ -108,10 +108,17 @@ export function admitRequest(
   };
 }
 
+/** In the text of an error; its details hold as many as a status has room for. */
+const maxNamedViolations = 16;
+
 /** Fails with `invalid_argument` where there are violations. */
 export function assertNone(violations: readonly FieldViolation[]): void {
   if (violations.length > 0) {
-    const message = violations.map(({ field, description }) => `${field} ${description}`).join('; ');
+    const named = violations
+      .slice(0, maxNamedViolations)
+      .map(({ field, description }) => `${field} ${description}`);
+    const more = violations.length - named.length;
+    const message = [...named, ...(more > 0 ? [`and ${more} more problems`] : [])].join('; ');
     throw new ClusterError('invalid_argument', message, { detail: { fieldViolations: violations } });
   }
 }
@@ -121,6 +128,15 @@ function withoutUndefined(sampling: SamplingParams | undefined): Partial<Samplin
 }
 
 const promptFields = { chat: 'messages', text: 'prompt', tokens: 'token_ids', none: 'input' } as const;
+
+/** What the template adds to a message, and what rendering one costs, in letters. */
+const messageCharacters = 128;
+
+/** What a prompt costs to render and tokenise, in letters: an empty message is not free. */
+export function promptCost(input: PromptInput): number {
+  const characters = textsOf(input).reduce((sum, text) => sum + text.length, 0);
+  return input.kind === 'chat' ? characters + messageCharacters * input.messages.length : characters;
+}
 
 /** The texts that are tokenised. */
 export function textsOf(input: PromptInput): string[] {

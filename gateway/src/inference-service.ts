@@ -26,6 +26,7 @@ import {
   type GenerateResponse,
   type ListModelsResponse,
 } from '@mimo/proto/inference';
+import { requestLimits } from '@mimo/proto/limits';
 import type { SamplingParams } from '@mimo/proto/sampling';
 
 import {
@@ -78,19 +79,25 @@ export function createInferenceService(parts: InferenceServiceParts): ServiceEnt
   };
   return {
     definition: {
-      chat: { ...InferenceServiceService.chat, requestDeserialize: strictDeserializer(ChatRequest) },
+      chat: {
+        ...InferenceServiceService.chat,
+        requestDeserialize: strictDeserializer(ChatRequest, requestLimits.ChatRequest),
+      },
       generate: {
         ...InferenceServiceService.generate,
-        requestDeserialize: strictDeserializer(GenerateRequest),
+        requestDeserialize: strictDeserializer(GenerateRequest, requestLimits.GenerateRequest),
       },
-      cancel: { ...InferenceServiceService.cancel, requestDeserialize: strictDeserializer(CancelRequest) },
+      cancel: {
+        ...InferenceServiceService.cancel,
+        requestDeserialize: strictDeserializer(CancelRequest, requestLimits.CancelRequest),
+      },
       countTokens: {
         ...InferenceServiceService.countTokens,
-        requestDeserialize: strictDeserializer(CountTokensRequest),
+        requestDeserialize: strictDeserializer(CountTokensRequest, requestLimits.CountTokensRequest),
       },
       listModels: {
         ...InferenceServiceService.listModels,
-        requestDeserialize: strictDeserializer(ListModelsRequest),
+        requestDeserialize: strictDeserializer(ListModelsRequest, requestLimits.ListModelsRequest),
       },
     },
     implementation: {

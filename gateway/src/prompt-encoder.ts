@@ -14,7 +14,7 @@ import {
   type Tokenizer,
 } from '@mimo/tokenizer';
 
-import { conversationOf, textsOf, type PromptInput } from './admission.ts';
+import { conversationOf, promptCost, type PromptInput } from './admission.ts';
 
 /** A thread's answer to one prompt. */
 export type EncodeReply =
@@ -55,8 +55,7 @@ export class PromptEncoder {
    * with the signal's reason where that fires first: a prompt that waits for the thread is not encoded any more.
    */
   async encode(input: PromptInput, signal: AbortSignal): Promise<number[]> {
-    const characters = textsOf(input).reduce((sum, text) => sum + text.length, 0);
-    if (characters <= inlineMaxCharacters) {
+    if (promptCost(input) <= inlineMaxCharacters) {
       return this.encodeHere(input);
     }
     const turn = this.#turn.then(() => (signal.aborted ? undefined : this.#encodeThere(input)));

@@ -1,6 +1,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
+import { createFileRegistry, fromBinary, type DescMessage } from '@bufbuild/protobuf';
+import { FileDescriptorSetSchema } from '@bufbuild/protobuf/wkt';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
@@ -8,8 +10,10 @@ import {
   describeLimit,
   numberProblem,
   repeatedLimits,
+  requestLimits,
   samplingLimits,
   stopTextMaxCharacters,
+  type MessageLimits,
   type NumberLimit,
 } from './limits.ts';
 
@@ -43,6 +47,38 @@ describe('samplingLimits', () => {
     const penalised = 1e30 / Math.fround(repetitionPenalty.min);
     const added = frequencyPenalty.max * longestContext + presencePenalty.max;
     expect(Math.fround((penalised + added) / Math.fround(temperature.min))).toBeLessThan(Infinity);
+  });
+});
+
+/** Where limits and proto differ: every repeated field has a count, every limit names its field as the proto does. */
+function differences(message: DescMessage, given: MessageLimits): string[] {
+  const numbers = new Set(message.fields.map(({ number }) => number));
+  const unknown = Object.keys(given).filter((number) => !numbers.has(Number(number)));
+  return [
+    ...unknown.map((number) => `${message.typeName} has no field ${number}`),
+    ...message.fields.flatMap((field) => {
+      const limit = given[field.number];
+      const agrees =
+        (limit?.maxCount !== undefined) === (field.fieldKind === 'list') &&
+        (limit?.name ?? field.name) === field.name &&
+        (limit?.message !== undefined) === (field.message !== undefined);
+      const inner = field.message === undefined ? [] : differences(field.message, limit?.message ?? {});
+      return [...(agrees ? [] : [`${message.typeName}.${field.name}`]), ...inner];
+    }),
+  ];
+}
+
+describe('requestLimits', () => {
+  const file = readFileSync(join(import.meta.dirname, 'gen/descriptor.binpb'));
+  const registry = createFileRegistry(fromBinary(FileDescriptorSetSchema, file));
+
+  it.each(Object.entries<MessageLimits>(requestLimits))('of %s agree with the proto', (name, given) => {
+    expect(differences(registry.getMessage(`mimo.inference.v1.${name}`)!, given)).toEqual([]);
+  });
+
+  it('name every request of the service', () => {
+    const { methods } = registry.getService('mimo.inference.v1.InferenceService')!;
+    expect(Object.keys(requestLimits).toSorted()).toEqual(methods.map(({ input }) => input.name).toSorted());
   });
 });
 

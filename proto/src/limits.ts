@@ -40,9 +40,64 @@ export const repeatedLimits = {
   /** Each is searched for in every piece of text. */
   stop: 16,
   stopTokenIds: 64,
+  /** A long agent's conversation has hundreds; each costs the template a fraction of a millisecond, empty or not. */
+  messages: 4_096,
+  /** The longest context of any model in sight. */
+  tokenIds: 2 ** 20,
 } as const;
 
 export const stopTextMaxCharacters = 256;
+
+/** What one field of a message may hold on the wire, checked before objects are made of it. */
+export interface FieldLimit {
+  /** As the proto spells it. */
+  readonly name: string;
+  /** Of a repeated field. Any other may appear 16 times, since parsers must take the last of several. */
+  readonly maxCount?: number;
+  /** Numbers, which travel packed: as bytes that hold one varint after another. */
+  readonly packed?: true;
+  /** Of one text. */
+  readonly maxBytes?: number;
+  /** The field is a message with limits of its own. */
+  readonly message?: MessageLimits;
+}
+
+/** By field number. A number that is not named counts with the other unnamed ones of its message. */
+export type MessageLimits = Readonly<Record<number, FieldLimit>>;
+
+/** UTF-8 takes at most three bytes for each of JavaScript's characters. */
+const stopTextMaxBytes = 3 * stopTextMaxCharacters;
+/** The names of Kubernetes objects have at most 253. */
+const nameMaxBytes = 256;
+
+const sampling: MessageLimits = {
+  9: { name: 'stop', maxCount: repeatedLimits.stop, maxBytes: stopTextMaxBytes },
+  10: { name: 'stop_token_ids', maxCount: repeatedLimits.stopTokenIds, packed: true },
+};
+
+const chatRequest: MessageLimits = {
+  1: { name: 'model', maxBytes: nameMaxBytes },
+  2: { name: 'messages', maxCount: repeatedLimits.messages, message: {} },
+  3: { name: 'sampling', message: sampling },
+};
+
+const generateRequest: MessageLimits = {
+  1: { name: 'model', maxBytes: nameMaxBytes },
+  3: { name: 'token_ids', message: { 1: { name: 'ids', maxCount: repeatedLimits.tokenIds, packed: true } } },
+  4: { name: 'sampling', message: sampling },
+};
+
+/** By the request of InferenceService. */
+export const requestLimits = {
+  ChatRequest: chatRequest,
+  GenerateRequest: generateRequest,
+  CountTokensRequest: {
+    1: { name: 'chat', message: chatRequest },
+    2: { name: 'generate', message: generateRequest },
+  },
+  CancelRequest: { 1: { name: 'request_id', maxBytes: nameMaxBytes } },
+  ListModelsRequest: {},
+} as const satisfies Readonly<Record<string, MessageLimits>>;
 
 /** What is wrong with a number, as `must be a number from 0.01 to 2, not 5`; undefined where nothing is. */
 export function numberProblem(value: number, limit: NumberLimit): string | undefined {
