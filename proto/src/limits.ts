@@ -95,7 +95,7 @@ export const requestLimits = {
     1: { name: 'chat', message: chatRequest },
     2: { name: 'generate', message: generateRequest },
   },
-  CancelRequest: { 1: { name: 'request_id', maxBytes: nameMaxBytes } },
+  CancelRequest: {},
   ListModelsRequest: {},
 } as const satisfies Readonly<Record<string, MessageLimits>>;
 
