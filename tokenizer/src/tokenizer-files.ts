@@ -39,11 +39,15 @@ const tokenId = z
   .nonnegative()
   .lt(2 ** 21);
 
+/** Far beyond a real vocabulary's longest entry, and little for a stream that one token may add to. */
+const spellingMaxUnits = 4_096;
+const vocabularySpelling = z.string().max(spellingMaxUnits);
+
 const bytePairSchema = z.object({
   model: z
     .object({
       type: z.literal('BPE'),
-      vocab: z.record(z.string(), tokenId),
+      vocab: z.record(vocabularySpelling, tokenId),
       /** In older files lines with one space between the halves. */
       merges: z.array(
         z.preprocess(
@@ -84,7 +88,7 @@ const bytePairSchema = z.object({
 
 const addedTokenSchema = z.object({
   id: tokenId,
-  content: z.string().min(1),
+  content: vocabularySpelling.min(1),
   /** The file's own flag. */
   special: z.boolean().default(false),
   lstrip: notUsed,

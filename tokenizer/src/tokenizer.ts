@@ -1,9 +1,9 @@
 // Text to token ids and back, for one checkpoint. Owns special tokens: when text may name them and how they are shown.
-// Knows no chat and no stream. Input: tokenizer-files.ts. The text between special tokens is Hugging Face's library's.
+// Knows no chat and no stream. Input: tokenizer-files.ts. The text between special tokens is byte-pair.ts's.
 
-import { Tokenizer as BytePairTokenizer } from '@huggingface/tokenizers';
 import { ClusterError } from '@mimo/core/errors';
 import { bytesFromSpelling } from './byte-level.ts';
+import { createBytePairEncoder, type BytePairEncoder } from './byte-pair.ts';
 import { parseTokenizerFiles, readTokenizerFiles, type TokenizerDescription } from './tokenizer-files.ts';
 
 /** Whether text may name special tokens. */
@@ -13,6 +13,8 @@ export interface EncodeOptions {
    * characters of text.
    */
   readonly allowSpecial?: boolean;
+  /** Stops early once there are more ids than this, so that what is too long for a context costs no more than it. */
+  readonly maxTokens?: number;
 }
 
 /** How special tokens are shown. */
@@ -96,10 +98,19 @@ export function createTokenizer(description: TokenizerDescription): Tokenizer {
         );
       }
       const pattern = options.allowSpecial === true ? anyAdded : anyWord;
-      // The pattern has one capturing group, so added tokens stand at the odd places.
-      return (pattern === undefined ? [text] : text.split(pattern)).flatMap(
-        (piece, place) => (place % 2 === 1 ? idByText.get(piece) : undefined) ?? encodePlain(piece),
-      );
+      const { maxTokens = Infinity } = options;
+      const output: number[] = [];
+      let end = 0;
+      for (const match of pattern === undefined ? [] : text.matchAll(pattern)) {
+        encodePlain(text.slice(end, match.index), output, maxTokens);
+        output.push(idByText.get(match[0])!);
+        end = match.index + match[0].length;
+        if (output.length > maxTokens) {
+          return output;
+        }
+      }
+      encodePlain(text.slice(end), output, maxTokens);
+      return output;
     },
 
     decode(tokenIds, options = {}) {
@@ -110,11 +121,9 @@ export function createTokenizer(description: TokenizerDescription): Tokenizer {
   };
 }
 
-/** Plain text to ids. The library is told of no added token, so it cannot find one in the text. */
-function createPlainEncoder({ bytePair }: TokenizerDescription): (text: string) => number[] {
+function createPlainEncoder({ bytePair }: TokenizerDescription): BytePairEncoder {
   try {
-    const library = new BytePairTokenizer({ ...bytePair, added_tokens: [], post_processor: null }, {});
-    return (text) => library.encode(text).ids;
+    return createBytePairEncoder(bytePair);
   } catch (cause) {
     throw new ClusterError('failed_precondition', 'tokenizer.json is not supported', { cause });
   }
@@ -139,11 +148,11 @@ function buildByteTable({ bytePair, addedTokens }: TokenizerDescription): (Uint8
   return table;
 }
 
-/** One group that matches the longest of the texts at the leftmost place; undefined for no texts. */
+/** Matches the longest of the texts at the leftmost place; undefined for no texts. */
 function compileAlternatives(texts: readonly string[]): RegExp | undefined {
   if (texts.length === 0) {
     return undefined;
   }
   const longestFirst = texts.toSorted((a, b) => b.length - a.length).map((text) => RegExp.escape(text));
-  return new RegExp(`(${longestFirst.join('|')})`, 'u');
+  return new RegExp(longestFirst.join('|'), 'gu');
 }
