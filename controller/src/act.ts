@@ -98,7 +98,7 @@ export class Actor {
         break;
       }
       case 'drainGroup': {
-        const sinceMs = Date.now();
+        const sinceMs = this.#options.client.clock.nowMs();
         await this.#annotate(action.pods, new Date(sinceMs).toISOString(), on);
         this.#tell(on, 'Normal', 'GroupDraining', `${action.group}: ${action.reason}`);
         await this.#mark(
@@ -220,7 +220,7 @@ export class Actor {
       message: routable
         ? 'the dispatcher holds a channel to the whole group'
         : 'the dispatcher does not reach the whole group',
-      lastTransitionTime: new Date().toISOString(),
+      lastTransitionTime: this.#options.client.clock.now(),
     };
     const manifest = { apiVersion: 'v1', kind: 'Pod', metadata: pod, status: { conditions: [condition] } };
     await this.#ifThere(pod, on, async () => {

@@ -2,7 +2,14 @@ import type { QueueState } from '@mimo/core/queue';
 import { describe, expect, it } from 'vitest';
 
 import { labels, prepareLabels } from './decide/labels.ts';
-import { observeLoads, observePod, observePreparePod, type ApiPod } from './observe.ts';
+import {
+  observeFailure,
+  observeLoads,
+  observePod,
+  observePreparePod,
+  type ApiPod,
+  type Failure,
+} from './observe.ts';
 
 type Status = NonNullable<ApiPod['status']>;
 type Container = NonNullable<Status['containerStatuses']>[number];
@@ -34,6 +41,11 @@ function ended(name: string, exitCode: number, second: number, more: object = {}
 
 const running: Container = { name: 'rank-0', state: {} };
 
+/** A pod as it is read, now or when it was known to have failed. */
+function read(pod: ApiPod, before?: Failure): ReturnType<typeof observePod> {
+  return observePod(pod, observeFailure(pod, before, 7));
+}
+
 describe('observePod', () => {
   it('reads what the labels say, and the gate', () => {
     const pod = rankPod({
@@ -44,7 +56,7 @@ describe('observePod', () => {
       ],
       containerStatuses: [running],
     });
-    expect(observePod(pod)).toEqual({
+    expect(read(pod)).toEqual({
       name: 'chat-0a1b2c3d-2-1',
       uid: 'u',
       group: 'chat-0a1b2c3d-2',
@@ -65,17 +77,17 @@ describe('observePod', () => {
   });
 
   it('knows no pod without the labels of a group', () => {
-    expect(observePod(rankPod({}, { labels: {} }))).toBeUndefined();
-    expect(observePod(rankPod({}, { labels: { ...rankPod({}).metadata.labels, [labels.rank]: 'x' } }))).toBe(
+    expect(read(rankPod({}, { labels: {} }))).toBeUndefined();
+    expect(read(rankPod({}, { labels: { ...rankPod({}).metadata.labels, [labels.rank]: 'x' } }))).toBe(
       undefined,
     );
   });
 
   it('takes a pod for over when one of its ranks is, whatever the others do', () => {
     const crashed = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 137, 1)] });
-    expect(observePod(crashed)?.phase).toBe('Failed');
+    expect(read(crashed)?.phase).toBe('Failed');
     const left = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 0, 1)] });
-    expect(observePod(left)?.phase).toBe('Succeeded');
+    expect(read(left)?.phase).toBe('Succeeded');
   });
 
   const words: readonly (readonly [string, Status, string])[] = [
@@ -107,17 +119,22 @@ describe('observePod', () => {
     ],
   ];
   it.each(words)('hears %s', (_what, status, failure) => {
-    expect(observePod(rankPod(status))).toMatchObject({ phase: 'Failed', failure });
+    expect(read(rankPod(status))).toMatchObject({ phase: 'Failed', failure });
   });
 
-  it('does not take for a failure what ends because the pod is deleted', () => {
-    const deletion = { deletionTimestamp: '2026-01-01T00:01:30Z', deletionGracePeriodSeconds: 30 };
+  it('does not take for a failure what ends because the pod is deleted, whatever the clocks say', () => {
+    const deletion = { deletionTimestamp: '2026-01-01T00:01:30Z' };
     const killed = rankPod({ phase: 'Failed', containerStatuses: [ended('rank-0', 137, 20)] }, deletion);
-    expect(observePod(killed)).toMatchObject({ phase: 'Succeeded', failure: undefined, deleting: true });
-    // It had crashed before, which is why it is deleted.
-    const crashed = { ...deletion, deletionTimestamp: '2026-01-01T00:01:45Z' };
-    const before = rankPod({ phase: 'Failed', containerStatuses: [ended('rank-0', 137, 10)] }, crashed);
-    expect(observePod(before)).toMatchObject({ phase: 'Failed', failure: 'rank-0: exit code 137' });
+    expect(read(killed)).toMatchObject({ phase: 'Succeeded', failure: undefined, deleting: true });
+    // It was seen to have crashed before, which is why it is deleted.
+    const crash = { words: 'rank-0: exit code 137', exitCode: 137, seenMs: 3 };
+    expect(read(killed, crash)).toMatchObject({ phase: 'Failed', failure: crash.words, failedMs: 3 });
+  });
+
+  it('knows when it first saw a failure', () => {
+    const crashed = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 137, 1)] });
+    const first = observeFailure(crashed, undefined, 7);
+    expect(observeFailure(crashed, first, 9)).toMatchObject({ seenMs: 7 });
   });
 
   const blockers: readonly (readonly [string, Status, string | undefined])[] = [
@@ -156,7 +173,7 @@ describe('observePod', () => {
     ],
   ];
   it.each(blockers)('asks %s why a pod does not start', (_what, status, blocker) => {
-    expect(observePod(rankPod(status))?.blocker).toBe(blocker);
+    expect(read(rankPod(status))?.blocker).toBe(blocker);
   });
 });
 
@@ -169,14 +186,14 @@ describe('observePreparePod', () => {
         containerStatuses: [ended('prepare', 3, 7, { reason: 'Error', message: 'prepare: no such model' })],
       },
     };
-    expect(observePreparePod(pod)).toMatchObject({
+    expect(observePreparePod(pod, observeFailure(pod, undefined, 7))).toMatchObject({
       modelHash: 'cafe0123',
       phase: 'Failed',
       exitCode: 3,
-      finishedMs: Date.parse('2026-01-01T00:01:07Z'),
+      failedMs: 7,
       failure: 'prepare: exit code 3: prepare: no such model',
     });
-    expect(observePreparePod(rankPod({}))).toBeUndefined();
+    expect(observePreparePod(rankPod({}), undefined)).toBeUndefined();
   });
 });
 

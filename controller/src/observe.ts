@@ -1,5 +1,7 @@
 // What the API server and the dispatcher say -> what the decisions are made from. Pure. An object of ours that cannot be
 // read (no labels of a group) is none. Words for people are gathered here: why a pod does not start, and what it said last.
+// What a kubelet stamps is by its machine's clock: such stamps order the containers of one pod and nothing else. When
+// something happened to a pod is when the controller first saw it.
 
 import { queueStateFreshMs, type QueueState } from '@mimo/core/queue';
 
@@ -13,7 +15,6 @@ interface ApiCondition {
   readonly status: string;
   readonly reason?: string | undefined;
   readonly message?: string | undefined;
-  readonly lastTransitionTime?: string | undefined;
 }
 
 interface ApiContainerStatus {
@@ -25,6 +26,7 @@ interface ApiContainerStatus {
           readonly exitCode: number;
           readonly reason?: string;
           readonly message?: string;
+          /** By the kubelet's clock. */
           readonly finishedAt?: string;
         }
       | undefined;
@@ -39,7 +41,6 @@ export interface ApiPod {
     readonly resourceVersion?: string;
     readonly creationTimestamp?: string;
     readonly deletionTimestamp?: string;
-    readonly deletionGracePeriodSeconds?: number;
     readonly labels?: Readonly<Record<string, string>>;
     readonly annotations?: Readonly<Record<string, string>>;
     readonly ownerReferences?: readonly { readonly uid: string; readonly controller?: boolean }[];
@@ -64,8 +65,8 @@ export function isOwnedBy({ metadata }: ApiPod, uid: string): boolean {
   return metadata.ownerReferences?.some((owner) => owner.uid === uid && owner.controller === true) === true;
 }
 
-/** A pod of a group; undefined for any other. */
-export function observePod(pod: ApiPod): ObservedPod | undefined {
+/** A pod of a group, and how it failed; undefined for any other. */
+export function observePod(pod: ApiPod, failed: Failure | undefined): ObservedPod | undefined {
   const { metadata, status } = pod;
   const named = metadata.labels ?? {};
   const group = named[labels.group];
@@ -82,7 +83,6 @@ export function observePod(pod: ApiPod): ObservedPod | undefined {
   ) {
     return undefined;
   }
-  const failed = lastWords(pod);
   const isTrue = (type: string): boolean =>
     status?.conditions?.some((condition) => condition.type === type && condition.status === 'True') === true;
   const since = Date.parse(metadata.annotations?.[drainAnnotation] ?? '');
@@ -94,33 +94,32 @@ export function observePod(pod: ApiPod): ObservedPod | undefined {
     index,
     rank,
     groupPods,
-    phase: phaseOf(pod),
+    phase: phaseOf(pod, failed),
     ready: isTrue('Ready'),
     deleting: metadata.deletionTimestamp !== undefined,
     createdMs: timeOf(metadata.creationTimestamp) ?? 0,
     drainingSinceMs: Number.isNaN(since) ? undefined : since,
     blocker: blockerOf(pod),
     failure: failed?.words,
-    failedMs: failed?.atMs,
+    failedMs: failed?.seenMs,
     routable: isTrue(routableCondition),
   };
 }
 
-/** A prepare pod; undefined for any other. */
-export function observePreparePod(pod: ApiPod): PreparePod | undefined {
+/** A prepare pod, and how it failed; undefined for any other. */
+export function observePreparePod(pod: ApiPod, failed: Failure | undefined): PreparePod | undefined {
   const modelHash = pod.metadata.labels?.[prepareLabels.hash];
   if (modelHash === undefined) {
     return undefined;
   }
-  const failed = lastWords(pod);
   return {
     name: pod.metadata.name,
     uid: pod.metadata.uid,
     modelHash,
-    phase: phaseOf(pod),
+    phase: phaseOf(pod, failed),
     deleting: pod.metadata.deletionTimestamp !== undefined,
     exitCode: failed?.exitCode,
-    finishedMs: failed?.atMs,
+    failedMs: failed?.seenMs,
     blocker: blockerOf(pod),
     failure: failed?.words,
   };
@@ -131,10 +130,9 @@ function isCount(value: number | undefined): value is number {
 }
 
 /** A rank that ended ends its pod, also while the pod's other ranks still run. */
-function phaseOf(pod: ApiPod): ObservedPod['phase'] {
-  const { status } = pod;
+function phaseOf({ status }: ApiPod, failed: Failure | undefined): ObservedPod['phase'] {
   const ended = (status?.containerStatuses ?? []).filter(({ state }) => state?.terminated !== undefined);
-  if (lastWords(pod) !== undefined) {
+  if (failed !== undefined) {
     return 'Failed';
   }
   if (status?.phase === 'Succeeded' || status?.phase === 'Failed' || ended.length > 0) {
@@ -171,52 +169,58 @@ function blockerOf({ status }: ApiPod): string | undefined {
   return undefined;
 }
 
-/** Since when a pod has waited on its machine for its volumes and its network, before any image is asked for. */
-export function unmountedSinceMs({ status }: ApiPod): number | undefined {
+/** Whether a pod waits on its machine for its volumes and its network, before any image is asked for. */
+export function isUnmounted({ status }: ApiPod): boolean {
   const isPlaced = status?.conditions?.some(
     ({ type, status: held }) => type === 'PodScheduled' && held === 'True',
   );
   const hasStarted = status?.conditions?.find(({ type }) => type === 'PodReadyToStartContainers');
-  return isPlaced === true && status?.phase === 'Pending' && hasStarted?.status === 'False'
-    ? timeOf(hasStarted.lastTransitionTime)
-    : undefined;
+  return isPlaced === true && status?.phase === 'Pending' && hasStarted?.status === 'False';
 }
 
-interface LastWords {
+/** How a pod failed. */
+export interface Failure {
   readonly words: string;
-  readonly atMs: number | undefined;
   readonly exitCode: number | undefined;
+  /** When the controller first saw it. */
+  readonly seenMs: number;
 }
 
 /**
  * What the container that failed first said, or why the pod as a whole failed. A container that ends because its pod is
- * deleted has not failed, whatever its exit code.
+ * deleted has not failed, whatever its exit code: a pod that is being deleted has failed if it was seen to `before`.
  */
-function lastWords({ metadata, status }: ApiPod): LastWords | undefined {
-  const graceMs = (metadata.deletionGracePeriodSeconds ?? 0) * 1000;
-  const deletedMs = (timeOf(metadata.deletionTimestamp) ?? Number.POSITIVE_INFINITY) - graceMs;
+export function observeFailure(
+  { metadata, status }: ApiPod,
+  before: Failure | undefined,
+  nowMs: number,
+): Failure | undefined {
+  if (metadata.deletionTimestamp !== undefined) {
+    return before;
+  }
+  const seenMs = before?.seenMs ?? nowMs;
   const failed = containersOf(status).flatMap(({ name, state }) => {
     const { terminated } = state ?? {};
-    const finishedMs = timeOf(terminated?.finishedAt);
-    if (terminated === undefined || terminated.exitCode === 0 || (finishedMs ?? 0) >= deletedMs) {
+    if (terminated === undefined || terminated.exitCode === 0) {
       return [];
     }
+    const finishedMs = timeOf(terminated.finishedAt) ?? 0;
     const { exitCode, reason, message } = terminated;
     const why =
       reason === undefined || reason === 'Error'
         ? `exit code ${exitCode}`
         : `${reason}, exit code ${exitCode}`;
-    return [{ words: wordsOf(`${name}: ${why}`, message), atMs: finishedMs, exitCode }];
+    return [{ words: wordsOf(`${name}: ${why}`, message), finishedMs, exitCode }];
   });
-  const [first] = failed.toSorted((a, b) => (a.atMs ?? 0) - (b.atMs ?? 0));
+  const [first] = failed.toSorted((a, b) => a.finishedMs - b.finishedMs);
   if (first !== undefined) {
-    return first;
+    return { words: first.words, exitCode: first.exitCode, seenMs };
   }
-  if (status?.phase !== 'Failed' || metadata.deletionTimestamp !== undefined) {
+  if (status?.phase !== 'Failed') {
     return undefined;
   }
   // Evicted, or its machine is gone.
-  return { words: wordsOf(status.reason ?? 'failed', status.message), atMs: undefined, exitCode: undefined };
+  return { words: wordsOf(status.reason ?? 'failed', status.message), exitCode: undefined, seenMs };
 }
 
 function containersOf(status: ApiPod['status']): readonly ApiContainerStatus[] {

@@ -42,7 +42,7 @@ describe('QueueWatch', () => {
   let changes: string[];
   beforeEach(async () => {
     // A state is as old as a test says, and not as long as the test was stopped.
-    vi.useFakeTimers({ toFake: ['Date'] });
+    vi.useFakeTimers({ toFake: ['performance'] });
     queue = createMemoryQueue();
     changes = [];
     watch = new QueueWatch({
@@ -61,13 +61,16 @@ describe('QueueWatch', () => {
   });
 
   const waiting = (): number | 'unknown' => {
-    const { queue: reading } = watch.observe(model, Date.now());
+    const { queue: reading } = watch.observe(model, performance.now());
     return reading === 'unknown' ? reading : reading.waitingRequests;
   };
 
   it('knows nothing before a dispatcher has spoken, and nothing of a model that it does not follow', () => {
     expect(waiting()).toBe('unknown');
-    expect(watch.observe('other', Date.now())).toMatchObject({ queue: 'unknown', loadsComplete: false });
+    expect(watch.observe('other', performance.now())).toMatchObject({
+      queue: 'unknown',
+      loadsComplete: false,
+    });
   });
 
   it('shows a burst as a whole: what was there before it until it has gone on for a moment', async () => {
@@ -110,8 +113,8 @@ describe('QueueWatch', () => {
     queue.publishState(stateWith({ groups: [group] }));
     await sleep(20);
     expect(changes).toEqual([model]);
-    expect([...watch.observe(model, Date.now()).loads.keys()]).toEqual(['chat-new-0']);
-    expect(watch.observe(model, Date.now() + 6_000)).toMatchObject({
+    expect([...watch.observe(model, performance.now()).loads.keys()]).toEqual(['chat-new-0']);
+    expect(watch.observe(model, performance.now() + 6_000)).toMatchObject({
       queue: 'unknown',
       loadsComplete: false,
     });
@@ -121,18 +124,18 @@ describe('QueueWatch', () => {
     queue.publishState(stateWith({ dispatcherEpoch: 2, runningRequests: 5 }));
     queue.publishState(stateWith({ dispatcherEpoch: 1, runningRequests: 9 }));
     await sleep(20);
-    const { queue: reading } = watch.observe(model, Date.now());
+    const { queue: reading } = watch.observe(model, performance.now());
     expect(reading).toMatchObject({ inFlightRequests: 5, countersEpoch: 2 });
   });
 
   it('follows marks and the catalogue, and forgets a model that is not served any more', async () => {
     await queue.markDraining(model, 'chat-new-0', { sinceUnixMs: 5 });
     await sleep(20);
-    const seen = watch.observe(model, Date.now());
+    const seen = watch.observe(model, performance.now());
     expect(seen.marks).toEqual(new Map([['chat-new-0', { sinceUnixMs: 5 }]]));
     expect(seen.published).toBe(true);
-    expect(watch.observe('other', Date.now()).published).toBe(false);
+    expect(watch.observe('other', performance.now()).published).toBe(false);
     watch.follow([]);
-    expect(watch.observe(model, Date.now()).marks).toBe('unknown');
+    expect(watch.observe(model, performance.now()).marks).toBe('unknown');
   });
 });

@@ -62,6 +62,7 @@ export class QueueWatch {
     }
   }
 
+  /** As of `nowMs`, by performance.now(). */
   observe(model: string, nowMs: number): QueueObservation {
     const watch = this.#models.get(model);
     const { connected } = this.#options.queue;
@@ -114,7 +115,7 @@ class ModelWatch {
     this.ended = Promise.all([
       this.#again(signal, async () => {
         for await (const state of options.queue.followState(model, signal)) {
-          this.#receive(state, Date.now());
+          this.#receive(state, performance.now());
         }
       }),
       this.#again(signal, async () => {

@@ -17,6 +17,7 @@ import { planService, type Action } from './decide/plan.ts';
 import { noPreparation, planPrepare, type Preparation, type PrepareMemory } from './decide/prepare.ts';
 import { noStartUp, observeStartUps, readyInMs, type StartUpMemory } from './decide/start-up.ts';
 import { Expectations, isAtLeast } from './expectations.ts';
+import type { ApiClock } from './kube/api-clock.ts';
 import type { EventRecorder } from './kube/events.ts';
 import type { Informer } from './kube/informer.ts';
 import { resourceTypes, type ObjectMetadata } from './kube/resource.ts';
@@ -38,6 +39,8 @@ export interface ReconcilerOptions {
   readonly namespace: string;
   readonly caches: Caches;
   readonly watch: QueueWatch;
+  /** The API server's time, in which everything is decided. */
+  readonly clock: ApiClock;
   readonly actor: Actor;
   readonly events: EventRecorder;
   readonly settings: WorkerSettings;
@@ -55,7 +58,7 @@ interface ServiceMemory {
   disruption: DisruptionMemory;
   /** Our last write of the service, until the watch shows one as new. */
   written: { readonly resourceVersion: string; readonly status: ModelServiceStatus } | undefined;
-  /** Creations that the API server refused: not tried again before `untilMs`. */
+  /** Creations that the API server refused: not tried again before `untilMs`, by performance.now(). */
   refused: { readonly count: number; readonly untilMs: number; readonly message: string } | undefined;
   queueKnown: boolean;
   modelCondition: string;
@@ -103,13 +106,13 @@ export class Reconciler {
 
   async #round(record: ServiceRecord, service: ModelService, signal: AbortSignal): Promise<void> {
     const { caches, watch, settings } = this.#options;
-    const nowMs = Date.now();
+    const nowMs = this.#options.clock.nowMs();
     const { name, uid } = record.metadata;
     const pods = caches.pods
       .indexed(name)
       .filter(({ ownerUid }) => ownerUid === uid)
       .map((pod) => podAt(pod, nowMs));
-    const queue = watch.observe(service.spec.model.name, nowMs);
+    const queue = watch.observe(service.spec.model.name, performance.now());
     const groups = groupsFromPods(
       pods.flatMap(({ rank }) => rank ?? []),
       queue.loads,
@@ -120,7 +123,7 @@ export class Reconciler {
     const settled = memory.expectations.settle((pod) => {
       const found = caches.pods.get(`${this.#options.namespace}/${pod}`);
       return found === undefined ? undefined : { ...found };
-    }, nowMs);
+    }, performance.now());
 
     const modelHash = modelHashOf(service.spec);
     const sharers = caches.services
@@ -170,7 +173,7 @@ export class Reconciler {
       record,
       service,
       signal,
-      onWrite: (write) => memory.expectations.expect(write, Date.now()),
+      onWrite: (write) => memory.expectations.expect(write, performance.now()),
       onServiceWrite: ({ metadata, status }) => {
         memory.written = {
           resourceVersion: metadata.resourceVersion,
@@ -259,7 +262,7 @@ export class Reconciler {
       on.signal.throwIfAborted();
       const { kind } = batch[0];
       const creates = kind === 'createGroup' || kind === 'createPreparePod';
-      if (creates && (refusal !== undefined || Date.now() < (memory.refused?.untilMs ?? 0))) {
+      if (creates && (refusal !== undefined || performance.now() < (memory.refused?.untilMs ?? 0))) {
         continue;
       }
       const results = await Promise.allSettled(batch.map((action) => this.#options.actor.act(action, on)));
@@ -277,7 +280,7 @@ export class Reconciler {
     }
     if (refusal !== undefined) {
       const count = (memory.refused?.count ?? 0) + 1;
-      const untilMs = Date.now() + Math.min(longestRefusalMs, firstRefusalMs * 2 ** (count - 1));
+      const untilMs = performance.now() + Math.min(longestRefusalMs, firstRefusalMs * 2 ** (count - 1));
       memory.refused = { count, untilMs, message: refusal.message };
     }
     if (failure !== undefined) {
@@ -381,7 +384,7 @@ export class Reconciler {
           reason: 'InvalidSpec',
           message,
           observedGeneration: metadata.generation ?? 0,
-          lastTransitionTime: new Date().toISOString(),
+          lastTransitionTime: this.#options.clock.now(),
         };
         const others = (status.conditions ?? []).filter(({ type }) => type !== 'Ready');
         const next = { ...status, conditions: [...others, ready] };

@@ -5,6 +5,8 @@ import type { KubeObject } from './kube/resource.ts';
 import { podAt, readPod } from './records.ts';
 
 const sinceMs = Date.parse('2026-01-01T00:00:10Z');
+/** The kubelet's clock is far behind. */
+const kubeletTime = '2025-12-31T23:50:00Z';
 
 /** A pod that lies on a machine and has not been given its volumes. */
 function placed(podLabels: Readonly<Record<string, string>>, started: 'True' | 'False'): KubeObject {
@@ -23,11 +25,11 @@ function placed(podLabels: Readonly<Record<string, string>>, started: 'True' | '
     status: {
       phase: 'Pending',
       conditions: [
-        { type: 'PodScheduled', status: 'True', lastTransitionTime: '2026-01-01T00:00:05Z' },
+        { type: 'PodScheduled', status: 'True', lastTransitionTime: kubeletTime },
         {
           type: 'PodReadyToStartContainers',
           status: started,
-          lastTransitionTime: new Date(sinceMs).toISOString(),
+          lastTransitionTime: kubeletTime,
         },
       ],
     },
@@ -45,7 +47,8 @@ const rankLabels = {
 
 describe('a pod that waits for its volumes', () => {
   it('is blocked after a minute, and says where to look', () => {
-    const record = readPod(placed(rankLabels, 'False'));
+    const first = readPod(placed(rankLabels, 'False'), undefined, sinceMs);
+    const record = readPod(placed(rankLabels, 'False'), first, sinceMs + 30_000);
     expect(podAt(record, sinceMs + 59_000).rank?.blocker).toBe(undefined);
     expect(podAt(record, sinceMs + 60_000).rank?.blocker).toBe(
       'pod chat-pod has waited for its volumes or its network since 2026-01-01T00:00:10.000Z: ' +
@@ -56,6 +59,8 @@ describe('a pod that waits for its volumes', () => {
   it('is blocked where it prepares a model, too', () => {
     const record = readPod(
       placed({ [prepareLabels.service]: 'chat', [prepareLabels.hash]: 'cafe' }, 'False'),
+      undefined,
+      sinceMs,
     );
     expect(podAt(record, sinceMs + 60_000)).toMatchObject({
       rank: undefined,
@@ -64,7 +69,8 @@ describe('a pod that waits for its volumes', () => {
   });
 
   it('is not blocked by that once it has them', () => {
-    const record = readPod(placed(rankLabels, 'True'));
+    const first = readPod(placed(rankLabels, 'False'), undefined, sinceMs);
+    const record = readPod(placed(rankLabels, 'True'), first, sinceMs + 30_000);
     expect(podAt(record, sinceMs + 600_000).rank?.blocker).toBe(undefined);
   });
 });

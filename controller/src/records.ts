@@ -7,7 +7,15 @@ import { z } from 'zod';
 import type { ObservedPod } from './decide/groups.ts';
 import type { PreparePod } from './decide/prepare.ts';
 import type { KubeObject, ObjectMetadata } from './kube/resource.ts';
-import { observePod, observePreparePod, serviceOfPod, unmountedSinceMs, type ApiPod } from './observe.ts';
+import {
+  isUnmounted,
+  observeFailure,
+  observePod,
+  observePreparePod,
+  serviceOfPod,
+  type ApiPod,
+  type Failure,
+} from './observe.ts';
 import { parseModelService, parseTenant, type ModelService, type Tenant } from './resources.ts';
 import { modelServiceStatus, tenantStatus, type ModelServiceStatus } from './status.ts';
 
@@ -42,14 +50,19 @@ export interface PodRecord {
   readonly deleting: boolean;
   readonly service: string;
   readonly ownerUid: string;
+  /** When it was first seen to wait for its volumes or its network. */
   readonly unmountedSinceMs: number | undefined;
+  readonly failed: Failure | undefined;
   readonly rank: ObservedPod | undefined;
   readonly prepare: PreparePod | undefined;
 }
 
-export function readPod(object: KubeObject): PodRecord {
+/** Reads a pod as it is at `nowMs`; `before` is what its name was known as. */
+export function readPod(object: KubeObject, before: PodRecord | undefined, nowMs: number): PodRecord {
   const pod = object as unknown as ApiPod;
   const { name, uid, resourceVersion, deletionTimestamp, ownerReferences } = object.metadata;
+  const known = before?.uid === uid ? before : undefined;
+  const failed = observeFailure(pod, known?.failed, nowMs);
   return {
     name,
     uid,
@@ -57,9 +70,10 @@ export function readPod(object: KubeObject): PodRecord {
     deleting: deletionTimestamp !== undefined,
     service: serviceOfPod(pod) ?? '',
     ownerUid: ownerReferences?.find(({ controller }) => controller === true)?.uid ?? '',
-    unmountedSinceMs: unmountedSinceMs(pod),
-    rank: observePod(pod),
-    prepare: observePreparePod(pod),
+    unmountedSinceMs: isUnmounted(pod) ? (known?.unmountedSinceMs ?? nowMs) : undefined,
+    failed,
+    rank: observePod(pod, failed),
+    prepare: observePreparePod(pod, failed),
   };
 }
 

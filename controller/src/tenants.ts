@@ -116,8 +116,7 @@ async function writeCondition(
     type: 'Ready',
     ...judged,
     observedGeneration: generation,
-    lastTransitionTime:
-      before?.status === judged.status ? before.lastTransitionTime : new Date().toISOString(),
+    lastTransitionTime: before?.status === judged.status ? before.lastTransitionTime : client.clock.now(),
   };
   const patch = { status: { observedGeneration: generation, conditions: [condition] } };
   try {

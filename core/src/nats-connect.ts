@@ -11,6 +11,7 @@ import {
   usernamePasswordAuthenticator,
   type Authenticator,
   type NatsConnection,
+  type ReconnectToServerHandler,
 } from '@nats-io/transport-node';
 
 import { ClusterError } from './errors.ts';
@@ -50,8 +51,9 @@ export function connectNats({
     name: clientName,
     waitOnFirstConnect: true,
     maxReconnectAttempts: -1,
-    reconnectTimeWait: 250,
-    reconnectJitter: 250,
+    // The client would wait by the wall clock: set back by five minutes, it would not dial for five minutes.
+    reconnectDelayHandler: () => Number.NEGATIVE_INFINITY,
+    reconnectToServer: dialPause(parts.length),
     // A server that stopped answering is noticed within 15 s, where the default takes minutes.
     pingInterval: 5_000,
     maxPingOut: 2,
@@ -59,6 +61,17 @@ export function connectNats({
     ignoreAuthErrorAbort: true,
     ...(authenticator === undefined ? {} : { authenticator }),
   });
+}
+
+/** Which server is next is the client's choice; each is dialled again no sooner than in 250 to 500 ms. */
+function dialPause(servers: number): ReconnectToServerHandler {
+  let nextMs = 0;
+  return ([server]) => {
+    const nowMs = performance.now();
+    const delay = Math.max(0, nextMs - nowMs);
+    nextMs = nowMs + delay + (250 + 250 * Math.random()) / servers;
+    return server === undefined ? null : { server, delay };
+  };
 }
 
 function splitServer(server: string): { readonly address: string; readonly credentials: string } {

@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import { readFileSync, existsSync, globSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
 
-import { unmountedSinceMs, type ApiPod } from '@mimo/controller/observe';
+import { isUnmounted, type ApiPod } from '@mimo/controller/observe';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startRealCluster, type RealCluster } from '../harness/kubernetes/cluster.ts';
@@ -80,10 +80,10 @@ describe('a real cluster of two nodes', () => {
         volumes: [{ name: 'checkpoint', hostPath: { path: '/no/such/model', type: 'Directory' } }],
       },
     });
-    const sinceOf = async (pod: string): Promise<number | undefined> =>
-      unmountedSinceMs(JSON.parse(await cluster.kubectl('get', 'pod', pod, '-o', 'json')) as ApiPod);
-    await waitFor('the pod to be waiting', async () => (await sinceOf('lost')) !== undefined);
-    expect(await sinceOf('web-0')).toBe(undefined);
+    const waits = async (pod: string): Promise<boolean> =>
+      isUnmounted(JSON.parse(await cluster.kubectl('get', 'pod', pod, '-o', 'json')) as ApiPod);
+    await waitFor('the pod to be waiting', () => waits('lost'));
+    expect(await waits('web-0')).toBe(false);
     await cluster.kubectl('delete', 'pod', 'lost', '--grace-period=0', '--force');
   });
 

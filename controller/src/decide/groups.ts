@@ -20,7 +20,7 @@ export interface ObservedPod {
   readonly drainingSinceMs: number | undefined;
   /** The scheduler's words where the pod cannot be placed. */
   readonly blocker: string | undefined;
-  /** The last words of a container that failed, and when. */
+  /** The last words of a container that failed, and when the controller saw it. */
   readonly failure: string | undefined;
   readonly failedMs: number | undefined;
   /** The readiness gate as it is set: whether the dispatcher was last known to reach the whole group. */

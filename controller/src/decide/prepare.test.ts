@@ -10,7 +10,7 @@ function podOf(fields: Partial<PreparePod> = {}): PreparePod {
     phase: 'Running',
     deleting: false,
     exitCode: undefined,
-    finishedMs: undefined,
+    failedMs: undefined,
     blocker: undefined,
     failure: undefined,
     ...fields,
@@ -37,7 +37,7 @@ function kindsOf(input: PrepareInput): string[] {
   return planPrepare(input).actions.map(({ kind }) => kind);
 }
 
-const notFound = podOf({ phase: 'Failed', exitCode: 3, finishedMs: 0, failure: 'no such model' });
+const notFound = podOf({ phase: 'Failed', exitCode: 3, failedMs: 0, failure: 'no such model' });
 
 describe('planPrepare', () => {
   it('starts a pod for a model that is not prepared, and waits for it', () => {
@@ -96,7 +96,7 @@ describe('planPrepare', () => {
     let nowMs = 0;
     const waits: number[] = [];
     for (const uid of ['a', 'b', 'c']) {
-      const pods = [podOf({ uid, phase: 'Failed', exitCode: 1, finishedMs: nowMs, failure: 'hub is away' })];
+      const pods = [podOf({ uid, phase: 'Failed', exitCode: 1, failedMs: nowMs, failure: 'hub is away' })];
       const begin = nowMs;
       for (;;) {
         const plan = planPrepare(inputWith({ pods, memory, nowMs }));
@@ -113,7 +113,7 @@ describe('planPrepare', () => {
   });
 
   it('goes by when the pod ended, so that a restart of the controller does not begin the wait anew', () => {
-    const pods = [{ ...notFound, finishedMs: 100_000 }];
+    const pods = [{ ...notFound, failedMs: 100_000 }];
     expect(kindsOf(inputWith({ pods, nowMs: 399_999 }))).toEqual([]);
     expect(kindsOf(inputWith({ pods, nowMs: 400_000 }))).toEqual(['deletePreparePod']);
   });

@@ -22,7 +22,8 @@ export interface PreparePod {
   readonly phase: 'Pending' | 'Running' | 'Succeeded' | 'Failed';
   readonly deleting: boolean;
   readonly exitCode: number | undefined;
-  readonly finishedMs: number | undefined;
+  /** When the controller saw that it had failed. */
+  readonly failedMs: number | undefined;
   /** Why it does not start: the scheduler's words, or those of an image that cannot be pulled. */
   readonly blocker: string | undefined;
   /** The last words of the container. */
@@ -157,7 +158,7 @@ function remember(input: PrepareInput, current: PreparePod | undefined): Prepare
   return {
     modelHash,
     failures: known.failures + 1,
-    lastMs: current.finishedMs ?? nowMs,
+    lastMs: current.failedMs ?? nowMs,
     notFound: current.exitCode === notFoundExitCode,
     message: current.failure ?? 'the prepare pod failed without a word',
     generation: input.generation,

@@ -206,7 +206,7 @@ class Simulation {
     } else if (pod.phase === 'Running' && faulty && chance < 0.2) {
       const exitCode = this.#pick([1, 3]);
       const failure = exitCode === 3 ? 'no such model' : 'the hub does not answer';
-      this.#changePreparing(pod.name, { phase: 'Failed', exitCode, failure, finishedMs: this.#nowMs });
+      this.#changePreparing(pod.name, { phase: 'Failed', exitCode, failure, failedMs: this.#nowMs });
     } else if (pod.phase === 'Running' && this.#queueIsUp && chance < 0.8) {
       this.#catalogued = true;
       this.#prepared.add(pod.modelHash);
@@ -314,7 +314,7 @@ class Simulation {
           phase: 'Pending',
           deleting: false,
           exitCode: undefined,
-          finishedMs: undefined,
+          failedMs: undefined,
           blocker: undefined,
           failure: undefined,
         });

@@ -5,6 +5,7 @@
 import { KubeConfig } from '@kubernetes/client-node';
 import { ClusterError } from '@mimo/core/errors';
 
+import { ApiClock } from './api-clock.ts';
 import { hasReason, isApiStatus, statusError } from './api-status.ts';
 import { resourcePath, type KubeObject, type ObjectManifest, type ResourceType } from './resource.ts';
 import { connectionError, Transport } from './transport.ts';
@@ -83,6 +84,8 @@ export function loadKubeConfig(file: string | undefined): KubeConfig {
 /** Talks to one API server about one namespace and the cluster-wide types. Close it to free its connections. */
 export class KubeClient {
   readonly namespace: string;
+  /** The server's time. */
+  readonly clock = new ApiClock();
   readonly #pageSize: number;
   readonly #transport: Transport;
 
@@ -93,6 +96,7 @@ export class KubeClient {
     this.#transport = new Transport(config, {
       timeoutMs: options.timeoutMs ?? 30_000,
       userAgent: fieldOwner,
+      clock: this.clock,
     });
   }
 

@@ -69,7 +69,7 @@ export class EventRecorder {
       this.#dropped += 1;
       return;
     }
-    this.#pending.push({ subject, note, time: new Date().toISOString() });
+    this.#pending.push({ subject, note, time: this.#options.client.clock.now() });
     this.#sending ??= this.#send().finally(() => {
       this.#sending = undefined;
     });

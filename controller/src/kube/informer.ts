@@ -15,10 +15,11 @@ export interface InformerOptions<T> {
   readonly type: ResourceType;
   readonly selection?: Selection;
   /**
-   * Reads an object, which comes without `managedFields`, into what is cached. Where it throws, the value before stays
-   * and the error is logged: what must be acted on although it is wrong should be parsed into a value that says so.
+   * Reads an object, which comes without `managedFields`, into what is cached; `before` is what was cached under its key.
+   * Where it throws, that stays and the error is logged: what must be acted on although it is wrong should be parsed into
+   * a value that says so.
    */
-  readonly parse: (object: KubeObject) => T;
+  readonly parse: (object: KubeObject, before: T | undefined) => T;
   /** Groups the values for `indexed`; undefined leaves one out. */
   readonly index?: (value: T) => string | undefined;
   readonly log: Log;
@@ -259,7 +260,7 @@ class ListWatchInformer<T> implements Informer<T> {
     delete (object.metadata as { managedFields?: unknown }).managedFields;
     let value: T;
     try {
-      value = this.#options.parse(object);
+      value = this.#options.parse(object, before?.value);
     } catch (error) {
       this.#options.log.error(
         { error: ClusterError.from(error), resource: this.#options.type.plural, key },

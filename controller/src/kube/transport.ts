@@ -10,6 +10,7 @@ import type { KubeConfig } from '@kubernetes/client-node';
 import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 
+import type { ApiClock } from './api-clock.ts';
 import { isApiStatus, statusError } from './api-status.ts';
 
 /** One request; the path includes the query. */
@@ -24,6 +25,8 @@ export interface TransportOptions {
   /** How long a whole request, or the beginning of a stream, may take. */
   readonly timeoutMs: number;
   readonly userAgent: string;
+  /** Hears the time of every answer. */
+  readonly clock: ApiClock;
 }
 
 /** A reply of 429 is waited out so many times within a call, and each time no longer than this. */
@@ -151,6 +154,7 @@ export class Transport {
     });
     // An error after the head reaches whoever reads the body; without a listener it would end the process.
     outgoing.on('error', () => undefined);
+    const askedMs = performance.now();
     outgoing.end(body);
     let response: http.IncomingMessage;
     try {
@@ -162,6 +166,7 @@ export class Transport {
       }
       throw error;
     }
+    this.#options.clock.observe(response.headers.date, askedMs, performance.now());
     if (response.statusCode !== undefined && response.statusCode < 300) {
       return response;
     }

@@ -1,0 +1,35 @@
+// The API server's time. It stamps the objects, so whatever is compared with a stamp, or becomes one, is told in its time:
+// this machine's clock may be minutes off, and may be set. Measured from the `Date` of its answers and kept up by our
+// monotonic clock. Stamps of kubelets are by other clocks again, and are compared with nothing.
+
+/** One API server's time, as far as its answers tell: to about a second after one, to much less after some. */
+export class ApiClock {
+  /** The server's time less performance.now(). Until it has answered this machine's clock has to do. */
+  #offsetMs = Date.now() - performance.now();
+  #lowestMs = Number.NEGATIVE_INFINITY;
+  #highestMs = Number.POSITIVE_INFINITY;
+
+  /** Unix milliseconds. Goes backwards only where the server's clock was set back. */
+  nowMs(): number {
+    return performance.now() + this.#offsetMs;
+  }
+
+  /** For a field of an object. */
+  now(): string {
+    return new Date(this.nowMs()).toISOString();
+  }
+
+  /** Takes the `Date` of an answer: the server wrote it, in whole seconds, between these two by performance.now(). */
+  observe(date: string | undefined, askedMs: number, answeredMs: number): void {
+    const secondMs = Date.parse(date ?? '');
+    if (Number.isNaN(secondMs)) {
+      return;
+    }
+    const lowestMs = secondMs - answeredMs;
+    const highestMs = secondMs + 1_000 - askedMs;
+    const agrees = lowestMs <= this.#highestMs && highestMs >= this.#lowestMs;
+    this.#lowestMs = agrees ? Math.max(this.#lowestMs, lowestMs) : lowestMs;
+    this.#highestMs = agrees ? Math.min(this.#highestMs, highestMs) : highestMs;
+    this.#offsetMs = Math.min(Math.max(this.#offsetMs, this.#lowestMs), this.#highestMs);
+  }
+}

@@ -1,0 +1,36 @@
+// Wall clocks differ between machines and are set while processes run. So nothing is decided by one: what crosses a process
+// is time left, and what counts within one is performance.now(). These are the places that may read a wall clock.
+
+import { globSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+
+import { expect, it } from 'vitest';
+
+const root = join(import.meta.dirname, '../..');
+
+/** File -> why it needs the wall clock, and how often it reads it. */
+const allowed: Readonly<Record<string, number>> = {
+  // grpc-js takes a point in time and makes the time that is left of it again.
+  'core/src/grpc-client.ts': 1,
+  // The time of a file, of which only the changing counts.
+  'core/src/file-lock.ts': 1,
+  // Until the API server has told its time.
+  'controller/src/kube/api-clock.ts': 1,
+  // One machine's clock with itself: the age of a lock file, and how long an installation took.
+  'deploy/local/bootstrap.mjs': 4,
+};
+
+const readings = /\bDate\.now\b|\bnew Date\(\)|\bperformance\.timeOrigin\b/g;
+
+it('no process reads the wall clock but where it must', () => {
+  const sources = globSync('{cli,controller,core,deploy,gateway,proto,tokenizer,worker}/**/*.{ts,mjs}', {
+    cwd: root,
+    exclude: (name) => name === 'node_modules' || name === 'gen' || name.endsWith('.test.ts'),
+  });
+  expect(sources.length).toBeGreaterThan(150);
+  const found = sources.flatMap((file) => {
+    const count = readFileSync(join(root, file), 'utf8').match(readings)?.length ?? 0;
+    return count === 0 ? [] : [[file, count] as const];
+  });
+  expect(Object.fromEntries(found)).toEqual(allowed);
+});
