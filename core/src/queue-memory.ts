@@ -13,7 +13,7 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { beforeAbort } from './abort.ts';
 import { Channel, channelUntil } from './channel.ts';
 import { ClusterError } from './errors.ts';
-import { ownerSilent } from './queue.ts';
+import { ownerSilent, summaryOf } from './queue.ts';
 import type {
   Closeable,
   DrainMark,
@@ -105,7 +105,7 @@ class MemoryQueue implements RequestQueue {
     const sequence = this.#broker.nextSequence();
     this.#broker.records.set(sequence, { record, storedMs: performance.now() });
     const place = { storeId: this.storeId, sequence };
-    this.#broker.arrivals.publish({ ...place, record });
+    this.#broker.arrivals.publish({ ...place, record: summaryOf(record) });
     return place;
   }
 
@@ -121,7 +121,7 @@ class MemoryQueue implements RequestQueue {
     const live = [...this.#broker.records].map(([sequence, { record }]) => ({
       storeId: this.storeId,
       sequence,
-      record,
+      record: summaryOf(record),
     }));
     const lastFound = live.at(-1)?.sequence ?? 0;
     let toReplay = live.length;

@@ -8,7 +8,7 @@ import {
   type JetStreamClient,
   type JsMsg,
 } from '@nats-io/jetstream';
-import { errors, type Msg } from '@nats-io/transport-node';
+import { errors, headers, type Msg } from '@nats-io/transport-node';
 
 import {
   Assignment,
@@ -17,6 +17,7 @@ import {
   CancellationReply,
   RequestEnded,
   RequestRecord,
+  RequestSummary,
 } from '@mimo/proto/queue';
 import { Heartbeat } from '@mimo/proto/worker';
 
@@ -26,7 +27,7 @@ import type { Log } from './log.ts';
 import { NatsLink, unavailable, type NatsOptions } from './nats-connection.ts';
 import { NatsDrains } from './nats-drains.ts';
 import { NatsLeases } from './nats-lease.ts';
-import { ownerSilent, ownerTimeoutMs } from './queue.ts';
+import { ownerSilent, ownerTimeoutMs, summaryOf } from './queue.ts';
 import type {
   Closeable,
   DrainMark,
@@ -47,6 +48,7 @@ export function createNatsQueue(options: NatsOptions): RequestQueue {
   return new NatsQueue(options);
 }
 
+const summaryHeader = 'Mimo-Summary';
 const retryMs = 500;
 const replayCheckMs = 250;
 /** A lease that cannot be given back in this time expires by itself. */
@@ -92,7 +94,13 @@ class NatsQueue implements RequestQueue {
       );
     }
     try {
-      const ack = await stream.publish(subjects.request(record.model, record.requestId), bytes);
+      const summary = headers();
+      summary.set(
+        summaryHeader,
+        Buffer.from(RequestSummary.encode(summaryOf(record)).finish()).toString('base64'),
+      );
+      const subject = subjects.request(record.model, record.requestId);
+      const ack = await stream.publish(subject, bytes, { headers: summary });
       return { storeId, sequence: ack.seq };
     } catch (error) {
       throw unavailable('the queue did not store the request', error);
@@ -147,7 +155,8 @@ class NatsQueue implements RequestQueue {
         const replay = new Replay(consumer, onReplayed);
         await replay.begin(stop);
         for await (const message of messagesOf(consumer, stop)) {
-          const record = this.#decoded(message.data, RequestRecord);
+          const bytes = Buffer.from(message.headers?.get(summaryHeader) ?? '', 'base64');
+          const record = this.#decoded(bytes, RequestSummary);
           if (record !== undefined) {
             // The server's clock is compared with itself. What comes later comes at once, so that a server whose clock is
             // set meanwhile makes nothing old.
@@ -416,6 +425,7 @@ function consumerFrom(
     filter_subjects: subjects.requestsOf(from.model),
     deliver_policy: DeliverPolicy.StartSequence,
     opt_start_seq: from.nextSequence,
+    headers_only: true,
   });
 }
 

@@ -9,6 +9,7 @@ import type {
   Cancellation,
   RequestEnded,
   RequestRecord,
+  RequestSummary,
 } from '@mimo/proto/queue';
 import type { Heartbeat } from '@mimo/proto/worker';
 
@@ -20,9 +21,9 @@ export interface RecordPlace {
   readonly sequence: number;
 }
 
-/** A live record. */
+/** A live record; its prompt stays in the store. */
 export interface QueuedRecord extends RecordPlace {
-  readonly record: RequestRecord;
+  readonly record: RequestSummary;
 }
 
 /** A live record as a follower gets it. */
@@ -174,6 +175,13 @@ export const leaseRenewMs = leaseTtlMs / 3;
 
 /** How long an owning gateway has to answer; its handlers only look into a map. */
 export const ownerTimeoutMs = 2_000;
+
+/** What followers learn of a record. */
+export function summaryOf(record: RequestRecord): RequestSummary {
+  const { requestId, model, gatewayId, timeLeftMs, storesOutlived, firstSequence } = record;
+  const tokens = record.promptTokenIds.length + (record.sampling?.maxTokens ?? 0);
+  return { requestId, model, gatewayId, tokens, timeLeftMs, storesOutlived, firstSequence };
+}
 
 /** A state that was received longer ago than this says nothing any more. */
 export const queueStateFreshMs = 5_000;

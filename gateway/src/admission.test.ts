@@ -86,6 +86,8 @@ describe('admitRequest', () => {
       gatewayId: 'g',
       timeLeftMs: 9_000,
       promptTokenIds: encode(prompt),
+      storesOutlived: 0,
+      firstSequence: 0,
       sampling: {
         temperature: 0.6,
         topP: 0.95,

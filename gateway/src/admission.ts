@@ -95,6 +95,8 @@ export function admitRequest(
     tenant: context.tenant,
     gatewayId: context.gatewayId,
     timeLeftMs: context.timeLeftMs,
+    storesOutlived: 0,
+    firstSequence: 0,
     promptTokenIds,
     sampling: {
       ...defaults,

@@ -11,6 +11,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   gpu: () => import('./gpu.ts'),
   heldout: () => import('./heldout.ts'),
   informer: () => import('./informer.ts'),
+  queue: () => import('./queue.ts'),
   reconcile: () => import('./reconcile.ts'),
 };
 

@@ -1,5 +1,5 @@
 import type { DrainMarks } from '@mimo/core/queue';
-import { RequestRecord } from '@mimo/proto/queue';
+import { RequestSummary } from '@mimo/proto/queue';
 import { GroupState, Heartbeat } from '@mimo/proto/worker';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
@@ -12,12 +12,7 @@ const unmarked: DrainMarks = new Map();
 function stateOf(...requestIds: readonly string[]): DispatchState {
   const state = new DispatchState();
   for (const [index, requestId] of requestIds.entries()) {
-    const record = RequestRecord.fromPartial({
-      requestId,
-      model: 'm',
-      promptTokenIds: [1, 2, 3],
-      sampling: { maxTokens: 10 },
-    });
+    const record = RequestSummary.fromPartial({ requestId, model: 'm', tokens: 13 });
     state.add({ storeId: 's', sequence: index + 1, record, isArrival: true, ageMs: 0 }, at - 5_000);
   }
   return state;
@@ -161,7 +156,7 @@ describe('DispatchState', () => {
 
   it('sums up what waits, what runs, what came and what ended in a group', () => {
     const state = stateOf('a', 'b', 'c', 'd');
-    const record = RequestRecord.fromPartial({ requestId: 'found', promptTokenIds: [1] });
+    const record = RequestSummary.fromPartial({ requestId: 'found', tokens: 1 });
     const found = { storeId: 's', sequence: 9, record, isArrival: false, ageMs: 0 };
     state.add(found, at);
     state.add({ ...found, isArrival: true }, at);
@@ -194,10 +189,52 @@ describe('DispatchState', () => {
 
   it('takes the age of what it found from the store, and a deadline from when it first saw the record', () => {
     const state = new DispatchState();
-    const record = RequestRecord.fromPartial({ requestId: 'a', timeLeftMs: 60_000 });
+    const record = RequestSummary.fromPartial({ requestId: 'a', timeLeftMs: 60_000 });
     state.add({ storeId: 's', sequence: 1, record, isArrival: false, ageMs: 20_000 }, at);
     expect(state.summary(at + 1_000).oldestWaitingMs).toBe(21_000);
     expect([...state.waiting()]).toEqual([{ requestId: 'a', expiredMs: at + 60_000, notBeforeMs: 0 }]);
+  });
+
+  it('keeps the order of acceptance over lost stores, in whatever order the records come back', () => {
+    const accepted = fc.record({ store: fc.nat(2), knownBefore: fc.boolean(), comesBack: fc.nat(100) });
+    fc.assert(
+      fc.property(fc.array(accepted, { maxLength: 20 }), (requests) => {
+        const state = new DispatchState();
+        const inOrder = requests.toSorted((a, b) => a.store - b.store);
+        const records = inOrder.map(({ store, ...each }, index) => {
+          const own = { requestId: `r${index}`, tokens: 1, storesOutlived: 2 - store };
+          const record = RequestSummary.fromPartial({
+            ...own,
+            ...(store < 2 && { firstSequence: 50 + index }),
+          });
+          return { record, store, ...each, sequence: store < 2 ? 100 + each.comesBack : 50 + index };
+        });
+        // Some were known from the store before, under their place there.
+        for (const { record, knownBefore, store, sequence } of records) {
+          if (knownBefore && store < 2) {
+            const before = { ...record, storesOutlived: 1 - store };
+            const place = store === 1 ? record.firstSequence : sequence;
+            state.add({ storeId: 's1', sequence: place, record: before, isArrival: false, ageMs: 0 }, at);
+          }
+        }
+        for (const { record, sequence } of records.toSorted((a, b) => a.sequence - b.sequence)) {
+          state.add({ storeId: 's2', sequence, record, isArrival: true, ageMs: 0 }, at);
+        }
+        expect(waitingIn(state)).toEqual(records.map(({ record }) => record.requestId));
+        expect(state.summary(at).waitingTokens).toBe(records.length);
+      }),
+    );
+  });
+
+  it('keeps its place for what was lost with the store and is not recorded again yet', () => {
+    const state = stateOf('a', 'b', 'c');
+    const fresh = RequestSummary.fromPartial({ requestId: 'fresh' });
+    state.add({ storeId: 't', sequence: 1, record: fresh, isArrival: true, ageMs: 0 }, at);
+    expect(waitingIn(state)).toEqual(['a', 'b', 'c', 'fresh']);
+    const restored = RequestSummary.fromPartial({ requestId: 'b', storesOutlived: 1, firstSequence: 2 });
+    state.add({ storeId: 't', sequence: 2, record: restored, isArrival: true, ageMs: 0 }, at);
+    expect(waitingIn(state)).toEqual(['a', 'b', 'c', 'fresh']);
+    expect(state.get('b')).toMatchObject({ storeId: 't', sequence: 2 });
   });
 
   it('counts the same however requests come, move and go', () => {
@@ -216,10 +253,7 @@ describe('DispatchState', () => {
           const requestId = `r${request}`;
           const heartbeat = beat(`g${group}`);
           if (act === 'add') {
-            const record = RequestRecord.fromPartial({
-              requestId,
-              promptTokenIds: Array<number>(request + 1).fill(7),
-            });
+            const record = RequestSummary.fromPartial({ requestId, tokens: request + 1 });
             state.add({ storeId: 's', sequence: nowMs, record, isArrival: true, ageMs: 0 }, nowMs);
             live.set(requestId, request + 1);
           } else if (act === 'place') {

@@ -4,7 +4,6 @@
 // argument: the dispatcher's own monotonic clock, which is compared with nobody's.
 
 import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo/core/queue';
-import type { RequestRecord } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
 import type { OpenGroup, WaitingRequest } from './placement.ts';
@@ -50,8 +49,12 @@ const orphanAfterMs = 15_000;
 
 /** The state of one model's queue. */
 export class DispatchState {
-  /** In order of arrival, which is the order in which they were added. */
-  readonly #requests = new Map<string, SeenRecord>();
+  /** In order of arrival once sorted: most are added in that order, and after the loss of a store some are not. */
+  #requests = new Map<string, SeenRecord>();
+  #isSorted = true;
+  #last: SeenRecord | undefined;
+  /** The store of the newest record: what is known from another one was lost with it, and its owner may record it again. */
+  #storeId = '';
   /** The few of them that are with a group. */
   readonly #placed = new Map<string, Placed>();
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
@@ -67,11 +70,20 @@ export class DispatchState {
 
   /** Takes a record; one that arrived counts among those that came since the beginning. */
   add({ isArrival, ageMs, ...queued }: FollowedRecord, nowMs: number): void {
-    const { record } = queued;
-    if (!this.#requests.has(record.requestId)) {
-      this.#requests.set(record.requestId, { ...queued, seenMs: nowMs, storedMs: nowMs - ageMs });
-      this.#waitingTokens += tokensOf(record);
-      this.#arrivedTokens += isArrival ? tokensOf(record) : 0;
+    const { record, storeId } = queued;
+    const known = this.#requests.get(record.requestId);
+    if (known?.storeId === storeId) {
+      return;
+    }
+    const seen = { seenMs: nowMs, storedMs: nowMs - ageMs, ...known, ...queued };
+    this.#requests.set(record.requestId, seen);
+    this.#isSorted &&=
+      storeId === this.#storeId && (this.#last === undefined || this.#compare(this.#last, seen) < 0);
+    this.#storeId = storeId;
+    this.#last = seen;
+    if (known === undefined) {
+      this.#waitingTokens += record.tokens;
+      this.#arrivedTokens += isArrival && record.storesOutlived === 0 ? record.tokens : 0;
     }
   }
 
@@ -79,11 +91,11 @@ export class DispatchState {
   remove(requestId: string): void {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
-      this.#endedTokens += this.#placed.has(requestId) ? tokensOf(request.record) : 0;
+      this.#endedTokens += this.#placed.has(requestId) ? request.record.tokens : 0;
       this.#unplace(requestId);
       this.#requests.delete(requestId);
       this.#epochs.delete(requestId);
-      this.#waitingTokens -= tokensOf(request.record);
+      this.#waitingTokens -= request.record.tokens;
     }
   }
 
@@ -104,8 +116,8 @@ export class DispatchState {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
       if (!this.#placed.has(requestId)) {
-        this.#waitingTokens -= tokensOf(request.record);
-        this.#inFlightTokens += tokensOf(request.record);
+        this.#waitingTokens -= request.record.tokens;
+        this.#inFlightTokens += request.record.tokens;
       }
       this.#placed.set(requestId, { group, incarnation, sinceMs: nowMs });
     }
@@ -189,7 +201,7 @@ export class DispatchState {
 
   /** What no group has, in order of arrival. */
   *waiting(): Generator<WaitingRequest, void, undefined> {
-    for (const { record, seenMs } of this.#requests.values()) {
+    for (const { record, seenMs } of this.#inOrder()) {
       const { requestId, gatewayId, timeLeftMs } = record;
       if (!this.#placed.has(requestId)) {
         const notBeforeMs = Math.max(
@@ -211,7 +223,7 @@ export class DispatchState {
       const record = this.#requests.get(requestId)?.record;
       loads.set(key, {
         requests: requests + 1,
-        tokens: tokens + (record === undefined ? 0 : tokensOf(record)),
+        tokens: tokens + (record?.tokens ?? 0),
       });
     }
     return loads;
@@ -247,7 +259,7 @@ export class DispatchState {
     | 'endedTokens'
   > {
     let oldestMs = nowMs;
-    for (const { record, storedMs } of this.#requests.values()) {
+    for (const { record, storedMs } of this.#inOrder()) {
       if (!this.#placed.has(record.requestId)) {
         oldestMs = storedMs;
         break;
@@ -264,6 +276,36 @@ export class DispatchState {
     };
   }
 
+  #inOrder(): Iterable<SeenRecord> {
+    if (!this.#isSorted) {
+      this.#requests = new Map(
+        [...this.#requests].toSorted(([, one], [, other]) => this.#compare(one, other)),
+      );
+      this.#isSorted = true;
+      this.#last = [...this.#requests.values()].at(-1);
+    }
+    return this.#requests.values();
+  }
+
+  /**
+   * Who came first. A record that outlived more stores came in an earlier one; of those that came in the same store the
+   * sequences there say it.
+   */
+  #compare(one: SeenRecord, other: SeenRecord): number {
+    const [{ outlived, sequence }, than] = [this.#originOf(one), this.#originOf(other)];
+    return than.outlived - outlived || sequence - than.sequence;
+  }
+
+  #originOf({ storeId, sequence, record }: SeenRecord): {
+    readonly outlived: number;
+    readonly sequence: number;
+  } {
+    return {
+      outlived: record.storesOutlived + (storeId === this.#storeId ? 0 : 1),
+      sequence: record.storesOutlived === 0 ? sequence : record.firstSequence,
+    };
+  }
+
   #begin(requestId: string, epoch: number): void {
     if (this.#requests.has(requestId)) {
       this.#epochs.set(requestId, epoch);
@@ -273,18 +315,13 @@ export class DispatchState {
   #unplace(requestId: string): void {
     const request = this.#requests.get(requestId);
     if (this.#placed.delete(requestId) && request !== undefined) {
-      this.#inFlightTokens -= tokensOf(request.record);
-      this.#waitingTokens += tokensOf(request.record);
+      this.#inFlightTokens -= request.record.tokens;
+      this.#waitingTokens += request.record.tokens;
     }
   }
 }
 
 const nothing: PlacedLoad = { requests: 0, tokens: 0 };
-
-/** Tokens that a request may take in all, as far as is known in advance. */
-function tokensOf({ promptTokenIds, sampling }: RequestRecord): number {
-  return promptTokenIds.length + (sampling?.maxTokens ?? 0);
-}
 
 /** Names a life of a group. */
 export function placeKey({ group, incarnation }: Place): string {

@@ -103,7 +103,27 @@ export interface RequestRecord {
    * Milliseconds until the deadline, as of acceptance; absent: no deadline. A reader knows so that the request is over at
    * the latest when that time has passed since it first saw the record.
    */
+  timeLeftMs?:
+    | number
+    | undefined;
+  /** How often the store of this record was lost and the owner recorded it again, and its sequence in the first store. */
+  storesOutlived: number;
+  firstSequence: number;
+}
+
+/**
+ * RequestSummary is what a dispatcher needs of a record. It travels beside the record, as the message's header
+ * `Mimo-Summary` in base64, so that following the queue moves and holds no prompts.
+ */
+export interface RequestSummary {
+  requestId: string;
+  model: string;
+  gatewayId: string;
+  /** Prompt and permitted completion. */
+  tokens: number;
   timeLeftMs?: number | undefined;
+  storesOutlived: number;
+  firstSequence: number;
 }
 
 /** Assignment tells the owning gateway where a request runs: a core NATS request on `gateways.<gatewayId>.assign`. */
@@ -164,6 +184,8 @@ function createBaseRequestRecord(): RequestRecord {
     promptTokenIds: [],
     sampling: undefined,
     timeLeftMs: undefined,
+    storesOutlived: 0,
+    firstSequence: 0,
   };
 }
 
@@ -193,6 +215,12 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     }
     if (message.timeLeftMs !== undefined) {
       writer.uint32(80).uint64(message.timeLeftMs);
+    }
+    if (message.storesOutlived !== 0) {
+      writer.uint32(96).uint32(message.storesOutlived);
+    }
+    if (message.firstSequence !== 0) {
+      writer.uint32(104).uint64(message.firstSequence);
     }
     return writer;
   },
@@ -276,6 +304,22 @@ export const RequestRecord: MessageFns<RequestRecord> = {
             message.timeLeftMs = longToNumber(reader.uint64());
             continue;
           }
+          case 12: {
+            if (tag !== 96) {
+              break;
+            }
+
+            message.storesOutlived = reader.uint32();
+            continue;
+          }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.firstSequence = longToNumber(reader.uint64());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -313,6 +357,16 @@ export const RequestRecord: MessageFns<RequestRecord> = {
         : isSet(object.time_left_ms)
         ? globalThis.Number(object.time_left_ms)
         : undefined,
+      storesOutlived: isSet(object.storesOutlived)
+        ? globalThis.Number(object.storesOutlived)
+        : isSet(object.stores_outlived)
+        ? globalThis.Number(object.stores_outlived)
+        : 0,
+      firstSequence: isSet(object.firstSequence)
+        ? globalThis.Number(object.firstSequence)
+        : isSet(object.first_sequence)
+        ? globalThis.Number(object.first_sequence)
+        : 0,
     };
   },
 
@@ -339,6 +393,12 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     if (message.timeLeftMs !== undefined) {
       obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
+    if (message.storesOutlived !== 0) {
+      obj.storesOutlived = Math.round(message.storesOutlived);
+    }
+    if (message.firstSequence !== 0) {
+      obj.firstSequence = Math.round(message.firstSequence);
+    }
     return obj;
   },
 
@@ -356,6 +416,201 @@ export const RequestRecord: MessageFns<RequestRecord> = {
       ? SamplingParams.fromPartial(object.sampling)
       : undefined;
     message.timeLeftMs = object.timeLeftMs ?? undefined;
+    message.storesOutlived = object.storesOutlived ?? 0;
+    message.firstSequence = object.firstSequence ?? 0;
+    return message;
+  },
+};
+
+function createBaseRequestSummary(): RequestSummary {
+  return {
+    requestId: "",
+    model: "",
+    gatewayId: "",
+    tokens: 0,
+    timeLeftMs: undefined,
+    storesOutlived: 0,
+    firstSequence: 0,
+  };
+}
+
+export const RequestSummary: MessageFns<RequestSummary> = {
+  encode(message: RequestSummary, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.requestId !== "") {
+      writer.uint32(10).string(message.requestId);
+    }
+    if (message.model !== "") {
+      writer.uint32(18).string(message.model);
+    }
+    if (message.gatewayId !== "") {
+      writer.uint32(34).string(message.gatewayId);
+    }
+    if (message.tokens !== 0) {
+      writer.uint32(56).uint32(message.tokens);
+    }
+    if (message.timeLeftMs !== undefined) {
+      writer.uint32(80).uint64(message.timeLeftMs);
+    }
+    if (message.storesOutlived !== 0) {
+      writer.uint32(96).uint32(message.storesOutlived);
+    }
+    if (message.firstSequence !== 0) {
+      writer.uint32(104).uint64(message.firstSequence);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RequestSummary {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRequestSummary();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.requestId = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.model = reader.string();
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.gatewayId = reader.string();
+            continue;
+          }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.tokens = reader.uint32();
+            continue;
+          }
+          case 10: {
+            if (tag !== 80) {
+              break;
+            }
+
+            message.timeLeftMs = longToNumber(reader.uint64());
+            continue;
+          }
+          case 12: {
+            if (tag !== 96) {
+              break;
+            }
+
+            message.storesOutlived = reader.uint32();
+            continue;
+          }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.firstSequence = longToNumber(reader.uint64());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): RequestSummary {
+    return {
+      requestId: isSet(object.requestId)
+        ? globalThis.String(object.requestId)
+        : isSet(object.request_id)
+        ? globalThis.String(object.request_id)
+        : "",
+      model: isSet(object.model) ? globalThis.String(object.model) : "",
+      gatewayId: isSet(object.gatewayId)
+        ? globalThis.String(object.gatewayId)
+        : isSet(object.gateway_id)
+        ? globalThis.String(object.gateway_id)
+        : "",
+      tokens: isSet(object.tokens) ? globalThis.Number(object.tokens) : 0,
+      timeLeftMs: isSet(object.timeLeftMs)
+        ? globalThis.Number(object.timeLeftMs)
+        : isSet(object.time_left_ms)
+        ? globalThis.Number(object.time_left_ms)
+        : undefined,
+      storesOutlived: isSet(object.storesOutlived)
+        ? globalThis.Number(object.storesOutlived)
+        : isSet(object.stores_outlived)
+        ? globalThis.Number(object.stores_outlived)
+        : 0,
+      firstSequence: isSet(object.firstSequence)
+        ? globalThis.Number(object.firstSequence)
+        : isSet(object.first_sequence)
+        ? globalThis.Number(object.first_sequence)
+        : 0,
+    };
+  },
+
+  toJSON(message: RequestSummary): unknown {
+    const obj: any = {};
+    if (message.requestId !== "") {
+      obj.requestId = message.requestId;
+    }
+    if (message.model !== "") {
+      obj.model = message.model;
+    }
+    if (message.gatewayId !== "") {
+      obj.gatewayId = message.gatewayId;
+    }
+    if (message.tokens !== 0) {
+      obj.tokens = Math.round(message.tokens);
+    }
+    if (message.timeLeftMs !== undefined) {
+      obj.timeLeftMs = Math.round(message.timeLeftMs);
+    }
+    if (message.storesOutlived !== 0) {
+      obj.storesOutlived = Math.round(message.storesOutlived);
+    }
+    if (message.firstSequence !== 0) {
+      obj.firstSequence = Math.round(message.firstSequence);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<RequestSummary>): RequestSummary {
+    return RequestSummary.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<RequestSummary>): RequestSummary {
+    const message = createBaseRequestSummary();
+    message.requestId = object.requestId ?? "";
+    message.model = object.model ?? "";
+    message.gatewayId = object.gatewayId ?? "";
+    message.tokens = object.tokens ?? 0;
+    message.timeLeftMs = object.timeLeftMs ?? undefined;
+    message.storesOutlived = object.storesOutlived ?? 0;
+    message.firstSequence = object.firstSequence ?? 0;
     return message;
   },
 };
