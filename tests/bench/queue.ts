@@ -73,7 +73,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       const lines = createInterface(child.stdout);
       const [line] = (await Promise.race([once(lines, 'line'), once(child, 'exit')])) as [unknown];
       if (line !== `waiting ${count}`) {
-        throw new Error(`of ${count} requests not all wait: ${line}`);
+        throw new Error(`of ${count} requests not all wait: ${String(line)}`);
       }
       return async () => {
         child.stdin.end();
