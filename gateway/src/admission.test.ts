@@ -9,6 +9,7 @@ import { ClusterError } from '@mimo/core/errors';
 import {
   admitRequest,
   checkPrompt,
+  continuesLast,
   conversationOf,
   textsOf,
   type AdmissionContext,
@@ -16,7 +17,18 @@ import {
   type PromptInput,
 } from './admission.ts';
 
-const facts: ModelFacts = { name: 'm', vocabularySize: 1_000, maxContextTokens: 100, draftTokens: 1 };
+const specialTokens = new Map([
+  ['<|end|>', 7],
+  ['<|eot|>', 8],
+  ['<|beyond|>', 1_000],
+]);
+const facts: ModelFacts = {
+  name: 'm',
+  vocabularySize: 1_000,
+  specialTokens,
+  maxContextTokens: 100,
+  draftTokens: 1,
+};
 const promptMaxBytes = 400;
 
 const context: AdmissionContext = {
@@ -45,7 +57,7 @@ function admit(input: PromptInput, sampling?: Partial<SamplingParams>, timeLeftM
   const problems = checkPrompt(input, { facts, promptMaxBytes });
   const tokenIds = problems.length === 0 ? encode(input) : [];
   return admitRequest(
-    { kind: input.kind, tokenIds, problems },
+    { kind: input.kind, tokenIds, begun: '', problems },
     sampling === undefined ? undefined : SamplingParams.fromPartial(sampling),
     { ...context, timeLeftMs },
   );
@@ -99,6 +111,7 @@ describe('admitRequest', () => {
         seed: 42,
         stop: [],
         stopTokenIds: [],
+        stopInReasoning: false,
         maxTokens: 95,
         ignoreEos: false,
         draftTokens: 1,
@@ -124,6 +137,7 @@ describe('admitRequest', () => {
       logprobs: 0,
       draftTokens: 0,
       minTokens: 1,
+      stopInReasoning: true,
     };
     expect(admit(prompt, given).sampling).toEqual(given);
   });
@@ -138,6 +152,32 @@ describe('admitRequest', () => {
     const bare = admit(chat(user));
     expect(bare.promptTokenIds).toEqual(admit(chat(system, user)).promptTokenIds);
     expect(bare.promptTokenIds).toEqual(encode({ kind: 'text', text: '>>hello' }));
+  });
+
+  it('ends the completion at the tokens of stop texts that are special tokens', () => {
+    const stop = ['<|eot|>', 'x', '<|end|>', '<|end|>x', '<|beyond|>'];
+    expect(admit(prompt, { stop, stopTokenIds: [9, 7] }).sampling).toMatchObject({
+      stop,
+      stopTokenIds: [9, 7, 8],
+    });
+    expect(
+      admit(prompt, { stop: ['<|end|>'], stopTokenIds: Array<number>(64).fill(7) }).sampling,
+    ).toMatchObject({
+      stopTokenIds: [7],
+    });
+    const full = Array.from({ length: 64 }, (_, id) => id + 100);
+    expect(violationsOf(prompt, { stop: ['<|end|>'], stopTokenIds: full })).toEqual({
+      'sampling.stop_token_ids': 'has 65 ids, with those of special tokens in stop; the limit is 64',
+    });
+  });
+
+  it('accepts an assistant’s message as the last one, to be continued, also an empty one', () => {
+    for (const content of ['so', '']) {
+      const messages = [user, { role: Role.ASSISTANT, content }];
+      expect(admit(chat(...messages)).promptTokenIds).toEqual(encode(chat(...messages)));
+      expect(continuesLast(messages)).toBe(true);
+    }
+    expect(continuesLast([user])).toBe(false);
   });
 
   it('accepts a prompt that leaves room for one token, and no longer one', () => {
@@ -208,11 +248,6 @@ describe('admitRequest', () => {
       'a message of an unknown role',
       chat(Message.fromPartial({ role: -1, content: 'x' }), user),
       'messages[0].role',
-    ],
-    [
-      'a last message that is not the user’s',
-      chat(user, { role: Role.ASSISTANT, content: 'x' }),
-      'messages[1].role',
     ],
     [
       'a conversation of a system message only',

@@ -20,6 +20,8 @@ import type { ChatMessage } from '@mimo/tokenizer';
 export interface ModelFacts {
   readonly name: string;
   readonly vocabularySize: number;
+  /** By their texts. */
+  readonly specialTokens: ReadonlyMap<string, number>;
   /** Prompt and completion together. */
   readonly maxContextTokens: number;
   readonly draftTokens: number;
@@ -37,6 +39,8 @@ export interface ReadPrompt {
   readonly kind: PromptInput['kind'];
   /** Empty where there are problems. */
   readonly tokenIds: readonly number[];
+  /** What of the completion's text the prompt already holds: an opened tag, or a message that is continued. */
+  readonly begun: string;
   readonly problems: readonly FieldViolation[];
 }
 
@@ -74,6 +78,7 @@ export function admitRequest(
   context: AdmissionContext,
 ): RequestRecord {
   const { facts } = context;
+  const stopTokenIds = stopIdsOf(sampling, facts);
   const promptTokenIds = [...prompt.tokenIds];
   const violations = [...checkSampling(sampling, facts), ...prompt.problems];
   if (promptTokenIds.length >= facts.maxContextTokens) {
@@ -103,8 +108,9 @@ export function admitRequest(
       draftTokens: facts.draftTokens,
       seed: context.seed,
       stop: [],
-      stopTokenIds: [],
+      stopInReasoning: false,
       ...withoutUndefined(sampling),
+      stopTokenIds,
       maxTokens: Math.min(sampling?.maxTokens ?? leftTokens, leftTokens),
     },
   };
@@ -123,6 +129,19 @@ export function assertNone(violations: readonly FieldViolation[]): void {
     const message = [...named, ...(more > 0 ? [`and ${more} more problems`] : [])].join('; ');
     throw new ClusterError('invalid_argument', message, { detail: { fieldViolations: violations } });
   }
+}
+
+/**
+ * The token ids that end the completion. A stop text that is a special token's joins them, since no text comes of such a token
+ * that could be searched.
+ */
+function stopIdsOf(
+  sampling: SamplingParams | undefined,
+  { specialTokens, vocabularySize }: ModelFacts,
+): number[] {
+  const { stop = [], stopTokenIds = [] } = sampling ?? {};
+  const special = stop.map((text) => specialTokens.get(text) ?? Infinity).filter((id) => id < vocabularySize);
+  return [...new Set([...stopTokenIds, ...special])];
 }
 
 function withoutUndefined(sampling: SamplingParams | undefined): Partial<SamplingParams> {
@@ -198,8 +217,8 @@ function checkMessages(messages: readonly Message[], violations: FieldViolation[
     const at = `messages[${index}]`;
     if (!roleNames.has(role)) {
       violations.push({ field: `${at}.role`, description: `must be system, user or assistant, not ${role}` });
-    } else if (isLast && role !== Role.USER) {
-      violations.push({ field: `${at}.role`, description: 'must be user in the last message' });
+    } else if (isLast && role === Role.SYSTEM) {
+      violations.push({ field: `${at}.role`, description: 'must be user or assistant in the last message' });
     } else if (index > 0 && role === Role.SYSTEM) {
       violations.push({ field: `${at}.role`, description: 'may be system only in the first message' });
     }
@@ -208,6 +227,11 @@ function checkMessages(messages: readonly Message[], violations: FieldViolation[
     }
     checkWellFormed(`${at}.content`, content, violations);
   }
+}
+
+/** Whether the completion goes on with the conversation's last message, and does not answer it. */
+export function continuesLast(messages: readonly Message[]): boolean {
+  return messages.at(-1)?.role === Role.ASSISTANT;
 }
 
 /** The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends. */
@@ -272,10 +296,11 @@ function checkSampling(sampling: SamplingParams | undefined, facts: ModelFacts):
       });
     }
   }
-  if (sampling.stopTokenIds.length > repeatedLimits.stopTokenIds) {
+  const stopIds = Math.max(sampling.stopTokenIds.length, stopIdsOf(sampling, facts).length);
+  if (stopIds > repeatedLimits.stopTokenIds) {
     violations.push({
       field: 'sampling.stop_token_ids',
-      description: `has ${sampling.stopTokenIds.length} ids; the limit is ${repeatedLimits.stopTokenIds}`,
+      description: `has ${stopIds} ids, with those of special tokens in stop; the limit is ${repeatedLimits.stopTokenIds}`,
     });
   }
   checkTokenIds('sampling.stop_token_ids', sampling.stopTokenIds, { facts, violations });

@@ -15,10 +15,11 @@ function relayed(
   step = 1,
 ): { text: string; reasoning: string; tokens: number; stop: string | undefined } {
   const completion = new CompletionText({
-    tokenizer,
+    tokenTable: tokenizer,
     stop: [],
+    stopInReasoning: false,
     minTokens: 0,
-    splitReasoning: false,
+    reasoning: undefined,
     ...options,
   });
   const tokenIds = tokenizer.encode(text, { allowSpecial: true });
@@ -67,12 +68,72 @@ describe('CompletionText', () => {
 
   it('tells the thinking from the answer, and leaves both alone where it is not asked to', () => {
     const text = '<think>\n1 + 1\n</think>\nTwo.';
-    expect(relayed(text, { splitReasoning: true })).toMatchObject({ reasoning: '1 + 1', text: 'Two.' });
+    expect(relayed(text, { reasoning: { begun: '' } })).toMatchObject({ reasoning: '1 + 1', text: 'Two.' });
     expect(relayed(text)).toMatchObject({ reasoning: '', text });
-    expect(relayed('<think>\nendless', { splitReasoning: true })).toMatchObject({
+    expect(relayed('<think>\nendless', { reasoning: { begun: '' } })).toMatchObject({
       reasoning: 'endless',
       text: '',
     });
+  });
+
+  describe('with thinking', () => {
+    const text = '<think>\nNo = sign.\n</think>\n\nYes = no = end.';
+    const reasoning = { begun: '' };
+
+    it.each([1, 3, 50])('looks for stop texts in the answer only, %i tokens at a time', (step) => {
+      const thinking = { reasoning: 'No = sign.', stop: '=' };
+      expect(relayed(text, { reasoning, stop: ['='] }, step)).toMatchObject({ ...thinking, text: 'Yes ' });
+      expect(relayed(text, { reasoning, stop: ['\n'] }, step)).toMatchObject({
+        reasoning: 'No = sign.',
+        text: 'Yes = no = end.',
+        stop: undefined,
+      });
+      // Not across the tag either.
+      expect(relayed(text, { reasoning, stop: ['.Yes', 'think'] }, step).stop).toBeUndefined();
+    });
+
+    it('looks for them everywhere where that is asked for', () => {
+      const everywhere = { reasoning, stopInReasoning: true };
+      expect(relayed(text, { ...everywhere, stop: ['='] })).toMatchObject({
+        reasoning: 'No ',
+        text: '',
+        stop: '=',
+      });
+      expect(relayed(text, { ...everywhere, stop: ['</think>'] })).toMatchObject({
+        reasoning: 'No = sign.\n',
+        text: '',
+        stop: '</think>',
+      });
+    });
+
+    it('looks for them in all of a text without thinking', () => {
+      expect(relayed(text, { stop: ['='] })).toMatchObject({ text: '<think>\nNo ', stop: '=' });
+    });
+
+    it('goes on from what the prompt holds', () => {
+      const rest = 'b = c</think>d = e';
+      expect(relayed(rest, { reasoning: { begun: '<think>\n' }, stop: ['='] })).toMatchObject({
+        reasoning: 'b = c',
+        text: 'd ',
+        stop: '=',
+      });
+      expect(relayed(rest, { reasoning: { begun: 'a' }, stop: ['='] })).toMatchObject({
+        reasoning: '',
+        text: 'b ',
+      });
+    });
+  });
+
+  it('knows the stop text that is written for a special token', () => {
+    const completion = new CompletionText({
+      tokenTable: tokenizer,
+      stop: ['<|endoftext|>', 'x'],
+      stopInReasoning: false,
+      minTokens: 0,
+      reasoning: undefined,
+    });
+    expect(completion.stopTextOf(tokenizer.specialTokens.get('<|endoftext|>') ?? -1)).toBe('<|endoftext|>');
+    expect(completion.stopTextOf(tokenizer.specialTokens.get('<|im_end|>') ?? -1)).toBeUndefined();
   });
 
   it('shows no special tokens', () => {

@@ -1,7 +1,7 @@
-// Completion tokens -> the text that a client gets: decoded over token boundaries, cut at a stop text, the thinking told
-// apart from the answer. Owns the order of these steps and the text held back by them; knows neither streams nor requests.
+// Completion tokens -> the text that a client gets: decoded over token boundaries, the thinking split from the answer, cut at
+// a stop text. Owns the order of these steps and the text held back by them; knows neither streams nor requests.
 
-import { ReasoningSplitter, StopStringMatcher, StreamDecoder, type Tokenizer } from '@mimo/tokenizer';
+import { ReasoningSplitter, StopStringMatcher, StreamDecoder, type TokenTable } from '@mimo/tokenizer';
 
 /** New text of a completion, and the stop text that ended it, if one did. */
 export interface TextDelta {
@@ -14,62 +14,90 @@ export interface TextDelta {
 
 /** How a completion becomes text. */
 export interface CompletionTextOptions {
-  readonly tokenizer: Tokenizer;
+  readonly tokenTable: TokenTable;
   readonly stop: readonly string[];
+  /** Looks for stop texts in the thinking and its tags too, not in the answer alone. */
+  readonly stopInReasoning: boolean;
   /** Stop texts are not looked for before this many tokens. */
   readonly minTokens: number;
-  /** Tells `<think>…</think>` apart from the answer. */
-  readonly splitReasoning: boolean;
+  /** Splits `<think>…</think>` from the answer, after what the prompt holds of them; undefined: all of it is the answer. */
+  readonly reasoning: { readonly begun: string } | undefined;
 }
 
 /** The text of one completion. Fed once with each token, in order, then ended. */
 export class CompletionText {
   readonly #decoder: StreamDecoder;
   readonly #stops: StopStringMatcher;
+  readonly #stopTextById: ReadonlyMap<number, string>;
   readonly #splitter: ReasoningSplitter | undefined;
+  readonly #stopInReasoning: boolean;
   readonly #minTokens: number;
   #tokens = 0;
 
-  constructor(options: CompletionTextOptions) {
-    this.#decoder = new StreamDecoder(options.tokenizer, { skipSpecialTokens: true });
-    this.#stops = new StopStringMatcher(options.stop);
-    this.#splitter = options.splitReasoning ? new ReasoningSplitter() : undefined;
-    this.#minTokens = options.minTokens;
+  constructor({ tokenTable, stop, stopInReasoning, minTokens, reasoning }: CompletionTextOptions) {
+    this.#decoder = new StreamDecoder(tokenTable, { skipSpecialTokens: true });
+    this.#stops = new StopStringMatcher(stop);
+    this.#stopTextById = new Map(
+      stop.flatMap((text) => {
+        const id = tokenTable.specialTokens.get(text);
+        return id === undefined ? [] : [[id, text]];
+      }),
+    );
+    this.#splitter = reasoning === undefined ? undefined : new ReasoningSplitter(reasoning);
+    this.#stopInReasoning = stopInReasoning;
+    this.#minTokens = minTokens;
   }
 
   /** Takes the next tokens. After a stop text nothing more may be given. */
   push(tokenIds: readonly number[]): TextDelta {
     let text = '';
+    let reasoning = '';
     for (const [index, tokenId] of tokenIds.entries()) {
       const piece = this.#decoder.push(tokenId);
       this.#tokens += 1;
-      if (this.#tokens <= this.#minTokens) {
-        text += piece;
-        continue;
-      }
-      const released = this.#stops.push(piece);
-      text += released.text;
-      if (released.stop !== undefined) {
-        return this.#split(text, { tokens: index + 1, stop: released.stop, last: true });
+      const taken = this.#take(piece, { last: false });
+      text += taken.text;
+      reasoning += taken.reasoning;
+      if (taken.stop !== undefined) {
+        return { text, reasoning, tokens: index + 1, stop: taken.stop };
       }
     }
-    return this.#split(text, { tokens: tokenIds.length, stop: undefined, last: false });
+    return { text, reasoning, tokens: tokenIds.length, stop: undefined };
   }
 
   /** Releases what was held back; the end of a broken character may itself complete a stop text. */
   end(): TextDelta {
-    const rest = this.#stops.push(this.#decoder.end());
-    const text = rest.text + this.#stops.end();
-    return this.#split(text, { tokens: 0, stop: rest.stop, last: true });
+    return { ...this.#take(this.#decoder.end(), { last: true }), tokens: 0 };
   }
 
-  #split(text: string, facts: { tokens: number; stop: string | undefined; last: boolean }): TextDelta {
-    const { tokens, stop, last } = facts;
+  /** The stop text that is written for a special token; undefined where none is. */
+  stopTextOf(tokenId: number): string | undefined {
+    return this.#stopTextById.get(tokenId);
+  }
+
+  #take(piece: string, { last }: { last: boolean }): Omit<TextDelta, 'tokens'> {
+    if (this.#stopInReasoning) {
+      const { text, stop } = this.#search(piece, last);
+      return { ...this.#split(text, last || stop !== undefined), stop };
+    }
+    const part = this.#split(piece, last);
+    return { ...this.#search(part.text, last), reasoning: part.reasoning };
+  }
+
+  #search(text: string, last: boolean): { text: string; stop: string | undefined } {
+    if (!last && this.#tokens <= this.#minTokens) {
+      return { text, stop: undefined };
+    }
+    const found = this.#stops.push(text);
+    return last ? { text: found.text + this.#stops.end(), stop: found.stop } : found;
+  }
+
+  #split(text: string, last: boolean): { text: string; reasoning: string } {
     if (this.#splitter === undefined) {
-      return { text, reasoning: '', tokens, stop };
+      return { text, reasoning: '' };
     }
     const part = this.#splitter.push(text);
     const rest = last ? this.#splitter.end() : { thinking: '', answer: '' };
-    return { text: part.answer + rest.answer, reasoning: part.thinking + rest.thinking, tokens, stop };
+    return { text: part.answer + rest.answer, reasoning: part.thinking + rest.thinking };
   }
 }

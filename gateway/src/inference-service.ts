@@ -167,10 +167,11 @@ async function complete(
     timeLeftMs: timeLeftMs(context),
   });
   const { relay, recorded } = parts.requests.open(record, {
-    tokenizer: model.tokenizer,
+    tokenTable: model.tokenizer,
     stop: record.sampling?.stop ?? [],
+    stopInReasoning: record.sampling?.stopInReasoning ?? false,
     minTokens: record.sampling?.minTokens ?? 0,
-    splitReasoning: completion.input.kind === 'chat',
+    reasoning: completion.input.kind === 'chat' ? { begun: prompt.begun } : undefined,
   });
   const leave = (): void => relay.fail(ClusterError.from(context.signal.reason));
   context.signal.addEventListener('abort', leave, { once: true });
@@ -216,8 +217,9 @@ async function readPrompt(
   by: { model: ServedModel; facts: ModelFacts; parts: InferenceServiceParts; signal: AbortSignal },
 ): Promise<ReadPrompt> {
   const problems = checkPrompt(input, { facts: by.facts, promptMaxBytes: by.parts.promptMaxBytes });
-  const tokenIds = problems.length === 0 ? await by.model.encoder.encode(input, by.signal) : [];
-  return { kind: input.kind, tokenIds, problems };
+  const nothing = { tokenIds: [], begun: '' };
+  const encoded = problems.length === 0 ? await by.model.encoder.encode(input, by.signal) : nothing;
+  return { kind: input.kind, ...encoded, problems };
 }
 
 /** Whole milliseconds, as they are recorded. */

@@ -75,6 +75,7 @@ export function factsOf(model: ServedModel, groups: readonly Heartbeat[]): Model
   return {
     name: model.name,
     vocabularySize: model.vocabularySize,
+    specialTokens: model.tokenizer.specialTokens,
     maxContextTokens: most(
       groups.map((group) => group.maxContextTokens),
       model.maxContextTokens,

@@ -14,7 +14,7 @@ const loading = loadPromptEncoder(directory);
 async function encode(input: PromptInput): Promise<EncodeReply> {
   try {
     const encoder = await loading;
-    return { tokenIds: encoder.encodeHere(input) };
+    return encoder.encodeHere(input);
   } catch (error) {
     const { code, message } = ClusterError.from(error);
     return { code, message };

@@ -14,12 +14,16 @@ import {
   type Tokenizer,
 } from '@mimo/tokenizer';
 
-import { conversationOf, promptCost, type PromptInput } from './admission.ts';
+import { continuesLast, conversationOf, promptCost, type PromptInput } from './admission.ts';
+
+/** A prompt's ids, and what of the completion's text it already holds. */
+export interface EncodedPrompt {
+  readonly tokenIds: readonly number[];
+  readonly begun: string;
+}
 
 /** A thread's answer to one prompt. */
-export type EncodeReply =
-  | { readonly tokenIds: number[] }
-  | { readonly code: ErrorCode; readonly message: string };
+export type EncodeReply = EncodedPrompt | { readonly code: ErrorCode; readonly message: string };
 
 /** 4,096 characters of prose take 8 ms at most the first time; a thread's round trip is below one. */
 const inlineMaxCharacters = 4_096;
@@ -54,7 +58,7 @@ export class PromptEncoder {
    * The ids of a prompt that was checked. Fails with `invalid_argument` where the template refuses the messages; rejects
    * with the signal's reason where that fires first: a prompt that waits for the thread is not encoded any more.
    */
-  async encode(input: PromptInput, signal: AbortSignal): Promise<number[]> {
+  async encode(input: PromptInput, signal: AbortSignal): Promise<EncodedPrompt> {
     if (promptCost(input) <= inlineMaxCharacters) {
       return this.encodeHere(input);
     }
@@ -64,21 +68,23 @@ export class PromptEncoder {
     if (reply === undefined || 'code' in reply) {
       throw new ClusterError(reply?.code ?? 'canceled', reply?.message ?? 'the prompt was not encoded');
     }
-    return reply.tokenIds;
+    return reply;
   }
 
   /** The same on the calling thread, whatever its length. */
-  encodeHere(input: PromptInput): number[] {
+  encodeHere(input: PromptInput): EncodedPrompt {
     switch (input.kind) {
       case 'chat':
-        return encodeChat(this.tokenizer, this.#template, conversationOf(input.messages));
+        return encodeChat(this.tokenizer, this.#template, conversationOf(input.messages), {
+          continueLast: continuesLast(input.messages),
+        });
       case 'text':
-        return this.tokenizer.encode(input.text);
+        return { tokenIds: this.tokenizer.encode(input.text, { allowSpecial: true }), begun: '' };
       case 'tokens':
-        return [...input.tokenIds];
+        return { tokenIds: input.tokenIds, begun: '' };
       case 'none':
       default:
-        return [];
+        return { tokenIds: [], begun: '' };
     }
   }
 

@@ -44,7 +44,7 @@ class Rig {
 
   constructor(stop: readonly string[] = []) {
     const record = RequestRecord.fromPartial({ requestId: 'r', model: 'm', promptTokenIds: [1, 2] });
-    const text = { tokenizer, stop, minTokens: 0, splitReasoning: false };
+    const text = { tokenTable: tokenizer, stop, stopInReasoning: false, minTokens: 0, reasoning: undefined };
     this.relay = new Relay(record, text, {
       onRequeued: (attempt) => void this.lost.push(attempt),
       onEnded: (end) => void this.ends.push(end),

@@ -279,7 +279,8 @@ export class Relay {
         this.#append({ tokenIds: [], logprobs: [] }, rest);
       }
       const stopped = last.kind === FinishKind.STOP || rest.stop !== undefined;
-      const matched = rest.stop ?? (last.kind === FinishKind.STOP ? String(last.stopTokenId) : '');
+      const byToken = last.kind === FinishKind.STOP ? this.#stopOf(last.stopTokenId) : '';
+      const matched = rest.stop ?? byToken;
       const reason = stopped ? FinishReason.STOP : FinishReason.LENGTH;
       this.#finish({ kind: 'finish', finish: this.#finishOf(reason, matched) });
       return;
@@ -321,6 +322,11 @@ export class Relay {
     this.#acceptedTokens += this.#attempt?.acceptedTokens ?? 0;
     this.#attempt = undefined;
     this.#listener.onRequeued({ broke, tokens });
+  }
+
+  /** What ended the completion at a token: the caller's stop text, where it is written for this token, else its id. */
+  #stopOf(tokenId: number): string {
+    return this.#text.stopTextOf(tokenId) ?? String(tokenId);
   }
 
   #finishOf(reason: FinishReason, matchedStop: string): Finish {

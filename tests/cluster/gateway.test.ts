@@ -17,6 +17,7 @@ import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import {
   ChatRequest,
+  CountTokensRequest,
   GenerateRequest,
   InferenceServiceClient,
   InferenceServiceService,
@@ -287,6 +288,53 @@ describe('a stream', () => {
     expect(prompt).toContain('<|im_start|>system\n<|im_end|>');
     expect(prompt).toContain('<|im_start|>user\nWhat is 47 + 85?<|im_end|>');
     expect(prompt.endsWith('<|im_start|>assistant\n')).toBe(true);
+  });
+
+  it('of Chat continues an assistant’s last message, from inside the thinking where that is open', async () => {
+    const gateway = await openGateway();
+    const script = (): number[] => tokenizer.encode(' + 85\n</think>\n\nIt is = 132.');
+    const group = await openGroup({ script });
+    const request = ChatRequest.fromPartial({
+      model,
+      messages: [
+        { role: Role.USER, content: 'What is 47 + 85?' },
+        { role: Role.ASSISTANT, content: '<think>\n47' },
+      ],
+      sampling: { stop: ['=', '+'] },
+    });
+    const result = await collect(
+      callServerStream(clientOf(gateway), InferenceServiceService.chat, { request }),
+    );
+    expect(result).toMatchObject({ reasoning: ' + 85', text: 'It is ', finish: { matchedStop: '=' } });
+    const prompt = tokenizer.decode(group.prompts[0] ?? []);
+    expect(prompt.endsWith('<|im_start|>assistant\n<think>\n47')).toBe(true);
+  });
+
+  it('of Generate parses special tokens in a raw prompt, and counts them alike; those of Chat are letters', async () => {
+    const gateway = await openGateway();
+    const group = await openGroup({ script: () => [] });
+    const client = clientOf(gateway);
+    const text = '<|im_start|>user\nHi<|im_end|>\n';
+    const expected = tokenizer.encode(text, { allowSpecial: true });
+    const result = await collect(generate(client, generation(text, { stop: ['<|im_end|>'] })));
+    expect(group.prompts[0]).toEqual(expected);
+    expect(result).toMatchObject({ promptTokens: expected.length, finish: { matchedStop: '<|im_end|>' } });
+    const count = (request: Parameters<typeof CountTokensRequest.fromPartial>[0]): Promise<number> =>
+      callUnary(client, InferenceServiceService.countTokens, {
+        request: CountTokensRequest.fromPartial(request),
+      }).then(({ promptTokens }) => promptTokens);
+    expect(
+      await count({
+        request: { $case: 'generate', value: { model, input: { $case: 'prompt', value: text } } },
+      }),
+    ).toBe(expected.length);
+    const counts = ['', '<|im_end|>'].map((content) =>
+      count({
+        request: { $case: 'chat', value: { model, messages: [{ role: Role.USER, content: `x${content}` }] } },
+      }),
+    );
+    const [without = 0, withLetters = 0] = await Promise.all(counts);
+    expect(withLetters - without).toBeGreaterThan(1);
   });
 
   it('ends with LENGTH at max_tokens', async () => {

@@ -69,7 +69,7 @@ describe.each(checkpoints)('tokenizer of $name', async ({ directory, table: file
         ...(addGenerationPrompt === undefined ? {} : { addGenerationPrompt }),
       };
       expect(renderChat(template, messages, options)).toBe(prompt);
-      expect(encodeChat(tokenizer, template, messages, options)).toEqual(tokenIds);
+      expect(encodeChat(tokenizer, template, messages, options).tokenIds).toEqual(tokenIds);
       expect(renderChat(parseChatTemplate(defaultChatTemplate), messages, options)).toBe(prompt);
     },
   );

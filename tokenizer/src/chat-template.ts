@@ -1,6 +1,6 @@
-// A conversation to the prompt's text and token ids. Owns the chat template's rendering and the guard that keeps special
-// tokens out of what users wrote; knows no HTTP and no tools' meaning. Templates come from the checkpoint and are
-// trusted: one that loops for ever would hang the caller.
+// A conversation to the prompt's text and token ids. Owns the chat template's rendering, where the prompt ends when the last
+// message is to be continued, and the guard that keeps special tokens out of what users wrote; knows no HTTP and no tools'
+// meaning. Templates come from the checkpoint and may loop for ever: the caller sees to it that it can stop them.
 //
 // The guard. A template writes `<|im_end|>` and means the token; a message may hold the same characters and must not.
 // Before rendering, every string of the messages and tools that holds a special token's text, or begins or ends with a
@@ -10,7 +10,7 @@
 
 import { Template } from '@huggingface/jinja';
 import { ClusterError } from '@mimo/core/errors';
-import type { Tokenizer } from './tokenizer.ts';
+import { TooManyTokensError, type EncodeOptions, type Tokenizer } from './tokenizer.ts';
 
 /** Who speaks. */
 export type ChatRole = 'system' | 'user' | 'assistant' | 'tool';
@@ -45,8 +45,23 @@ export interface ChatOptions {
   readonly tools?: readonly unknown[];
   /** True, the default: end with the opening of the assistant's turn. */
   readonly addGenerationPrompt?: boolean;
+  /**
+   * True: the prompt ends with the last message's own text, so that the completion goes on with it. What a template prints
+   * behind it is left out, and so is white space at its end where the template trims it.
+   */
+  readonly continueLast?: boolean;
   /** Further variables for the template, such as `enable_thinking`. */
   readonly variables?: Readonly<Record<string, unknown>>;
+}
+
+/** A chat's prompt. */
+export interface EncodedChat {
+  readonly tokenIds: number[];
+  /**
+   * What the assistant's turn already holds, as far as it tells thinking from answer: the message that is continued, or the
+   * tags that the template itself put at the prompt's end.
+   */
+  readonly begun: string;
 }
 
 /** A compiled chat template. */
@@ -80,34 +95,77 @@ export function renderChat(
   return render(template, normalizeMessages(messages), options);
 }
 
-/** The prompt's token ids. Throws as `renderChat` does, and `invalid_argument` for a lone surrogate. */
+/**
+ * The prompt. Throws as `renderChat` does, `invalid_argument` for a lone surrogate or where the template leaves out the
+ * message that is to be continued, and `TooManyTokensError` for more tokens than `maxTokens`.
+ */
 export function encodeChat(
   tokenizer: Tokenizer,
   template: ChatTemplate,
   messages: readonly ChatMessage[],
-  options: ChatOptions = {},
-): number[] {
-  const variables = { bos_token: tokenizer.bosToken, eos_token: tokenizer.eosToken, ...options.variables };
+  options: ChatOptions & Pick<EncodeOptions, 'maxTokens'> = {},
+): EncodedChat {
+  const { tools, continueLast = false, maxTokens = Infinity } = options;
   const normalized = normalizeMessages(messages);
-  const specials = [...tokenizer.specialTokens.keys()];
-  const guard = createGuard(specials, [normalized, options.tools]);
-  if (guard === undefined) {
-    return tokenizer.encode(render(template, normalized, { ...options, variables }), { allowSpecial: true });
-  }
-  const tools = options.tools?.map(guard.protect);
-  const rendered = render(template, normalized.map(guard.protect), {
+  const strings = collectStrings([normalized, tools]);
+  const edges = edgesOf(tokenizer);
+  const guard = createGuard(edges, strings);
+  const cut = chooseMark([...strings, ...edges.specials, guard?.mark ?? '']);
+  const guarded = guard === undefined ? normalized : normalized.map(guard.protect);
+  const rendered = render(template, continueLast ? markEnd(guarded, cut) : guarded, {
+    addGenerationPrompt: !continueLast,
     ...options,
-    variables,
-    ...(tools === undefined ? {} : { tools }),
+    variables: { bos_token: tokenizer.bosToken, eos_token: tokenizer.eosToken, ...options.variables },
+    ...(tools === undefined || guard === undefined ? {} : { tools: tools.map(guard.protect) }),
   });
-  const output: number[] = [];
-  for (const piece of splitSpecials(rendered, specials)) {
+  const prompt = continueLast ? cutAtMark(rendered, cut) : rendered;
+  const begun = continueLast ? (normalized.at(-1)?.content ?? '') : (tagsAtEnd.exec(prompt)?.[0] ?? '');
+  if (guard === undefined) {
+    return { tokenIds: tokenizer.encode(prompt, { allowSpecial: true, maxTokens }), begun };
+  }
+  const tokenIds: number[] = [];
+  const check = (leastTokens: number): void => {
+    if (leastTokens > maxTokens) {
+      throw new TooManyTokensError(leastTokens, maxTokens);
+    }
+  };
+  check(tokenizer.leastTokens(guard.unmark(prompt)));
+  for (const piece of splitSpecials(prompt, edges)) {
     const id = tokenizer.specialTokens.get(piece);
     for (const tokenId of id === undefined ? tokenizer.encode(guard.unmark(piece)) : [id]) {
-      output.push(tokenId);
+      tokenIds.push(tokenId);
     }
+    check(tokenIds.length);
   }
-  return output;
+  return { tokenIds, begun };
+}
+
+/** Where the template opens the thinking for the model, or opens and closes it so that there is none. */
+const tagsAtEnd = /(?:<think>\s*)?<\/?think>\s*$/u;
+
+/** The messages with a mark and a space behind the last one's text: where the space is gone, the template trims. */
+function markEnd(messages: readonly unknown[], mark: string): readonly unknown[] {
+  return messages.map((message, index) =>
+    index === messages.length - 1 && isMessage(message)
+      ? { ...message, content: `${message.content}${mark} ` }
+      : message,
+  );
+}
+
+function isMessage(value: unknown): value is ChatMessage {
+  return typeof value === 'object' && value !== null && 'content' in value;
+}
+
+function cutAtMark(rendered: string, mark: string): string {
+  const end = rendered.lastIndexOf(mark);
+  if (end < 0) {
+    throw new ClusterError(
+      'invalid_argument',
+      'the chat template leaves out the last message, so no completion can continue it',
+    );
+  }
+  const prompt = rendered.slice(0, end);
+  return rendered.startsWith(' ', end + mark.length) ? prompt : prompt.trimEnd();
 }
 
 function render(template: ChatTemplate, messages: readonly unknown[], options: ChatOptions): string {
@@ -163,29 +221,29 @@ function openArguments(given: unknown): unknown {
 }
 
 interface Guard {
+  readonly mark: string;
   /** The same value with marks in its strings. */
   protect(this: void, value: unknown): unknown;
   unmark(this: void, text: string): string;
 }
 
 /** Undefined when no string needs a mark, which is the ordinary case. */
-function createGuard(specials: readonly string[], values: readonly unknown[]): Guard | undefined {
-  const strings = collectStrings(values);
-  if (!strings.some((text) => isSuspicious(text, specials))) {
+function createGuard(edges: SpecialEdges, strings: readonly string[]): Guard | undefined {
+  if (!strings.some((text) => isSuspicious(text, edges))) {
     return undefined;
   }
-  const mark = chooseMark([...strings, ...specials]);
+  const mark = chooseMark([...strings, ...edges.specials]);
   const protectText = (text: string): string => {
-    if (!isSuspicious(text, specials)) {
+    if (!isSuspicious(text, edges)) {
       return text;
     }
     let marked = text;
-    for (const special of specials) {
+    for (const special of edges.specials) {
       while (marked.includes(special)) {
         marked = marked.replaceAll(special, special.slice(0, 1) + mark + special.slice(1));
       }
     }
-    return (beginsInside(text, specials) ? mark : '') + marked + (endsInside(text, specials) ? mark : '');
+    return (beginsInside(text, edges) ? mark : '') + marked + (endsInside(text, edges) ? mark : '');
   };
   const protect = (value: unknown): unknown => {
     if (typeof value === 'string') {
@@ -201,7 +259,7 @@ function createGuard(specials: readonly string[], values: readonly unknown[]): G
     }
     return value;
   };
-  return { protect, unmark: (text) => text.replaceAll(mark, '') };
+  return { mark, protect, unmark: (text) => text.replaceAll(mark, '') };
 }
 
 /** Every string in the values, keys included, level by level. */
@@ -235,39 +293,74 @@ function collectStrings(values: readonly unknown[]): string[] {
   return strings;
 }
 
+/** What a text is compared with to find a special token or a part of one. */
+interface SpecialEdges {
+  readonly specials: readonly string[];
+  /** The leftmost special token, the longest where several begin; undefined where there are none. */
+  readonly any: RegExp | undefined;
+  /** Proper beginnings and ends, such as "<|im" and "|>". */
+  readonly heads: ReadonlySet<string>;
+  readonly tails: ReadonlySet<string>;
+  readonly longestUnits: number;
+}
+
+const edgesByTokenizer = new WeakMap<Tokenizer, SpecialEdges>();
+
+function edgesOf(tokenizer: Tokenizer): SpecialEdges {
+  let edges = edgesByTokenizer.get(tokenizer);
+  if (edges === undefined) {
+    const specials = [...tokenizer.specialTokens.keys()].toSorted((a, b) => b.length - a.length);
+    const cuts = specials.flatMap((special) =>
+      Array.from({ length: special.length - 1 }, (_, i) => ({ special, at: i + 1 })),
+    );
+    edges = {
+      specials,
+      any:
+        specials.length === 0
+          ? undefined
+          : new RegExp(`(${specials.map((special) => RegExp.escape(special)).join('|')})`, 'u'),
+      heads: new Set(cuts.map(({ special, at }) => special.slice(0, at))),
+      tails: new Set(cuts.map(({ special, at }) => special.slice(at))),
+      longestUnits: specials[0]?.length ?? 0,
+    };
+    edgesByTokenizer.set(tokenizer, edges);
+  }
+  return edges;
+}
+
 /**
  * Whether a text could be a special token or, beside the template's own text or another message's, a part of one. A text
  * of letters only is let through, though it may lie inside one: templates compare such texts (roles, names), and none
  * prints letters between the halves of a token.
  */
-function isSuspicious(text: string, specials: readonly string[]): boolean {
+function isSuspicious(text: string, edges: SpecialEdges): boolean {
   if (/^\p{L}*$/u.test(text)) {
     return false;
   }
-  return (
-    specials.some((special) => text.includes(special)) ||
-    beginsInside(text, specials) ||
-    endsInside(text, specials)
-  );
+  return edges.any?.test(text) === true || beginsInside(text, edges) || endsInside(text, edges);
 }
 
 /** Whether the text begins with an end of a special token, or lies within one. */
-function beginsInside(text: string, specials: readonly string[]): boolean {
-  return specials.some(
-    (special) => special.includes(text) || tailsOf(special).some((tail) => text.startsWith(tail)),
+function beginsInside(text: string, { specials, tails, longestUnits }: SpecialEdges): boolean {
+  return (
+    (text.length <= longestUnits && specials.some((special) => special.includes(text))) ||
+    isAnyUnits(text, longestUnits, (units) => tails.has(text.slice(0, units)))
   );
 }
 
 /** Whether the text ends with a beginning of a special token. */
-function endsInside(text: string, specials: readonly string[]): boolean {
-  return specials.some((special) =>
-    tailsOf(special).some((tail) => text.endsWith(special.slice(0, -tail.length))),
-  );
+function endsInside(text: string, { heads, longestUnits }: SpecialEdges): boolean {
+  return isAnyUnits(text, longestUnits, (units) => heads.has(text.slice(text.length - units)));
 }
 
-/** The proper ends of a text, such as "|>" and ">" of "a|>"; cutting one off leaves a proper beginning. */
-function tailsOf(text: string): string[] {
-  return Array.from({ length: text.length - 1 }, (_, i) => text.slice(i + 1));
+/** Whether the rule holds for any part of a text that is shorter than a special token may be. */
+function isAnyUnits(text: string, longestUnits: number, rule: (units: number) => boolean): boolean {
+  for (let units = 1; units < longestUnits && units <= text.length; units += 1) {
+    if (rule(units)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 /** A private-use character that no text holds. */
@@ -278,16 +371,10 @@ function chooseMark(texts: readonly string[]): string {
       return mark;
     }
   }
-  throw new ClusterError('invalid_argument', 'messages hold special tokens and every private-use character');
+  throw new ClusterError('invalid_argument', 'messages hold every private-use character');
 }
 
-/** Cuts at special tokens, leftmost first, the longest where several begin. Joined again, the pieces are the text. */
-function splitSpecials(text: string, specials: readonly string[]): string[] {
-  if (specials.length === 0) {
-    return [text];
-  }
-  const longestFirst = specials
-    .toSorted((a, b) => b.length - a.length)
-    .map((special) => RegExp.escape(special));
-  return text.split(new RegExp(`(${longestFirst.join('|')})`, 'u')).filter((piece) => piece !== '');
+/** Cuts at special tokens. Joined again, the pieces are the text. */
+function splitSpecials(text: string, { any }: SpecialEdges): string[] {
+  return any === undefined ? [text] : text.split(any).filter((piece) => piece !== '');
 }

@@ -3,10 +3,12 @@
 export {
   loadTokenizer,
   createTokenizer,
+  TooManyTokensError,
   type DecodeOptions,
   type EncodeOptions,
   type Tokenizer,
 } from './tokenizer.ts';
+export { createTokenTable, type TokenTable, type TokenTableData } from './token-table.ts';
 export {
   parseTokenizerFiles,
   readTokenizerFiles,
@@ -22,6 +24,7 @@ export {
   type ChatRole,
   type ChatTemplate,
   type ChatToolCall,
+  type EncodedChat,
 } from './chat-template.ts';
 export { defaultChatTemplate } from './default-template.ts';
 export { StreamDecoder } from './stream-decoder.ts';

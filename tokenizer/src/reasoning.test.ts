@@ -2,8 +2,8 @@ import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { ReasoningSplitter, type ReasoningDelta } from './reasoning.ts';
 
-function split(pieces: readonly string[], startsInside = false): ReasoningDelta {
-  const splitter = new ReasoningSplitter({ startsInside });
+function split(pieces: readonly string[], begun = ''): ReasoningDelta {
+  const splitter = new ReasoningSplitter({ begun });
   const deltas = [...pieces.map((piece) => splitter.push(piece)), splitter.end()];
   return {
     thinking: deltas.map(({ thinking }) => thinking).join(''),
@@ -11,15 +11,14 @@ function split(pieces: readonly string[], startsInside = false): ReasoningDelta 
   };
 }
 
-/** The rule on the whole text. */
-function splitWhole(text: string, startsInside: boolean): ReasoningDelta {
-  const opening = /^\s*<think>/u.exec(text);
-  if (opening === null && !startsInside) {
-    return { thinking: '', answer: text };
-  }
-  const inside = startsInside ? text : text.slice(opening?.[0].length);
-  const match = /^[\r\n]*(.*?)(?:[\r\n]*<\/think>[\r\n]*(.*))?$/su.exec(inside);
-  return { thinking: match?.[1] ?? '', answer: match?.[2] ?? '' };
+/** The rule on the whole text, of which the first units stand in the prompt. */
+function splitWhole(text: string, begunUnits: number): ReasoningDelta {
+  const match = /^\s*<think>[\r\n]*(.*?)(?:[\r\n]*<\/think>[\r\n]*(.*))?$/dsu.exec(text);
+  const part = ([start, end]: readonly number[] = [0, 0]): string =>
+    text.slice(Math.max(start ?? 0, begunUnits), Math.max(end ?? 0, begunUnits));
+  return match === null
+    ? { thinking: '', answer: part([0, text.length]) }
+    : { thinking: part(match.indices?.[1]), answer: part(match.indices?.[2]) };
 }
 
 describe('ReasoningSplitter', () => {
@@ -50,8 +49,17 @@ describe('ReasoningSplitter', () => {
     expect(split(text.split(''))).toEqual(expected);
   });
 
-  it('begins inside when the prompt opened the tag', () => {
-    expect(split(['\nOk', 'ay</th', 'ink>\n\nYes'], true)).toEqual({ thinking: 'Okay', answer: 'Yes' });
+  it.each([
+    ['an opened tag', '<think>\n', ['\nOk', 'ay</th', 'ink>\n\nYes'], { thinking: 'Okay', answer: 'Yes' }],
+    ['closed tags', '<think>\n\n</think>\n\n', ['Yes <think>'], { thinking: '', answer: 'Yes <think>' }],
+    ['thinking', '<think>\nOkay', [', so</think>Yes'], { thinking: ', so', answer: 'Yes' }],
+    ['an answer', 'It', [' is <think>'], { thinking: '', answer: ' is <think>' }],
+    ['half a tag', '<thi', ['nk>a</think>b'], { thinking: 'a', answer: 'b' }],
+    ['half of what is no tag', '<thi', ['s'], { thinking: '', answer: 's' }],
+    ['half a closing tag', '<think>a\n</thi', ['nk>b'], { thinking: '', answer: 'b' }],
+    ['white space', ' \n', ['Yes'], { thinking: '', answer: 'Yes' }],
+  ])('goes on from %s', (_, begun, pieces, expected) => {
+    expect(split(pieces, begun)).toEqual(expected);
   });
 
   it('follows its rule however the text is cut', () => {
@@ -69,7 +77,8 @@ describe('ReasoningSplitter', () => {
       '日',
     );
     fc.assert(
-      fc.property(fc.array(part), fc.array(fc.nat({ max: 4 })), fc.boolean(), (parts, cuts, startsInside) => {
+      fc.property(fc.array(part), fc.array(part), fc.array(fc.nat({ max: 4 })), (before, parts, cuts) => {
+        const begun = before.join('');
         const text = parts.join('');
         const pieces: string[] = [];
         let start = 0;
@@ -78,9 +87,9 @@ describe('ReasoningSplitter', () => {
           start += units;
         }
         pieces.push(text.slice(start));
-        expect(split(pieces, startsInside)).toEqual(splitWhole(text, startsInside));
+        expect(split(pieces, begun)).toEqual(splitWhole(begun + text, begun.length));
       }),
-      { numRuns: 2000 },
+      { numRuns: 4000 },
     );
   });
 

@@ -3,9 +3,10 @@
 //
 // The rule, on the whole text:
 //   1. Thinking opens only with `<think>` as the first thing but white space; that white space is dropped. A text that
-//      begins with anything else is all answer, tags and all. `startsInside` skips this step.
+//      begins with anything else is all answer, tags and all.
 //   2. It ends at the first `</think>`; without one, all the rest is thinking.
 //   3. Line ends next to a tag belong to the tag: after `<think>`, before `</think>`, after `</think>`.
+// The whole text is what the prompt already holds of it (`begun`) and the completion; only the completion's part comes out.
 
 /** What one piece of text added to each part; either may be empty. */
 export interface ReasoningDelta {
@@ -13,10 +14,10 @@ export interface ReasoningDelta {
   readonly answer: string;
 }
 
-/** How the completion begins. */
+/** What the completion goes on with. */
 export interface ReasoningOptions {
-  /** The prompt already ended with the opening tag, so the completion begins inside the thinking. */
-  readonly startsInside?: boolean;
+  /** The part of the text that stands at the prompt's end: an opening tag, or a message that is continued. */
+  readonly begun?: string;
 }
 
 const openTag = '<think>';
@@ -29,11 +30,14 @@ type State = 'opening' | 'afterOpen' | 'thinking' | 'afterClose' | 'answer';
  * Follows one sequence's text. INVARIANT: the deltas joined depend only on the whole text, not on how it was cut.
  */
 export class ReasoningSplitter {
-  #state: State;
+  #state: State = 'opening';
   #held = '';
+  /** How much of `#held` stands in the prompt. */
+  #begunUnits = 0;
 
-  constructor(options: ReasoningOptions = {}) {
-    this.#state = options.startsInside === true ? 'afterOpen' : 'opening';
+  constructor({ begun = '' }: ReasoningOptions = {}) {
+    this.push(begun);
+    this.#begunUnits = this.#held.length;
   }
 
   /** Whether the thinking is over, or never began. */
@@ -53,6 +57,7 @@ export class ReasoningSplitter {
           const begun = rest.trimStart();
           if (begun.startsWith(openTag)) {
             rest = begun.slice(openTag.length);
+            this.#begunUnits = 0;
             this.#state = 'afterOpen';
             continue;
           }
@@ -60,6 +65,7 @@ export class ReasoningSplitter {
             this.#held = rest;
             return { thinking, answer };
           }
+          rest = this.#completed(rest);
           this.#state = 'answer';
           continue;
         }
@@ -75,13 +81,14 @@ export class ReasoningSplitter {
         case 'thinking': {
           const close = rest.indexOf(closeTag);
           if (close >= 0) {
-            thinking += rest.slice(0, close).replace(/[\r\n]+$/u, '');
+            thinking += this.#completed(rest.slice(0, close).replace(/[\r\n]+$/u, ''));
+            this.#begunUnits = 0;
             rest = rest.slice(close + closeTag.length);
             this.#state = 'afterClose';
             continue;
           }
           const certainUnits = rest.length - heldUnits(rest);
-          thinking += rest.slice(0, certainUnits);
+          thinking += this.#completed(rest.slice(0, certainUnits));
           this.#held = rest.slice(certainUnits);
           return { thinking, answer };
         }
@@ -94,9 +101,16 @@ export class ReasoningSplitter {
 
   /** Releases what was held back: there is no more text that could complete a tag. */
   end(): ReasoningDelta {
-    const text = this.#held;
+    const text = this.#completed(this.#held);
     this.#held = '';
     return this.#state === 'thinking' ? { thinking: text, answer: '' } : { thinking: '', answer: text };
+  }
+
+  /** What was held back and comes out, without the prompt's part of it. */
+  #completed(text: string): string {
+    const completed = text.slice(this.#begunUnits);
+    this.#begunUnits -= text.length - completed.length;
+    return completed;
   }
 }
 

@@ -1,28 +1,29 @@
 // Token ids to text, one id at a time. Owns the bytes of a character that is not yet whole; knows nothing of tags or
 // stop strings (reasoning.ts, stop-strings.ts read what comes out here).
 
-import type { DecodeOptions, Tokenizer } from './tokenizer.ts';
+import type { TokenTable } from './token-table.ts';
+import type { DecodeOptions } from './tokenizer.ts';
 
 /**
  * Decodes one sequence's completion token ids as they come. A character whose bytes span several tokens comes out
  * whole with the last of them. INVARIANT: all `push` results and `end` joined equal `tokenizer.decode` of the ids.
  */
 export class StreamDecoder {
-  readonly #tokenizer: Tokenizer;
+  readonly #tokens: TokenTable;
   readonly #skipSpecialTokens: boolean;
   readonly #utf8 = new TextDecoder('utf-8', { ignoreBOM: true });
 
-  constructor(tokenizer: Tokenizer, options: DecodeOptions = {}) {
-    this.#tokenizer = tokenizer;
+  constructor(tokens: TokenTable, options: DecodeOptions = {}) {
+    this.#tokens = tokens;
     this.#skipSpecialTokens = options.skipSpecialTokens ?? false;
   }
 
   /** The text that the next id completes, perhaps empty. Throws `invalid_argument` for what is no id. */
   push(tokenId: number): string {
-    if (this.#skipSpecialTokens && this.#tokenizer.specialTokenIds.has(tokenId)) {
+    if (this.#skipSpecialTokens && this.#tokens.specialTokenIds.has(tokenId)) {
       return '';
     }
-    return this.#utf8.decode(this.#tokenizer.tokenBytes(tokenId), { stream: true });
+    return this.#utf8.decode(this.#tokens.tokenBytes(tokenId), { stream: true });
   }
 
   /** What is left: U+FFFD when the stream ended inside a character, else nothing. Resets the decoder. */

@@ -2,8 +2,8 @@
 // Knows no chat and no stream. Input: tokenizer-files.ts. The text between special tokens is byte-pair.ts's.
 
 import { ClusterError } from '@mimo/core/errors';
-import { bytesFromSpelling } from './byte-level.ts';
 import { createBytePairEncoder, type BytePairEncoder } from './byte-pair.ts';
+import { createTokenTable, describeTokens, type TokenTable, type TokenTableData } from './token-table.ts';
 import { parseTokenizerFiles, readTokenizerFiles, type TokenizerDescription } from './tokenizer-files.ts';
 
 /** Whether text may name special tokens. */
@@ -13,8 +13,19 @@ export interface EncodeOptions {
    * characters of text.
    */
   readonly allowSpecial?: boolean;
-  /** Stops early once there are more ids than this, so that what is too long for a context costs no more than it. */
+  /** A text with more ids than this is given up as soon as that is certain, so that it costs no more than one that fits. */
   readonly maxTokens?: number;
+}
+
+/** A text has more tokens than it may. */
+export class TooManyTokensError extends ClusterError {
+  /** It has as many as this; how many more was not counted. */
+  readonly leastTokens: number;
+
+  constructor(leastTokens: number, maxTokens: number) {
+    super('invalid_argument', `the text has at least ${leastTokens} tokens; the limit is ${maxTokens}`);
+    this.leastTokens = leastTokens;
+  }
 }
 
 /** How special tokens are shown. */
@@ -23,23 +34,18 @@ export interface DecodeOptions {
   readonly skipSpecialTokens?: boolean;
 }
 
-/**
- * One checkpoint's tokenizer. Immutable and shared freely.
- *
- * A token is special when the files say so or when it is written `<|...|>` (the files leave the flag off for
- * `<|fim_prefix|>` and its like). The other added tokens, such as `<tool_call>`, are words: they are matched in any text.
- */
-export interface Tokenizer {
-  /** One more than the largest id; the model's own vocabulary may have padding rows beyond it. */
-  readonly vocabularySize: number;
-  readonly specialTokenIds: ReadonlySet<number>;
-  /** The special tokens' texts with their ids. */
-  readonly specialTokens: ReadonlyMap<string, number>;
+/** One checkpoint's tokenizer. Immutable and shared freely. */
+export interface Tokenizer extends TokenTable {
+  /** What the ids stand for, as data. */
+  readonly tokenTable: TokenTableData;
   /** Jinja source from the checkpoint; undefined when it has none. */
   readonly chatTemplate: string | undefined;
   readonly bosToken: string | undefined;
   readonly eosToken: string | undefined;
-  /** The ids of a text. Throws `invalid_argument` for a lone surrogate, which has no UTF-8. Nothing is prepended. */
+  /**
+   * The ids of a text. Throws `invalid_argument` for a lone surrogate, which has no UTF-8, and `TooManyTokensError` for more
+   * than `maxTokens`. Nothing is prepended.
+   */
   encode(text: string, options?: EncodeOptions): number[];
   /**
    * The text of token ids; bytes that are no UTF-8 become U+FFFD. For a stream use a StreamDecoder: decoding ids one by
@@ -48,8 +54,6 @@ export interface Tokenizer {
   decode(tokenIds: readonly number[], options?: DecodeOptions): string;
   /** The id of an added token's text, such as `<|im_end|>`; undefined when there is none. */
   tokenToId(text: string): number | undefined;
-  /** The bytes a token stands for; none for an id without an entry. The array is shared: do not write to it. */
-  tokenBytes(tokenId: number): Uint8Array;
 }
 
 /**
@@ -64,30 +68,19 @@ export async function loadTokenizer(directory: string): Promise<Tokenizer> {
 export function createTokenizer(description: TokenizerDescription): Tokenizer {
   const { addedTokens } = description;
   const encodePlain = createPlainEncoder(description);
-  const bytesById = buildByteTable(description);
+  const tokenTable = describeTokens(description);
+  const table = createTokenTable(tokenTable);
   const idByText = new Map(addedTokens.map(({ content, id }) => [content, id]));
-  const special = addedTokens.filter((token) => token.special || /^<\|.*\|>$/su.test(token.content));
-  const specialTokenIds = new Set(special.map(({ id }) => id));
-  const words = addedTokens.filter(({ id }) => !specialTokenIds.has(id));
+  const words = addedTokens.filter(({ id }) => !table.specialTokenIds.has(id));
   const anyAdded = compileAlternatives(addedTokens.map(({ content }) => content));
   const anyWord = compileAlternatives(words.map(({ content }) => content));
-  const noBytes = new Uint8Array(0);
-
-  function tokenBytes(tokenId: number): Uint8Array {
-    if (!Number.isInteger(tokenId) || tokenId < 0) {
-      throw new ClusterError('invalid_argument', `token id ${tokenId} is not a whole number from 0`);
-    }
-    return bytesById[tokenId] ?? noBytes;
-  }
 
   return {
-    vocabularySize: bytesById.length,
-    specialTokenIds,
-    specialTokens: new Map(special.map(({ content, id }) => [content, id])),
+    ...table,
+    tokenTable,
     chatTemplate: description.chatTemplate,
     bosToken: description.bosToken,
     eosToken: description.eosToken,
-    tokenBytes,
     tokenToId: (text) => idByText.get(text),
 
     encode(text, options = {}) {
@@ -97,8 +90,12 @@ export function createTokenizer(description: TokenizerDescription): Tokenizer {
           'text has a lone surrogate, which cannot be encoded as UTF-8',
         );
       }
-      const pattern = options.allowSpecial === true ? anyAdded : anyWord;
       const { maxTokens = Infinity } = options;
+      const leastTokens = table.leastTokens(text);
+      if (leastTokens > maxTokens) {
+        throw new TooManyTokensError(leastTokens, maxTokens);
+      }
+      const pattern = options.allowSpecial === true ? anyAdded : anyWord;
       const output: number[] = [];
       let end = 0;
       for (const match of pattern === undefined ? [] : text.matchAll(pattern)) {
@@ -106,17 +103,22 @@ export function createTokenizer(description: TokenizerDescription): Tokenizer {
         output.push(idByText.get(match[0])!);
         end = match.index + match[0].length;
         if (output.length > maxTokens) {
-          return output;
+          break;
         }
       }
       encodePlain(text.slice(end), output, maxTokens);
+      if (output.length > maxTokens) {
+        throw new TooManyTokensError(output.length, maxTokens);
+      }
       return output;
     },
 
     decode(tokenIds, options = {}) {
       const shown =
-        options.skipSpecialTokens === true ? tokenIds.filter((id) => !specialTokenIds.has(id)) : tokenIds;
-      return new TextDecoder('utf-8', { ignoreBOM: true }).decode(Buffer.concat(shown.map(tokenBytes)));
+        options.skipSpecialTokens === true
+          ? tokenIds.filter((id) => !table.specialTokenIds.has(id))
+          : tokenIds;
+      return new TextDecoder('utf-8', { ignoreBOM: true }).decode(Buffer.concat(shown.map(table.tokenBytes)));
     },
   };
 }
@@ -127,25 +129,6 @@ function createPlainEncoder({ bytePair }: TokenizerDescription): BytePairEncoder
   } catch (cause) {
     throw new ClusterError('failed_precondition', 'tokenizer.json is not supported', { cause });
   }
-}
-
-/** Bytes by id. Its length is the vocabulary's size; ids without an entry are holes. */
-function buildByteTable({ bytePair, addedTokens }: TokenizerDescription): (Uint8Array | undefined)[] {
-  const table: (Uint8Array | undefined)[] = [];
-  const put = (id: number, bytes: Uint8Array): void => {
-    while (table.length <= id) {
-      table.push(undefined);
-    }
-    table[id] = bytes;
-  };
-  const utf8 = new TextEncoder();
-  for (const [spelling, id] of Object.entries(bytePair.model.vocab)) {
-    put(id, bytesFromSpelling(spelling) ?? utf8.encode(spelling));
-  }
-  for (const { content, id } of addedTokens) {
-    put(id, utf8.encode(content));
-  }
-  return table;
 }
 
 /** Matches the longest of the texts at the leftmost place; undefined for no texts. */

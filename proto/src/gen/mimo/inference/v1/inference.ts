@@ -79,7 +79,10 @@ export interface Message {
 
 export interface ChatRequest {
   model: string;
-  /** Oldest first. Where the first is not a system message, an empty one is put before it: MiMo's recommendation. */
+  /**
+   * Oldest first. Where the first is not a system message, an empty one is put before it: MiMo's recommendation. Where the
+   * last is an assistant message the completion continues it, and holds only what is new; else it answers the user's.
+   */
   messages: Message[];
   sampling: SamplingParams | undefined;
 }
@@ -94,7 +97,12 @@ export interface ChatResponse {
 
 export interface GenerateRequest {
   model: string;
-  input: { $case: "prompt"; value: string } | { $case: "tokenIds"; value: TokenIds } | undefined;
+  input:
+    | //
+    /** Raw text, in which special tokens are parsed. */
+    { $case: "prompt"; value: string }
+    | { $case: "tokenIds"; value: TokenIds }
+    | undefined;
   sampling: SamplingParams | undefined;
 }
 
@@ -128,14 +136,14 @@ export interface Delta {
   tokenIds: number[];
   /** New text of the answer. */
   text: string;
-  /** New text between <think> and </think> (Chat only). */
+  /** New text between <think> and </think> (Chat only), also where the template opened the tag or the last message did. */
   reasoning: string;
   logprobs: TokenLogprob[];
 }
 
 export interface Finish {
   reason: FinishReason;
-  /** The stop text or, as a number, the token id that ended the completion; empty for LENGTH. */
+  /** The stop text or else, as a number, the token id that ended the completion; empty for LENGTH. */
   matchedStop: string;
   usage: Usage | undefined;
   speculation: Speculation | undefined;
@@ -2024,7 +2032,10 @@ export const InferenceServiceService = {
     responseSerialize: (value: ChatResponse): Buffer => Buffer.from(ChatResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ChatResponse => ChatResponse.decode(value),
   },
-  /** Generate continues a raw prompt, without a template. */
+  /**
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   */
   generate: {
     path: "/mimo.inference.v1.InferenceService/Generate" as const,
     requestStream: false as const,
@@ -2047,7 +2058,7 @@ export const InferenceServiceService = {
     responseSerialize: (value: CancelResponse): Buffer => Buffer.from(CancelResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CancelResponse => CancelResponse.decode(value),
   },
-  /** CountTokens says how many tokens a request would put before the model. */
+  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
   countTokens: {
     path: "/mimo.inference.v1.InferenceService/CountTokens" as const,
     requestStream: false as const,
@@ -2072,14 +2083,17 @@ export const InferenceServiceService = {
 export interface InferenceServiceServer extends UntypedServiceImplementation {
   /** Chat answers a conversation through the model's chat template. */
   chat: handleServerStreamingCall<ChatRequest, ChatResponse>;
-  /** Generate continues a raw prompt, without a template. */
+  /**
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   */
   generate: handleServerStreamingCall<GenerateRequest, GenerateResponse>;
   /**
    * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
    * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
    */
   cancel: handleUnaryCall<CancelRequest, CancelResponse>;
-  /** CountTokens says how many tokens a request would put before the model. */
+  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
   countTokens: handleUnaryCall<CountTokensRequest, CountTokensResponse>;
   /** ListModels lists the models that the caller may use. */
   listModels: handleUnaryCall<ListModelsRequest, ListModelsResponse>;
@@ -2089,7 +2103,10 @@ export interface InferenceServiceClient extends Client {
   /** Chat answers a conversation through the model's chat template. */
   chat(request: ChatRequest, options?: Partial<CallOptions>): ClientReadableStream<ChatResponse>;
   chat(request: ChatRequest, metadata?: Metadata, options?: Partial<CallOptions>): ClientReadableStream<ChatResponse>;
-  /** Generate continues a raw prompt, without a template. */
+  /**
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   */
   generate(request: GenerateRequest, options?: Partial<CallOptions>): ClientReadableStream<GenerateResponse>;
   generate(
     request: GenerateRequest,
@@ -2115,7 +2132,7 @@ export interface InferenceServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CancelResponse) => void,
   ): ClientUnaryCall;
-  /** CountTokens says how many tokens a request would put before the model. */
+  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
   countTokens(
     request: CountTokensRequest,
     callback: (error: ServiceError | null, response: CountTokensResponse) => void,

@@ -105,7 +105,11 @@ export interface SamplingParams {
   seed?:
     | number
     | undefined;
-  /** Ends the completion at the first of these texts, which is left out. At most 16, each of 1 to 256 characters. */
+  /**
+   * Ends the completion at the first of these texts, which is left out. At most 16, each of 1 to 256 characters.
+   * In Chat they are looked for in the answer, not in the thinking before it; see stop_in_reasoning. A text that is one of
+   * the model's special tokens, such as "<|im_end|>", ends the completion at that token, wherever it comes.
+   */
   stop: string[];
   /** Ends the completion at any of these token ids, which is left out of the text. At most 64. */
   stopTokenIds: number[];
@@ -132,7 +136,11 @@ export interface SamplingParams {
     | number
     | undefined;
   /** No end-of-text or stop before this many completion tokens: a whole number from 0 to 4294967295. Default 0. */
-  minTokens?: number | undefined;
+  minTokens?:
+    | number
+    | undefined;
+  /** Looks for the stop texts in the thinking and its tags too (Chat; Generate has no thinking). Default false. */
+  stopInReasoning?: boolean | undefined;
 }
 
 /** TokenLogprob is the log-probability of one token under the model, after temperature and before top-k, top-p and min-p. */
@@ -165,6 +173,7 @@ function createBaseSamplingParams(): SamplingParams {
     logprobs: undefined,
     draftTokens: undefined,
     minTokens: undefined,
+    stopInReasoning: undefined,
   };
 }
 
@@ -218,6 +227,9 @@ export const SamplingParams: MessageFns<SamplingParams> = {
     }
     if (message.minTokens !== undefined) {
       writer.uint32(120).uint32(message.minTokens);
+    }
+    if (message.stopInReasoning !== undefined) {
+      writer.uint32(128).bool(message.stopInReasoning);
     }
     return writer;
   },
@@ -365,6 +377,14 @@ export const SamplingParams: MessageFns<SamplingParams> = {
             message.minTokens = reader.uint32();
             continue;
           }
+          case 16: {
+            if (tag !== 128) {
+              break;
+            }
+
+            message.stopInReasoning = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -440,6 +460,11 @@ export const SamplingParams: MessageFns<SamplingParams> = {
         : isSet(object.min_tokens)
         ? globalThis.Number(object.min_tokens)
         : undefined,
+      stopInReasoning: isSet(object.stopInReasoning)
+        ? globalThis.Boolean(object.stopInReasoning)
+        : isSet(object.stop_in_reasoning)
+        ? globalThis.Boolean(object.stop_in_reasoning)
+        : undefined,
     };
   },
 
@@ -490,6 +515,9 @@ export const SamplingParams: MessageFns<SamplingParams> = {
     if (message.minTokens !== undefined) {
       obj.minTokens = Math.round(message.minTokens);
     }
+    if (message.stopInReasoning !== undefined) {
+      obj.stopInReasoning = message.stopInReasoning;
+    }
     return obj;
   },
 
@@ -513,6 +541,7 @@ export const SamplingParams: MessageFns<SamplingParams> = {
     message.logprobs = object.logprobs ?? undefined;
     message.draftTokens = object.draftTokens ?? undefined;
     message.minTokens = object.minTokens ?? undefined;
+    message.stopInReasoning = object.stopInReasoning ?? undefined;
     return message;
   },
 };
