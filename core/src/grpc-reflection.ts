@@ -27,11 +27,16 @@ export function createReflection(
   return {
     serverReflectionInfo: (call) => {
       call.on('data', (request: Parameters<typeof call.write>[0]['originalRequest']) => {
-        call.write({
+        const hasRoom = call.write({
           validHost: request?.host ?? '',
           originalRequest: request,
           messageResponse: answer(described, request?.messageRequest),
         });
+        if (!hasRoom) {
+          // An answer is larger than its question: who does not read them is asked no further.
+          call.pause();
+          call.once('drain', () => call.resume());
+        }
       });
       call.on('end', () => call.end());
     },

@@ -3,6 +3,7 @@
 // details are made here.
 
 import { readFileSync } from 'node:fs';
+import type { Http2Server, ServerOptions } from 'node:http2';
 
 import { BinaryReader } from '@bufbuild/protobuf/wire';
 import * as grpc from '@grpc/grpc-js';
@@ -16,6 +17,14 @@ import { beforeAbort } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import { keepLongDeadlines } from './grpc-deadline.ts';
 import { keepDrainingCalls } from './grpc-drain.ts';
+import {
+  Gate,
+  type GateCounts,
+  type GateLimits,
+  type GateMethod,
+  type GateOptions,
+  type ServeStream,
+} from './grpc-gate.ts';
 import { Health } from './grpc-health.ts';
 import { withholdGrpcLog } from './grpc-log.ts';
 import { createReflection } from './grpc-reflection.ts';
@@ -34,6 +43,8 @@ export interface GrpcServerOptions {
   readonly services: readonly ServiceEntry[];
   /** Bound of one incoming message; larger ones end their call with RESOURCE_EXHAUSTED. */
   readonly maxReceiveBytes: number;
+  /** For a server that anybody may reach. Without it, peers are trusted: the processes of a cluster among themselves. */
+  readonly gate?: Pick<GateOptions, 'admit' | 'limits' | 'onRefused'>;
 }
 
 /** A running server. Close it. */
@@ -42,6 +53,8 @@ export interface GrpcServer {
   readonly address: string;
   readonly port: number;
   readonly health: Health;
+  /** What the gate holds; undefined where there is none. */
+  gateCounts(): GateCounts | undefined;
   /**
    * Asks the clients that are connected to make their next calls over another connection, which a load balancer leads
    * elsewhere; running calls go on. New connections are still taken.
@@ -51,11 +64,24 @@ export interface GrpcServer {
   close(signal: AbortSignal): Promise<void>;
 }
 
-/** Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. */
-const resetLimits = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
+/**
+ * Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. A gateway's
+ * connection may be a proxy's whose users all go away at once; beyond that it is a flood.
+ */
+const trustedResets = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
+const guardedResets = { streamResetBurst: 20_000, streamResetRate: 1_000 };
+
+/** One connection's headers, streams and unread answers; each stream that is not read may hold 64 kB of these. */
+const maxSessionMegabytes = 256;
+
+/** Questions to health and reflection are names. */
+const openMaxMessageBytes = 4_096;
 
 // setTimeout's longest delay: connections that drain are closed by `close` and not by a timer of grpc-js.
 const noDrainLimitMs = 2 ** 31 - 1;
+
+/** What every server has, for whoever asks. */
+const openServices = [HealthService, ServerReflectionService, ServerReflectionServiceV1Alpha];
 
 /** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */
 export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcServer> {
@@ -65,19 +91,19 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
     // Finds a client that is gone without a word.
     'grpc.keepalive_time_ms': 30_000,
     'grpc.keepalive_timeout_ms': 20_000,
+    ...(options.gate !== undefined && {
+      'grpc.max_concurrent_streams': options.gate.limits.maxStreamsPerConnection,
+      'grpc-node.max_session_memory': maxSessionMegabytes,
+    }),
   });
-  raiseResetLimits(server);
+  setHttp2Options(server, options.gate?.limits);
+  const gate = options.gate === undefined ? undefined : placeGate(server, options, options.gate);
   keepDrainingCalls();
   withholdGrpcLog();
   keepLongDeadlines();
   const health = new Health();
   const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
-  const definitions = [
-    ...options.services.map(({ definition }) => definition),
-    HealthService,
-    ServerReflectionService,
-    ServerReflectionServiceV1Alpha,
-  ];
+  const definitions = [...options.services.map(({ definition }) => definition), ...openServices];
   const reflection = createReflection(descriptors, definitions.map(nameOf));
   server.addService(HealthService, health.implementation());
   server.addService(ServerReflectionService, reflection);
@@ -99,12 +125,14 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
     address: `${host}:${port}`,
     port,
     health,
+    gateCounts: () => gate?.counts(),
     goAway: () => server.drain(`${host}:${port}`, noDrainLimitMs),
     close: async (signal) => {
       const { promise: shut, resolve: done } = Promise.withResolvers<void>();
       server.tryShutdown(() => done());
       await beforeAbort(shut, signal).catch(() => undefined);
       server.forceShutdown();
+      gate?.close();
     },
   };
 }
@@ -115,16 +143,55 @@ function nameOf(definition: grpc.ServiceDefinition): string {
 }
 
 /**
- * Lifts node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds. grpc-js offers
- * no option for it, so the options it hands to http2 are changed before the first port is bound; grpc-server.test.ts
- * notices when a release of grpc-js keeps them elsewhere.
+ * Sets what grpc-js has no option for, in the options that it hands to http2, before the first port is bound:
+ * node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds, and the size of headers.
+ * grpc-server.test.ts notices when a release of grpc-js keeps them elsewhere.
  */
-function raiseResetLimits(server: grpc.Server): void {
+function setHttp2Options(server: grpc.Server, limits: GateLimits | undefined): void {
   const http2Options: unknown = Reflect.get(server, 'commonServerOptions');
   if (typeof http2Options !== 'object' || http2Options === null) {
     throw new ClusterError('internal', 'this grpc-js does not keep its http2 options in commonServerOptions');
   }
-  Object.assign(http2Options, resetLimits);
+  if (limits === undefined) {
+    Object.assign(http2Options, trustedResets);
+    return;
+  }
+  const settings = {
+    ...(http2Options as ServerOptions).settings,
+    maxHeaderListSize: limits.maxHeaderBytes,
+  };
+  Object.assign(http2Options, guardedResets, { settings });
+}
+
+/** Puts a gate between the server's HTTP/2 servers and grpc-js's handler of streams. */
+function placeGate(
+  server: grpc.Server,
+  { services, maxReceiveBytes }: GrpcServerOptions,
+  options: NonNullable<GrpcServerOptions['gate']>,
+): Gate {
+  const methods = new Map<string, GateMethod>();
+  const register = (definition: grpc.ServiceDefinition, open: boolean): void => {
+    for (const { path, requestStream } of Object.values(definition)) {
+      const maxMessageBytes = open ? openMaxMessageBytes : maxReceiveBytes;
+      methods.set(path, { open, requestStream, maxMessageBytes });
+    }
+  };
+  services.forEach(({ definition }) => register(definition, false));
+  openServices.forEach((definition) => register(definition, true));
+  const gate = new Gate({ ...options, methods });
+  const hook = '_setupHandlers';
+  const setUp: unknown = Reflect.get(server, hook);
+  if (typeof setUp !== 'function') {
+    throw new ClusterError('internal', `this grpc-js does not set up its http2 servers in ${hook}`);
+  }
+  const setUpBehindGate = (http2Server: Http2Server, ...rest: unknown[]): void => {
+    Reflect.apply(setUp, server, [http2Server, ...rest]);
+    const listeners = http2Server.listeners('stream') as unknown as ServeStream[];
+    http2Server.removeAllListeners('stream');
+    gate.guard(http2Server, (...args) => listeners.forEach((serve) => serve(...args)));
+  };
+  Object.assign(server, { [hook]: setUpBehindGate });
+  return gate;
 }
 
 interface CancellableCall {

@@ -50,6 +50,26 @@ export const gatewaySettings = {
   maxReceiveBytes: sizeSetting('MIMO_GATEWAY_MAX_RECEIVE', '16Mi'),
   /** Text of one prompt: a million letters without a space take the tokenizer eleven seconds. */
   promptMaxBytes: sizeSetting('MIMO_GATEWAY_PROMPT_MAX', '1Mi'),
+  /** Each costs about 30 kB before it has asked anything. */
+  maxConnections: integerSetting('MIMO_GATEWAY_MAX_CONNECTIONS', { min: 1, max: 1_000_000 }, 10_000),
+  /** Of one address; high, since it may be a proxy or a NAT. Those that made no call with a valid key make room first. */
+  maxConnectionsPerPeer: integerSetting(
+    'MIMO_GATEWAY_MAX_CONNECTIONS_PER_PEER',
+    { min: 1, max: 1_000_000 },
+    1_000,
+  ),
+  /** Open at once; clients queue the others. A proxy may bring all its users over one connection. */
+  maxStreamsPerConnection: integerSetting(
+    'MIMO_GATEWAY_MAX_STREAMS_PER_CONNECTION',
+    { min: 1, max: 1_000_000 },
+    4_096,
+  ),
+  /** A key, a deadline and some tracing are below 1 kB; HTTP servers commonly take 8 to 16. */
+  maxHeaderBytes: sizeSetting('MIMO_GATEWAY_MAX_HEADERS', '16Ki'),
+  /** Requests that are arriving or not answered yet, over all calls; beyond it the largest ends. Eight of the largest fit. */
+  maxUnansweredBytes: sizeSetting('MIMO_GATEWAY_MAX_UNANSWERED', '128Mi'),
+  /** For a whole request to arrive: 16 MiB at 5 Mbit/s. */
+  bodyTimeoutMs: durationSetting('MIMO_GATEWAY_BODY_TIMEOUT', '30s'),
   /** Beyond this many requests in this gateway, new ones are refused: each holds a stream and its prompt in memory. */
   maxRequests: integerSetting('MIMO_GATEWAY_MAX_REQUESTS', { min: 1, max: 1_000_000 }, 20_000),
 };
@@ -69,6 +89,11 @@ export function parseGatewayConfig(env: Environment): GatewayConfig {
         ...(config.models.length === 0 && config.natsUrls.length === 0
           ? [
               'MIMO_GATEWAY_MODELS must name at least one model where there is no catalogue, for want of MIMO_GATEWAY_NATS',
+            ]
+          : []),
+        ...(config.maxUnansweredBytes < config.maxReceiveBytes
+          ? [
+              `MIMO_GATEWAY_MAX_UNANSWERED must be at least MIMO_GATEWAY_MAX_RECEIVE, ${config.maxReceiveBytes} bytes, not ${config.maxUnansweredBytes}`,
             ]
           : []),
         ...(config.natsUrls.length === 0 && config.workers.length === 0

@@ -77,6 +77,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   if (keys === undefined) {
     log.warn('no keys file: everybody is let in as tenant anonymous');
   }
+  const authenticate = keys?.authenticate ?? authenticateNobody;
   const own = await loadModels(config.models);
   const meters = await startMetrics({
     process: 'gateway',
@@ -115,13 +116,18 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
     maxReceiveBytes: config.maxReceiveBytes,
+    gate: {
+      limits: config,
+      admit: ({ authorization }) => void authenticate(authorization),
+      onRefused: (path, code) => metrics.requests({ method: methodOf(path), code }),
+    },
     services: [
       createInferenceService({
         gatewayId,
         models,
         groups,
         requests,
-        authenticate: keys?.authenticate ?? authenticateNobody,
+        authenticate,
         metrics,
         promptMaxBytes: config.promptMaxBytes,
         maxRequests: config.maxRequests,
@@ -157,6 +163,16 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   ]);
   meters.gauge('gateway_queue_connected', '1 while requests can be recorded', () => [
     [queue.connected ? 1 : 0, {}],
+  ]);
+  meters.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
+    const { provenConnections = 0, unprovenConnections = 0 } = server.gateCounts() ?? {};
+    return [
+      [provenConnections, { state: 'proven' }],
+      [unprovenConnections, { state: 'unproven' }],
+    ];
+  });
+  meters.gauge('gateway_unanswered_bytes', 'Requests that are arriving or not answered yet', () => [
+    [server.gateCounts()?.unansweredBytes ?? 0, {}],
   ]);
   observeQueues(meters, () => states.values());
   meters.gauge(
@@ -227,6 +243,12 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       await meters.close();
     },
   };
+}
+
+/** The label of a method in the metrics: `countTokens` for `/mimo.inference.v1.InferenceService/CountTokens`. */
+function methodOf(path: string): string {
+  const name = path.slice(path.lastIndexOf('/') + 1);
+  return `${name.slice(0, 1).toLowerCase()}${name.slice(1)}`;
 }
 
 /** Where this gateway keeps the files of the catalogue's models; nobody else writes there. */

@@ -1,0 +1,79 @@
+// How much of something each peer may do: a bounded table of token buckets. Pure: the time is given, by the monotonic
+// clock. A peer is an IPv4 address or an IPv6 network of 64 bits, which one machine commonly has to itself.
+
+/** A bucket of `burst` tokens that gains `perSecond`. */
+export interface Rate {
+  readonly burst: number;
+  readonly perSecond: number;
+}
+
+/** What one has left of its rate. */
+export class Allowance {
+  readonly #rate: Rate;
+  #tokens: number;
+  #atMs: number;
+
+  constructor(rate: Rate, nowMs: number) {
+    this.#rate = rate;
+    this.#tokens = rate.burst;
+    this.#atMs = nowMs;
+  }
+
+  /** Takes a token; false where there is none. */
+  take(nowMs: number): boolean {
+    const gained = (Math.max(0, nowMs - this.#atMs) / 1_000) * this.#rate.perSecond;
+    this.#tokens = Math.min(this.#rate.burst, this.#tokens + gained);
+    this.#atMs = nowMs;
+    if (this.#tokens < 1) {
+      return false;
+    }
+    this.#tokens -= 1;
+    return true;
+  }
+}
+
+/** The allowances of peers, those of the longest silent ones forgotten beyond `maxPeers`. */
+export class PeerAllowances {
+  readonly #rate: Rate;
+  readonly #maxPeers: number;
+  /** The one that took last stands last. */
+  readonly #allowances = new Map<string, Allowance>();
+
+  constructor(rate: Rate, maxPeers: number) {
+    this.#rate = rate;
+    this.#maxPeers = maxPeers;
+  }
+
+  get size(): number {
+    return this.#allowances.size;
+  }
+
+  /** Takes a token of the peer's; false where it has none. */
+  take(peer: string, nowMs: number): boolean {
+    const allowance = this.#allowances.get(peer) ?? new Allowance(this.#rate, nowMs);
+    this.#allowances.delete(peer);
+    this.#allowances.set(peer, allowance);
+    if (this.#allowances.size > this.#maxPeers) {
+      const [oldest = peer] = this.#allowances.keys();
+      this.#allowances.delete(oldest);
+    }
+    return allowance.take(nowMs);
+  }
+}
+
+/** The peer that an address belongs to; undefined addresses, of sockets that are gone, are one peer. */
+export function peerOf(address: string | undefined): string {
+  if (address === undefined) {
+    return 'unknown';
+  }
+  const [, mapped] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(address) ?? [];
+  if (mapped !== undefined || !address.includes(':')) {
+    return mapped ?? address;
+  }
+  const [left = '', right] = address.split('%')[0]!.split('::');
+  const leading = left === '' ? [] : left.split(':');
+  const trailing = right === undefined || right === '' ? [] : right.split(':');
+  const zeros = right === undefined ? 0 : Math.max(0, 8 - leading.length - trailing.length);
+  const groups = [...leading, ...Array<string>(zeros).fill('0'), ...trailing];
+  return `${groups.slice(0, 4).join(':')}::/64`;
+}
