@@ -53,6 +53,8 @@ const maxSlowed = 256;
 /** Calls of one peer that need no key. Probes and load balancers ask every few seconds. */
 const openRate: Rate = { burst: 200, perSecond: 20 };
 const maxPeers = 4_096;
+/** HTTP/2 counts 32 bytes for each header besides its texts. */
+const headerBytes = 16;
 const encodings = new Set([undefined, 'identity', 'gzip', 'deflate']);
 
 /** Guards the HTTP/2 servers of one gRPC server. Close it. */
@@ -76,7 +78,7 @@ export class Gate {
     const judge: ServeStream = (stream, ...rest) => {
       // Resets and lost connections; whoever reads or writes hears of it otherwise.
       stream.on('error', () => undefined);
-      if (this.#judge(stream, rest[0])) {
+      if (this.#judge(stream, rest[0], rest[2])) {
         serve(stream, ...rest);
       }
     };
@@ -96,7 +98,7 @@ export class Gate {
     this.#bodies.close();
   }
 
-  #judge(stream: ServerHttp2Stream, headers: IncomingHttpHeaders): boolean {
+  #judge(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, rawHeaders: readonly string[]): boolean {
     const connection = this.#connections.of(stream);
     if (connection === undefined || stream.closed || stream.destroyed) {
       // Reset before it was looked at, or on a connection that was refused.
@@ -112,6 +114,7 @@ export class Gate {
     const path = headers[':path'] ?? '';
     const method = this.#options.methods.get(path);
     try {
+      this.#assertSmall(rawHeaders);
       assertGrpc(headers);
       if (method === undefined) {
         throw new ClusterError('unimplemented', 'the server does not implement this method');
@@ -134,6 +137,18 @@ export class Gate {
       }
       this.#refuse(stream, connection, refusal);
       return false;
+    }
+  }
+
+  /** The setting that HTTP/2 has for it binds a client only once it has acknowledged it. */
+  #assertSmall(rawHeaders: readonly string[]): void {
+    const bytes = rawHeaders.reduce((sum, text) => sum + text.length + headerBytes, 0);
+    const { maxHeaderBytes } = this.#options.limits;
+    if (bytes > maxHeaderBytes) {
+      throw new ClusterError(
+        'resource_exhausted',
+        `the headers have ${bytes} bytes; the limit is ${maxHeaderBytes}`,
+      );
     }
   }
 
