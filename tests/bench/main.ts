@@ -13,6 +13,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   informer: () => import('./informer.ts'),
   queue: () => import('./queue.ts'),
   reconcile: () => import('./reconcile.ts'),
+  sampler: () => import('./sampler.ts'),
 };
 
 const [name, ...args] = process.argv.slice(2);

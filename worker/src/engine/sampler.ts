@@ -1,5 +1,5 @@
-// The choice of one token from one row of logits. Pure but for the row, which is scratch. Owns penalties, the cuts
-// (min-p, top-k, top-p), the draw and log-probabilities; knows no sequence and no batch.
+// The choice of one token from one row of logits. Pure but for the row, which is scratch. Owns penalties, the draw and
+// log-probabilities; cut.ts says what min-p, top-k and top-p leave to draw from. Knows no sequence and no batch.
 //
 // Order, as in vLLM: penalties (repetition over prompt and completion; frequency and presence over the completion), then
 // temperature, min-p, top-k, top-p over what is left. Ties go to the lowest id.
@@ -9,7 +9,11 @@
 // logits (another batch, another number of ranks) change the choice only at near-ties.
 // INVARIANT: the result depends on the row, the sampling, the position and the seen tokens, on nothing else; so a
 // preempted, resumed or speculated sequence draws what it would have drawn.
+// INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length, with an id or
+// with `data_loss`. A finite logit stays finite through the penalties; -Infinity marks an id that may not be drawn.
 
+import { ClusterError } from '@mimo/core/errors';
+import { listLeft, topIds, wholeWeight } from './cut.ts';
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 
 /** What one draw depends on besides the logits. */
@@ -29,25 +33,23 @@ export interface DrawnToken {
   readonly logprob?: TokenLogprob;
 }
 
-/** exp of anything lower adds nothing to a float64 sum of at most 2^18 terms that starts at 1. */
-const negligible = -48;
-
 /** Above any noise: -ln(-ln(u)) with u <= 1 - 2^-33. */
 const maxNoise = 23;
 
-const powersOfHalf = Float64Array.from({ length: 1 + Math.ceil(maxNoise * Math.LOG2E) }, (_, i) => 2 ** -i);
+/** By i: the least bits with 1 - uniform <= 2^-i. */
+const leastBitsByHalvings = Float64Array.from({ length: 1 + Math.ceil(maxNoise * Math.LOG2E) }, (_, i) =>
+  Math.ceil(2 ** 32 - 2 ** (32 - i) - 0.5),
+);
+
+/** The largest float32. */
+const maxLogit = 2 ** 128 - 2 ** 104;
 
 /**
- * Width below the maximum, in temperatures, within which candidates are first looked for, and its growth: a look costs a
- * tenth of a millisecond at 151,680 ids, sorting ten times too many candidates costs more.
+ * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Throws `data_loss` where the row holds NaN
+ * or Infinity, or forbids every id.
  */
-const firstWidth = 2;
-const widthGrowth = 1.5;
-const lastWidth = 64;
-
-/** Draws a token. `row` holds the logits of the ids that exist, and is overwritten. */
 export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
-  const { sampling } = context;
+  const { sampling, position } = context;
   applyPenalties(row, context);
   for (const id of context.forbidden) {
     if (id < row.length) {
@@ -55,22 +57,48 @@ export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
     }
   }
   const best = argmax(row);
+  assertLogit({ tokenId: best, logit: row[best], position });
   const tokenId = sampling.temperature === 0 ? best : drawByNoise(row, best, context);
-  return sampling.logprobs < 0 ? { tokenId } : { tokenId, logprob: describeToken(row, tokenId, sampling) };
+  return sampling.logprobs < 0
+    ? { tokenId }
+    : { tokenId, logprob: describeToken(row, { tokenId, best, sampling }) };
 }
 
-/** Index of the largest element, the lowest at ties. */
+/** Index of the largest element, the lowest at ties; a NaN counts as the largest, as in NumPy, so that none is overlooked. */
 export function argmax(row: Float32Array): number {
+  const { length } = row;
   let best = 0;
   let bestValue = -Infinity;
-  for (let id = 0; id < row.length; id++) {
+  for (let id = 0; id < length; id++) {
     const value = row[id]!;
-    if (value > bestValue) {
+    if (!(value <= bestValue)) {
       best = id;
       bestValue = value;
+      if (value !== value) {
+        return best;
+      }
     }
   }
   return best;
+}
+
+/** Throws `data_loss` where the largest logit of a row is not finite. */
+export function assertLogit({
+  tokenId,
+  logit,
+  position,
+}: {
+  readonly tokenId: number;
+  readonly logit: number | undefined;
+  readonly position: number;
+}): void {
+  if (!Number.isFinite(logit)) {
+    const text =
+      logit === -Infinity || logit === undefined
+        ? 'allows no token: every logit is -Infinity'
+        : `computed ${logit} as the logit of token ${tokenId}: its weights or its kernels are damaged`;
+    throw new ClusterError('data_loss', `at position ${position} the model ${text}`);
+  }
 }
 
 /** Do the seen tokens matter to this sampling? */
@@ -82,6 +110,11 @@ export function hasPenalties(sampling: SequenceSampling): boolean {
 
 /** Uniform in (0, 1), a pure function of its key: PCG3D (Jarzynski and Olano 2020, Hash Functions for GPU Rendering). */
 export function keyedUniform(seed: number, position: number, tokenId: number): number {
+  return (keyedBits(seed, position, tokenId) + 0.5) / 4_294_967_296;
+}
+
+/** The 32 bits behind `keyedUniform`. */
+function keyedBits(seed: number, position: number, tokenId: number): number {
   let x = (Math.imul(seed, 1_664_525) + 1_013_904_223) | 0;
   let y = (Math.imul(position, 1_664_525) + 1_013_904_223) | 0;
   let z = (Math.imul(tokenId, 1_664_525) + 1_013_904_223) | 0;
@@ -94,7 +127,7 @@ export function keyedUniform(seed: number, position: number, tokenId: number): n
   x = (x + Math.imul(y, z)) | 0;
   y = (y + Math.imul(z, x)) | 0;
   z = (z + Math.imul(x, y)) | 0;
-  return ((z >>> 0) + 0.5) / 4_294_967_296;
+  return z >>> 0;
 }
 
 function applyPenalties(row: Float32Array, { sampling, seen }: DrawContext): void {
@@ -103,142 +136,73 @@ function applyPenalties(row: Float32Array, { sampling, seen }: DrawContext): voi
   }
   const { repetitionPenalty, presencePenalty, frequencyPenalty } = sampling;
   for (const [id, count] of seen) {
-    if (id < row.length) {
-      const value = row[id]!;
-      const repeated = value > 0 ? value / repetitionPenalty : value * repetitionPenalty;
-      row[id] = repeated - frequencyPenalty * count - (count > 0 ? presencePenalty : 0);
+    const value = row[id];
+    if (Number.isFinite(value)) {
+      const repeated = value! > 0 ? value! / repetitionPenalty : value! * repetitionPenalty;
+      const penalised = repeated - frequencyPenalty * count - (count > 0 ? presencePenalty : 0);
+      row[id] = Math.min(Math.max(penalised, -maxLogit), maxLogit);
     }
   }
 }
 
-function drawByNoise(row: Float32Array, best: number, context: DrawContext): number {
-  const { temperature, topK, topP, minP, seed } = context.sampling;
-  const floor = minP > 0 ? row[best]! + temperature * Math.log(minP) : -Infinity;
-  const cut = (topK > 0 && topK < row.length) || topP < 1;
+function drawByNoise(row: Float32Array, best: number, { sampling, position }: DrawContext): number {
+  const { temperature, seed } = sampling;
+  const top = row[best]!;
   let winner = best;
-  let winnerScore = score(best);
-  const consider = (id: number): void => {
-    const candidate = score(id);
-    if (candidate > winnerScore || (candidate === winnerScore && id < winner)) {
-      winner = id;
-      winnerScore = candidate;
-    }
-  };
-  if (cut) {
-    candidates(row, { best, floor, sampling: context.sampling }).forEach(consider);
-    return winner;
-  }
-  for (let id = 0; id < row.length; id++) {
-    const value = row[id]!;
-    const behind = winnerScore - value / temperature;
-    if (value >= floor && behind < maxNoise && mayWin(keyedUniform(seed, context.position, id), behind)) {
-      consider(id);
+  let winnerScore = top / temperature + noiseOf(keyedBits(seed, position, best));
+  let leastBits = leastWinning(winnerScore - top / temperature);
+  // What lies lower cannot win, by a margin of 1 for rounding.
+  const ids = listLeft(row, { top, lowest: (winnerScore - maxNoise - 1) * temperature }, sampling);
+  const { length } = ids;
+  for (let place = 0; place < length; place++) {
+    const id = ids[place]!;
+    const bits = keyedBits(seed, position, id);
+    const scaled = row[id]! / temperature;
+    if (bits >= leastBits && bits >= leastWinning(winnerScore - scaled)) {
+      const score = scaled + noiseOf(bits);
+      if (score > winnerScore || (score === winnerScore && id < winner)) {
+        winner = id;
+        winnerScore = score;
+        leastBits = leastWinning(winnerScore - top / temperature);
+      }
     }
   }
   return winner;
+}
 
-  function score(id: number): number {
-    return row[id]! / temperature - Math.log(-Math.log(keyedUniform(seed, context.position, id)));
-  }
+/** Gumbel noise. */
+function noiseOf(bits: number): number {
+  return -Math.log(-Math.log((bits + 0.5) / 4_294_967_296));
 }
 
 /**
- * Can noise of `uniform` make up for being `behind`? It does iff 1 - uniform < 1 - exp(-exp(-behind)), which is less than
- * exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
+ * The least bits whose noise can make up for being `behind`. It does iff 1 - uniform < 1 - exp(-exp(-behind)), which is less
+ * than exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
  */
-function mayWin(uniform: number, behind: number): boolean {
-  return behind <= 0 || 1 - uniform <= powersOfHalf[Math.floor(behind * Math.LOG2E)]!;
-}
-
-/** Ids that top-k and top-p leave, likeliest first. */
-function candidates(
-  row: Float32Array,
-  cut: { readonly best: number; readonly floor: number; readonly sampling: SequenceSampling },
-): number[] {
-  const { best, floor, sampling } = cut;
-  const { temperature, topP } = sampling;
-  const top = row[best]!;
-  const limit = sampling.topK > 0 ? sampling.topK : row.length;
-  const weight = (id: number): number => Math.exp((row[id]! - top) / temperature);
-  // Without top-k the nucleus is a share of everything above the floor.
-  const wholeMass = limit >= row.length ? sumOfWeights(row, { top, floor, temperature }) : undefined;
-  for (let width = firstWidth; ; width = width < lastWidth ? width * widthGrowth : Infinity) {
-    const lowest = Math.max(floor, top - width * temperature);
-    const ids: number[] = [];
-    let mass = 0;
-    for (let id = 0; id < row.length; id++) {
-      const value = row[id]!;
-      if (value >= lowest && value > -Infinity) {
-        ids.push(id);
-        mass += wholeMass === undefined ? 0 : weight(id);
-      }
-    }
-    const enough = wholeMass === undefined ? ids.length >= limit : mass >= topP * wholeMass;
-    if (enough || lowest === floor) {
-      ids.sort((a, b) => row[b]! - row[a]! || a - b);
-      return nucleus(ids.slice(0, limit), { topP, weight, wholeMass });
-    }
+function leastWinning(behind: number): number {
+  if (behind <= 0) {
+    return 0;
   }
-}
-
-/** The shortest prefix that holds `topP` of the mass. */
-function nucleus(
-  ids: readonly number[],
-  rule: {
-    readonly topP: number;
-    readonly weight: (id: number) => number;
-    readonly wholeMass: number | undefined;
-  },
-): number[] {
-  if (rule.topP >= 1) {
-    return [...ids];
-  }
-  const weights = ids.map(rule.weight);
-  const wanted = rule.topP * (rule.wholeMass ?? weights.reduce((sum, weight) => sum + weight, 0));
-  let mass = 0;
-  const end = weights.findIndex((weight) => (mass += weight) >= wanted);
-  return ids.slice(0, end < 0 ? ids.length : end + 1);
-}
-
-function sumOfWeights(
-  row: Float32Array,
-  scale: { readonly top: number; readonly floor: number; readonly temperature: number },
-): number {
-  let sum = 0;
-  for (let id = 0; id < row.length; id++) {
-    const value = row[id]!;
-    const exponent = (value - scale.top) / scale.temperature;
-    if (value >= scale.floor && exponent > negligible) {
-      sum += Math.exp(exponent);
-    }
-  }
-  return sum;
+  return behind < maxNoise ? leastBitsByHalvings[Math.floor(behind * Math.LOG2E)]! : 2 ** 32;
 }
 
 /** Log-probabilities after penalties and temperature (1 where greedy), before the cuts. */
-function describeToken(row: Float32Array, tokenId: number, sampling: SequenceSampling): TokenLogprob {
+function describeToken(
+  row: Float32Array,
+  {
+    tokenId,
+    best,
+    sampling,
+  }: { readonly tokenId: number; readonly best: number; readonly sampling: SequenceSampling },
+): TokenLogprob {
   const temperature = sampling.temperature === 0 ? 1 : sampling.temperature;
-  const best = row[argmax(row)]!;
-  const logMass = Math.log(sumOfWeights(row, { top: best, floor: -Infinity, temperature }));
-  const logprob = (id: number): number => (row[id]! - best) / temperature - logMass;
-  const top = topIds(row, sampling.logprobs).map((id) => ({ tokenId: id, logprob: logprob(id) }));
-  return { tokenId, logprob: logprob(tokenId), top };
-}
-
-/** The `count` largest, best first, by insertion: count is at most a few tens. */
-function topIds(row: Float32Array, count: number): number[] {
-  const ids: number[] = [];
-  for (let id = 0; id < row.length; id++) {
-    const value = row[id]!;
-    if (ids.length === count && (count === 0 || value <= row[ids[count - 1]!]!)) {
-      continue;
-    }
-    let at = ids.length;
-    while (at > 0 && row[ids[at - 1]!]! < value) {
-      at -= 1;
-    }
-    ids.splice(at, 0, id);
-    ids.length = Math.min(ids.length, count);
-  }
-  return ids;
+  const top = row[best]!;
+  const logWeight = Math.log(wholeWeight(row, { top, temperature }));
+  const logprob = (id: number): number => (row[id]! - top) / temperature - logWeight;
+  const alternatives = topIds(row, top, sampling.logprobs);
+  return {
+    tokenId,
+    logprob: logprob(tokenId),
+    top: alternatives.map((id) => ({ tokenId: id, logprob: logprob(id) })),
+  };
 }
