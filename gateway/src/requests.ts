@@ -3,7 +3,7 @@
 // gRPC server; what happens to tokens is relay.ts's business.
 
 import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError, errorTable } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { RecordPlace, RequestQueue } from '@mimo/core/queue';
 import { startTimer, type Timer } from '@mimo/core/timer';
@@ -207,7 +207,8 @@ export class Requests {
     held.wait?.clear();
     const deleting = this.#delete(held).finally(() => this.#deleting.delete(deleting));
     this.#deleting.add(deleting);
-    if (end.kind === 'error' && end.error.code === 'internal') {
+    // What the client is not shown.
+    if (end.kind === 'error' && !errorTable[end.error.code].textLeaves) {
       this.#parts.log.error({ error: end.error, requestId, model: held.record.model }, 'request failed');
     }
   }

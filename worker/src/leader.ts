@@ -59,12 +59,8 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   const engine = await parts.startEngine(lifecycle.draining);
   lifecycle.onClose('engine', () => engine.close());
   const { maxContextTokens, draftTokens } = engine.info;
-  const sessions = new Sessions(engine, {
-    group: config.group,
-    model: config.model,
-    maxContextTokens,
-    draftTokens,
-  });
+  const welcome = { group: config.group, model: config.model, maxContextTokens, draftTokens };
+  const sessions = new Sessions(engine, welcome, log);
   const metrics = await startMetrics({
     process: 'worker',
     listenAddress: config.metricsListen === '' ? undefined : config.metricsListen,

@@ -1,6 +1,7 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError, type ErrorCode } from '@mimo/core/errors';
+import { createLog } from '@mimo/core/log';
 import { SamplingParams } from '@mimo/proto/sampling';
 import {
   FinishKind,
@@ -75,13 +76,27 @@ function submitMessage(slot: number, fields: Partial<Submit> = {}): SessionReque
   return { message: { $case: 'submit', value: { ...submit, ...fields } } };
 }
 
+function failedDelta(
+  sequenceId: number,
+  error: { readonly code: ErrorCode; readonly message: string },
+): SequenceDelta {
+  return { sequenceId, index: 0, tokenIds: [], finish: { kind: 'error', ...error, ...counts } };
+}
+
 describe('Sessions', () => {
   let engine: RecordingEngine;
   let sessions: Sessions;
+  let logged: string[];
   beforeEach(() => {
     vi.useFakeTimers();
     engine = new RecordingEngine();
-    sessions = new Sessions(engine, { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 });
+    logged = [];
+    const log = createLog({
+      process: 'test',
+      level: 'info',
+      destination: { write: (line: string) => logged.push(line) },
+    });
+    sessions = new Sessions(engine, { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 }, log);
   });
   afterEach(() => {
     vi.useRealTimers();
@@ -96,6 +111,22 @@ describe('Sessions', () => {
   function step(number: number, deltas: readonly SequenceDelta[]): void {
     sessions.onFrame({ step: number, deltas, stats });
   }
+
+  it('logs why a sequence failed where its client is not shown it, and nothing of what a client got wrong', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(0));
+    session.receive(submitMessage(1));
+    const [first, second] = engine.submitted.map(({ sequenceId }) => sequenceId);
+    step(1, [
+      failedDelta(first!, { code: 'data_loss', message: 'NaN' }),
+      failedDelta(second!, { code: 'invalid_argument', message: 'no' }),
+    ]);
+    const ends = peer.frames.flatMap(({ deltas }) => deltas.map(({ finish }) => finish?.errorMessage));
+    expect(ends).toEqual(['NaN', 'no']);
+    expect(logged.map((line) => JSON.parse(line) as unknown)).toMatchObject([
+      { msg: 'sequence failed', requestId: 'request-0', error: { code: 'data_loss', message: 'NaN' } },
+    ]);
+  });
 
   it('welcomes a gateway, and turns away one that asks for another model', () => {
     const { peer } = open();

@@ -5,7 +5,8 @@
 // Back-pressure: credit bounds what a sequence may have in flight. While a session's stream is full its deltas are
 // merged, one for each sequence, and go out as one frame when it drains: memory stays below the credit granted.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError, errorTable } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
 import { startTimer, type Timer } from '@mimo/core/timer';
 import type {
   RunningRequest,
@@ -16,7 +17,7 @@ import type {
   Welcome,
 } from '@mimo/proto/worker';
 
-import type { EngineFrame, EngineHost } from './engine/engine-host.ts';
+import type { EngineFrame, EngineHost, SequenceEnd } from './engine/engine-host.ts';
 import { samplingFromWire } from './sampling.ts';
 import { deltaToWire, failedDelta, mergeDelta, type SequenceOnWire } from './session-deltas.ts';
 
@@ -42,14 +43,17 @@ interface Sequence extends SequenceOnWire {
 export class Sessions {
   readonly #engine: SequenceEngine;
   readonly #welcome: Welcome;
+  readonly #log: Log | undefined;
   readonly #sequences = new Map<number, Sequence>();
   readonly #sessions = new Set<Session>();
   #nextSequenceId = 1;
   #refusing: ClusterError | undefined;
 
-  constructor(engine: SequenceEngine, welcome: Welcome) {
+  /** `log` takes what clients are not shown: why the engine ended a sequence with a fault of its own or of the model. */
+  constructor(engine: SequenceEngine, welcome: Welcome, log?: Log) {
     this.#engine = engine;
     this.#welcome = welcome;
+    this.#log = log;
   }
 
   get sessionCount(): number {
@@ -108,6 +112,7 @@ export class Sessions {
       sequence.session.deliver(frame.step, deltaToWire(sequence, delta));
       touched.add(sequence.session);
       if (delta.finish !== undefined) {
+        this.#logFault(sequence, delta.finish);
         this.#forget(sequence);
       }
     }
@@ -174,6 +179,12 @@ export class Sessions {
     for (const sequence of sequences) {
       this.#engine.abort(sequence.id);
       this.#forget(sequence);
+    }
+  }
+
+  #logFault({ requestId }: Sequence, end: SequenceEnd): void {
+    if (end.kind === 'error' && !errorTable[end.code].textLeaves) {
+      this.#log?.error({ error: new ClusterError(end.code, end.message), requestId }, 'sequence failed');
     }
   }
 

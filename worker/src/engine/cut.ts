@@ -230,10 +230,12 @@ function endOf(
 ): Cut | undefined {
   const { ids, weights, distances, distanceBits, chosen } = memory;
   const count = listed;
+  // A distance of -0, from a top of -0, has the bits of none.
+  const positiveTop = top + 0;
   binWeights.fill(0);
   for (let place = 0; place < count; place++) {
     const id = ids[place]!;
-    distances[place] = top - row[id]!;
+    distances[place] = positiveTop - row[id]!;
     binWeights[distanceBits[place]! >>> binShift]! += weights[id]!;
   }
   let bin = 0;

@@ -408,21 +408,45 @@ describe('Engine', () => {
     ]);
   });
 
-  it('ends a sequence whose logits are no numbers, and only that one', () => {
+  it.each<[ChosenToken, string]>([
+    [
+      { tokenId: 0, logit: NaN },
+      'the model computes NaN as the logit of token 0: its weights or its kernels are damaged',
+    ],
+    [{ tokenId: 7, logit: Infinity }, 'the model computes Infinity as the logit of token 7'],
+    [{ tokenId: 0, logit: -Infinity }, 'every token is masked: all logits are -Infinity'],
+    [{ tokenId: NaN, logit: 1 }, 'token NaN was chosen: there are 50'],
+    [{ tokenId: 50, logit: 1 }, 'token 50 was chosen: there are 50'],
+  ])('ends a sequence that gets %j with the cause, and only that one', (chosen, problem) => {
     const model = new HashModel();
     const executor = {
       run: (plan: PassPlan): readonly HeadRow[] => {
         const [first, ...others] = model.run(plan);
-        return plan.tokenIds[0] === 13 ? [{ tokenId: 0, logit: NaN }, ...others] : [first!, ...others];
+        return plan.tokenIds[0] === 13 ? [chosen, ...others] : [first!, ...others];
       },
     };
     const engine = new Engine(executor, limits);
     engine.submit(request(1, [13]));
     engine.submit(request(2, [1, 2, 3]));
     const deltas = runOut(engine);
-    const message = 'the model gives no finite logit for position 1';
-    expect(deltas[0]!.finish).toMatchObject({ kind: 'error', code: 'data_loss', message });
+    const { message, ...finish } = deltas[0]!.finish as { message: string };
+    expect(finish).toMatchObject({ kind: 'error', code: 'data_loss' });
+    expect(message).toContain(`no token at position 1: ${problem}`);
     expect(completionOf(deltas, 2)).toEqual(generateAlone(request(2, [1, 2, 3])));
+  });
+
+  it('takes no draft from an MTP layer that computes none, and writes the same text', () => {
+    const model = new HashModel();
+    const executor = {
+      run: (plan: PassPlan): readonly HeadRow[] =>
+        plan.kind === 'draft' ? model.run(plan).map(() => ({ tokenId: NaN, logit: NaN })) : model.run(plan),
+    };
+    const engine = new Engine(executor, limits);
+    const asked = request(1, [1, 2, 3], { sampling: { ...greedy, draftTokens: 1 } });
+    engine.submit(asked);
+    const deltas = runOut(engine);
+    expect(completionOf(deltas, 1)).toEqual(generateAlone(asked));
+    expect(deltas.at(-1)?.finish?.draftedTokens).toBe(0);
   });
 
   it('asks for the best token alone wherever nothing more is needed, whatever the other rows ask', () => {

@@ -11,7 +11,7 @@
 
 import { ClusterError } from '@mimo/core/errors';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceEnd, SequenceRequest } from './engine-api.ts';
-import type { ChosenToken, HeadRequest, HeadRow } from './head-rows.ts';
+import { problemOf, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
 import {
   capacityTokens,
@@ -262,7 +262,7 @@ export class Engine {
       const computedBefore = Math.min(sequence.promptTokens, span.start);
       let survivors = scheduled.pendingRows;
       if (span.headRows > 0) {
-        takeToken(sequence, chosen[firstHeadRow]!);
+        this.#takeToken(sequence, chosen[firstHeadRow]!);
       }
       if (scheduled.withDraft) {
         sequence.draftedTokens += 1;
@@ -273,7 +273,7 @@ export class Engine {
           // A right draft may be the token that ends the sequence.
           if (sequence.end === undefined) {
             survivors += 1;
-            takeToken(sequence, chosen[firstHeadRow + 1]!);
+            this.#takeToken(sequence, chosen[firstHeadRow + 1]!);
           }
         }
       }
@@ -282,6 +282,17 @@ export class Engine {
       this.#counters.promptTokens += Math.min(sequence.promptTokens, sequence.kvTokens) - computedBefore;
       return survivors;
     });
+  }
+
+  /** The sequence goes on with the token, or ends where the model gives none. */
+  #takeToken(sequence: Sequence, chosen: ChosenToken): void {
+    const problem = problemOf(chosen, this.#limits.usableVocab);
+    if (problem === undefined) {
+      sequence.append(chosen);
+    } else {
+      const message = `no token at position ${sequence.tokenIds.length}: ${problem}`;
+      sequence.end = { kind: 'error', code: 'data_loss', message };
+    }
   }
 
   /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
@@ -313,7 +324,8 @@ export class Engine {
     let headRow = 0;
     for (const [i, { sequence }] of drafting.entries()) {
       if (spans[i]!.headRows > 0) {
-        sequence.draft = best[headRow++]!.tokenId;
+        const guess = best[headRow++]!;
+        sequence.draft = problemOf(guess, this.#limits.usableVocab) === undefined ? guess.tokenId : -1;
       }
     }
   }
@@ -340,16 +352,6 @@ export class Engine {
     const slots = this.#releasedSlots;
     this.#releasedSlots = [];
     return slots;
-  }
-}
-
-/** The sequence goes on with the token, or ends where the model gives none. */
-function takeToken(sequence: Sequence, chosen: ChosenToken): void {
-  if (Number.isFinite(chosen.logit)) {
-    sequence.append(chosen);
-  } else {
-    const message = `the model gives no finite logit for position ${sequence.tokenIds.length}`;
-    sequence.end = { kind: 'error', code: 'data_loss', message };
   }
 }
 

@@ -14,7 +14,7 @@ export type HeadRequest =
 
 /** A token chosen from a head row. */
 export interface ChosenToken extends DrawnToken {
-  /** Of the token, after penalties; not finite where the row has no finite logit to choose. */
+  /** Of the token, after penalties. Not finite where nothing could be chosen, see `problemOf`. */
   readonly logit: number;
 }
 
@@ -31,4 +31,17 @@ export function chooseToken(row: Float32Array, draw: DrawContext): ChosenToken {
 export function bestToken(row: Float32Array): ChosenToken {
   const tokenId = argmax(row);
   return { tokenId, logit: row[tokenId] ?? -Infinity };
+}
+
+/** Why a chosen token cannot be taken, for an error; undefined where it can. A device may return anything. */
+export function problemOf({ tokenId, logit }: ChosenToken, usableVocab: number): string | undefined {
+  if (logit === -Infinity) {
+    return 'every token is masked: all logits are -Infinity';
+  }
+  if (!Number.isFinite(logit)) {
+    return `the model computes ${logit} as the logit of token ${tokenId}: its weights or its kernels are damaged`;
+  }
+  return Number.isInteger(tokenId) && tokenId >= 0 && tokenId < usableVocab
+    ? undefined
+    : `token ${tokenId} was chosen: there are ${usableVocab}`;
 }

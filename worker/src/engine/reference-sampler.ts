@@ -1,33 +1,8 @@
-// The choice of one token from one row of logits. Pure but for the row, which is scratch. Owns penalties, the cuts
-// (min-p, top-k, top-p), the draw and log-probabilities; knows no sequence and no batch.
-//
-// Order, as in vLLM: penalties (repetition over prompt and completion; frequency and presence over the completion), then
-// temperature, min-p, top-k, top-p over what is left. Ties go to the lowest id.
-//
-// The draw is a Gumbel maximum: argmax of logit / temperature + noise(seed, position, token id). Deliberate difference
-// from inverting a cumulative sum: a token's noise does not depend on its neighbours, so last-bit differences of the
-// logits (another batch, another number of ranks) change the choice only at near-ties.
-// INVARIANT: the result depends on the row, the sampling, the position and the seen tokens, on nothing else; so a
-// preempted, resumed or speculated sequence draws what it would have drawn.
+// The sampler that sampler.ts is held to: the same rule, written plainly, with sorts of everything that may be left. For tests
+// and the benchmark alone; finite rows only, since its loops end by comparing floats.
 
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
-
-/** What one draw depends on besides the logits. */
-export interface DrawContext {
-  readonly sampling: SequenceSampling;
-  /** Index of the drawn token in the whole sequence, prompt included. */
-  readonly position: number;
-  /** Occurrences in the completion by id; prompt tokens are present, with 0 where only there. Used by penalties. */
-  readonly seen: ReadonlyMap<number, number>;
-  /** Ids that may not be drawn. */
-  readonly forbidden: readonly number[];
-}
-
-export interface DrawnToken {
-  readonly tokenId: number;
-  /** Present where the sampling asks for it. */
-  readonly logprob?: TokenLogprob;
-}
+import { hasPenalties, keyedUniform, type DrawContext, type DrawnToken } from './sampler.ts';
 
 /** exp of anything lower adds nothing to a float64 sum of at most 2^18 terms that starts at 1. */
 const negligible = -48;
@@ -60,7 +35,7 @@ export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
 }
 
 /** Index of the largest element, the lowest at ties. */
-export function argmax(row: Float32Array): number {
+function argmax(row: Float32Array): number {
   let best = 0;
   let bestValue = -Infinity;
   for (let id = 0; id < row.length; id++) {
@@ -71,30 +46,6 @@ export function argmax(row: Float32Array): number {
     }
   }
   return best;
-}
-
-/** Do the seen tokens matter to this sampling? */
-export function hasPenalties(sampling: SequenceSampling): boolean {
-  return (
-    sampling.repetitionPenalty !== 1 || sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0
-  );
-}
-
-/** Uniform in (0, 1), a pure function of its key: PCG3D (Jarzynski and Olano 2020, Hash Functions for GPU Rendering). */
-export function keyedUniform(seed: number, position: number, tokenId: number): number {
-  let x = (Math.imul(seed, 1_664_525) + 1_013_904_223) | 0;
-  let y = (Math.imul(position, 1_664_525) + 1_013_904_223) | 0;
-  let z = (Math.imul(tokenId, 1_664_525) + 1_013_904_223) | 0;
-  x = (x + Math.imul(y, z)) | 0;
-  y = (y + Math.imul(z, x)) | 0;
-  z = (z + Math.imul(x, y)) | 0;
-  x ^= x >>> 16;
-  y ^= y >>> 16;
-  z ^= z >>> 16;
-  x = (x + Math.imul(y, z)) | 0;
-  y = (y + Math.imul(z, x)) | 0;
-  z = (z + Math.imul(x, y)) | 0;
-  return ((z >>> 0) + 0.5) / 4_294_967_296;
 }
 
 function applyPenalties(row: Float32Array, { sampling, seen }: DrawContext): void {

@@ -1,7 +1,9 @@
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { numberProblem, samplingLimits, type NumberLimit } from '@mimo/proto/limits';
 import type { SequenceSampling } from './engine-api.ts';
-import { argmax, drawToken, keyedUniform, type DrawContext } from './sampler.ts';
+import * as reference from './reference-sampler.ts';
+import { argmax, drawToken, keyedUniform, type DrawContext, type DrawnToken } from './sampler.ts';
 
 const plain: SequenceSampling = {
   temperature: 1,
@@ -69,6 +71,80 @@ const cuts = fc.record({
   seed: fc.nat(),
 });
 
+/** Any 32 bits, those at the edges of the format more often. */
+const anyFloat = fc
+  .oneof(
+    fc.nat(0xffff_ffff),
+    fc.constantFrom(0, 0x8000_0000, 1, 0x8000_0001, 0x7f7f_ffff, 0xff7f_ffff, 0x3f80_0000, 0xff80_0000),
+    fc.constantFrom(0x7f80_0000, 0x7fc0_0000, 0xffc0_0000, 0x7f80_0001),
+  )
+  .map((bits) => new Float32Array(Uint32Array.of(bits).buffer)[0]!);
+/** Whose penalised logits are floats, too. */
+const finiteFloat = fc.oneof(
+  anyFloat.map((value) => (Math.abs(value) < 3e36 || value === -Infinity ? value : 0)),
+  fc.float({ min: -20, max: 20, noNaN: true }),
+  fc.integer({ min: -3, max: 3 }),
+);
+const rowsOf = (values: fc.Arbitrary<number>): fc.Arbitrary<Float32Array> =>
+  fc
+    .tuple(fc.array(values, { minLength: 1, maxLength: 200 }), fc.constantFrom(1, 1, 2, 7))
+    // Repeated: ties far apart.
+    .map(([some, times]) =>
+      Float32Array.from({ length: some.length * times }, (_, id) => some[id % some.length]!),
+    );
+const anyRows = fc.oneof(rowsOf(anyFloat), rowsOf(fc.oneof(finiteFloat, finiteFloat, anyFloat)));
+const finiteRows = rowsOf(finiteFloat).filter((row) => row.some((value) => value > -Infinity));
+
+/** Whatever the table accepts, its ends more often. */
+function accepted(limit: NumberLimit): fc.Arbitrary<number> {
+  const { min, max, kind } = limit;
+  const ends = [min, max, kind === 'float' ? Math.fround(min) : min, 0, 1].filter(
+    (value) => numberProblem(value, limit) === undefined,
+  );
+  const within =
+    kind === 'integer'
+      ? fc.oneof(fc.integer({ min, max: Math.min(max, 300) }), fc.integer({ min, max }))
+      : fc.oneof(
+          fc.double({ min, max, noNaN: true }).map(Math.fround),
+          fc.float({ min: Math.fround(min), max, noNaN: true }),
+        );
+  return fc.oneof(
+    fc.constantFrom(...ends),
+    within.filter((value) => numberProblem(value, limit) === undefined),
+  );
+}
+
+/** A plain value more often than all others, so that some parameters act alone. */
+const acceptedOr = (limit: NumberLimit, value: number): fc.Arbitrary<number> =>
+  fc.oneof(fc.constant(value), accepted(limit));
+
+const contexts: fc.Arbitrary<DrawContext> = fc.record({
+  sampling: fc
+    .record({
+      temperature: acceptedOr(samplingLimits.temperature, 1),
+      topP: acceptedOr(samplingLimits.topP, 1),
+      topK: acceptedOr(samplingLimits.topK, 0),
+      minP: acceptedOr(samplingLimits.minP, 0),
+      repetitionPenalty: acceptedOr(samplingLimits.repetitionPenalty, 1),
+      presencePenalty: acceptedOr(samplingLimits.presencePenalty, 0),
+      frequencyPenalty: acceptedOr(samplingLimits.frequencyPenalty, 0),
+      seed: accepted(samplingLimits.seed),
+      logprobs: fc.constantFrom(-1, -1, 0, 1, 20),
+    })
+    .map((sampling) => ({ ...plain, ...sampling })),
+  position: fc.nat(2 ** 18),
+  seen: fc
+    .array(fc.tuple(fc.nat(250), fc.oneof(fc.nat(3), fc.nat(2 ** 18))), { maxLength: 20 })
+    .map((entries) => new Map(entries)),
+  forbidden: fc.array(fc.nat(250), { maxLength: 3 }),
+});
+
+/** The token's own, then those of the alternatives that may be drawn. */
+function logprobsOf({ logprob }: DrawnToken): (readonly [number, number])[] {
+  const all = logprob === undefined ? [] : [logprob, ...logprob.top];
+  return all.filter((each) => each.logprob > -Infinity).map((each) => [each.tokenId, each.logprob]);
+}
+
 describe('drawToken', () => {
   it('draws what sorting the whole vocabulary would draw', () => {
     fc.assert(
@@ -78,6 +154,103 @@ describe('drawToken', () => {
       }),
       { numRuns: 1000 },
     );
+  });
+
+  it('draws what the reference sampler draws, with the same log-probabilities, from any finite row', () => {
+    fc.assert(
+      fc.property(finiteRows, contexts, (row, draw) => {
+        fc.pre(row.some((value, id) => value > -Infinity && !draw.forbidden.includes(id)));
+        const drawn = drawToken(row.slice(), draw);
+        const expected = reference.drawToken(row.slice(), draw);
+        expect(drawn.tokenId).toBe(expected.tokenId);
+        const [logprobs, expectedLogprobs] = [logprobsOf(drawn), logprobsOf(expected)];
+        expect(logprobs.map(([id]) => id)).toEqual(expectedLogprobs.map(([id]) => id));
+        for (const [index, [, logprob]] of logprobs.entries()) {
+          const [, expectedLogprob] = expectedLogprobs[index]!;
+          const error = Math.abs(logprob - expectedLogprob);
+          expect(error).toBeLessThanOrEqual(1e-8 * Math.max(1, Math.abs(expectedLogprob)));
+        }
+      }),
+      { numRuns: 3000 },
+    );
+  });
+
+  it('ends for any bits and any accepted sampling: with an id that may be drawn, or with what is wrong in the row', () => {
+    fc.assert(
+      fc.property(anyRows, contexts, (row, draw) => {
+        const scratch = row.slice();
+        const { tokenId, logprob } = drawToken(scratch, draw);
+        expect(tokenId).toSatisfy((id: number) => Number.isInteger(id) && id >= 0 && id < row.length);
+        const allowed = [...row].filter((_, id) => !draw.forbidden.includes(id));
+        const isDrawable =
+          allowed.some((value) => value > -Infinity) && allowed.every((value) => value < Infinity);
+        expect(Number.isFinite(scratch[tokenId])).toBe(isDrawable);
+        expect(logprob !== undefined).toBe(isDrawable && draw.sampling.logprobs >= 0);
+        // A float32 field of the wire takes it.
+        expect(Number.isFinite(Math.fround(logprob?.logprob ?? 0))).toBe(true);
+      }),
+      {
+        numRuns: 3000,
+        // A top of -0 once put a distance into a bin that there is not.
+        examples: [[Float32Array.of(-0, 0, 0, 0, -0, 0, 0, 0), context({ temperature: 1e-6, logprobs: 1 })]],
+      },
+    );
+  });
+
+  it('draws what the reference sampler draws from a whole vocabulary, at every way to a cut', () => {
+    const length = 151_680;
+    const normal = (id: number): number =>
+      Math.sqrt(-2 * Math.log(keyedUniform(1, 2, id))) * Math.cos(2 * Math.PI * keyedUniform(3, 4, id));
+    const usual = Float32Array.from({ length }, (_, id) => 2.2 * normal(id) - 2);
+    usual.set(
+      Float32Array.from({ length: 60 }, (_, rank) => 20 - rank * 0.4),
+      5_000,
+    );
+    const tied = new Float32Array(length).fill(1.5);
+    const coarse = Float32Array.from({ length }, (_, id) => Math.round(normal(id)) / 2);
+    const cases: readonly (readonly [Float32Array, Partial<SequenceSampling>])[] = [
+      [usual, {}],
+      [usual, { temperature: 1, topP: 0.999 }],
+      [usual, { topK: 20 }],
+      [usual, { topK: 100_000, temperature: 2 }],
+      [usual, { topP: 1 - 2 ** -24 }],
+      [tied, {}],
+      [tied, { topP: 0.5 }],
+      [tied, { topP: 0.5, topK: 1000 }],
+      [coarse, { temperature: 2 }],
+      [coarse, { temperature: 2, topK: 70_000, minP: 0.01 }],
+    ];
+    for (const [row, sampling] of cases) {
+      const draw = context({ temperature: 0.6, topP: Math.fround(0.95), ...sampling }, { position: 77 });
+      expect(drawToken(row.slice(), draw)).toEqual(reference.drawToken(row.slice(), draw));
+    }
+  });
+
+  it('keeps what a penalty would carry beyond the floats at the largest float, and forgets no Infinity', () => {
+    const largest = 3.4028234663852886e38;
+    const sampling = { repetitionPenalty: 0.01, temperature: 0 };
+    const seen = new Map([
+      [0, 0],
+      [1, 0],
+      [2, 1],
+    ]);
+    const row = Float32Array.of(1e38, -1e38, -Infinity, 5);
+    expect(drawToken(row, context(sampling, { seen })).tokenId).toBe(0);
+    expect([...row]).toEqual([largest, Math.fround(Math.fround(-1e38) * 0.01), -Infinity, 5]);
+    const broken = Float32Array.of(1, Infinity, 5);
+    expect(broken[drawToken(broken, context(sampling, { seen })).tokenId]).toBe(Infinity);
+  });
+
+  it('ends where a repetition penalty of 1e-40 made infinities and the step thread hung', () => {
+    expect(numberProblem(1e-40, samplingLimits.repetitionPenalty)).toBeDefined();
+    const row = Float32Array.from({ length: 640 }, (_, id) => Math.sin(id) * 8);
+    const seen = new Map(Array.from({ length: 12 }, (_, i) => [i * 7 + 1, 0] as const));
+    for (const cut of [{ topP: 0.95 }, { logprobs: 3 }, { topK: 50 }]) {
+      const sampling = { temperature: 0.6, repetitionPenalty: Math.fround(1e-40), ...cut };
+      const scratch = row.slice();
+      const { tokenId } = drawToken(scratch, context(sampling, { seen }));
+      expect(Number.isFinite(scratch[tokenId])).toBe(true);
+    }
   });
 
   it.each<[string, Partial<SequenceSampling>]>([

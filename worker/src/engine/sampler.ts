@@ -9,10 +9,9 @@
 // logits (another batch, another number of ranks) change the choice only at near-ties.
 // INVARIANT: the result depends on the row, the sampling, the position and the seen tokens, on nothing else; so a
 // preempted, resumed or speculated sequence draws what it would have drawn.
-// INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length, with an id or
-// with `data_loss`. A finite logit stays finite through the penalties; -Infinity marks an id that may not be drawn.
+// INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length. A finite logit
+// stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are the model's faults.
 
-import { ClusterError } from '@mimo/core/errors';
 import { listLeft, topIds, wholeWeight } from './cut.ts';
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 
@@ -45,11 +44,11 @@ const leastBitsByHalvings = Float64Array.from({ length: 1 + Math.ceil(maxNoise *
 const maxLogit = 2 ** 128 - 2 ** 104;
 
 /**
- * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Throws `data_loss` where the row holds NaN
- * or Infinity, or forbids every id.
+ * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Where it holds a NaN or an Infinity, or
+ * forbids every id, nothing is drawn: it returns the id of that largest logit, and `row` holds what is wrong with it.
  */
 export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
-  const { sampling, position } = context;
+  const { sampling } = context;
   applyPenalties(row, context);
   for (const id of context.forbidden) {
     if (id < row.length) {
@@ -57,7 +56,9 @@ export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
     }
   }
   const best = argmax(row);
-  assertLogit({ tokenId: best, logit: row[best], position });
+  if (!Number.isFinite(row[best])) {
+    return { tokenId: best };
+  }
   const tokenId = sampling.temperature === 0 ? best : drawByNoise(row, best, context);
   return sampling.logprobs < 0
     ? { tokenId }
@@ -80,25 +81,6 @@ export function argmax(row: Float32Array): number {
     }
   }
   return best;
-}
-
-/** Throws `data_loss` where the largest logit of a row is not finite. */
-export function assertLogit({
-  tokenId,
-  logit,
-  position,
-}: {
-  readonly tokenId: number;
-  readonly logit: number | undefined;
-  readonly position: number;
-}): void {
-  if (!Number.isFinite(logit)) {
-    const text =
-      logit === -Infinity || logit === undefined
-        ? 'allows no token: every logit is -Infinity'
-        : `computed ${logit} as the logit of token ${tokenId}: its weights or its kernels are damaged`;
-    throw new ClusterError('data_loss', `at position ${position} the model ${text}`);
-  }
 }
 
 /** Do the seen tokens matter to this sampling? */

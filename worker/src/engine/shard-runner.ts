@@ -312,8 +312,10 @@ export class ShardRunner {
     );
     const best = new Float32Array(parts.length === 0 ? 0 : local.length);
     for (let at = 0; at < best.length; at += 2) {
-      // The first at ties: ranks hold ascending ids.
-      const winner = parts.reduce((most, part) => (part[at + 1]! > most[at + 1]! ? part : most));
+      // The first at ties: ranks hold ascending ids. A NaN is not overlooked.
+      const winner = parts.reduce((most, part) =>
+        part[at + 1]! > most[at + 1]! || Number.isNaN(part[at + 1]) ? part : most,
+      );
       best.set(winner.subarray(at, at + 2), at);
     }
     return best;
