@@ -139,6 +139,11 @@ const contexts: fc.Arbitrary<DrawContext> = fc.record({
   forbidden: fc.array(fc.nat(250), { maxLength: 3 }),
 });
 
+/** Normally distributed over ids. */
+function normal(id: number): number {
+  return Math.sqrt(-2 * Math.log(keyedUniform(1, 2, id))) * Math.cos(2 * Math.PI * keyedUniform(3, 4, id));
+}
+
 /** The token's own, then those of the alternatives that may be drawn. */
 function logprobsOf({ logprob }: DrawnToken): (readonly [number, number])[] {
   const all = logprob === undefined ? [] : [logprob, ...logprob.top];
@@ -199,8 +204,6 @@ describe('drawToken', () => {
 
   it('draws what the reference sampler draws from a whole vocabulary, at every way to a cut', () => {
     const length = 151_680;
-    const normal = (id: number): number =>
-      Math.sqrt(-2 * Math.log(keyedUniform(1, 2, id))) * Math.cos(2 * Math.PI * keyedUniform(3, 4, id));
     const usual = Float32Array.from({ length }, (_, id) => 2.2 * normal(id) - 2);
     usual.set(
       Float32Array.from({ length: 60 }, (_, rank) => 20 - rank * 0.4),
