@@ -2,6 +2,7 @@
 
 import type { HostileSubject } from '../hostile-case.ts';
 import { cancel } from './cancel.ts';
+import { numbers } from './numbers.ts';
 import { requests } from './requests.ts';
 
-export const subjects: readonly HostileSubject[] = [cancel, requests];
+export const subjects: readonly HostileSubject[] = [cancel, numbers, requests];
