@@ -198,10 +198,18 @@ describe('observePreparePod', () => {
 });
 
 describe('observeLoads', () => {
-  const group = { incarnation: '1', revision: '', draining: false, inFlightRequests: 1, inFlightTokens: 9 };
+  const group = {
+    incarnation: '1',
+    revision: '',
+    identity: 'i',
+    draining: false,
+    inFlightRequests: 1,
+    inFlightTokens: 9,
+  };
   const state: QueueState = {
     model: 'm',
     dispatcherEpoch: 1,
+    waitingFor: [],
     waitingRequests: 0,
     runningRequests: 0,
     waitingTokens: 0,

@@ -23,6 +23,7 @@ function stateWith(fields: Partial<QueueState>): QueueState {
     slots: 0,
     arrivedTokens: 0,
     endedTokens: 0,
+    waitingFor: [],
     groups: [],
     ...fields,
   };
@@ -31,7 +32,7 @@ function stateWith(fields: Partial<QueueState>): QueueState {
 /** A catalogue that holds one model. */
 const catalog = {
   async *follow(signal: AbortSignal): AsyncGenerator<readonly CatalogModel[]> {
-    yield [{ name: model, digest: '' }];
+    yield [{ name: model, digest: '', identity: '' }];
     await sleep(60_000, undefined, { signal }).catch(() => undefined);
   },
 };
@@ -105,6 +106,7 @@ describe('QueueWatch', () => {
       group: 'chat-new-0',
       incarnation: '1',
       revision: 'new',
+      identity: '',
       routable: true,
       draining: false,
       inFlightRequests: 0,

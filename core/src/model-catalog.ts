@@ -31,13 +31,16 @@ export interface ModelCatalogOptions extends NatsServers {
 export interface ModelFiles {
   readonly name: string;
   readonly files: ReadonlyMap<string, Uint8Array>;
+  /** Of the groups that are to run it: model-identity.ts. Empty: nobody said. */
+  readonly identity: string;
 }
 
 /** A model of the catalogue. Another digest is another content. */
 export interface CatalogModel {
   readonly name: string;
-  /** SHA-256 of the files' names, sizes and digests; hex. */
+  /** SHA-256 of the files' names, sizes and digests, and of the identity; hex. */
   readonly digest: string;
+  readonly identity: string;
 }
 
 /**
@@ -63,7 +66,7 @@ export interface ModelCatalog {
    * it. Fails with `not_found` where the catalogue has no model of this name and digest (any more), `data_loss` where the
    * files are not what their digests say.
    */
-  fetch(model: CatalogModel, directory: string, signal: AbortSignal): Promise<void>;
+  fetch(model: Pick<CatalogModel, 'name' | 'digest'>, directory: string, signal: AbortSignal): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -112,7 +115,7 @@ class NatsModelCatalog implements ModelCatalog {
     );
   }
 
-  async publish({ name, files }: ModelFiles, signal: AbortSignal): Promise<CatalogModel> {
+  async publish({ name, files, identity }: ModelFiles, signal: AbortSignal): Promise<CatalogModel> {
     const sorted = [...files].toSorted(([a], [b]) => (a < b ? -1 : 1));
     const described = sorted.map(([file, bytes]) => ({
       name: file,
@@ -126,8 +129,8 @@ class NatsModelCatalog implements ModelCatalog {
         `model ${JSON.stringify(name)} cannot be published: ${problem}`,
       );
     }
-    const digest = digestOf(described);
-    const metadata = { digest, files: JSON.stringify(described) };
+    const digest = digestOf(described, identity);
+    const metadata = { digest, identity, files: JSON.stringify(described) };
     const content = Buffer.concat(sorted.map(([, bytes]) => bytes));
     const put = async (objects: ObjectStore): Promise<boolean> => {
       const last = await objects.info(name);
@@ -146,7 +149,7 @@ class NatsModelCatalog implements ModelCatalog {
     };
     for (let attempt = 0; attempt < publishAttempts; attempt++) {
       if (await this.#ask(put, signal)) {
-        return { name, digest };
+        return { name, digest, identity };
       }
     }
     throw new ClusterError(
@@ -170,9 +173,9 @@ class NatsModelCatalog implements ModelCatalog {
   async *follow(signal: AbortSignal): AsyncGenerator<readonly CatalogModel[], void, undefined> {
     const until = AbortSignal.any([signal, this.#closing.signal]);
     let seen: { readonly storeId: string; readonly sequence: number } | undefined;
-    let known: ReadonlyMap<string, string> = new Map();
+    let known: Models = new Map();
     /** Known from a store that was lost, while the present one has no word of them. */
-    let carried: ReadonlyMap<string, string> = new Map();
+    let carried: Models = new Map();
     while (!until.aborted) {
       try {
         const { created: storeId, state } = await this.#look(until);
@@ -186,7 +189,7 @@ class NatsModelCatalog implements ModelCatalog {
           known = models;
           if (changed) {
             yield [...models]
-              .map(([name, digest]) => ({ name, digest }))
+              .map(([name, model]) => ({ name, ...model }))
               .toSorted((a, b) => (a.name < b.name ? -1 : 1));
           }
         }
@@ -199,7 +202,11 @@ class NatsModelCatalog implements ModelCatalog {
     }
   }
 
-  async fetch({ name, digest }: CatalogModel, directory: string, signal: AbortSignal): Promise<void> {
+  async fetch(
+    { name, digest }: Pick<CatalogModel, 'name' | 'digest'>,
+    directory: string,
+    signal: AbortSignal,
+  ): Promise<void> {
     if (await isDirectory(directory)) {
       return;
     }
@@ -284,24 +291,25 @@ class NatsModelCatalog implements ModelCatalog {
   }
 }
 
-/** The names and digests of a store's models. */
-async function listModels(objects: ObjectStore): Promise<ReadonlyMap<string, string>> {
+/** A store's models by name. */
+type Models = ReadonlyMap<string, Omit<CatalogModel, 'name'>>;
+
+async function listModels(objects: ObjectStore): Promise<Models> {
   const infos = await objects.list();
   return new Map(
-    infos.flatMap(({ name, metadata }) => (metadata?.['digest'] ? [[name, metadata['digest']]] : [])),
+    infos.flatMap(({ name, metadata }) => {
+      const { digest, identity = '' } = metadata ?? {};
+      return digest ? [[name, { digest, identity }]] : [];
+    }),
   );
 }
 
 /** Those of a lost store's models that the present store neither has nor has removed. */
-async function withoutWord(
-  objects: ObjectStore,
-  lost: ReadonlyMap<string, string>,
-  present: ReadonlyMap<string, string>,
-): Promise<ReadonlyMap<string, string>> {
-  const kept = new Map<string, string>();
-  for (const [name, digest] of lost) {
+async function withoutWord(objects: ObjectStore, lost: Models, present: Models): Promise<Models> {
+  const kept = new Map<string, Omit<CatalogModel, 'name'>>();
+  for (const [name, model] of lost) {
     if (!present.has(name) && (await objects.info(name)) === null) {
-      kept.set(name, digest);
+      kept.set(name, model);
     }
   }
   return kept;
@@ -310,7 +318,7 @@ async function withoutWord(
 /** The files of a model, each checked. */
 async function readModel(
   objects: ObjectStore,
-  { name, digest }: CatalogModel,
+  { name, digest }: Pick<CatalogModel, 'name' | 'digest'>,
   signal: AbortSignal,
 ): Promise<ReadonlyMap<string, Uint8Array>> {
   const found = await objects.get(name);
@@ -368,7 +376,7 @@ function parseFiles(info: ObjectInfo): readonly CatalogFile[] {
     const files: readonly CatalogFile[] = JSON.parse(metadata?.['files'] ?? '');
     const bytes = files.reduce((sum, file) => sum + file.bytes, 0);
     if (
-      digestOf(files) === metadata?.['digest'] &&
+      digestOf(files, metadata?.['identity'] ?? '') === metadata?.['digest'] &&
       bytes === size &&
       problemWith(name, files) === undefined
     ) {
@@ -396,16 +404,17 @@ function problemWith(name: string, files: readonly CatalogFile[]): string | unde
   return wrong === undefined ? undefined : `${JSON.stringify(wrong.name)} is no plain file name`;
 }
 
-function digestOf(files: readonly CatalogFile[]): string {
-  return sha256Of(Buffer.from(JSON.stringify(files.map(({ name, sha256, bytes }) => [name, sha256, bytes]))));
+function digestOf(files: readonly CatalogFile[], identity: string): string {
+  const described = files.map(({ name, sha256, bytes }) => [name, sha256, bytes]);
+  return sha256Of(Buffer.from(JSON.stringify([identity, described])));
 }
 
 function sha256Of(bytes: Uint8Array): string {
   return createHash('sha256').update(bytes).digest('hex');
 }
 
-function isEqual(a: ReadonlyMap<string, string>, b: ReadonlyMap<string, string>): boolean {
-  return a.size === b.size && [...a].every(([name, digest]) => b.get(name) === digest);
+function isEqual(a: Models, b: Models): boolean {
+  return a.size === b.size && [...a].every(([name, { digest }]) => b.get(name)?.digest === digest);
 }
 
 function messageOf(error: unknown): string {

@@ -49,6 +49,8 @@ export interface QueueGroupState {
   readonly group: string;
   readonly incarnation: string;
   readonly revision: string;
+  /** What it computes with: model-identity.ts. */
+  readonly identity: string;
   /**
    * The dispatcher's gateway holds a greeted, unbroken session with the group's leader, its heartbeats are fresh, and it
    * says READY, which it does only when all of its ranks have joined.
@@ -81,6 +83,12 @@ export interface QueueState {
    */
   readonly arrivedTokens: number;
   readonly endedTokens: number;
+  /** What waits, by the identity of the groups that alone may run it; empty: any. Only those for which something waits. */
+  readonly waitingFor: readonly {
+    readonly identity: string;
+    readonly requests: number;
+    readonly tokens: number;
+  }[];
   /** By name. */
   readonly groups: readonly QueueGroupState[];
 }
@@ -178,9 +186,9 @@ export const ownerTimeoutMs = 2_000;
 
 /** What followers learn of a record. */
 export function summaryOf(record: RequestRecord): RequestSummary {
-  const { requestId, model, gatewayId, timeLeftMs, storesOutlived, firstSequence } = record;
+  const { requestId, model, gatewayId, identity, timeLeftMs, storesOutlived, firstSequence } = record;
   const tokens = record.promptTokenIds.length + (record.sampling?.maxTokens ?? 0);
-  return { requestId, model, gatewayId, tokens, timeLeftMs, storesOutlived, firstSequence };
+  return { requestId, model, gatewayId, tokens, identity, timeLeftMs, storesOutlived, firstSequence };
 }
 
 /** A state that was received longer ago than this says nothing any more. */

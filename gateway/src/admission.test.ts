@@ -36,6 +36,7 @@ const context: AdmissionContext = {
   requestId: 'r',
   tenant: 't',
   gatewayId: 'g',
+  identity: 'i',
   seed: 42,
   timeLeftMs: undefined,
 };
@@ -96,6 +97,7 @@ describe('admitRequest', () => {
       model: 'm',
       tenant: 't',
       gatewayId: 'g',
+      identity: 'i',
       timeLeftMs: 9_000,
       promptTokenIds: encode(prompt),
       storesOutlived: 0,

@@ -50,6 +50,8 @@ export interface AdmissionContext {
   readonly requestId: string;
   readonly tenant: string;
   readonly gatewayId: string;
+  /** What is to compute the text: version-choice.ts. */
+  readonly identity: string;
   readonly seed: number;
   /** Until the caller's deadline; undefined: none. */
   readonly timeLeftMs: number | undefined;
@@ -99,6 +101,7 @@ export function admitRequest(
     model: facts.name,
     tenant: context.tenant,
     gatewayId: context.gatewayId,
+    identity: context.identity,
     timeLeftMs: context.timeLeftMs,
     storesOutlived: 0,
     firstSequence: 0,

@@ -16,6 +16,8 @@ import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog'
 import { createMemoryQueue } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
 
+import type { Heartbeat } from '@mimo/proto/worker';
+
 import { authenticateNobody } from './auth.ts';
 import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
@@ -95,7 +97,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir()).catch(leave);
   const groups = new Groups();
   const sessions = new Sessions(gatewayId, log);
-  const requests = new Requests({ queue, sessions, maxWaitMs: config.maxWaitMs, metrics, log });
+  const requests = new Requests({ queue, sessions, groups, maxWaitMs: config.maxWaitMs, metrics, log });
   const resigning = new AbortController();
   const stopping = new AbortController();
   const closing = new AbortController();
@@ -112,7 +114,12 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal, resigning.signal),
     ]);
   };
-  const models = new ServedModels({ own, requests, run: runModel, log });
+  const openGroups = (model: string): readonly Heartbeat[] => {
+    const seen = states.get(model)?.state.groups ?? [];
+    const draining = new Set(seen.filter((each) => each.draining).map(({ group }) => group));
+    return groups.ready(model, performance.now()).filter(({ group }) => !draining.has(group));
+  };
+  const models = new ServedModels({ own, requests, openGroups, run: runModel, log });
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
     maxReceiveBytes: config.maxReceiveBytes,
@@ -126,6 +133,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
         gatewayId,
         models,
         groups,
+        openGroups,
         requests,
         authenticate,
         metrics,

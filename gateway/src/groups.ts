@@ -2,7 +2,7 @@
 // heard of lately enough to be given work; knows neither how heartbeats travel nor what is done with them. Time is an
 // argument.
 
-import { GroupState, type Heartbeat } from '@mimo/proto/worker';
+import { GroupState, type Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 
 /**
  * Three missing heartbeats: the group is given nothing more until the next one. A mistake costs only that, since what runs
@@ -44,6 +44,16 @@ export class Groups {
       }
     }
     return alive;
+  }
+
+  /** What a life of a group runs, as it said last; nothing where it was not heard of. */
+  runningIn({
+    model,
+    group,
+    incarnation,
+  }: Pick<Heartbeat, 'model' | 'group' | 'incarnation'>): RunningRequest[] {
+    const heartbeat = this.#seen.get(keyOf(model, group))?.heartbeat;
+    return heartbeat?.incarnation === incarnation ? heartbeat.running : [];
   }
 
   /** Those of them that take requests, and said so lately. */

@@ -28,6 +28,7 @@ import {
 } from '@mimo/proto/inference';
 import { requestLimits } from '@mimo/proto/limits';
 import type { SamplingParams } from '@mimo/proto/sampling';
+import type { Heartbeat } from '@mimo/proto/worker';
 
 import {
   admitRequest,
@@ -43,12 +44,15 @@ import type { GatewayMetrics } from './metrics.ts';
 import { factsOf, type ServedModel } from './models.ts';
 import type { Requests } from './requests.ts';
 import type { ServedModels } from './served-models.ts';
+import { chooseVersion } from './version-choice.ts';
 
 /** What the door works with. `stopping` fires when new requests are to be refused. */
 export interface InferenceServiceParts {
   readonly gatewayId: string;
   readonly models: ServedModels;
   readonly groups: Groups;
+  /** The groups of a model that take requests. */
+  readonly openGroups: (model: string) => readonly Heartbeat[];
   readonly requests: Requests;
   readonly authenticate: Authenticate;
   readonly metrics: GatewayMetrics;
@@ -155,14 +159,14 @@ async function complete(
     const text = `this gateway holds ${requests} requests; the limit is ${parts.maxRequests}`;
     throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
   }
-  const model = modelFor(parts, caller, completion.model);
-  const facts = factsOf(model, parts.groups.alive(model.name, performance.now()));
+  const { model, identity, facts } = versionFor(parts, caller, completion.model);
   const prompt = await readPrompt(completion.input, { model, facts, parts, signal: context.signal });
   const record = admitRequest(prompt, completion.sampling, {
     facts,
     requestId: randomUUID(),
     tenant: caller.tenant,
     gatewayId: parts.gatewayId,
+    identity,
     seed: randomInt(2 ** 32),
     timeLeftMs: timeLeftMs(context),
   });
@@ -242,8 +246,7 @@ async function countTokens(
   }
   const { model: name, input } =
     request.$case === 'chat' ? chatOf(request.value) : generationOf(request.value);
-  const model = modelFor(parts, caller, name);
-  const facts = factsOf(model, parts.groups.alive(name, performance.now()));
+  const { model, facts } = versionFor(parts, caller, name);
   const { tokenIds, problems } = await readPrompt(input, { model, facts, parts, signal });
   assertNone(problems);
   return { promptTokens: tokenIds.length, maxContextTokens: facts.maxContextTokens };
@@ -276,6 +279,21 @@ function modelFor(parts: InferenceServiceParts, caller: Caller, name: string): S
   }
   assertMayUse(caller, name);
   return model;
+}
+
+/** The version of a model that a request is bound to, and what may be asked of it. */
+function versionFor(
+  parts: InferenceServiceParts,
+  caller: Caller,
+  name: string,
+): { readonly model: ServedModel; readonly identity: string; readonly facts: ModelFacts } {
+  const newest = modelFor(parts, caller, name);
+  const versions = parts.models.versions(name) ?? [newest];
+  const { version, identity } = chooseVersion(versions, parts.openGroups(name), Math.random());
+  const alive = parts.groups
+    .alive(name, performance.now())
+    .filter((group) => identity === '' || group.identity === identity);
+  return { model: version, identity, facts: factsOf(version, alive) };
 }
 
 /** The error for a name that is not served: to be tried again where it is on its way, with what there is where it is not. */

@@ -17,6 +17,7 @@ function stateOf(model: string, ageMs: number): ReceivedState {
     slots: 16,
     arrivedTokens: 500,
     endedTokens: 0,
+    waitingFor: [],
     groups: [],
   };
   return { state, receivedMs: performance.now() - ageMs };

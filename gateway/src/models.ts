@@ -7,14 +7,16 @@ import { join } from 'node:path';
 import { z } from 'zod';
 
 import { ClusterError } from '@mimo/core/errors';
+import { readTextFiles, textDigestOf } from '@mimo/core/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 import type { Tokenizer } from '@mimo/tokenizer';
 
 import type { ModelFacts } from './admission.ts';
 import { loadPromptEncoder, type PromptEncoder } from './prompt-encoder.ts';
+import type { ModelVersion } from './version-choice.ts';
 
 /** A model with its tokenizer, loaded. Close its encoder. */
-export interface ServedModel {
+export interface ServedModel extends ModelVersion {
   readonly name: string;
   readonly tokenizer: Tokenizer;
   readonly encoder: PromptEncoder;
@@ -34,13 +36,16 @@ export function loadModels(entries: readonly string[]): Promise<readonly ServedM
   return Promise.all(
     entries.map((entry) => {
       const equals = entry.indexOf('=');
-      return loadModel(entry.slice(0, equals), entry.slice(equals + 1));
+      return loadModel(entry.slice(0, equals), entry.slice(equals + 1), '');
     }),
   );
 }
 
-/** Loads a model from a directory with config.json and the tokenizer's files; fails as `loadModels` does. */
-export async function loadModel(name: string, directory: string): Promise<ServedModel> {
+/**
+ * Loads a model from a directory with config.json and the tokenizer's files; fails as `loadModels` does. `identity`: what the
+ * groups that run it compute with, where that is known.
+ */
+export async function loadModel(name: string, directory: string, identity: string): Promise<ServedModel> {
   const path = join(directory, 'config.json');
   const json = await readFile(path, 'utf8').catch((error: unknown) => {
     throw new ClusterError('failed_precondition', `model ${name}: ${path} cannot be read`, { cause: error });
@@ -56,6 +61,8 @@ export async function loadModel(name: string, directory: string): Promise<Served
   const encoder = await loadPromptEncoder(directory);
   return {
     name,
+    identity,
+    textDigest: textDigestOf(await readTextFiles(directory)),
     tokenizer: encoder.tokenizer,
     encoder,
     vocabularySize: config.vocab_size,

@@ -4,7 +4,7 @@
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
 
-import { RequestRecord } from '@mimo/proto/queue';
+import { Company, RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
 import { FinishKind, SequenceDelta, SequenceFinish, type Submit } from '@mimo/proto/worker';
 import { loadTokenizer } from '@mimo/tokenizer';
@@ -13,8 +13,9 @@ import { describe, expect, it } from 'vitest';
 
 import { ClusterError } from '@mimo/core/errors';
 
-import { Relay, type LostAttempt, type RelayEnd, type RelayEvent } from './relay.ts';
+import { Relay, type Offer, type RelayEnd, type RelayEvent } from './relay.ts';
 import type { SequenceListener, Session } from './session.ts';
+import type { LostAttempt } from './suspicion.ts';
 
 const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
 
@@ -51,8 +52,9 @@ class Rig {
     });
   }
 
-  begin(): Attempt {
-    this.relay.begin(this.#session);
+  begin(offer: Partial<Offer> = {}): Attempt {
+    const any: Offer = { identity: '', company: Company.UNSPECIFIED, isAlone: () => true };
+    this.relay.begin(this.#session, { ...any, ...offer });
     const attempt = this.attempts.at(-1);
     if (attempt === undefined) {
       throw new Error('nothing was submitted');
@@ -113,7 +115,7 @@ describe('Relay', () => {
     first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
     const second = rig.begin();
     expect([first.epoch, second.epoch]).toEqual([1, 2]);
-    expect(rig.lost).toEqual([{ broke: true, tokens: 0 }]);
+    expect(rig.lost).toEqual([{ broke: true, tokens: 0, alone: false }]);
     first.listener.onDelta(delta(0, 'late'));
     first.listener.onLost(new ClusterError('unavailable', 'again'), true);
     expect(rig.relay.completionTokens).toBe(0);
@@ -248,12 +250,12 @@ describe('Relay', () => {
     expect(rig.ends).toEqual([]);
   });
 
-  it('is given up when three groups in a row break with it before it gets on', () => {
+  it('is given up when three groups in a row break with it before it gets on, and it was alone in the last', () => {
     const rig = new Rig();
     const broken = new ClusterError('unavailable', 'broke');
     let index = 0;
-    const attempt = (tokens: number): void => {
-      const { listener } = rig.begin();
+    const attempt = (tokens: number, offer: Partial<Offer> = {}): void => {
+      const { listener } = rig.begin(offer);
       if (tokens > 0) {
         listener.onDelta(SequenceDelta.fromPartial({ index, tokenIds: Array<number>(tokens).fill(5) }));
         index += tokens;
@@ -262,29 +264,68 @@ describe('Relay', () => {
     };
     // It gets on in every third group: it may be with as many as it takes.
     for (let round = 0; round < 10; round += 1) {
-      [8, 0, 7].forEach(attempt);
+      for (const tokens of [8, 0, 7]) {
+        attempt(tokens);
+      }
     }
     expect(rig.lost).toHaveLength(30);
     attempt(8);
     attempt(1);
     // What refuses or hands over in between neither counts nor forgives.
     rig.begin().listener.onDelta(delta(index, '', handedOver));
-    expect(rig.relay.onTrial).toBe(false);
+    expect(rig.relay.needs.company).toBe(Company.UNSPECIFIED);
     attempt(0);
-    expect(rig.relay.onTrial).toBe(true);
+    expect(rig.relay.needs.company).toBe(Company.PROVEN);
+    attempt(7, { company: Company.PROVEN });
+    expect(rig.relay.needs.company).toBe(Company.NONE);
+    // Somebody came all the same.
+    attempt(7, { company: Company.NONE, isAlone: () => false });
     expect(rig.ends).toEqual([]);
-    attempt(7);
+    attempt(7, { company: Company.NONE });
     expect(rig.ends).toMatchObject([
       {
         kind: 'error',
         error: {
           code: 'aborted',
           message: expect.stringMatching(
-            /given up after \d+ completion tokens, because 3 groups in a row broke/,
+            /given up after \d+ completion tokens, because 5 groups in a row broke .* nothing else in it: broke/,
           ) as unknown,
         },
       },
     ]);
+  });
+
+  it('on trial may send as many tokens as clear it, however far its client is behind', () => {
+    const rig = new Rig();
+    const tokenIds = Array<number>(256).fill(5);
+    const { listener } = rig.begin();
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds }));
+    listener.onLost(new ClusterError('unavailable', 'broke'), true);
+    expect(rig.begin().submit).toMatchObject({ creditTokens: 1, onTrial: false });
+    rig.attempts.at(-1)?.listener.onLost(new ClusterError('unavailable', 'broke'), true);
+    expect(rig.begin({ company: Company.PROVEN }).submit).toMatchObject({ creditTokens: 8, onTrial: true });
+  });
+
+  it('is bound to what gave it tokens, and not before', () => {
+    const rig = new Rig();
+    rig.begin({ identity: 'x' }).listener.onDelta(delta(0, '', handedOver));
+    expect(rig.relay.needs.identity).toBe('');
+    rig.begin({ identity: 'y' }).listener.onDelta(delta(0, 'a'));
+    expect(rig.relay.needs.identity).toBe('y');
+    rig.attempts.at(-1)?.listener.onLost(new ClusterError('unavailable', 'broke'), true);
+    expect(rig.begin({ identity: 'y' }).submit.identity).toBe('y');
+  });
+
+  it('knows whether its group has let go of it', () => {
+    const rig = new Rig();
+    expect(rig.relay.released).toBe(true);
+    rig.begin().listener.onLost(new ClusterError('unavailable', 'broke'), true);
+    expect(rig.relay.released).toBe(false);
+    rig.begin().listener.onDelta(delta(0, '', handedOver));
+    expect(rig.relay.released).toBe(true);
+    rig.begin();
+    rig.relay.fail(new ClusterError('canceled', 'left'));
+    expect(rig.relay.released).toBe(false);
   });
 
   it('ends with the engine’s own error where trying again would not help', () => {

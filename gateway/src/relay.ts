@@ -8,12 +8,20 @@
 
 import { ClusterError, isErrorCode } from '@mimo/core/errors';
 import type { Delta, Finish, Usage } from '@mimo/proto/inference';
-import type { RequestRecord } from '@mimo/proto/queue';
+import { Company, type Needs, type RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
 import { FinishKind, type SequenceDelta, type SequenceFinish } from '@mimo/proto/worker';
 
 import { CompletionText, type CompletionTextOptions, type TextDelta } from './completion-text.ts';
 import type { SequenceHandle, SequenceListener, Session } from './session.ts';
+import {
+  companyFor,
+  isGuilty,
+  provenTokens,
+  suspicionAfter,
+  unsuspected,
+  type LostAttempt,
+} from './suspicion.ts';
 
 /** One message to the client. */
 export type RelayEvent =
@@ -31,12 +39,14 @@ export interface AttemptPlace {
   readonly incarnation: string;
 }
 
-/** An attempt that is over while its request goes on. */
-export interface LostAttempt {
-  /** The group broke with the sequence in it; else it refused or handed over what it had. */
-  readonly broke: boolean;
-  /** Tokens that this attempt added. */
-  readonly tokens: number;
+/** What a group offers to a request. */
+export interface Offer {
+  /** What it computes with. */
+  readonly identity: string;
+  /** Who is in it, and that nobody joins them before the request has got on; UNSPECIFIED promises nothing. */
+  readonly company: Company;
+  /** Whether nobody else is known to be there at this moment. */
+  readonly isAlone: () => boolean;
 }
 
 /** What its owner hears from a relay. */
@@ -51,15 +61,10 @@ export interface RelayListener {
 const creditWindowTokens = 256;
 /** Credit is given back in portions, so that it costs a message every so often and not one a token. */
 const creditPortionTokens = 64;
-/**
- * A request may be what breaks its groups. It is given to no further one after this many breaks in a row in each of which
- * it had got less than this many tokens; one that gets on is given to as many as it takes.
- */
-const maxFruitlessBreaks = 3;
-const fruitfulTokens = 8;
 
 interface Attempt {
   readonly epoch: number;
+  readonly offer: Offer;
   readonly place: AttemptPlace;
   readonly handle: SequenceHandle;
   /** How many tokens there were when it began. */
@@ -82,7 +87,9 @@ export class Relay {
   readonly #tokenIds: number[] = [];
   #attempt: Attempt | undefined;
   #epoch = 0;
-  #fruitlessBreaks = 0;
+  #suspicion = unsuspected;
+  #identity: string;
+  #released = true;
   /** Of `#tokenIds`, those that the client has not taken yet. */
   #unwrittenTokens = 0;
   /** Of the attempts that are over. */
@@ -96,6 +103,7 @@ export class Relay {
 
   constructor(record: RequestRecord, text: CompletionTextOptions, listener: RelayListener) {
     this.record = record;
+    this.#identity = record.identity;
     this.#deadlineMs = record.timeLeftMs === undefined ? undefined : performance.now() + record.timeLeftMs;
     this.#text = new CompletionText(text);
     this.#listener = listener;
@@ -115,9 +123,14 @@ export class Relay {
     return this.#end !== undefined;
   }
 
-  /** One more break will end it, unless it gets on first: it should be in no group with another such request. */
-  get onTrial(): boolean {
-    return this.#fruitlessBreaks === maxFruitlessBreaks - 1 && this.#attemptTokens < fruitfulTokens;
+  /** Which groups may be offered to it. */
+  get needs(): Needs {
+    return { identity: this.#identity, company: companyFor(this.#suspicion) };
+  }
+
+  /** No group can have it: it was in none, or the last one said that it let go of it. */
+  get released(): boolean {
+    return this.#released;
   }
 
   /** Completion tokens handed over to the client's side. */
@@ -126,8 +139,9 @@ export class Relay {
   }
 
   /** Begins an attempt on a group, from the tokens that there are. Only while it waits. */
-  begin(session: Pick<Session, 'submit' | 'target'>): void {
+  begin(session: Pick<Session, 'submit' | 'target'>, offer: Offer): void {
     this.#epoch += 1;
+    this.#released = false;
     const epoch = this.#epoch;
     const { requestId, promptTokenIds, sampling } = this.record;
     const current = (): boolean => this.#attempt?.epoch === epoch;
@@ -149,8 +163,11 @@ export class Relay {
       },
     };
     const firstIndex = this.#tokenIds.length;
-    // At least one token, also where the client is behind: a sequence that may not begin would hold up its group's queue.
-    const creditTokens = Math.max(1, creditWindowTokens - this.#unwrittenTokens);
+    const onTrial = offer.company !== Company.UNSPECIFIED;
+    // Also where the client is behind: a sequence that may not begin would hold up its group's queue, and one that may not
+    // get on would keep others out of its group.
+    const leastTokens = onTrial ? provenTokens : 1;
+    const creditTokens = Math.max(leastTokens, creditWindowTokens - this.#unwrittenTokens);
     const handle = session.submit(
       {
         requestId,
@@ -160,12 +177,15 @@ export class Relay {
         sampling,
         timeLeftMs: this.#timeLeftMs,
         creditTokens,
+        identity: this.#identity,
+        onTrial,
       },
       listener,
     );
     const { group, incarnation } = session.target;
     const place = { group, incarnation };
-    this.#attempt = { epoch, place, handle, firstIndex, creditTokens, draftedTokens: 0, acceptedTokens: 0 };
+    const speculation = { draftedTokens: 0, acceptedTokens: 0 };
+    this.#attempt = { epoch, offer, place, handle, firstIndex, creditTokens, ...speculation };
   }
 
   /** Ends the request with an error, unless it has ended; the engine frees its sequence. */
@@ -263,12 +283,16 @@ export class Relay {
       this.#pending.reasoning += reasoning;
     }
     this.#tokenIds.push(...tokenIds);
+    if (this.#tokenIds.length > 0) {
+      this.#identity ||= this.#attempt?.offer.identity ?? '';
+    }
     this.#unwrittenTokens += tokens;
     this.#wake?.();
   }
 
   /** The engine has ended the sequence. */
   #close(last: SequenceFinish): void {
+    this.#released = true;
     if (this.#matchedStop !== undefined) {
       this.#finish({ kind: 'finish', finish: this.#finishOf(FinishReason.STOP, this.#matchedStop) });
       return;
@@ -305,23 +329,22 @@ export class Relay {
       this.#finish({ kind: 'error', error });
       return;
     }
-    const tokens = this.#attemptTokens;
-    if (tokens >= fruitfulTokens) {
-      this.#fruitlessBreaks = 0;
-    } else if (broke) {
-      this.#fruitlessBreaks += 1;
-    }
-    if (this.#fruitlessBreaks >= maxFruitlessBreaks) {
+    const { offer } = this.#attempt ?? {};
+    const alone = offer?.company === Company.NONE && offer.isAlone();
+    const lost = { broke, tokens: this.#attemptTokens, alone };
+    this.#suspicion = suspicionAfter(this.#suspicion, lost);
+    if (isGuilty(this.#suspicion)) {
       const text =
-        `given up after ${this.#tokenIds.length} completion tokens, because ${this.#fruitlessBreaks} groups in a row ` +
-        `broke with this request before it got on by ${fruitfulTokens} tokens; the last: ${error.message}`;
+        `given up after ${this.#tokenIds.length} completion tokens, because ${this.#suspicion.breaks} groups in a row ` +
+        `broke with this request before it got on by ${provenTokens} tokens, the last with nothing else in it: ` +
+        error.message;
       this.#finish({ kind: 'error', error: new ClusterError('aborted', text, { cause: error }) });
       return;
     }
     this.#draftedTokens += this.#attempt?.draftedTokens ?? 0;
     this.#acceptedTokens += this.#attempt?.acceptedTokens ?? 0;
     this.#attempt = undefined;
-    this.#listener.onRequeued({ broke, tokens });
+    this.#listener.onRequeued(lost);
   }
 
   /** What ended the completion at a token: the caller's stop text, where it is written for this token, else its id. */

@@ -17,13 +17,16 @@ import {
 
 import type { CompletionTextOptions } from './completion-text.ts';
 import type { GatewayMetrics } from './metrics.ts';
-import { Relay, type LostAttempt, type RelayEnd } from './relay.ts';
+import type { Groups } from './groups.ts';
+import { Relay, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
+import type { LostAttempt } from './suspicion.ts';
 
 /** What the table works with. */
 export interface RequestsParts {
   readonly queue: RequestQueue;
   readonly sessions: Sessions;
+  readonly groups: Pick<Groups, 'runningIn'>;
   readonly maxWaitMs: number;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
@@ -43,7 +46,12 @@ interface HeldRequest extends OpenRequest {
   /** Since when no group has given it a token: what the longest wait counts from. */
   waitingSinceMs: number;
   wait: Timer | undefined;
+  /** Since when no group was known that could go on with it, and none is to come; by performance.now(). */
+  strandedSinceMs: number | undefined;
 }
+
+/** A group that is not heard of for a moment, or is made ready again, is not gone for good. */
+const strandedMs = 5_000;
 
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
@@ -87,6 +95,7 @@ export class Requests {
       acceptedMs: nowMs,
       waitingSinceMs: nowMs,
       wait: undefined,
+      strandedSinceMs: undefined,
     };
     this.#held.set(requestId, held);
     this.#watchWait(held);
@@ -96,7 +105,7 @@ export class Requests {
   /** Answers a dispatcher. Begins an attempt where the request waits. */
   assign(assignment: Assignment): AssignmentReply {
     const { requestId, model, dispatcherEpoch } = assignment;
-    const nowhere = { group: '', incarnation: '', epoch: 0 };
+    const nowhere = { group: '', incarnation: '', epoch: 0, needs: undefined };
     const { storeId } = this.#parts.queue;
     const newest = this.#newestDispatcher.get(model);
     if (newest?.storeId === storeId && dispatcherEpoch < newest.epoch) {
@@ -109,23 +118,26 @@ export class Requests {
     }
     const { relay } = held;
     if (relay.place !== undefined) {
-      return { outcome: AssignmentOutcome.ALREADY_ASSIGNED, ...relay.place, epoch: relay.epoch };
+      return { outcome: AssignmentOutcome.ALREADY_ASSIGNED, ...nowhere, ...relay.place, epoch: relay.epoch };
     }
-    if (relay.onTrial && this.#triesAnother(assignment)) {
-      return { outcome: AssignmentOutcome.NOT_NOW, ...nowhere };
+    const { needs } = relay;
+    const { group, incarnation, identity, company } = assignment;
+    if ((needs.identity !== '' && needs.identity !== identity) || company < needs.company) {
+      return { outcome: AssignmentOutcome.UNFIT, ...nowhere, needs };
     }
     held.wait?.clear();
     if (relay.epoch === 0) {
       this.#parts.metrics.queueWait(performance.now() - held.acceptedMs, { model });
     }
     try {
-      relay.begin(this.#parts.sessions.to(assignment));
+      const isAlone = (): boolean =>
+        this.#parts.groups.runningIn(assignment).every((each) => each.requestId === requestId);
+      relay.begin(this.#parts.sessions.to(assignment), { identity, company, isAlone });
     } catch (error) {
       // Such as an address that is none: whoever waits learns of it, and the dispatcher has nothing to try again.
       relay.fail(ClusterError.from(error));
     }
-    const { group, incarnation } = assignment;
-    return { outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
+    return { ...nowhere, outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
   }
 
   /**
@@ -158,6 +170,37 @@ export class Requests {
     }
   }
 
+  /**
+   * Ends the requests of a model that have waited for a while for an identity that is none of `possible`: those of the groups
+   * that take requests, and of those that are to come. To be called again and again.
+   */
+  endStranded(model: string, possible: ReadonlySet<string>): void {
+    const nowMs = performance.now();
+    for (const held of this.#held.values()) {
+      const { relay, record } = held;
+      const { identity } = relay.needs;
+      const isStranded =
+        record.model === model &&
+        relay.place === undefined &&
+        identity !== '' &&
+        !possible.has(identity) &&
+        this.#parts.queue.connected;
+      if (record.model === model) {
+        held.strandedSinceMs = isStranded ? (held.strandedSinceMs ?? nowMs) : undefined;
+      }
+      if (isStranded && nowMs - (held.strandedSinceMs ?? nowMs) >= strandedMs) {
+        const when =
+          relay.completionTokens === 0
+            ? 'while the request waited'
+            : `after ${relay.completionTokens} completion tokens`;
+        const text =
+          `model ${model} was replaced ${when}, and no group is left that computes what the request began with ` +
+          `(identity ${identity}): send it again`;
+        relay.fail(new ClusterError('aborted', text));
+      }
+    }
+  }
+
   /** Ends every request with this error. */
   failAll(error: ClusterError): void {
     for (const { relay } of this.#held.values()) {
@@ -170,13 +213,6 @@ export class Requests {
     while (!signal.aborted && this.#held.size + this.#deleting.size > 0) {
       await pause(20, signal);
     }
-  }
-
-  /** Whether a request that may be what breaks its groups is in this one, so that an innocent one need not fall with it. */
-  #triesAnother({ group, incarnation }: Assignment): boolean {
-    return [...this.#held.values()].some(
-      ({ relay }) => relay.onTrial && relay.place?.group === group && relay.place.incarnation === incarnation,
-    );
   }
 
   #requeued(requestId: string, { broke, tokens }: LostAttempt): void {
@@ -193,7 +229,8 @@ export class Requests {
         held.waitingSinceMs = performance.now();
       }
       this.#watchWait(held);
-      this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch: relay.epoch });
+      const { epoch, needs, released } = relay;
+      this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch, needs, released });
     }
   }
 
@@ -216,7 +253,15 @@ export class Requests {
   async #delete({ record: { requestId, model }, recorded, relay }: HeldRequest): Promise<void> {
     try {
       await this.#parts.queue.delete(await recorded);
-      this.#parts.queue.publishEnded({ requestId, model, requeued: false, epoch: relay.epoch });
+      const { epoch, released } = relay;
+      this.#parts.queue.publishEnded({
+        requestId,
+        model,
+        requeued: false,
+        epoch,
+        needs: undefined,
+        released,
+      });
     } catch (error) {
       // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.
       this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'record not deleted');

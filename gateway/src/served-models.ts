@@ -10,6 +10,7 @@ import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { CatalogModel, ModelCatalog } from '@mimo/core/model-catalog';
 import { tokenFromName } from '@mimo/core/subjects';
+import type { Heartbeat } from '@mimo/proto/worker';
 
 import { loadModel, type ServedModel } from './models.ts';
 import type { Requests } from './requests.ts';
@@ -18,7 +19,9 @@ import type { Requests } from './requests.ts';
 export interface ServedModelsParts {
   /** Never replaced by the catalogue's, and never taken away. */
   readonly own: readonly ServedModel[];
-  readonly requests: Pick<Requests, 'countOf' | 'failWaiting'>;
+  readonly requests: Pick<Requests, 'countOf' | 'failWaiting' | 'endStranded'>;
+  /** The groups of a model that take requests. */
+  readonly openGroups: (model: string) => readonly Heartbeat[];
   /** Runs what a model needs beside its tokenizer, until the signal fires. Begun once while the model is served. */
   readonly run: (model: string, signal: AbortSignal) => Promise<void>;
   readonly log: Log;
@@ -45,6 +48,8 @@ export class ServedModels {
   readonly #parts: ServedModelsParts;
   readonly #own: ReadonlyMap<string, ServedModel>;
   readonly #fetched = new Map<string, CatalogServed>();
+  /** Earlier versions, whose groups still serve: the newest first. */
+  readonly #former = new Map<string, readonly CatalogServed[]>();
   readonly #lives = new Map<string, Life>();
   readonly #retryAtMs = new Map<string, number>();
   readonly #leaving = new Set<Promise<void>>();
@@ -63,6 +68,14 @@ export class ServedModels {
 
   get(name: string): ServedModel | undefined {
     return this.#own.get(name) ?? this.#fetched.get(name)?.model;
+  }
+
+  /** What is loaded under a name, the newest first: earlier versions serve for as long as groups of theirs do. */
+  versions(name: string): readonly [ServedModel, ...ServedModel[]] | undefined {
+    const newest = this.get(name);
+    return newest === undefined
+      ? undefined
+      : [newest, ...(this.#former.get(name) ?? []).map(({ model }) => model)];
   }
 
   all(): readonly ServedModel[] {
@@ -109,7 +122,8 @@ export class ServedModels {
   async close(): Promise<void> {
     this.#closing.abort();
     await Promise.all([...this.#lives.values()].map(({ ended }) => ended));
-    await Promise.all(this.all().map(({ encoder }) => encoder.close()));
+    const loaded = this.all().flatMap(({ name }) => this.versions(name) ?? []);
+    await Promise.all(loaded.map(({ encoder }) => encoder.close()));
     await Promise.all(this.#leaving);
   }
 
@@ -129,7 +143,15 @@ export class ServedModels {
       if (!wanted.has(name)) {
         this.#fetched.delete(name);
         this.#retire(served);
+        this.#keepFormer(name, () => false);
         this.#parts.log.info({ model: name }, 'model removed');
+      }
+    }
+    for (const [name, { model }] of this.#fetched) {
+      const open = new Set(this.#parts.openGroups(name).map(({ identity }) => identity));
+      this.#keepFormer(name, ({ identity }) => identity !== '' && open.has(identity));
+      if (model.identity !== '') {
+        this.#parts.requests.endStranded(name, new Set([...open, model.identity]));
       }
     }
     this.#sweep();
@@ -138,19 +160,19 @@ export class ServedModels {
 
   async #load(
     catalog: ModelCatalog,
-    { name, digest }: CatalogModel,
+    { name, digest, identity }: CatalogModel,
     to: { readonly directory: string; readonly signal: AbortSignal },
   ): Promise<void> {
     const { log } = this.#parts;
     const directory = join(to.directory, `${tokenFromName(name)}-${digest.slice(0, 16)}`);
     try {
       await catalog.fetch({ name, digest }, directory, to.signal);
-      const model = await loadModel(name, directory);
+      const model = await loadModel(name, directory, identity);
       const former = this.#fetched.get(name);
       this.#fetched.set(name, { model, digest, directory });
       this.#retryAtMs.delete(name);
       if (former !== undefined) {
-        this.#retire(former);
+        this.#former.set(name, [former, ...(this.#former.get(name) ?? [])]);
       }
       this.#begin(name);
       log.info({ model: name, digest }, former === undefined ? 'model added' : 'model changed');
@@ -170,6 +192,18 @@ export class ServedModels {
       const signal = AbortSignal.any([stop.signal, this.#closing.signal]);
       const ended = this.#parts.run(name, signal).finally(() => this.#lives.delete(name));
       this.#lives.set(name, { stop, ended });
+    }
+  }
+
+  /** Retires the earlier versions of a model but those that are kept. */
+  #keepFormer(name: string, isKept: (model: ServedModel) => boolean): void {
+    const former = this.#former.get(name) ?? [];
+    const kept = former.filter(({ model }) => isKept(model));
+    former.filter((served) => !kept.includes(served)).forEach((served) => this.#retire(served));
+    if (kept.length === 0) {
+      this.#former.delete(name);
+    } else {
+      this.#former.set(name, kept);
     }
   }
 

@@ -49,7 +49,7 @@ async function filesOf(changes: Record<string, string> = {}): Promise<Map<string
 }
 
 async function publish(changes: Record<string, string> = {}, name = model): Promise<void> {
-  await catalog.publish({ name, files: await filesOf(changes) }, AbortSignal.timeout(20_000));
+  await catalog.publish({ name, files: await filesOf(changes), identity: '' }, AbortSignal.timeout(20_000));
 }
 
 async function listed(): Promise<ListModelsResponse['models']> {

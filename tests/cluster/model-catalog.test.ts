@@ -11,7 +11,12 @@ import { connect } from '@nats-io/transport-node';
 
 import { ClusterError } from '@mimo/core/errors';
 import { createLog } from '@mimo/core/log';
-import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/model-catalog';
+import {
+  createModelCatalog,
+  type CatalogModel,
+  type ModelCatalog,
+  type ModelFiles,
+} from '@mimo/core/model-catalog';
 import { modelBucket } from '@mimo/core/subjects';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 
@@ -38,11 +43,12 @@ function within(timeoutMs: number): AbortSignal {
   return AbortSignal.timeout(timeoutMs);
 }
 
-function modelOf(files: Record<string, string | Uint8Array>): {
-  readonly name: string;
-  readonly files: ReadonlyMap<string, Uint8Array>;
-} {
-  return { name, files: new Map(Object.entries(files).map(([file, text]) => [file, Buffer.from(text)])) };
+function modelOf(files: Record<string, string | Uint8Array>): ModelFiles {
+  return {
+    name,
+    identity: 'i',
+    files: new Map(Object.entries(files).map(([file, text]) => [file, Buffer.from(text)])),
+  };
 }
 
 /** Every set that a follower yields, the latest last. */

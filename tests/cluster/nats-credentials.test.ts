@@ -96,7 +96,9 @@ describe('a NATS server that asks who connects', () => {
     const catalog = createModelCatalog({ servers, credentialsFile, clientName: 'test', replicas: 1, log });
     closes.push(() => catalog.close());
     const files = new Map([['config.json', Buffer.from('{}')]]);
-    expect(await catalog.publish({ name: 'm', files }, AbortSignal.timeout(20_000))).toMatchObject({
+    expect(
+      await catalog.publish({ name: 'm', files, identity: '' }, AbortSignal.timeout(20_000)),
+    ).toMatchObject({
       name: 'm',
     });
   });

@@ -112,7 +112,11 @@ describe('prepare', () => {
     const shards = await readdir(join(cache, 'shards'));
     expect(shards).toEqual([expect.stringMatching(/^main-[0-9a-f]{8}-int8-tp2$/)]);
     expect(await published()).toEqual([
-      { name: 'demo', digest: expect.stringMatching(/^[0-9a-f]{64}$/) as string },
+      {
+        name: 'demo',
+        digest: expect.stringMatching(/^[0-9a-f]{64}$/) as string,
+        identity: expect.stringMatching(/^[0-9a-f]{16}\.[0-9a-f]{16}$/) as string,
+      },
     ]);
     const reads = hub.reads.length;
 

@@ -18,7 +18,15 @@ import {
 } from '@mimo/core/queue';
 import { createMemoryQueue, MemoryBroker } from '@mimo/core/queue-memory';
 import { createNatsQueue } from '@mimo/core/queue-nats';
-import { Assignment, AssignmentOutcome, type Cancellation, RequestRecord } from '@mimo/proto/queue';
+import {
+  Assignment,
+  AssignmentOutcome,
+  AssignmentReply,
+  type Cancellation,
+  Company,
+  RequestEnded,
+  RequestRecord,
+} from '@mimo/proto/queue';
 import { SamplingParams } from '@mimo/proto/sampling';
 import { Heartbeat } from '@mimo/proto/worker';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
@@ -199,11 +207,13 @@ describe.each(Object.keys(backends))('%s', (name) => {
         sampling: SamplingParams.fromPartial({ maxTokens: 40 }),
         storesOutlived: 2,
         firstSequence: 2 ** 40,
+        identity: 'i',
       }),
     );
     const [queued] = await take(queue.follow(model, never), 1);
     expect(queued?.record).toEqual({
       requestId: 'full',
+      identity: 'i',
       model,
       gatewayId: 'g1',
       tokens: 43,
@@ -287,13 +297,19 @@ describe.each(Object.keys(backends))('%s', (name) => {
     const [dispatcher, gateway] = [await open(), await open()];
     const assignment = Assignment.fromPartial({ requestId: 'r', model, group: 'g', dispatcherEpoch: 7 });
     await expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' });
+    const answer = AssignmentReply.fromPartial({
+      outcome: AssignmentOutcome.UNFIT,
+      group: 'g',
+      epoch: 3,
+      needs: { identity: 'i' },
+    });
     const seen: Assignment[] = [];
     const served = gateway.serveAssignments('gw.1', (each) => {
       seen.push(each);
-      return { outcome: AssignmentOutcome.ACCEPTED, group: each.group, incarnation: '', epoch: 3 };
+      return answer;
     });
     const reply = await vi.waitFor(() => dispatcher.assign('gw.1', assignment), patience);
-    expect(reply).toEqual({ outcome: AssignmentOutcome.ACCEPTED, group: 'g', incarnation: '', epoch: 3 });
+    expect(reply).toEqual(answer);
     expect(seen.at(-1)).toEqual(assignment);
     await served.close();
     await vi.waitFor(
@@ -348,11 +364,13 @@ describe.each(Object.keys(backends))('%s', (name) => {
       slots: 9,
       arrivedTokens: 10,
       endedTokens: 11,
+      waitingFor: [{ identity: 'i', requests: 3, tokens: 5 }],
       groups: [
         {
           group: 'g0',
           incarnation: 'g0-1',
           revision: 'r',
+          identity: 'i',
           routable: true,
           draining: false,
           inFlightRequests: 4,
@@ -360,13 +378,20 @@ describe.each(Object.keys(backends))('%s', (name) => {
         },
       ],
     };
+    const end = RequestEnded.fromPartial({
+      requestId: 'r',
+      model,
+      requeued: true,
+      epoch: 1,
+      needs: { identity: 'i', company: Company.PROVEN },
+    });
     await vi.waitFor(() => {
       sender.publishHeartbeat(heartbeat);
-      sender.publishEnded({ requestId: 'other', model: 'other', requeued: false, epoch: 1 });
-      sender.publishEnded({ requestId: 'r', model, requeued: true, epoch: 1 });
+      sender.publishEnded({ ...end, model: 'other' });
+      sender.publishEnded(end);
       sender.publishState(state);
       expect(heartbeats.values[0]).toEqual(heartbeat);
-      expect(ended.values[0]).toEqual({ requestId: 'r', model, requeued: true, epoch: 1 });
+      expect(ended.values[0]).toEqual(end);
       expect(states.values[0]).toEqual(state);
     }, patience);
     expect(ended.values.every((each) => each.model === model)).toBe(true);

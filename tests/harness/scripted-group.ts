@@ -25,6 +25,8 @@ export interface ScriptedGroupOptions {
   readonly stepMs?: number;
   readonly maxSequences?: number;
   readonly maxContextTokens?: number;
+  /** What it says that it computes with; default: nothing. */
+  readonly identity?: string;
   /** What a prompt is answered with; the end of the script is an end-of-text. */
   readonly script?: (request: SequenceRequest) => Iterable<number>;
 }
@@ -44,6 +46,8 @@ export interface ScriptedGroup {
   readonly prompts: readonly (readonly number[])[];
   /** No step is made until `resume`. */
   stall(): void;
+  /** As `stall`, and what is aborted is not let go of either: an engine that stands still in the middle of a step. */
+  hang(): void;
   resume(): void;
   /** Refuses new sequences from now on, without saying so in heartbeats. */
   refuse(error: ClusterError): void;
@@ -85,6 +89,7 @@ function resume(
 export async function startScriptedGroup(options: ScriptedGroupOptions): Promise<ScriptedGroup> {
   const { model, group, queue } = options;
   const incarnation = randomUUID();
+  const { identity = '' } = options;
   const live = new Map<number, Live>();
   const prompts: number[][] = [];
   let begun = 0;
@@ -92,6 +97,8 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
   let tokens = 0;
   let step = 0;
   let stalled = false;
+  let hung = false;
+  const aborts: number[] = [];
   let state: GroupState = GroupState.READY;
   let sequenceNumber = 0;
   const script = options.script ?? (({ tokenIds }) => tokenIds);
@@ -119,6 +126,18 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
     kvBlocks: 0,
     kvBlocksUsed: 0,
   });
+  const abort = (sequenceId: number): void => {
+    const sequence = live.get(sequenceId);
+    if (sequence !== undefined) {
+      aborted += 1;
+      live.delete(sequenceId);
+      setImmediate(() =>
+        emit([
+          { sequenceId, index: sequence.index, tokenIds: [], finish: end(sequence, { kind: 'aborted' }) },
+        ]),
+      );
+    }
+  };
   const sessions = new Sessions(
     {
       submit: (request) => {
@@ -132,15 +151,10 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
         });
       },
       abort: (sequenceId) => {
-        const sequence = live.get(sequenceId);
-        if (sequence !== undefined) {
-          aborted += 1;
-          live.delete(sequenceId);
-          setImmediate(() =>
-            emit([
-              { sequenceId, index: sequence.index, tokenIds: [], finish: end(sequence, { kind: 'aborted' }) },
-            ]),
-          );
+        if (hung) {
+          aborts.push(sequenceId);
+        } else {
+          abort(sequenceId);
         }
       },
       addCredit: (sequenceId, credit) => {
@@ -150,7 +164,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
         }
       },
     },
-    { model, group, maxContextTokens: options.maxContextTokens ?? 4_096, draftTokens: 1 },
+    { model, group, maxContextTokens: options.maxContextTokens ?? 4_096, draftTokens: 1, identity },
   );
   const advance = (sequence: Live): SequenceDelta | undefined => {
     const { sequenceId, sampling } = sequence.request;
@@ -226,6 +240,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
       runningSequences: live.size,
       maxContextTokens: options.maxContextTokens ?? 4_096,
       draftTokens: 1,
+      identity,
       running: sessions.running(),
     });
   };
@@ -256,8 +271,14 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
     stall: () => {
       stalled = true;
     },
+    hang: () => {
+      stalled = true;
+      hung = true;
+    },
     resume: () => {
       stalled = false;
+      hung = false;
+      aborts.splice(0).forEach(abort);
     },
     refuse: (error) => sessions.refuse(error),
     become: (next) => {

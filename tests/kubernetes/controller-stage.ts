@@ -298,7 +298,7 @@ class PretendKubelet {
     const service = await this.#options.client.get(resourceTypes.modelServices, serviceName, never);
     const { model } = service.spec as { readonly model: { readonly name: string } };
     const files = new Map([['config.json', Buffer.from('{}')]]);
-    await this.#options.catalog.publish({ name: model.name, files }, never);
+    await this.#options.catalog.publish({ name: model.name, files, identity: '' }, never);
     return { exitCode: 0, message: '' };
   }
 
@@ -408,6 +408,7 @@ class PretendDispatcher {
       group,
       incarnation: '1',
       revision: '',
+      identity: '',
       routable: true,
       draining: this.#marks.has(group),
       inFlightRequests: (inFlight[group] ?? 0) > 0 ? 1 : 0,
@@ -425,6 +426,7 @@ class PretendDispatcher {
       slots: groups.length * 16,
       arrivedTokens: this.#arrivedTokens,
       endedTokens: 0,
+      waitingFor: [],
       groups,
     };
     this.#queue.publishState(state);

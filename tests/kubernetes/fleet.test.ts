@@ -238,10 +238,12 @@ class PretendDispatchers {
       slots: complete.length * 16,
       arrivedTokens: 0,
       endedTokens: 0,
+      waitingFor: [],
       groups: complete.map((group) => ({
         group,
         incarnation: '1',
         revision: '',
+        identity: '',
         routable: true,
         draining: this.isMarked(model, group),
         inFlightRequests: isBusy ? 1 : 0,
@@ -326,7 +328,10 @@ describe('three hundred machines', () => {
       const catalog = createModelCatalog(queueOptions);
       closes.push(async () => catalog.close());
       for (const name of names) {
-        await catalog.publish({ name, files: new Map([['config.json', Buffer.from('{}')]]) }, never);
+        await catalog.publish(
+          { name, files: new Map([['config.json', Buffer.from('{}')]]), identity: '' },
+          never,
+        );
       }
       dispatchers = new PretendDispatchers(queue, names);
       closes.push(async () => dispatchers.close());

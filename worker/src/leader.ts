@@ -17,6 +17,7 @@ import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/work
 import type { WorkerConfig } from './config.ts';
 import { idleStats, type EngineHost } from './engine/engine-host.ts';
 import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
+import { identityOf } from './identity.ts';
 import { createEngineMetrics } from './metrics.ts';
 import { Sessions } from './sessions.ts';
 import { createWorkerService } from './worker-service.ts';
@@ -56,10 +57,11 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
         });
   lifecycle.onClose('heartbeats', () => heartbeats?.close());
 
+  const identity = await identityOf(config, lifecycle.draining);
   const engine = await parts.startEngine(lifecycle.draining);
   lifecycle.onClose('engine', () => engine.close());
   const { maxContextTokens, draftTokens } = engine.info;
-  const welcome = { group: config.group, model: config.model, maxContextTokens, draftTokens };
+  const welcome = { group: config.group, model: config.model, maxContextTokens, draftTokens, identity };
   const sessions = new Sessions(engine, welcome, log);
   const metrics = await startMetrics({
     process: 'worker',
@@ -104,7 +106,7 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
     await drain(signal);
   });
 
-  view.serve({ engine, sessions, boundAddress: server.address });
+  view.serve({ engine, sessions, boundAddress: server.address, identity });
   server.health.set('', true);
   heartbeats?.beat();
   lifecycle.ready();
@@ -138,7 +140,12 @@ class GroupView {
   #state: GroupState = GroupState.STARTING;
   #sequenceNumber = 0;
   #serving:
-    | { readonly engine: EngineHost; readonly sessions: Sessions; readonly boundAddress: string }
+    | {
+        readonly engine: EngineHost;
+        readonly sessions: Sessions;
+        readonly boundAddress: string;
+        readonly identity: string;
+      }
     | undefined;
 
   constructor(config: WorkerConfig) {
@@ -156,6 +163,7 @@ class GroupView {
     readonly engine: EngineHost;
     readonly sessions: Sessions;
     readonly boundAddress: string;
+    readonly identity: string;
   }): void {
     this.#serving = serving;
     this.become(GroupState.READY);
@@ -186,6 +194,7 @@ class GroupView {
       completionTokensPerSecond: this.#throughput.completionTokensPerSecond,
       running: this.#serving?.sessions.running() ?? [],
       precision: config.precision,
+      identity: this.#serving?.identity ?? '',
     };
   }
 

@@ -2,18 +2,18 @@
 // fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue; each
 // is done once, whoever asks. Owns the command's exit code, which tells Kubernetes what is worth a retry.
 
-import { readFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
-import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 
 import type { Environment } from '@mimo/core/config';
 import { ClusterError, type ErrorCode } from '@mimo/core/errors';
 import { createLog, type Log } from '@mimo/core/log';
-import { createModelCatalog } from '@mimo/core/model-catalog';
+import { createModelCatalog, type ModelFiles } from '@mimo/core/model-catalog';
+import { readTextFiles } from '@mimo/core/model-identity';
 
 import { parseWorkerConfig, type WorkerConfig } from './config.ts';
 import { fetchCheckpoint } from './hub.ts';
+import { identityOf } from './identity.ts';
 import { openCheckpoint } from './model/checkpoint.ts';
 import { prepareShard } from './shards.ts';
 
@@ -36,8 +36,7 @@ const exitCodes = { done: 0, again: 1, settings: 2, terminal: 3 } as const;
 const publishMs = 60_000;
 const logProgressMs = 5_000;
 
-/** What gateways read of a checkpoint; tokenizer.json, or what stands for it. */
-const commonFiles = ['config.json', 'generation_config.json', 'tokenizer_config.json', 'chat_template.jinja'];
+/** A tokenizer is in one file, or in what stands for it. */
 const tokenizerFile = 'tokenizer.json';
 const vocabularyFiles = ['vocab.json', 'merges.txt'];
 
@@ -108,7 +107,8 @@ async function prepare(
   }
   // Last: what is in the catalogue can be run.
   if (steps.publish) {
-    await publish(config, files, { log, signal });
+    const identity = await identityOf(config, signal);
+    await publish({ name: config.model, files, identity }, { config, log, signal });
   }
 }
 
@@ -138,18 +138,8 @@ async function fetchFromHub(config: WorkerConfig, log: Log, signal: AbortSignal)
 
 /** The files that are published; fails with `failed_precondition` where there is no tokenizer among them. */
 async function readModelFiles(directory: string): Promise<ReadonlyMap<string, Uint8Array>> {
-  const files = new Map<string, Uint8Array>();
-  const read = async (names: readonly string[]): Promise<boolean> => {
-    for (const name of names) {
-      const bytes = await readFile(join(directory, name)).catch(() => undefined);
-      if (bytes !== undefined) {
-        files.set(name, bytes);
-      }
-    }
-    return names.every((name) => files.has(name));
-  };
-  await read(commonFiles);
-  if (!(await read([tokenizerFile])) && !(await read(vocabularyFiles))) {
+  const files = await readTextFiles(directory);
+  if (!files.has(tokenizerFile) && !vocabularyFiles.every((name) => files.has(name))) {
     const text = `${directory}: has no tokenizer: neither ${tokenizerFile} nor ${vocabularyFiles.join(' with ')}`;
     throw new ClusterError('failed_precondition', text);
   }
@@ -157,9 +147,8 @@ async function readModelFiles(directory: string): Promise<ReadonlyMap<string, Ui
 }
 
 async function publish(
-  config: WorkerConfig,
-  files: ReadonlyMap<string, Uint8Array>,
-  { log, signal }: { readonly log: Log; readonly signal: AbortSignal },
+  model: ModelFiles,
+  { config, log, signal }: { readonly config: WorkerConfig; readonly log: Log; readonly signal: AbortSignal },
 ): Promise<void> {
   const catalog = createModelCatalog({
     servers: config.natsUrls,
@@ -171,9 +160,8 @@ async function publish(
   });
   const limit = AbortSignal.timeout(publishMs);
   try {
-    const model = { name: config.model, files };
-    const { digest } = await catalog.publish(model, AbortSignal.any([signal, limit]));
-    log.info({ digest, files: [...files.keys()] }, 'published');
+    const { digest, identity } = await catalog.publish(model, AbortSignal.any([signal, limit]));
+    log.info({ digest, identity, files: [...model.files.keys()] }, 'published');
   } catch (error) {
     if (limit.aborted) {
       const text = `NATS of MIMO_WORKER_NATS_URL did not take the model within ${publishMs} ms`;

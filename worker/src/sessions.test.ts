@@ -96,7 +96,11 @@ describe('Sessions', () => {
       level: 'info',
       destination: { write: (line: string) => logged.push(line) },
     });
-    sessions = new Sessions(engine, { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 }, log);
+    sessions = new Sessions(
+      engine,
+      { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' },
+      log,
+    );
   });
   afterEach(() => {
     vi.useRealTimers();
@@ -131,7 +135,10 @@ describe('Sessions', () => {
   it('welcomes a gateway, and turns away one that asks for another model', () => {
     const { peer } = open();
     expect(peer.received).toEqual([
-      { $case: 'welcome', value: { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1 } },
+      {
+        $case: 'welcome',
+        value: { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' },
+      },
     ]);
     const stranger = new Peer();
     sessions
@@ -268,6 +275,37 @@ describe('Sessions', () => {
     expect(peer.frames).toEqual([]);
     session.receive(submitMessage(3));
     expect(engine.submitted).toHaveLength(2);
+  });
+
+  it('says what is in the engine until the engine has let go of it, also when its gateway is gone', () => {
+    const { session } = open();
+    session.receive(submitMessage(1, { resumedTokens: 2, onTrial: true }));
+    session.receive(submitMessage(2));
+    step(1, [{ sequenceId: 1, index: 2, tokenIds: [7, 8, 9] }]);
+    const running = [
+      { requestId: 'request-1', epoch: 1, tokens: 3, onTrial: true },
+      { requestId: 'request-2', epoch: 1, tokens: 0, onTrial: false },
+    ];
+    expect(sessions.running()).toEqual(running);
+    session.receive({ message: { $case: 'abort', value: { slot: 1, epoch: 1 } } });
+    session.close();
+    expect(sessions.running()).toEqual(running);
+    step(2, [{ sequenceId: 1, index: 5, tokenIds: [], finish: { kind: 'aborted', ...counts } }]);
+    expect(sessions.running()).toEqual(running.slice(1));
+    step(3, [{ sequenceId: 2, index: 0, tokenIds: [], finish: { kind: 'aborted', ...counts } }]);
+    expect(sessions.running()).toEqual([]);
+  });
+
+  it('refuses what is bound to another identity, for its gateway to try elsewhere', () => {
+    const { peer, session } = open();
+    session.receive(submitMessage(1, { identity: 'i' }));
+    session.receive(submitMessage(2, { identity: 'another' }));
+    expect(engine.submitted).toHaveLength(1);
+    expect(peer.frames[0]?.deltas[0]?.finish).toMatchObject({
+      kind: FinishKind.ERROR,
+      errorCode: 'unavailable',
+      errorMessage: 'group g computes with i, not with another',
+    });
   });
 
   it('merges what a full stream cannot take, without losing or repeating an index', () => {

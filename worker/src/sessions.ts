@@ -36,6 +36,9 @@ interface Sequence extends SequenceOnWire {
   readonly id: number;
   readonly session: Session;
   readonly requestId: string;
+  /** Completion index of the first token that it gets here. */
+  readonly firstIndex: number;
+  readonly onTrial: boolean;
   deadline: Timer | undefined;
 }
 
@@ -45,6 +48,8 @@ export class Sessions {
   readonly #welcome: Welcome;
   readonly #log: Log | undefined;
   readonly #sequences = new Map<number, Sequence>();
+  /** Of sessions that have ended, what the engine has not let go of yet. */
+  readonly #leaving = new Map<number, Sequence>();
   readonly #sessions = new Set<Session>();
   #nextSequenceId = 1;
   #refusing: ClusterError | undefined;
@@ -64,9 +69,16 @@ export class Sessions {
     return this.#sequences.size;
   }
 
-  /** What runs or waits in the engine, for heartbeats. */
+  /** What is in the engine, for heartbeats; also what was aborted there and is not gone yet. */
   running(): RunningRequest[] {
-    return Array.from(this.#sequences.values(), ({ requestId, epoch }) => ({ requestId, epoch }));
+    return [...this.#sequences.values(), ...this.#leaving.values()].map(
+      ({ requestId, epoch, onTrial, firstIndex, nextIndex }) => ({
+        requestId,
+        epoch,
+        tokens: nextIndex - firstIndex,
+        onTrial,
+      }),
+    );
   }
 
   /** Begins a session; the caller feeds it with `receive`, tells it `drained`, and ends it with `close`. */
@@ -106,7 +118,10 @@ export class Sessions {
     for (const delta of frame.deltas) {
       const sequence = this.#sequences.get(delta.sequenceId);
       if (sequence === undefined) {
-        // Its session has ended; the engine said so before it saw the abort.
+        // Its session has ended.
+        if (delta.finish !== undefined) {
+          this.#leaving.delete(delta.sequenceId);
+        }
         continue;
       }
       sequence.session.deliver(frame.step, deltaToWire(sequence, delta));
@@ -137,6 +152,8 @@ export class Sessions {
       slot: submit.slot,
       epoch: submit.epoch,
       requestId: submit.requestId,
+      firstIndex: submit.resumedTokens,
+      onTrial: submit.onTrial,
       nextIndex: submit.resumedTokens,
       deadline: undefined,
       abortedFor: undefined,
@@ -144,6 +161,11 @@ export class Sessions {
     try {
       if (this.#refusing !== undefined) {
         throw this.#refusing;
+      }
+      const { group, identity } = this.#welcome;
+      if (submit.identity !== '' && submit.identity !== identity) {
+        const text = `group ${group} computes with ${identity}, not with ${submit.identity}`;
+        throw new ClusterError('unavailable', text);
       }
       this.#engine.submit({
         sequenceId: sequence.id,
@@ -177,6 +199,7 @@ export class Sessions {
   closed(session: Session, sequences: Iterable<Sequence>): void {
     this.#sessions.delete(session);
     for (const sequence of sequences) {
+      this.#leaving.set(sequence.id, sequence);
       this.#engine.abort(sequence.id);
       this.#forget(sequence);
     }

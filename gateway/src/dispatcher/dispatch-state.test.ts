@@ -1,13 +1,15 @@
 import type { DrainMarks } from '@mimo/core/queue';
-import { RequestSummary } from '@mimo/proto/queue';
-import { GroupState, Heartbeat } from '@mimo/proto/worker';
+import { Company, Needs, RequestSummary } from '@mimo/proto/queue';
+import { GroupState, Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import { DispatchState } from './dispatch-state.ts';
+import type { OpenGroup } from './placement.ts';
 
 const at = 1_000_000;
 const unmarked: DrainMarks = new Map();
+const companies = [Company.UNSPECIFIED, Company.PROVEN, Company.NONE];
 
 function stateOf(...requestIds: readonly string[]): DispatchState {
   const state = new DispatchState();
@@ -16,6 +18,19 @@ function stateOf(...requestIds: readonly string[]): DispatchState {
     state.add({ storeId: 's', sequence: index + 1, record, isArrival: true, ageMs: 0 }, at - 5_000);
   }
   return state;
+}
+
+function runs(requestId: string, epoch: number, more: Partial<RunningRequest> = {}): RunningRequest {
+  return { requestId, epoch, tokens: 0, onTrial: false, ...more };
+}
+
+/** What an owner says of an attempt that is over. */
+function lost(
+  requestId: string,
+  epoch: number,
+  more: { readonly released?: boolean; readonly needs?: Partial<Needs> } = {},
+): Parameters<DispatchState['requeue']>[0] {
+  return { requestId, epoch, released: more.released ?? false, needs: Needs.fromPartial(more.needs ?? {}) };
 }
 
 function beat(group: string, more: Partial<Heartbeat> = {}): Heartbeat {
@@ -35,14 +50,11 @@ describe('DispatchState', () => {
   it('is rebuilt from records and heartbeats: what a group runs does not wait', () => {
     const state = stateOf('a', 'b');
     const running = beat('g', {
-      running: [
-        { requestId: 'a', epoch: 1 },
-        { requestId: 'unknown', epoch: 1 },
-      ],
+      running: [runs('a', 1), runs('unknown', 1)],
     });
     state.reconcile([running], at);
     expect(waitingIn(state)).toEqual(['b']);
-    expect(state.openGroups([running], unmarked)).toMatchObject([{ group: 'g', slots: 4, usedSlots: 1 }]);
+    expect(state.openGroups([running], unmarked, at)).toMatchObject([{ group: 'g', slots: 4, usedSlots: 1 }]);
   });
 
   it('lets a request wait again that its group does not speak of for long', () => {
@@ -64,26 +76,26 @@ describe('DispatchState', () => {
 
   it('does not believe a group that still speaks of an attempt that is over', () => {
     const state = stateOf('a', 'b');
-    const stalled = beat('stalled', { running: [{ requestId: 'a', epoch: 1 }] });
+    const stalled = beat('stalled', { running: [runs('a', 1)] });
     state.reconcile([stalled], at);
-    state.requeue('a', 1, at);
+    state.requeue(lost('a', 1), at);
     state.reconcile([stalled], at + 1);
     expect(waitingIn(state)).toEqual(['a', 'b']);
     state.confirm('a', { group: 'heir', incarnation: 'heir1', epoch: 2 }, at + 2);
-    state.requeue('a', 1, at + 3);
-    const heir = beat('heir', { running: [{ requestId: 'a', epoch: 2 }] });
+    state.requeue(lost('a', 1), at + 3);
+    const heir = beat('heir', { running: [runs('a', 2)] });
     state.reconcile([heir, stalled], at + 4);
     expect(waitingIn(state)).toEqual(['b']);
     expect([...state.loads().keys()]).toEqual([JSON.stringify(['heir', 'heir1'])]);
     // What the owner answers about an attempt that has ended since does not count either.
-    state.requeue('a', 2, at + 5);
+    state.requeue(lost('a', 2), at + 5);
     state.confirm('a', { group: 'heir', incarnation: 'heir1', epoch: 2 }, at + 6);
     expect(waitingIn(state)).toEqual(['a', 'b']);
   });
 
   it('believes the later attempt where two groups speak of a request that it knows nothing of', () => {
-    const old = beat('old', { running: [{ requestId: 'a', epoch: 1 }] });
-    const late = beat('new', { running: [{ requestId: 'a', epoch: 2 }] });
+    const old = beat('old', { running: [runs('a', 1)] });
+    const late = beat('new', { running: [runs('a', 2)] });
     for (const groups of [
       [old, late],
       [late, old],
@@ -95,23 +107,95 @@ describe('DispatchState', () => {
     }
   });
 
-  it('leaves a request alone for a moment whose owner asks for it', () => {
-    const state = stateOf('a');
+  it('offers a request that was refused by what its owner says it needs', () => {
+    const state = stateOf('a', 'b', 'c');
+    for (const [requestId, needs] of [
+      ['a', { identity: 'x' }],
+      ['b', { company: Company.NONE }],
+    ] as const) {
+      state.place(requestId, beat('g'), at);
+      state.refuse(requestId, Needs.fromPartial(needs));
+    }
+    expect([...state.waiting()]).toMatchObject([
+      { requestId: 'a', identity: 'x', company: Company.UNSPECIFIED },
+      { requestId: 'b', identity: '', company: Company.NONE },
+      { requestId: 'c', identity: '', company: Company.UNSPECIFIED },
+    ]);
+    expect([...state.onTrial()]).toMatchObject([{ requestId: 'b' }]);
+    expect([...state.waiting(new Set(['y']))].map(({ requestId }) => requestId)).toEqual(['b', 'c']);
+    expect(state.summary(at).waitingFor).toEqual([
+      { identity: '', requests: 2, tokens: 26 },
+      { identity: 'x', requests: 1, tokens: 13 },
+    ]);
+    state.place('b', beat('g'), at);
+    state.requeue(lost('b', 1), at);
+    expect([...state.onTrial()]).toEqual([]);
+  });
+
+  it('says who is in a group as the group says it, and nothing before that is sure', () => {
+    const state = stateOf('a', 'b');
+    const companyOf = (heartbeat: Heartbeat, nowMs: number): OpenGroup['company'] | undefined => {
+      state.reconcile([heartbeat], nowMs);
+      return state.openGroups([heartbeat], unmarked, nowMs)[0]?.company;
+    };
+    // A group that has just been heard of may hold what it has not said yet.
+    expect(companyOf(beat('g'), at)).toBe(Company.UNSPECIFIED);
+    expect(companyOf(beat('g'), at + 2_001)).toBe(Company.NONE);
+    state.place('a', beat('g'), at + 2_001);
+    expect(companyOf(beat('g'), at + 2_002)).toBe(Company.UNSPECIFIED);
+    expect(companyOf(beat('g', { running: [runs('a', 1, { tokens: 7 })] }), at + 2_003)).toBe(
+      Company.UNSPECIFIED,
+    );
+    expect(companyOf(beat('g', { running: [runs('a', 1, { tokens: 8 })] }), at + 2_004)).toBe(Company.PROVEN);
+    state.remove('a', false, at + 2_005);
+    expect(companyOf(beat('g'), at + 2_006)).toBe(Company.NONE);
+    // One whose client has left may still be there until the group has had time to say otherwise.
+    state.place('b', beat('g'), at + 2_007);
+    state.remove('b', false, at + 2_008);
+    expect(companyOf(beat('g'), at + 4_000)).toBe(Company.UNSPECIFIED);
+    // It is: the group stands still and says so. Nobody else knows of it any more.
+    expect(companyOf(beat('g', { running: [runs('b', 1)] }), at + 9_000)).toBe(Company.UNSPECIFIED);
+    expect(companyOf(beat('g'), at + 9_250)).toBe(Company.NONE);
+    state.add(
+      {
+        storeId: 's',
+        sequence: 3,
+        record: RequestSummary.fromPartial({ requestId: 'c' }),
+        isArrival: true,
+        ageMs: 0,
+      },
+      at,
+    );
+    state.place('c', beat('g'), at + 9_300);
+    state.remove('c', true, at + 9_301);
+    expect(companyOf(beat('g'), at + 9_302)).toBe(Company.NONE);
+  });
+
+  it('closes a group while one is on trial in it, also as a new dispatcher that only hears of it', () => {
+    const trial = runs('a', 3, { onTrial: true, tokens: 7 });
+    const slotsOf = (state: DispatchState, heartbeat: Heartbeat): number | undefined =>
+      state.openGroups([heartbeat], unmarked, at)[0]?.slots;
+    expect(slotsOf(stateOf('a'), beat('g', { running: [trial] }))).toBe(0);
+    expect(slotsOf(stateOf('a'), beat('g', { running: [{ ...trial, tokens: 8 }] }))).toBe(4);
+    const state = stateOf('a', 'b');
+    state.requeue(lost('a', 2, { needs: { company: Company.PROVEN } }), at);
     state.place('a', beat('g'), at);
-    state.postpone('a', at);
-    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeMs: at + 250 }]);
-    state.reconcile([], at + 250);
-    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', notBeforeMs: 0 }]);
+    expect(slotsOf(state, beat('g'))).toBe(0);
+    state.reconcile([beat('g', { running: [{ ...trial, tokens: 9 }] })], at);
+    expect(slotsOf(state, beat('g'))).toBe(4);
   });
 
   it('does not trust a group for a while on which an attempt failed, but its next life at once', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
-    state.requeue('a', 1, at);
+    state.requeue(lost('a', 1), at);
     const lives = [beat('g'), beat('g', { incarnation: 'g2' })];
-    expect(state.openGroups(lives, unmarked).map(({ notBeforeMs }) => notBeforeMs)).toEqual([at + 2_000, 0]);
+    expect(state.openGroups(lives, unmarked, at).map(({ notBeforeMs }) => notBeforeMs)).toEqual([
+      at + 2_000,
+      0,
+    ]);
     state.reconcile([], at + 2_000);
-    expect(state.openGroups(lives, unmarked).map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0]);
+    expect(state.openGroups(lives, unmarked, at).map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0]);
   });
 
   it('gives a silent gateway time, then calls all of its requests nobody’s', () => {
@@ -141,7 +225,7 @@ describe('DispatchState', () => {
       beat('queues', { waitingSequences: 1 }),
       beat('busy', { runningSequences: 3 }),
     ];
-    expect(stateOf().openGroups(groups, unmarked)).toMatchObject([
+    expect(stateOf().openGroups(groups, unmarked, at)).toMatchObject([
       { group: 'queues', slots: 0 },
       { group: 'busy', slots: 4, usedSlots: 3 },
     ]);
@@ -149,9 +233,9 @@ describe('DispatchState', () => {
 
   it('gives no slot of a group with a drain mark, until it is cleared', () => {
     const groups = [beat('a'), beat('b')];
-    const marked = stateOf().openGroups(groups, new Map([['a', { sinceUnixMs: at }]]));
+    const marked = stateOf().openGroups(groups, new Map([['a', { sinceUnixMs: at }]]), at);
     expect(marked.map(({ group }) => group)).toEqual(['b']);
-    expect(stateOf().openGroups(groups, unmarked)).toHaveLength(2);
+    expect(stateOf().openGroups(groups, unmarked, at)).toHaveLength(2);
   });
 
   it('sums up what waits, what runs, what came and what ended in a group', () => {
@@ -163,9 +247,9 @@ describe('DispatchState', () => {
     state.place('a', beat('g'), at);
     state.place('found', beat('g'), at);
     state.place('d', beat('g'), at);
-    state.remove('c');
-    state.remove('d');
-    state.remove('unknown');
+    state.remove('c', true, at);
+    state.remove('d', true, at);
+    state.remove('unknown', true, at);
     expect(state.summary(at)).toEqual({
       waitingRequests: 1,
       runningRequests: 2,
@@ -174,6 +258,7 @@ describe('DispatchState', () => {
       oldestWaitingMs: 5_000,
       arrivedTokens: 52,
       endedTokens: 13,
+      waitingFor: [{ identity: '', requests: 1, tokens: 13 }],
     });
     expect([...state.loads().values()]).toEqual([{ requests: 2, tokens: 14 }]);
     expect(stateOf().summary(at)).toEqual({
@@ -184,6 +269,7 @@ describe('DispatchState', () => {
       oldestWaitingMs: 0,
       arrivedTokens: 0,
       endedTokens: 0,
+      waitingFor: [],
     });
   });
 
@@ -192,7 +278,7 @@ describe('DispatchState', () => {
     const record = RequestSummary.fromPartial({ requestId: 'a', timeLeftMs: 60_000 });
     state.add({ storeId: 's', sequence: 1, record, isArrival: false, ageMs: 20_000 }, at);
     expect(state.summary(at + 1_000).oldestWaitingMs).toBe(21_000);
-    expect([...state.waiting()]).toEqual([{ requestId: 'a', expiredMs: at + 60_000, notBeforeMs: 0 }]);
+    expect([...state.waiting()]).toMatchObject([{ requestId: 'a', expiredMs: at + 60_000, notBeforeMs: 0 }]);
   });
 
   it('keeps the order of acceptance over lost stores, in whatever order the records come back', () => {
@@ -239,7 +325,7 @@ describe('DispatchState', () => {
 
   it('counts the same however requests come, move and go', () => {
     const step = fc.record({
-      act: fc.constantFrom('add', 'place', 'requeue', 'postpone', 'unanswered', 'remove', 'reconcile'),
+      act: fc.constantFrom('add', 'place', 'requeue', 'refuse', 'unanswered', 'remove', 'reconcile'),
       request: fc.nat(5),
       group: fc.nat(2),
     });
@@ -259,16 +345,19 @@ describe('DispatchState', () => {
           } else if (act === 'place') {
             state.place(requestId, heartbeat, nowMs);
           } else if (act === 'requeue') {
-            state.requeue(requestId, 1, nowMs);
-          } else if (act === 'postpone') {
-            state.postpone(requestId, nowMs);
+            state.requeue(lost(requestId, 1), nowMs);
+          } else if (act === 'refuse') {
+            state.refuse(
+              requestId,
+              Needs.fromPartial({ identity: `i${group}`, company: companies[group] ?? Company.NONE }),
+            );
           } else if (act === 'unanswered') {
             state.unanswered(requestId, false, nowMs);
           } else if (act === 'remove') {
-            state.remove(requestId);
+            state.remove(requestId, request % 2 === 0, nowMs);
             live.delete(requestId);
           } else {
-            state.reconcile([beat('g0', { running: [{ requestId, epoch: 1 }] })], nowMs);
+            state.reconcile([beat('g0', { running: [runs(requestId, 1)] })], nowMs);
           }
           const waiting = [...state.waiting()].map((each) => each.requestId);
           const tokensOf = (ids: readonly string[]): number =>
@@ -280,6 +369,15 @@ describe('DispatchState', () => {
             waitingTokens: tokensOf(waiting),
             inFlightTokens: tokensOf(placed),
           });
+          const { waitingFor } = state.summary(nowMs);
+          const byIdentity = Map.groupBy(state.waiting(), ({ identity }) => identity);
+          expect(waitingFor).toHaveLength(byIdentity.size);
+          for (const { identity, requests, tokens } of waitingFor) {
+            const ids = byIdentity.get(identity)?.map((each) => each.requestId) ?? [];
+            expect({ requests, tokens }).toEqual({ requests: ids.length, tokens: tokensOf(ids) });
+            const fitting = [...state.waiting(new Set([identity]))].map((each) => each.identity);
+            expect(fitting.filter((each) => each === identity)).toHaveLength(requests);
+          }
           const loads = [...state.loads().values()];
           expect(loads.reduce((sum, load) => sum + load.requests, 0)).toBe(placed.length);
           expect(loads.reduce((sum, load) => sum + load.tokens, 0)).toBe(tokensOf(placed));

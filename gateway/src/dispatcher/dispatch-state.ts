@@ -4,8 +4,10 @@
 // argument: the dispatcher's own monotonic clock, which is compared with nobody's.
 
 import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo/core/queue';
+import { Company, type Needs, type RequestEnded, type RequestSummary } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
+import { provenTokens } from '../suspicion.ts';
 import type { OpenGroup, WaitingRequest } from './placement.ts';
 
 /** Which life of which group. */
@@ -16,6 +18,9 @@ export interface Place {
 
 interface Placed extends Place {
   readonly sinceMs: number;
+  readonly onTrial: boolean;
+  /** It has got on there, as the group says. */
+  readonly proven: boolean;
 }
 
 /** What is with one life of a group. Tokens are prompt plus permitted completion. */
@@ -42,8 +47,6 @@ const settleMs = 2_000;
 /** A group on which an attempt failed is left alone for as long as it takes to notice that it is gone. */
 const suspectMs = 2_000;
 const retryMs = 1_000;
-/** A request on trial gets its eight tokens, or breaks its group, in about this time. */
-const postponeMs = 250;
 /** A gateway that does not listen for this long is gone, and with it everybody who waits for its requests. */
 const orphanAfterMs = 15_000;
 
@@ -59,11 +62,16 @@ export class DispatchState {
   readonly #placed = new Map<string, Placed>();
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
   readonly #epochs = new Map<string, number>();
-  readonly #postponed = new Map<string, number>();
+  /** Of those whose needs are not the record's any more. */
+  readonly #needs = new Map<string, Needs>();
+  /** What waits, by the identity that it needs. */
+  readonly #waitingFor = new Map<string, PlacedLoad>();
+  /** Lives of groups on which an attempt failed, and until when they are left alone. */
   readonly #suspects = new Map<string, number>();
+  /** When each life of a group was first heard of, or last left by a request that may still be in it. */
+  readonly #unsureMs = new Map<string, number>();
   readonly #silent = new Map<string, SilentGateway>();
   // Kept as things change: a queue may hold tens of thousands of requests.
-  #waitingTokens = 0;
   #inFlightTokens = 0;
   #arrivedTokens = 0;
   #endedTokens = 0;
@@ -82,20 +90,24 @@ export class DispatchState {
     this.#storeId = storeId;
     this.#last = seen;
     if (known === undefined) {
-      this.#waitingTokens += record.tokens;
+      this.#countWaiting(record, 1);
       this.#arrivedTokens += isArrival && record.storesOutlived === 0 ? record.tokens : 0;
     }
   }
 
-  /** The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute. */
-  remove(requestId: string): void {
+  /**
+   * The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute. Unless
+   * the group has `released` it, it may still be there, as in a group that stands still.
+   */
+  remove(requestId: string, released: boolean, nowMs: number): void {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
       this.#endedTokens += this.#placed.has(requestId) ? request.record.tokens : 0;
-      this.#unplace(requestId);
+      this.#unplace(requestId, released ? undefined : nowMs);
+      this.#countWaiting(request.record, -1);
       this.#requests.delete(requestId);
       this.#epochs.delete(requestId);
-      this.#waitingTokens -= request.record.tokens;
+      this.#needs.delete(requestId);
     }
   }
 
@@ -115,16 +127,27 @@ export class DispatchState {
   place(requestId: string, { group, incarnation }: Place, nowMs: number): void {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
-      if (!this.#placed.has(requestId)) {
-        this.#waitingTokens -= request.record.tokens;
+      const before = this.#placed.get(requestId);
+      if (before === undefined) {
+        this.#countWaiting(request.record, -1);
         this.#inFlightTokens += request.record.tokens;
       }
-      this.#placed.set(requestId, { group, incarnation, sinceMs: nowMs });
+      const stays = before?.group === group && before.incarnation === incarnation;
+      this.#placed.set(requestId, {
+        group,
+        incarnation,
+        sinceMs: nowMs,
+        onTrial: (this.#needs.get(requestId)?.company ?? Company.UNSPECIFIED) !== Company.UNSPECIFIED,
+        proven: stays && before.proven,
+      });
     }
   }
 
-  /** Its attempt of this number is over: it waits again, and the group is not trusted for a while. */
-  requeue(requestId: string, epoch: number, nowMs: number): void {
+  /** An attempt is over: the request waits again, and the group is not trusted for a while. */
+  requeue(
+    { requestId, epoch, needs, released }: Pick<RequestEnded, 'requestId' | 'epoch' | 'needs' | 'released'>,
+    nowMs: number,
+  ): void {
     if (epoch < (this.#epochs.get(requestId) ?? 0)) {
       return;
     }
@@ -132,16 +155,15 @@ export class DispatchState {
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
       this.#suspects.set(placeKey(place), nowMs + suspectMs);
-      this.#unplace(requestId);
+      this.#unplace(requestId, released ? undefined : nowMs);
     }
+    this.#need(requestId, needs);
   }
 
-  /** Its owner does not want it in this group at this moment: it waits again, and is left alone for a while. */
-  postpone(requestId: string, nowMs: number): void {
-    if (this.#requests.has(requestId)) {
-      this.#unplace(requestId);
-      this.#postponed.set(requestId, nowMs + postponeMs);
-    }
+  /** Its owner does not want it in the group that it was offered: it waits again, for one that it needs. */
+  refuse(requestId: string, needs: Needs | undefined): void {
+    this.#unplace(requestId);
+    this.#need(requestId, needs);
   }
 
   /** A gateway answered: its requests need not wait for it. */
@@ -158,7 +180,8 @@ export class DispatchState {
     if (request === undefined) {
       return [];
     }
-    this.#unplace(requestId);
+    // It may have begun, and its answer be what was lost.
+    this.#unplace(requestId, nowMs);
     const { gatewayId } = request.record;
     const goneSinceMs = gone ? (this.#silent.get(gatewayId)?.goneSinceMs ?? nowMs) : undefined;
     this.#silent.set(gatewayId, { goneSinceMs, retryMs: nowMs + retryMs });
@@ -176,12 +199,20 @@ export class DispatchState {
    */
   reconcile(groups: readonly Heartbeat[], nowMs: number): void {
     const running = new Set<string>();
+    const lives = new Set<string>();
     for (const heartbeat of groups) {
-      for (const { requestId, epoch } of heartbeat.running) {
+      const key = placeKey(heartbeat);
+      lives.add(key);
+      this.#unsureMs.set(key, this.#unsureMs.get(key) ?? nowMs);
+      for (const { requestId, epoch, tokens } of heartbeat.running) {
         if (epoch >= (this.#epochs.get(requestId) ?? 0)) {
           running.add(requestId);
           this.place(requestId, heartbeat, nowMs);
           this.#begin(requestId, epoch);
+          const placed = this.#placed.get(requestId);
+          if (placed?.proven === false && tokens >= provenTokens) {
+            this.#placed.set(requestId, { ...placed, proven: true });
+          }
         }
       }
     }
@@ -190,28 +221,62 @@ export class DispatchState {
         this.#unplace(requestId);
       }
     }
-    for (const kept of [this.#suspects, this.#postponed]) {
-      for (const [key, untilMs] of kept) {
-        if (untilMs <= nowMs) {
-          kept.delete(key);
-        }
+    for (const [key, untilMs] of this.#suspects) {
+      if (untilMs <= nowMs) {
+        this.#suspects.delete(key);
+      }
+    }
+    for (const [key, sinceMs] of this.#unsureMs) {
+      if (!lives.has(key) && nowMs - sinceMs > settleMs) {
+        this.#unsureMs.delete(key);
       }
     }
   }
 
-  /** What no group has, in order of arrival. */
-  *waiting(): Generator<WaitingRequest, void, undefined> {
-    for (const { record, seenMs } of this.#inOrder()) {
-      const { requestId, gatewayId, timeLeftMs } = record;
-      if (!this.#placed.has(requestId)) {
-        const notBeforeMs = Math.max(
-          this.#silent.get(gatewayId)?.retryMs ?? 0,
-          this.#postponed.get(requestId) ?? 0,
-        );
-        // What was left at acceptance cannot be more now: late by the record's age, and never early.
-        yield { requestId, expiredMs: seenMs + (timeLeftMs ?? Number.POSITIVE_INFINITY), notBeforeMs };
+  /** What no group has, in order of arrival: for groups of these identities, or all of it. */
+  *waiting(identities?: ReadonlySet<string>): Generator<WaitingRequest, void, undefined> {
+    const wanted = identities === undefined ? undefined : new Set([...identities, '']);
+    let left = 0;
+    for (const [identity, { requests }] of this.#waitingFor) {
+      left += wanted?.has(identity) === false ? 0 : requests;
+    }
+    for (const { record } of this.#inOrder()) {
+      if (left === 0) {
+        return;
+      }
+      const request = this.#placed.has(record.requestId) ? undefined : this.#waiting(record.requestId);
+      if (request !== undefined && wanted?.has(request.identity) !== false) {
+        left -= 1;
+        yield request;
       }
     }
+  }
+
+  /** Those of them that may not be in any company. */
+  *onTrial(): Generator<WaitingRequest, void, undefined> {
+    for (const [requestId, { company }] of this.#needs) {
+      const request = this.#placed.has(requestId) ? undefined : this.#waiting(requestId);
+      if (request !== undefined && company !== Company.UNSPECIFIED) {
+        yield request;
+      }
+    }
+  }
+
+  #waiting(requestId: string): WaitingRequest | undefined {
+    const request = this.#requests.get(requestId);
+    if (request === undefined) {
+      return undefined;
+    }
+    const { record, seenMs } = request;
+    const needs = this.#needs.get(requestId);
+    return {
+      requestId,
+      // What was left at acceptance cannot be more now: late by the record's age, and never early.
+      expiredMs: seenMs + (record.timeLeftMs ?? Number.POSITIVE_INFINITY),
+      notBeforeMs: this.#silent.get(record.gatewayId)?.retryMs ?? 0,
+      identity: this.#identityOf(record),
+      company: needs?.company ?? Company.UNSPECIFIED,
+    };
   }
 
   /** What is with each life of a group, by `placeKey`. */
@@ -233,16 +298,48 @@ export class DispatchState {
    * The groups that may be given requests, of those that are ready: not the marked ones. One that has a queue of its own,
    * for want of KV blocks, has no free slot.
    */
-  openGroups(ready: readonly Heartbeat[], drains: DrainMarks): OpenGroup[] {
+  openGroups(ready: readonly Heartbeat[], drains: DrainMarks, nowMs: number): OpenGroup[] {
     const loads = this.loads();
+    const placed = Map.groupBy(this.#placed, ([, place]) => placeKey(place));
     return ready
       .filter(({ state, group }) => state === GroupState.READY && !drains.has(group))
-      .map((heartbeat) => ({
-        group: heartbeat.group,
-        slots: heartbeat.waitingSequences > 0 ? 0 : heartbeat.maxSequences,
-        usedSlots: Math.max(loads.get(placeKey(heartbeat))?.requests ?? 0, heartbeat.runningSequences),
-        notBeforeMs: this.#suspects.get(placeKey(heartbeat)) ?? 0,
-      }));
+      .map((heartbeat) => {
+        const key = placeKey(heartbeat);
+        const { company, closed } = this.#companyIn(heartbeat, placed.get(key) ?? [], nowMs);
+        return {
+          group: heartbeat.group,
+          identity: heartbeat.identity,
+          slots: closed || heartbeat.waitingSequences > 0 ? 0 : heartbeat.maxSequences,
+          usedSlots: Math.max(loads.get(key)?.requests ?? 0, heartbeat.runningSequences),
+          notBeforeMs: this.#suspects.get(key) ?? 0,
+          company,
+        };
+      });
+  }
+
+  /**
+   * Who is in a group: what is believed to be with it, and what it says it runs, though its client may be gone long since.
+   * `closed`: one of them is on trial there and has not got on yet.
+   */
+  #companyIn(
+    heartbeat: Heartbeat,
+    believed: readonly (readonly [string, Placed])[],
+    nowMs: number,
+  ): { readonly company: Company; readonly closed: boolean } {
+    const unproven = [
+      ...believed.map(([, placed]) => placed).filter(({ proven }) => !proven),
+      ...heartbeat.running.filter(({ tokens }) => tokens < provenTokens),
+    ];
+    const isSure = nowMs - (this.#unsureMs.get(placeKey(heartbeat)) ?? nowMs) > settleMs;
+    return {
+      company:
+        !isSure || unproven.length > 0
+          ? Company.UNSPECIFIED
+          : believed.length + heartbeat.running.length > 0
+            ? Company.PROVEN
+            : Company.NONE,
+      closed: unproven.some(({ onTrial }) => onTrial),
+    };
   }
 
   /** Figures for the published state. */
@@ -257,6 +354,7 @@ export class DispatchState {
     | 'oldestWaitingMs'
     | 'arrivedTokens'
     | 'endedTokens'
+    | 'waitingFor'
   > {
     let oldestMs = nowMs;
     for (const { record, storedMs } of this.#inOrder()) {
@@ -268,11 +366,14 @@ export class DispatchState {
     return {
       waitingRequests: this.#requests.size - this.#placed.size,
       runningRequests: this.#placed.size,
-      waitingTokens: this.#waitingTokens,
+      waitingTokens: this.#waitingFor.values().reduce((sum, { tokens }) => sum + tokens, 0),
       inFlightTokens: this.#inFlightTokens,
       oldestWaitingMs: nowMs - oldestMs,
       arrivedTokens: this.#arrivedTokens,
       endedTokens: this.#endedTokens,
+      waitingFor: [...this.#waitingFor]
+        .map(([identity, load]) => ({ identity, ...load }))
+        .toSorted((a, b) => (a.identity < b.identity ? -1 : 1)),
     };
   }
 
@@ -312,11 +413,45 @@ export class DispatchState {
     }
   }
 
-  #unplace(requestId: string): void {
+  /** It waits again. With `leftMs` its group has not said that it is gone from there. */
+  #unplace(requestId: string, leftMs?: number): void {
     const request = this.#requests.get(requestId);
-    if (this.#placed.delete(requestId) && request !== undefined) {
+    const place = this.#placed.get(requestId);
+    if (place !== undefined && request !== undefined) {
+      this.#placed.delete(requestId);
       this.#inFlightTokens -= request.record.tokens;
-      this.#waitingTokens += request.record.tokens;
+      this.#countWaiting(request.record, 1);
+      if (leftMs !== undefined && !place.proven) {
+        this.#unsureMs.set(placeKey(place), leftMs);
+      }
+    }
+  }
+
+  #identityOf({ requestId, identity }: RequestSummary): string {
+    return this.#needs.get(requestId)?.identity ?? identity;
+  }
+
+  /** Only of one that waits. */
+  #need(requestId: string, needs: Needs | undefined): void {
+    const record = this.#requests.get(requestId)?.record;
+    if (record !== undefined && needs !== undefined && !this.#placed.has(requestId)) {
+      this.#countWaiting(record, -1);
+      this.#needs.set(requestId, needs);
+      this.#countWaiting(record, 1);
+    }
+  }
+
+  #countWaiting(record: RequestSummary, requests: 1 | -1): void {
+    const identity = this.#identityOf(record);
+    const before = this.#waitingFor.get(identity) ?? nothing;
+    const after = {
+      requests: before.requests + requests,
+      tokens: before.tokens + requests * record.tokens,
+    };
+    if (after.requests === 0) {
+      this.#waitingFor.delete(identity);
+    } else {
+      this.#waitingFor.set(identity, after);
     }
   }
 }

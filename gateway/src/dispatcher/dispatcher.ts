@@ -7,7 +7,7 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/queue';
-import { AssignmentOutcome } from '@mimo/proto/queue';
+import { AssignmentOutcome, type Company } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
 import { heartbeatQuietMs, type Groups } from '../groups.ts';
@@ -128,14 +128,11 @@ class Dispatcher {
   }
 
   async #followEnded(): Promise<void> {
-    for await (const { requestId, requeued, epoch } of this.#parts.queue.followEnded(
-      this.#parts.model,
-      this.#until,
-    )) {
-      if (requeued) {
-        this.#state.requeue(requestId, epoch, performance.now());
+    for await (const ended of this.#parts.queue.followEnded(this.#parts.model, this.#until)) {
+      if (ended.requeued) {
+        this.#state.requeue(ended, performance.now());
       } else {
-        this.#state.remove(requestId);
+        this.#state.remove(ended.requestId, ended.released, performance.now());
       }
       this.#planSoon();
     }
@@ -204,27 +201,32 @@ class Dispatcher {
   #assignAll(drains: DrainMarks): void {
     const nowMs = performance.now();
     const groups = this.#parts.groups.ready(this.#parts.model, nowMs);
+    const open = this.#state.openGroups(groups, drains, nowMs);
     const plan = planAssignments(
-      { waiting: this.#state.waiting(), groups: this.#state.openGroups(groups, drains) },
+      {
+        onTrial: this.#state.onTrial(),
+        waiting: this.#state.waiting(new Set(open.map(({ identity }) => identity))),
+        groups: open,
+      },
       nowMs,
     );
-    for (const { requestId, group } of plan) {
+    for (const { requestId, group, company } of plan) {
       const target = groups.find((each) => each.group === group);
       if (target !== undefined) {
         // Believed at once, so that the next plan does not place it again.
         this.#state.place(requestId, target, nowMs);
-        void this.#assign(requestId, target);
+        void this.#assign(requestId, target, company);
       }
     }
   }
 
-  async #assign(requestId: string, target: Heartbeat): Promise<void> {
+  async #assign(requestId: string, target: Heartbeat, company: Company): Promise<void> {
     const { model, queue, log } = this.#parts;
     const queued = this.#state.get(requestId);
     if (queued === undefined) {
       return;
     }
-    const { group, incarnation, address } = target;
+    const { group, incarnation, address, identity } = target;
     const { gatewayId } = queued.record;
     try {
       const reply = await queue.assign(gatewayId, {
@@ -234,6 +236,8 @@ class Dispatcher {
         incarnation,
         address,
         dispatcherEpoch: this.#epoch,
+        identity,
+        company,
       });
       this.#state.heard(gatewayId);
       if (
@@ -241,13 +245,14 @@ class Dispatcher {
         reply.outcome === AssignmentOutcome.ALREADY_ASSIGNED
       ) {
         this.#state.confirm(requestId, reply, performance.now());
-      } else if (reply.outcome === AssignmentOutcome.NOT_NOW) {
-        this.#state.postpone(requestId, performance.now());
+      } else if (reply.outcome === AssignmentOutcome.UNFIT) {
+        this.#state.refuse(requestId, reply.needs);
+        this.#planSoon();
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();
       } else {
-        this.#state.remove(requestId);
+        this.#state.remove(requestId, false, performance.now());
         await queue.delete(queued);
       }
     } catch (error) {
@@ -267,7 +272,7 @@ class Dispatcher {
     const queued = this.#state.get(requestId);
     if (queued !== undefined) {
       const { model, queue, metrics, log } = this.#parts;
-      this.#state.remove(requestId);
+      this.#state.remove(requestId, false, performance.now());
       metrics.orphans({ model });
       log.warn({ requestId, gatewayId: queued.record.gatewayId }, 'orphaned record deleted');
       queue.delete(queued).catch((error: unknown) => {
@@ -321,6 +326,7 @@ class Dispatcher {
           group: heartbeat.group,
           incarnation: heartbeat.incarnation,
           revision: heartbeat.revision,
+          identity: heartbeat.identity,
           routable: readyNames.has(heartbeat.group) && sessions.isRoutable(heartbeat),
           draining: drains.has(heartbeat.group) || heartbeat.state === GroupState.DRAINING,
           inFlightRequests: load?.requests ?? 0,

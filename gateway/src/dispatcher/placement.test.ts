@@ -1,3 +1,4 @@
+import { Company } from '@mimo/proto/queue';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
@@ -6,23 +7,37 @@ import {
   planAbandoned,
   planAssignments,
   type OpenGroup,
+  type Placement,
   type WaitingRequest,
 } from './placement.ts';
 
 const now = 1_000_000;
 
 function waiting(requestId: string, more: Partial<WaitingRequest> = {}): WaitingRequest {
-  return { requestId, expiredMs: Number.POSITIVE_INFINITY, notBeforeMs: 0, ...more };
+  return {
+    requestId,
+    expiredMs: Number.POSITIVE_INFINITY,
+    notBeforeMs: 0,
+    identity: '',
+    company: Company.UNSPECIFIED,
+    ...more,
+  };
 }
 
-function group(name: string, slots: number, usedSlots = 0, notBeforeMs = 0): OpenGroup {
-  return { group: name, slots, usedSlots, notBeforeMs };
+function group(name: string, slots: number, usedSlots = 0, more: Partial<OpenGroup> = {}): OpenGroup {
+  const company = usedSlots === 0 ? Company.NONE : Company.UNSPECIFIED;
+  return { group: name, identity: 'i', slots, usedSlots, notBeforeMs: 0, company, ...more };
+}
+
+/** A view as a dispatcher gives it: those on trial apart. */
+function plan(requests: readonly WaitingRequest[], groups: readonly OpenGroup[]): Placement[] {
+  const onTrial = requests.filter(({ company }) => company !== Company.UNSPECIFIED);
+  const others = requests.filter(({ company }) => company === Company.UNSPECIFIED);
+  return planAssignments({ onTrial, waiting: others, groups }, now);
 }
 
 function places(requests: readonly WaitingRequest[], groups: readonly OpenGroup[]): string[] {
-  return planAssignments({ waiting: requests, groups }, now).map(
-    ({ requestId, group: target }) => `${requestId}>${target}`,
-  );
+  return plan(requests, groups).map(({ requestId, group: target }) => `${requestId}>${target}`);
 }
 
 describe('planAssignments', () => {
@@ -50,7 +65,9 @@ describe('planAssignments', () => {
   });
 
   it('passes over a group that is not trusted yet, and a request whose gateway did not answer', () => {
-    expect(places([waiting('a')], [group('a', 4, 0, now + 1), group('b', 4, 3)])).toEqual(['a>b']);
+    expect(places([waiting('a')], [group('a', 4, 0, { notBeforeMs: now + 1 }), group('b', 4, 3)])).toEqual([
+      'a>b',
+    ]);
     const silent = waiting('a', { notBeforeMs: now + 1 });
     expect(places([silent, waiting('b')], [group('g', 1)])).toEqual(['b>g']);
   });
@@ -69,52 +86,114 @@ describe('planAssignments', () => {
         yield waiting(`r${read}`);
       }
     }
-    expect(planAssignments({ waiting: endless(), groups: [group('a', 2), group('b', 3)] }, now)).toHaveLength(
-      5,
-    );
+    const free = [group('a', 2), group('b', 3)];
+    expect(planAssignments({ onTrial: [], waiting: endless(), groups: free }, now)).toHaveLength(5);
     expect(read).toBe(4);
-    expect(planAssignments({ waiting: endless(), groups: [group('a', 2, 2)] }, now)).toEqual([]);
+    expect(planAssignments({ onTrial: [], waiting: endless(), groups: [group('a', 2, 2)] }, now)).toEqual([]);
     expect(read).toBe(4);
   });
 
+  it('gives a request to groups of its identity alone, past others that wait for another', () => {
+    const groups = [group('a', 1, 0, { identity: 'x' }), group('b', 2, 1, { identity: 'y' })];
+    const requests = [
+      waiting('none', { identity: 'z' }),
+      waiting('first', { identity: 'y' }),
+      waiting('second', { identity: 'y' }),
+      waiting('any'),
+    ];
+    expect(places(requests, groups)).toEqual(['first>b', 'any>a']);
+  });
+
+  it('puts one on trial where its company is, first of all, and closes the group', () => {
+    const alone = waiting('alone', { company: Company.NONE });
+    const tried = waiting('tried', { company: Company.PROVEN });
+    const groups = [
+      group('busy', 8, 1),
+      group('proven', 8, 2, { company: Company.PROVEN }),
+      group('empty', 8, 0),
+    ];
+    expect(plan([waiting('a'), alone, tried], groups)).toEqual([
+      { requestId: 'alone', group: 'empty', company: Company.NONE },
+      { requestId: 'tried', group: 'proven', company: Company.PROVEN },
+      { requestId: 'a', group: 'busy', company: Company.UNSPECIFIED },
+    ]);
+    // An empty group is better company than it needs, and the promise says so.
+    expect(plan([tried], [group('empty', 8, 0)])).toMatchObject([{ company: Company.NONE }]);
+  });
+
+  it('keeps a group free for one on trial where none has its company, unless it is the only one that works', () => {
+    const alone = waiting('alone', { company: Company.NONE });
+    expect(places([alone, waiting('a')], [group('g', 8, 3), group('h', 8, 4)])).toEqual(['a>h']);
+    expect(places([alone, waiting('a')], [group('g', 8, 3)])).toEqual(['a>g']);
+    // One that has just begun and is not known to be empty yet will be in a moment.
+    const unsure = group('g', 8, 0, { company: Company.UNSPECIFIED });
+    expect(places([alone, waiting('a')], [unsure])).toEqual([]);
+    const late = waiting('late', { company: Company.NONE, expiredMs: now });
+    expect(places([late, waiting('a')], [unsure])).toEqual(['a>g']);
+  });
+
+  const companies = fc.constantFrom(Company.UNSPECIFIED, Company.PROVEN, Company.NONE);
   const requests = fc.uniqueArray(
     fc.record({
       requestId: fc.uuid(),
       expiredMs: fc.constantFrom(now - 100_000, now, now + 1, Number.POSITIVE_INFINITY),
       notBeforeMs: fc.constantFrom(0, now, now + 1),
+      identity: fc.constantFrom('', 'x', 'y'),
+      company: fc.oneof({ weight: 4, arbitrary: fc.constant(Company.UNSPECIFIED) }, companies),
     }),
     { selector: ({ requestId }) => requestId, maxLength: 40 },
   );
   const groups = fc.uniqueArray(
     fc.record({
       group: fc.string({ minLength: 1, maxLength: 3 }),
+      identity: fc.constantFrom('x', 'y', 'z'),
       slots: fc.nat(8),
       usedSlots: fc.nat(10),
       notBeforeMs: fc.constantFrom(0, now + 1),
+      company: companies,
     }),
     { selector: ({ group: name }) => name, maxLength: 6 },
   );
+  const fits = (request: WaitingRequest, { identity }: OpenGroup): boolean =>
+    request.identity === '' || request.identity === identity;
 
   it('keeps its invariants for any state', () => {
     fc.assert(
       fc.property(requests, groups, (held, open) => {
-        const assignments = planAssignments({ waiting: held, groups: open }, now);
-        const placed = assignments.map(({ requestId }) => requestId);
-        for (const { group: name, slots, usedSlots, notBeforeMs } of open) {
-          const given = assignments.filter((assignment) => assignment.group === name).length;
-          expect(given).toBeLessThanOrEqual(notBeforeMs > now ? 0 : Math.max(0, slots - usedSlots));
+        const placements = plan(held, open);
+        const byId = new Map(held.map((each) => [each.requestId, each]));
+        expect(new Set(placements.map(({ requestId }) => requestId)).size).toBe(placements.length);
+        for (const each of open) {
+          const given = placements.filter(({ group: name }) => name === each.group);
+          const free = each.notBeforeMs > now ? 0 : Math.max(0, each.slots - each.usedSlots);
+          expect(given.length).toBeLessThanOrEqual(free);
+          const members = given.map(({ requestId }) => byId.get(requestId)!);
+          expect(members.every((request) => fits(request, each))).toBe(true);
+          const [tried] = members.filter(({ company }) => company !== Company.UNSPECIFIED);
+          if (tried !== undefined) {
+            expect(members).toHaveLength(1);
+            expect(each.company).toBeGreaterThanOrEqual(tried.company);
+            expect(given[0]?.company).toBe(each.company);
+          }
         }
-        // Nobody overtakes: what may be placed and is not came after all that was placed.
-        const mayBePlaced = held.filter(
-          ({ expiredMs, notBeforeMs }) => notBeforeMs <= now && expiredMs > now,
-        );
-        const order = mayBePlaced.map(({ requestId }) => requestId);
-        expect(placed).toEqual(order.slice(0, placed.length));
-        // Nothing is left undone: either all are placed, or every slot is used.
-        const free = open
-          .filter(({ notBeforeMs }) => notBeforeMs <= now)
-          .reduce((sum, { slots, usedSlots }) => sum + Math.max(0, slots - usedSlots), 0);
-        expect(placed).toHaveLength(Math.min(order.length, free));
+        // Nobody overtakes: of one identity, what may be placed and is not came after all that was placed.
+        const isDue = ({ expiredMs, notBeforeMs }: WaitingRequest): boolean =>
+          notBeforeMs <= now && expiredMs > now;
+        const ordinary = held.filter((request) => isDue(request) && request.company === Company.UNSPECIFIED);
+        const placed = new Set(placements.map(({ requestId }) => requestId));
+        for (const identity of ['', 'x', 'y']) {
+          const order = ordinary.filter((request) => request.identity === identity);
+          const count = order.filter(({ requestId }) => placed.has(requestId)).length;
+          expect(order.slice(0, count).every(({ requestId }) => placed.has(requestId))).toBe(true);
+        }
+        // Nothing is left undone where nobody is on trial.
+        if (held.every((request) => !isDue(request) || request.company === Company.UNSPECIFIED)) {
+          for (const each of open.filter(({ notBeforeMs }) => notBeforeMs <= now)) {
+            const given = placements.filter(({ group: name }) => name === each.group).length;
+            const left = ordinary.filter((request) => fits(request, each) && !placed.has(request.requestId));
+            expect(left.length === 0 || each.usedSlots + given >= each.slots).toBe(true);
+          }
+        }
       }),
     );
   });
@@ -122,19 +201,22 @@ describe('planAssignments', () => {
   it('has nothing to do after its plan is carried out', () => {
     fc.assert(
       fc.property(requests, groups, (held, open) => {
-        const plan = planAssignments({ waiting: held, groups: open }, now);
-        const done = new Set(plan.map(({ requestId }) => requestId));
-        const next = planAssignments(
-          {
-            waiting: held.filter(({ requestId }) => !done.has(requestId)),
-            groups: open.map((each) => ({
+        const first = plan(held, open);
+        const done = new Map(first.map((placement) => [placement.requestId, placement]));
+        const next = plan(
+          held.filter(({ requestId }) => !done.has(requestId)),
+          open.map((each) => {
+            const given = first.filter(({ group: name }) => name === each.group);
+            const isClosed = given.some(({ company }) => company !== Company.UNSPECIFIED);
+            return {
               ...each,
-              usedSlots: each.usedSlots + plan.filter((assignment) => assignment.group === each.group).length,
-            })),
-          },
-          now,
+              usedSlots: each.usedSlots + given.length,
+              slots: isClosed ? 0 : each.slots,
+              company: given.length > 0 ? Company.UNSPECIFIED : each.company,
+            };
+          }),
         );
-        expect(next).toEqual([]);
+        expect(next.filter(({ company }) => company !== Company.UNSPECIFIED)).toEqual([]);
       }),
     );
   });

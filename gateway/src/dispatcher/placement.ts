@@ -1,60 +1,101 @@
 // Who runs next, and where. Pure: the same state and time always give the same plan.
 //
-// The rule: requests in order of arrival; each goes to the group with the smallest share of its slots in use, of equals
-// the first by name. Where no group has a free slot the rest waits: nobody overtakes. A request whose deadline has passed
-// is not given to a group; its gateway ends it, and if that does not happen the record is abandoned.
+// The rule: requests in order of arrival; each goes to the group with the smallest share of its slots in use, of equals the
+// first by name, among those that compute what it needs. Where none of them has a free slot it waits, and no later one of
+// the same identity overtakes it. A request whose deadline has passed is not given to a group; its gateway ends it, and if that does
+// not happen the record is abandoned.
 //
-// INVARIANT: no group is given more than its free slots; a request is placed at most once; of two requests that may both
-// be placed, the earlier one is. The work grows with the free slots and not with the queue.
+// Requests on trial, which may be what broke their last groups (suspicion.ts), come first, since a group has the company that
+// they need mostly when it has just begun another life: each goes to a group with no other company, which is then closed to
+// all others. Where there is none, one more group is given nothing for the time being, so that it gets such company, unless
+// no other would be left.
+//
+// INVARIANT: no group is given more than its free slots, nor a request of another identity; a request is placed at most once;
+// with a request on trial a group is given no other; of two requests of one identity that are not on trial and may both be placed,
+// the earlier one is.
+
+import { Company } from '@mimo/proto/queue';
 
 /** A recorded request that no group has. */
 export interface WaitingRequest {
   readonly requestId: string;
   /** By this time its deadline has passed, or some time ago; infinite: it has none. */
   readonly expiredMs: number;
-  /** Not to be offered before this, because its gateway did not answer, or asked for it. */
+  /** Not to be offered before this, because its gateway did not answer. */
   readonly notBeforeMs: number;
+  /** What is to compute it; empty: anything. */
+  readonly identity: string;
+  readonly company: Company;
 }
 
 /** A group that takes requests. */
 export interface OpenGroup {
   readonly group: string;
+  readonly identity: string;
   readonly slots: number;
   readonly usedSlots: number;
   /** Not to be used before this, because an attempt on it failed. */
   readonly notBeforeMs: number;
+  /** What is in it at most, as far as the group itself has said; UNSPECIFIED also while nobody knows. */
+  readonly company: Company;
 }
 
 /** What is decided upon. */
 export interface DispatchView {
-  /** In order of arrival; read no further than there are free slots. */
+  /** Those on trial, in order of arrival. */
+  readonly onTrial: Iterable<WaitingRequest>;
+  /** The others, in order of arrival; read no further than there are free slots. */
   readonly waiting: Iterable<WaitingRequest>;
   readonly groups: readonly OpenGroup[];
 }
 
-/** Which request goes to which group. */
+/** Which request goes to which group, and in what company: UNSPECIFIED promises none. */
 export interface Placement {
   readonly requestId: string;
   readonly group: string;
+  readonly company: Company;
 }
 
 /** Plans by the rule above. */
-export function planAssignments({ waiting, groups }: DispatchView, nowMs: number): Placement[] {
+export function planAssignments({ onTrial, waiting, groups }: DispatchView, nowMs: number): Placement[] {
   const plan: Placement[] = [];
-  const open = groups
-    .filter((group) => group.notBeforeMs <= nowMs)
-    .map(({ group, slots, usedSlots }) => ({ group, slots, usedSlots }));
-  let target = leastLoaded(open);
-  if (target === undefined) {
+  let open = groups
+    .filter((group) => group.notBeforeMs <= nowMs && group.usedSlots < group.slots)
+    .map((group) => ({ ...group }));
+  const close = (closed: OpenGroup): void => {
+    open = open.filter((group) => group !== closed);
+  };
+  const isDue = (request: WaitingRequest): boolean =>
+    !isExpired(request, nowMs) && request.notBeforeMs <= nowMs;
+
+  const reserved: OpenGroup[] = [];
+  for (const request of onTrial) {
+    const fitting = open.filter((group) => fits(request, group));
+    const target = leastLoaded(fitting.filter(({ company }) => company >= request.company));
+    if (isDue(request) && target !== undefined) {
+      plan.push({ requestId: request.requestId, group: target.group, company: target.company });
+      close(target);
+    } else if (isDue(request) && !reserved.some((group) => fits(request, group))) {
+      const next = leastLoaded(fitting);
+      if (next !== undefined && (next.usedSlots === 0 || fitting.length > 1)) {
+        reserved.push(next);
+        close(next);
+      }
+    }
+  }
+  if (open.length === 0) {
     return plan;
   }
   for (const request of waiting) {
-    if (!isExpired(request, nowMs) && request.notBeforeMs <= nowMs) {
+    const target = isDue(request) ? leastLoaded(open.filter((group) => fits(request, group))) : undefined;
+    if (target !== undefined) {
+      plan.push({ requestId: request.requestId, group: target.group, company: Company.UNSPECIFIED });
       target.usedSlots += 1;
-      plan.push({ requestId: request.requestId, group: target.group });
-      target = leastLoaded(open);
-      if (target === undefined) {
-        break;
+      if (target.usedSlots === target.slots) {
+        close(target);
+        if (open.length === 0) {
+          break;
+        }
       }
     }
   }
@@ -79,12 +120,16 @@ function isExpired({ expiredMs }: WaitingRequest, nowMs: number): boolean {
   return expiredMs <= nowMs;
 }
 
+function fits({ identity }: WaitingRequest, group: OpenGroup): boolean {
+  return identity === '' || identity === group.identity;
+}
+
 function leastLoaded<Group extends Pick<OpenGroup, 'group' | 'slots' | 'usedSlots'>>(
   groups: readonly Group[],
 ): Group | undefined {
   let best: Group | undefined;
   for (const candidate of groups) {
-    if (candidate.usedSlots < candidate.slots && (best === undefined || isBefore(candidate, best))) {
+    if (best === undefined || isBefore(candidate, best)) {
       best = candidate;
     }
   }

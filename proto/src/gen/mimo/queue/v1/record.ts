@@ -9,6 +9,59 @@ export const protobufPackage = "mimo.queue.v1";
 
 export const protobufFileName = "mimo/queue/v1/record.proto";
 
+/**
+ * Company of a request in its group. One that may be what broke its last groups is kept from requests that would fall under
+ * the same suspicion. UNSPECIFIED is anybody.
+ */
+export const Company = {
+  UNSPECIFIED: 0,
+  /** PROVEN - Only requests that have got on in this group. */
+  PROVEN: 1,
+  NONE: 2,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type Company = typeof Company[keyof typeof Company];
+
+export namespace Company {
+  export type UNSPECIFIED = typeof Company.UNSPECIFIED;
+  export type PROVEN = typeof Company.PROVEN;
+  export type NONE = typeof Company.NONE;
+  export type UNRECOGNIZED = typeof Company.UNRECOGNIZED;
+}
+
+export function companyFromJSON(object: any): Company {
+  switch (object) {
+    case 0:
+    case "COMPANY_UNSPECIFIED":
+      return Company.UNSPECIFIED;
+    case 1:
+    case "COMPANY_PROVEN":
+      return Company.PROVEN;
+    case 2:
+    case "COMPANY_NONE":
+      return Company.NONE;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return Company.UNRECOGNIZED;
+  }
+}
+
+export function companyToJSON(object: Company): string {
+  switch (object) {
+    case Company.UNSPECIFIED:
+      return "COMPANY_UNSPECIFIED";
+    case Company.PROVEN:
+      return "COMPANY_PROVEN";
+    case Company.NONE:
+      return "COMPANY_NONE";
+    case Company.UNRECOGNIZED:
+    default:
+      return "UNRECOGNIZED";
+  }
+}
+
 /** AssignmentOutcome is the owning gateway's word on a request: it is the one that knows, a dispatcher only thinks so. */
 export const AssignmentOutcome = {
   UNSPECIFIED: 0,
@@ -20,8 +73,8 @@ export const AssignmentOutcome = {
   UNKNOWN_REQUEST: 3,
   /** STALE_DISPATCHER - The dispatcher's lease has passed to another one. */
   STALE_DISPATCHER: 4,
-  /** NOT_NOW - The request may be what broke its last groups, and another such one is being tried in this group: offer it again soon. */
-  NOT_NOW: 5,
+  /** UNFIT - The group is not one for this request: offer it one that has what the reply says. */
+  UNFIT: 5,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -33,7 +86,7 @@ export namespace AssignmentOutcome {
   export type ALREADY_ASSIGNED = typeof AssignmentOutcome.ALREADY_ASSIGNED;
   export type UNKNOWN_REQUEST = typeof AssignmentOutcome.UNKNOWN_REQUEST;
   export type STALE_DISPATCHER = typeof AssignmentOutcome.STALE_DISPATCHER;
-  export type NOT_NOW = typeof AssignmentOutcome.NOT_NOW;
+  export type UNFIT = typeof AssignmentOutcome.UNFIT;
   export type UNRECOGNIZED = typeof AssignmentOutcome.UNRECOGNIZED;
 }
 
@@ -55,8 +108,8 @@ export function assignmentOutcomeFromJSON(object: any): AssignmentOutcome {
     case "ASSIGNMENT_OUTCOME_STALE_DISPATCHER":
       return AssignmentOutcome.STALE_DISPATCHER;
     case 5:
-    case "ASSIGNMENT_OUTCOME_NOT_NOW":
-      return AssignmentOutcome.NOT_NOW;
+    case "ASSIGNMENT_OUTCOME_UNFIT":
+      return AssignmentOutcome.UNFIT;
     case -1:
     case "UNRECOGNIZED":
     default:
@@ -76,8 +129,8 @@ export function assignmentOutcomeToJSON(object: AssignmentOutcome): string {
       return "ASSIGNMENT_OUTCOME_UNKNOWN_REQUEST";
     case AssignmentOutcome.STALE_DISPATCHER:
       return "ASSIGNMENT_OUTCOME_STALE_DISPATCHER";
-    case AssignmentOutcome.NOT_NOW:
-      return "ASSIGNMENT_OUTCOME_NOT_NOW";
+    case AssignmentOutcome.UNFIT:
+      return "ASSIGNMENT_OUTCOME_UNFIT";
     case AssignmentOutcome.UNRECOGNIZED:
     default:
       return "UNRECOGNIZED";
@@ -100,6 +153,11 @@ export interface RequestRecord {
     | SamplingParams
     | undefined;
   /**
+   * What is to compute its text (core's model-identity): it is given to no other group. Empty: to any, until a group has
+   * given it tokens.
+   */
+  identity: string;
+  /**
    * Milliseconds until the deadline, as of acceptance; absent: no deadline. A reader knows so that the request is over at
    * the latest when that time has passed since it first saw the record.
    */
@@ -121,6 +179,7 @@ export interface RequestSummary {
   gatewayId: string;
   /** Prompt and permitted completion. */
   tokens: number;
+  identity: string;
   timeLeftMs?: number | undefined;
   storesOutlived: number;
   firstSequence: number;
@@ -137,6 +196,17 @@ export interface Assignment {
   address: string;
   /** Revision at which the dispatcher took its lease: a gateway refuses assignments of an older one. */
   dispatcherEpoch: number;
+  /** What the group computes with. */
+  identity: string;
+  /** Who is in the group, and that nobody joins before the request has got on or ended; UNSPECIFIED promises nothing. */
+  company: Company;
+}
+
+/** Needs of a request that waits. */
+export interface Needs {
+  /** What alone may compute the rest of its text; empty: anything. */
+  identity: string;
+  company: Company;
 }
 
 export interface AssignmentReply {
@@ -145,6 +215,8 @@ export interface AssignmentReply {
   group: string;
   incarnation: string;
   epoch: number;
+  /** Of UNFIT. */
+  needs: Needs | undefined;
 }
 
 /** Cancellation asks the gateway that owns a request to end it: a core NATS request on `gateways.<gatewayId>.cancel`. */
@@ -173,6 +245,12 @@ export interface RequestEnded {
   requeued: boolean;
   /** The attempt that has ended: heartbeats that still speak of it, or of an earlier one, are out of date. */
   epoch: number;
+  /** Of one that waits again. */
+  needs:
+    | Needs
+    | undefined;
+  /** The group has said that it has let go of the request; else it may still be in a group that stands still. */
+  released: boolean;
 }
 
 function createBaseRequestRecord(): RequestRecord {
@@ -183,6 +261,7 @@ function createBaseRequestRecord(): RequestRecord {
     gatewayId: "",
     promptTokenIds: [],
     sampling: undefined,
+    identity: "",
     timeLeftMs: undefined,
     storesOutlived: 0,
     firstSequence: 0,
@@ -212,6 +291,9 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     }
     if (message.sampling !== undefined) {
       SamplingParams.encode(message.sampling, writer.uint32(66).fork()).join();
+    }
+    if (message.identity !== "") {
+      writer.uint32(74).string(message.identity);
     }
     if (message.timeLeftMs !== undefined) {
       writer.uint32(80).uint64(message.timeLeftMs);
@@ -296,6 +378,14 @@ export const RequestRecord: MessageFns<RequestRecord> = {
             message.sampling = SamplingParams.decode(reader, reader.uint32());
             continue;
           }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
           case 10: {
             if (tag !== 80) {
               break;
@@ -352,6 +442,7 @@ export const RequestRecord: MessageFns<RequestRecord> = {
         ? object.prompt_token_ids.map((e: any) => globalThis.Number(e))
         : [],
       sampling: isSet(object.sampling) ? SamplingParams.fromJSON(object.sampling) : undefined,
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
       timeLeftMs: isSet(object.timeLeftMs)
         ? globalThis.Number(object.timeLeftMs)
         : isSet(object.time_left_ms)
@@ -390,6 +481,9 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     if (message.sampling !== undefined) {
       obj.sampling = SamplingParams.toJSON(message.sampling);
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
     if (message.timeLeftMs !== undefined) {
       obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
@@ -415,6 +509,7 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     message.sampling = (object.sampling !== undefined && object.sampling !== null)
       ? SamplingParams.fromPartial(object.sampling)
       : undefined;
+    message.identity = object.identity ?? "";
     message.timeLeftMs = object.timeLeftMs ?? undefined;
     message.storesOutlived = object.storesOutlived ?? 0;
     message.firstSequence = object.firstSequence ?? 0;
@@ -428,6 +523,7 @@ function createBaseRequestSummary(): RequestSummary {
     model: "",
     gatewayId: "",
     tokens: 0,
+    identity: "",
     timeLeftMs: undefined,
     storesOutlived: 0,
     firstSequence: 0,
@@ -447,6 +543,9 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     }
     if (message.tokens !== 0) {
       writer.uint32(56).uint32(message.tokens);
+    }
+    if (message.identity !== "") {
+      writer.uint32(74).string(message.identity);
     }
     if (message.timeLeftMs !== undefined) {
       writer.uint32(80).uint64(message.timeLeftMs);
@@ -505,6 +604,14 @@ export const RequestSummary: MessageFns<RequestSummary> = {
             message.tokens = reader.uint32();
             continue;
           }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
           case 10: {
             if (tag !== 80) {
               break;
@@ -555,6 +662,7 @@ export const RequestSummary: MessageFns<RequestSummary> = {
         ? globalThis.String(object.gateway_id)
         : "",
       tokens: isSet(object.tokens) ? globalThis.Number(object.tokens) : 0,
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
       timeLeftMs: isSet(object.timeLeftMs)
         ? globalThis.Number(object.timeLeftMs)
         : isSet(object.time_left_ms)
@@ -587,6 +695,9 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     if (message.tokens !== 0) {
       obj.tokens = Math.round(message.tokens);
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
     if (message.timeLeftMs !== undefined) {
       obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
@@ -608,6 +719,7 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     message.model = object.model ?? "";
     message.gatewayId = object.gatewayId ?? "";
     message.tokens = object.tokens ?? 0;
+    message.identity = object.identity ?? "";
     message.timeLeftMs = object.timeLeftMs ?? undefined;
     message.storesOutlived = object.storesOutlived ?? 0;
     message.firstSequence = object.firstSequence ?? 0;
@@ -616,7 +728,16 @@ export const RequestSummary: MessageFns<RequestSummary> = {
 };
 
 function createBaseAssignment(): Assignment {
-  return { requestId: "", model: "", group: "", incarnation: "", address: "", dispatcherEpoch: 0 };
+  return {
+    requestId: "",
+    model: "",
+    group: "",
+    incarnation: "",
+    address: "",
+    dispatcherEpoch: 0,
+    identity: "",
+    company: 0,
+  };
 }
 
 export const Assignment: MessageFns<Assignment> = {
@@ -638,6 +759,12 @@ export const Assignment: MessageFns<Assignment> = {
     }
     if (message.dispatcherEpoch !== 0) {
       writer.uint32(48).uint64(message.dispatcherEpoch);
+    }
+    if (message.identity !== "") {
+      writer.uint32(58).string(message.identity);
+    }
+    if (message.company !== 0) {
+      writer.uint32(64).int32(message.company);
     }
     return writer;
   },
@@ -703,6 +830,22 @@ export const Assignment: MessageFns<Assignment> = {
             message.dispatcherEpoch = longToNumber(reader.uint64());
             continue;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
+          case 8: {
+            if (tag !== 64) {
+              break;
+            }
+
+            message.company = reader.int32() as any;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -731,6 +874,8 @@ export const Assignment: MessageFns<Assignment> = {
         : isSet(object.dispatcher_epoch)
         ? globalThis.Number(object.dispatcher_epoch)
         : 0,
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
+      company: isSet(object.company) ? companyFromJSON(object.company) : 0,
     };
   },
 
@@ -754,6 +899,12 @@ export const Assignment: MessageFns<Assignment> = {
     if (message.dispatcherEpoch !== 0) {
       obj.dispatcherEpoch = Math.round(message.dispatcherEpoch);
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
+    if (message.company !== 0) {
+      obj.company = companyToJSON(message.company);
+    }
     return obj;
   },
 
@@ -768,12 +919,99 @@ export const Assignment: MessageFns<Assignment> = {
     message.incarnation = object.incarnation ?? "";
     message.address = object.address ?? "";
     message.dispatcherEpoch = object.dispatcherEpoch ?? 0;
+    message.identity = object.identity ?? "";
+    message.company = object.company ?? 0;
+    return message;
+  },
+};
+
+function createBaseNeeds(): Needs {
+  return { identity: "", company: 0 };
+}
+
+export const Needs: MessageFns<Needs> = {
+  encode(message: Needs, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.identity !== "") {
+      writer.uint32(10).string(message.identity);
+    }
+    if (message.company !== 0) {
+      writer.uint32(16).int32(message.company);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Needs {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseNeeds();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.company = reader.int32() as any;
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): Needs {
+    return {
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
+      company: isSet(object.company) ? companyFromJSON(object.company) : 0,
+    };
+  },
+
+  toJSON(message: Needs): unknown {
+    const obj: any = {};
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
+    if (message.company !== 0) {
+      obj.company = companyToJSON(message.company);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<Needs>): Needs {
+    return Needs.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<Needs>): Needs {
+    const message = createBaseNeeds();
+    message.identity = object.identity ?? "";
+    message.company = object.company ?? 0;
     return message;
   },
 };
 
 function createBaseAssignmentReply(): AssignmentReply {
-  return { outcome: 0, group: "", incarnation: "", epoch: 0 };
+  return { outcome: 0, group: "", incarnation: "", epoch: 0, needs: undefined };
 }
 
 export const AssignmentReply: MessageFns<AssignmentReply> = {
@@ -789,6 +1027,9 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
     }
     if (message.epoch !== 0) {
       writer.uint32(32).uint32(message.epoch);
+    }
+    if (message.needs !== undefined) {
+      Needs.encode(message.needs, writer.uint32(42).fork()).join();
     }
     return writer;
   },
@@ -838,6 +1079,14 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
             message.epoch = reader.uint32();
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.needs = Needs.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -856,6 +1105,7 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
       group: isSet(object.group) ? globalThis.String(object.group) : "",
       incarnation: isSet(object.incarnation) ? globalThis.String(object.incarnation) : "",
       epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
+      needs: isSet(object.needs) ? Needs.fromJSON(object.needs) : undefined,
     };
   },
 
@@ -873,6 +1123,9 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
     if (message.epoch !== 0) {
       obj.epoch = Math.round(message.epoch);
     }
+    if (message.needs !== undefined) {
+      obj.needs = Needs.toJSON(message.needs);
+    }
     return obj;
   },
 
@@ -885,6 +1138,7 @@ export const AssignmentReply: MessageFns<AssignmentReply> = {
     message.group = object.group ?? "";
     message.incarnation = object.incarnation ?? "";
     message.epoch = object.epoch ?? 0;
+    message.needs = (object.needs !== undefined && object.needs !== null) ? Needs.fromPartial(object.needs) : undefined;
     return message;
   },
 };
@@ -1046,7 +1300,7 @@ export const CancellationReply: MessageFns<CancellationReply> = {
 };
 
 function createBaseRequestEnded(): RequestEnded {
-  return { requestId: "", model: "", requeued: false, epoch: 0 };
+  return { requestId: "", model: "", requeued: false, epoch: 0, needs: undefined, released: false };
 }
 
 export const RequestEnded: MessageFns<RequestEnded> = {
@@ -1062,6 +1316,12 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     }
     if (message.epoch !== 0) {
       writer.uint32(32).uint32(message.epoch);
+    }
+    if (message.needs !== undefined) {
+      Needs.encode(message.needs, writer.uint32(42).fork()).join();
+    }
+    if (message.released !== false) {
+      writer.uint32(48).bool(message.released);
     }
     return writer;
   },
@@ -1111,6 +1371,22 @@ export const RequestEnded: MessageFns<RequestEnded> = {
             message.epoch = reader.uint32();
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.needs = Needs.decode(reader, reader.uint32());
+            continue;
+          }
+          case 6: {
+            if (tag !== 48) {
+              break;
+            }
+
+            message.released = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1133,6 +1409,8 @@ export const RequestEnded: MessageFns<RequestEnded> = {
       model: isSet(object.model) ? globalThis.String(object.model) : "",
       requeued: isSet(object.requeued) ? globalThis.Boolean(object.requeued) : false,
       epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
+      needs: isSet(object.needs) ? Needs.fromJSON(object.needs) : undefined,
+      released: isSet(object.released) ? globalThis.Boolean(object.released) : false,
     };
   },
 
@@ -1150,6 +1428,12 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     if (message.epoch !== 0) {
       obj.epoch = Math.round(message.epoch);
     }
+    if (message.needs !== undefined) {
+      obj.needs = Needs.toJSON(message.needs);
+    }
+    if (message.released !== false) {
+      obj.released = message.released;
+    }
     return obj;
   },
 
@@ -1162,6 +1446,8 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     message.model = object.model ?? "";
     message.requeued = object.requeued ?? false;
     message.epoch = object.epoch ?? 0;
+    message.needs = (object.needs !== undefined && object.needs !== null) ? Needs.fromPartial(object.needs) : undefined;
+    message.released = object.released ?? false;
     return message;
   },
 };

@@ -173,6 +173,7 @@ export interface Welcome {
   model: string;
   maxContextTokens: number;
   draftTokens: number;
+  identity: string;
 }
 
 /** Submit begins a sequence. `slot` is the gateway's short name for it, unused at present in this session. */
@@ -195,7 +196,13 @@ export interface Submit {
    * Milliseconds that are left until the deadline, as of sending: clocks of machines differ, so that no point in time
    * would mean the same to both. Absent: no deadline. The engine frees the sequence when they have passed.
    */
-  timeLeftMs?: number | undefined;
+  timeLeftMs?:
+    | number
+    | undefined;
+  /** What alone may compute it: a group of another identity refuses it. Empty: any. */
+  identity: string;
+  /** Nobody is to join it in the group before it has got on: said again in heartbeats, for dispatchers to come. */
+  onTrial: boolean;
 }
 
 /** Abort ends a sequence; the engine frees it within one step. Its last delta carries FINISH_KIND_ABORTED. */
@@ -300,11 +307,17 @@ export interface Heartbeat {
   /** What runs here, so that a new dispatcher can rebuild its state. */
   running: RunningRequest[];
   precision: string;
+  /** What the group's answers are made of: core's model-identity. */
+  identity: string;
 }
 
 export interface RunningRequest {
   requestId: string;
   epoch: number;
+  /** Completion tokens that it has got in this group. */
+  tokens: number;
+  /** As its Submit said. */
+  onTrial: boolean;
 }
 
 function createBaseSessionRequest(): SessionRequest {
@@ -683,7 +696,7 @@ export const Hello: MessageFns<Hello> = {
 };
 
 function createBaseWelcome(): Welcome {
-  return { group: "", model: "", maxContextTokens: 0, draftTokens: 0 };
+  return { group: "", model: "", maxContextTokens: 0, draftTokens: 0, identity: "" };
 }
 
 export const Welcome: MessageFns<Welcome> = {
@@ -699,6 +712,9 @@ export const Welcome: MessageFns<Welcome> = {
     }
     if (message.draftTokens !== 0) {
       writer.uint32(32).uint32(message.draftTokens);
+    }
+    if (message.identity !== "") {
+      writer.uint32(42).string(message.identity);
     }
     return writer;
   },
@@ -748,6 +764,14 @@ export const Welcome: MessageFns<Welcome> = {
             message.draftTokens = reader.uint32();
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -774,6 +798,7 @@ export const Welcome: MessageFns<Welcome> = {
         : isSet(object.draft_tokens)
         ? globalThis.Number(object.draft_tokens)
         : 0,
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
     };
   },
 
@@ -791,6 +816,9 @@ export const Welcome: MessageFns<Welcome> = {
     if (message.draftTokens !== 0) {
       obj.draftTokens = Math.round(message.draftTokens);
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
     return obj;
   },
 
@@ -803,6 +831,7 @@ export const Welcome: MessageFns<Welcome> = {
     message.model = object.model ?? "";
     message.maxContextTokens = object.maxContextTokens ?? 0;
     message.draftTokens = object.draftTokens ?? 0;
+    message.identity = object.identity ?? "";
     return message;
   },
 };
@@ -817,6 +846,8 @@ function createBaseSubmit(): Submit {
     sampling: undefined,
     creditTokens: 0,
     timeLeftMs: undefined,
+    identity: "",
+    onTrial: false,
   };
 }
 
@@ -849,6 +880,12 @@ export const Submit: MessageFns<Submit> = {
     }
     if (message.timeLeftMs !== undefined) {
       writer.uint32(72).uint64(message.timeLeftMs);
+    }
+    if (message.identity !== "") {
+      writer.uint32(82).string(message.identity);
+    }
+    if (message.onTrial !== false) {
+      writer.uint32(104).bool(message.onTrial);
     }
     return writer;
   },
@@ -940,6 +977,22 @@ export const Submit: MessageFns<Submit> = {
             message.timeLeftMs = longToNumber(reader.uint64());
             continue;
           }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.onTrial = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -982,6 +1035,12 @@ export const Submit: MessageFns<Submit> = {
         : isSet(object.time_left_ms)
         ? globalThis.Number(object.time_left_ms)
         : undefined,
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
+      onTrial: isSet(object.onTrial)
+        ? globalThis.Boolean(object.onTrial)
+        : isSet(object.on_trial)
+        ? globalThis.Boolean(object.on_trial)
+        : false,
     };
   },
 
@@ -1011,6 +1070,12 @@ export const Submit: MessageFns<Submit> = {
     if (message.timeLeftMs !== undefined) {
       obj.timeLeftMs = Math.round(message.timeLeftMs);
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
+    if (message.onTrial !== false) {
+      obj.onTrial = message.onTrial;
+    }
     return obj;
   },
 
@@ -1029,6 +1094,8 @@ export const Submit: MessageFns<Submit> = {
       : undefined;
     message.creditTokens = object.creditTokens ?? 0;
     message.timeLeftMs = object.timeLeftMs ?? undefined;
+    message.identity = object.identity ?? "";
+    message.onTrial = object.onTrial ?? false;
     return message;
   },
 };
@@ -2243,6 +2310,7 @@ function createBaseHeartbeat(): Heartbeat {
     completionTokensPerSecond: 0,
     running: [],
     precision: "",
+    identity: "",
   };
 }
 
@@ -2301,6 +2369,9 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     }
     if (message.precision !== "") {
       writer.uint32(146).string(message.precision);
+    }
+    if (message.identity !== "") {
+      writer.uint32(154).string(message.identity);
     }
     return writer;
   },
@@ -2462,6 +2533,14 @@ export const Heartbeat: MessageFns<Heartbeat> = {
             message.precision = reader.string();
             continue;
           }
+          case 19: {
+            if (tag !== 154) {
+              break;
+            }
+
+            message.identity = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2536,6 +2615,7 @@ export const Heartbeat: MessageFns<Heartbeat> = {
         ? object.running.map((e: any) => RunningRequest.fromJSON(e))
         : [],
       precision: isSet(object.precision) ? globalThis.String(object.precision) : "",
+      identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
     };
   },
 
@@ -2595,6 +2675,9 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     if (message.precision !== "") {
       obj.precision = message.precision;
     }
+    if (message.identity !== "") {
+      obj.identity = message.identity;
+    }
     return obj;
   },
 
@@ -2621,12 +2704,13 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     message.completionTokensPerSecond = object.completionTokensPerSecond ?? 0;
     message.running = object.running?.map((e) => RunningRequest.fromPartial(e)) || [];
     message.precision = object.precision ?? "";
+    message.identity = object.identity ?? "";
     return message;
   },
 };
 
 function createBaseRunningRequest(): RunningRequest {
-  return { requestId: "", epoch: 0 };
+  return { requestId: "", epoch: 0, tokens: 0, onTrial: false };
 }
 
 export const RunningRequest: MessageFns<RunningRequest> = {
@@ -2636,6 +2720,12 @@ export const RunningRequest: MessageFns<RunningRequest> = {
     }
     if (message.epoch !== 0) {
       writer.uint32(16).uint32(message.epoch);
+    }
+    if (message.tokens !== 0) {
+      writer.uint32(24).uint32(message.tokens);
+    }
+    if (message.onTrial !== false) {
+      writer.uint32(32).bool(message.onTrial);
     }
     return writer;
   },
@@ -2669,6 +2759,22 @@ export const RunningRequest: MessageFns<RunningRequest> = {
             message.epoch = reader.uint32();
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.tokens = reader.uint32();
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.onTrial = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2689,6 +2795,12 @@ export const RunningRequest: MessageFns<RunningRequest> = {
         ? globalThis.String(object.request_id)
         : "",
       epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
+      tokens: isSet(object.tokens) ? globalThis.Number(object.tokens) : 0,
+      onTrial: isSet(object.onTrial)
+        ? globalThis.Boolean(object.onTrial)
+        : isSet(object.on_trial)
+        ? globalThis.Boolean(object.on_trial)
+        : false,
     };
   },
 
@@ -2700,6 +2812,12 @@ export const RunningRequest: MessageFns<RunningRequest> = {
     if (message.epoch !== 0) {
       obj.epoch = Math.round(message.epoch);
     }
+    if (message.tokens !== 0) {
+      obj.tokens = Math.round(message.tokens);
+    }
+    if (message.onTrial !== false) {
+      obj.onTrial = message.onTrial;
+    }
     return obj;
   },
 
@@ -2710,6 +2828,8 @@ export const RunningRequest: MessageFns<RunningRequest> = {
     const message = createBaseRunningRequest();
     message.requestId = object.requestId ?? "";
     message.epoch = object.epoch ?? 0;
+    message.tokens = object.tokens ?? 0;
+    message.onTrial = object.onTrial ?? false;
     return message;
   },
 };

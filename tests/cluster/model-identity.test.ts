@@ -1,0 +1,191 @@
+// One model an answer: two checkpoints under one name, with a real gateway, the catalogue, and real groups, while streams run
+// and requests wait. Nothing that began with the one may go on with the other.
+
+import { cp, mkdtemp, open, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+import type * as grpc from '@grpc/grpc-js';
+import { ClusterError } from '@mimo/core/errors';
+import { createLog } from '@mimo/core/log';
+import { createNatsQueue } from '@mimo/core/queue-nats';
+import type { RequestQueue } from '@mimo/core/queue';
+import { parseGatewayConfig } from '@mimo/gateway/config';
+import { startGateway, type Gateway } from '@mimo/gateway/gateway';
+import type { InferenceServiceClient } from '@mimo/proto/inference';
+import type { Heartbeat } from '@mimo/proto/worker';
+import { readSafetensorsHeader } from '@mimo/worker/model/safetensors';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import { startChild, type Child } from '../../deploy/local/child-process.ts';
+import { freePorts } from '../../deploy/local/local-cluster.ts';
+import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import { ask, chatRequest, createClient } from '../harness/cluster.ts';
+import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
+import { startTestNats } from '../harness/nats.ts';
+import { waitFor } from '../harness/wait-for.ts';
+
+const root = join(import.meta.dirname, '../..');
+const demo = join(root, 'models/mimo-demo');
+const model = 'mimo-demo';
+const log = createLog({ process: 'test', level: 'silent' });
+const streamCount = 8;
+const streamTokens = 600;
+
+let directory: string;
+let server: NatsServer;
+let bus: RequestQueue;
+let gateway: Gateway;
+let client: InferenceServiceClient & grpc.Client;
+const following = new AbortController();
+const beats = new Map<string, Heartbeat>();
+const children: Child[] = [];
+
+function variables(checkpoint: string): NodeJS.ProcessEnv {
+  return {
+    ...process.env,
+    MIMO_WORKER_MODEL: model,
+    MIMO_WORKER_CHECKPOINT_DIRECTORY: join(directory, checkpoint),
+    MIMO_WORKER_CACHE_DIRECTORY: join(directory, 'cache'),
+    MIMO_WORKER_NATS_URL: server.url,
+  };
+}
+
+async function startWorker(
+  name: string,
+  env: NodeJS.ProcessEnv,
+  args: readonly string[] = [],
+): Promise<Child> {
+  const child = await startChild({
+    name,
+    command: [process.execPath, join(root, 'worker/src/main.ts'), ...args],
+    logFile: join(directory, `${name}.log`),
+    env,
+  });
+  children.push(child);
+  return child;
+}
+
+async function publish(checkpoint: string): Promise<void> {
+  const child = await startWorker('prepare', variables(checkpoint), ['prepare', '--compile', '--publish']);
+  const { code } = await child.exited;
+  expect({ code, log: code === 0 ? '' : child.logTail() }).toEqual({ code: 0, log: '' });
+}
+
+/** A group of one rank, once it is heard of. */
+async function startGroup(group: string, checkpoint: string): Promise<Child> {
+  const [port = 0] = await freePorts(1);
+  const child = await startWorker(group, {
+    ...variables(checkpoint),
+    MIMO_WORKER_GROUP: group,
+    MIMO_WORKER_LISTEN: `127.0.0.1:${port}`,
+    MIMO_WORKER_MAX_SEQUENCES: String(streamCount),
+    MIMO_WORKER_DRAIN_FINISH: '100ms',
+  });
+  await waitFor(`group ${group}`, () => (beats.get(group)?.maxSequences ?? 0) > 0);
+  return child;
+}
+
+const runningIn = (group: string): number => beats.get(group)?.running.length ?? 0;
+
+/** Copies the demonstration model and writes the values of one of its tensors in reverse: the same shapes, another text. */
+async function writeOtherCheckpoint(to: string): Promise<void> {
+  await cp(demo, to, { recursive: true });
+  const path = join(to, 'model.safetensors');
+  const tensors = await readSafetensorsHeader(path);
+  const { offset, shape } = tensors.find(({ name }) => name === 'model.layers.1.mlp.up_proj.weight')!;
+  const bytes = Buffer.alloc(shape.reduce((product, size) => product * size, 2));
+  const file = await open(path, 'r+');
+  await file.read(bytes, 0, bytes.length, offset);
+  new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.length / 2).reverse();
+  await file.write(bytes, 0, bytes.length, offset);
+  await file.close();
+}
+
+beforeAll(async () => {
+  directory = await mkdtemp(join(tmpdir(), 'mimo-identity-'));
+  server = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0 });
+  const connect = { servers: [server.url], clientName: 'test', replicas: 1, log };
+  bus = createNatsQueue({ ...connect, recordMaxAgeMs: 3_600_000 });
+  await bus.opened(AbortSignal.timeout(30_000));
+  void (async () => {
+    for await (const heartbeat of bus.followHeartbeats(following.signal)) {
+      beats.set(heartbeat.group, heartbeat);
+    }
+  })();
+  await cp(demo, join(directory, 'first'), { recursive: true });
+  await writeOtherCheckpoint(join(directory, 'second'));
+  const config = { MIMO_GATEWAY_LISTEN: '127.0.0.1:0', MIMO_GATEWAY_NATS: server.url };
+  gateway = await startGateway(parseGatewayConfig(config), log);
+  client = createClient(gateway.address);
+});
+
+afterAll(async () => {
+  following.abort();
+  client.close();
+  await gateway.close();
+  await Promise.all(children.map((child) => child.stop(10_000)));
+  await bus.close();
+  await server.close();
+  await rm(directory, { recursive: true, force: true });
+});
+
+describe('two checkpoints under one name', () => {
+  it('never share an answer: streams and waiting requests keep to the one that they began with, or end with ABORTED', async () => {
+    await publish('first');
+    const one = await startGroup('first-1', 'first');
+    const question = chatRequest('What is 47 + 85?', { ignoreEos: true, maxTokens: 60 });
+    await waitFor('the model to be served', () =>
+      ask(client, { request: question }).then(
+        () => true,
+        () => false,
+      ),
+    );
+    const old = await ask(client, { request: question });
+    const expected = await expectStreams(client, streamTokens);
+
+    // A group of the new content, which takes nothing yet, so that all that comes is the old one's.
+    const two = await startGroup('first-2', 'first');
+    await bus.markDraining(model, 'second-1', { sinceUnixMs: Date.now() });
+    await publish('second');
+    await startGroup('second-1', 'second');
+    expect(beats.get('second-1')?.identity).not.toBe(beats.get('first-2')?.identity);
+
+    // A rollout with another group of the old content still there: the streams move to that one.
+    const moved = startStreams(client, expected);
+    await moved.begun;
+    await waitFor('streams in the first group', () => runningIn('first-1') > 0);
+    await one.stop(30_000);
+    expect(await moved.outcome).toMatchObject({ same: streamCount, wrong: [] });
+
+    // The last group of the old content goes while one of the new is there, with free slots.
+    const stranded = startStreams(client, expected);
+    await stranded.begun;
+    const waiting = ask(client, { request: question }).then(
+      () => 'finished',
+      (error: unknown) => ClusterError.from(error),
+    );
+    await waitFor('all records', async () => (await bus.counts()).records === streamCount + 1);
+    await bus.clearDraining(model, 'second-1');
+    await waitFor('all streams in the last group', () => runningIn('first-2') === streamCount);
+    await two.stop(30_000);
+    const { same, wrong } = await stranded.outcome;
+    expect({ same, wrong: wrong.length }).toEqual({ same: 0, wrong: streamCount });
+    for (const line of wrong) {
+      expect(line).toMatch(/model mimo-demo was replaced after \d+ completion tokens, and no group is left/);
+    }
+    expect(await waiting).toMatchObject({
+      code: 'aborted',
+      message: expect.stringContaining('model mimo-demo was replaced while the request waited') as string,
+    });
+    expect(runningIn('second-1')).toBe(0);
+
+    // What comes now is the new model's, whole.
+    const answers = [
+      await ask(client, { request: question }),
+      await ask(client, { request: question }),
+    ] as const;
+    expect(answers[0].tokenIds).toEqual(answers[1].tokenIds);
+    expect(answers[0].tokenIds).not.toEqual(old.tokenIds);
+  });
+});
