@@ -291,7 +291,7 @@ class World {
     const record = RequestRecord.fromPartial({ requestId, model: 'm', tenant: 't', promptTokenIds: [1] });
     const { relay } = this.#gateways[gateway]!.open(
       { ...record, gatewayId: String(gateway) },
-      { tokenizer, stop: [], minTokens: 0, splitReasoning: false },
+      { tokenTable: tokenizer, stop: [], stopInReasoning: false, minTokens: 0, reasoning: undefined },
     );
     relay
       .deliver(async () => undefined)
