@@ -134,7 +134,7 @@ const wireCases: readonly Case[] = [
   },
   {
     name: 'a varint that never ends',
-    send: rawSampling(new Array(12).fill(0xff)),
+    send: rawSampling(Array.from({ length: 12 }, () => 0xff)),
     code: ['invalid_argument', 'internal'],
   },
 ];
