@@ -5,6 +5,7 @@
 // that the head and the draft layer chose, so that a given share of the drafts is right.
 
 import { Engine, type PassExecutor } from '@mimo/worker/engine/engine';
+import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
 import type { HeadRow } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { PassPlan } from '@mimo/worker/engine/step-plan';
@@ -21,6 +22,8 @@ export interface EngineRun {
   readonly prefillChunkTokens: number;
   readonly kvBlocks: number;
   readonly speculation: Speculation;
+  /** Beside greedy. */
+  readonly sampling?: Partial<SequenceSampling>;
   /** Share of the drafts that `synthetic` makes right. */
   readonly acceptance: number;
 }
@@ -49,11 +52,18 @@ export function measureEngine(run: EngineRun): EngineFigures {
       maxContextTokens: 32 * kvBlockTokens,
     }),
   );
-  const sampling = greedySampling({ maxTokens: tokens, draftTokens: speculation === 'off' ? 0 : 1 });
+  const draftTokens = speculation === 'off' ? 0 : 1;
+  const sampling = greedySampling({ maxTokens: tokens, draftTokens, ...run.sampling });
   const tokenIds = Array.from({ length: promptTokens }, (_, position) => scripted(position, vocabSize));
   for (let sequenceId = 0; sequenceId < batch; sequenceId++) {
     // With credit for one token all sequences wait for the last to be read, and then decode together.
-    engine.submit({ sequenceId, tokenIds, resumedTokens: 0, sampling, creditTokens: 1 });
+    engine.submit({
+      sequenceId,
+      tokenIds,
+      resumedTokens: 0,
+      sampling: { ...sampling, seed: sequenceId },
+      creditTokens: 1,
+    });
   }
   const prefillMs: number[] = [];
   const decodeMs: number[] = [];

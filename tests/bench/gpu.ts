@@ -2,7 +2,7 @@
 // decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
 // milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //
-//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part golden]
+//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part draws,golden,host,sampling,model]
 //                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
 //   npm run bench -- gpu --provider webgpu --precision fp16
 //
@@ -32,12 +32,20 @@ import {
 import { openLocalGroup, promptLogits, type LocalGroup } from '../harness/local-group.ts';
 import { openProcessGroup } from '../harness/process-group.ts';
 import { measureEngine, median } from './engine-run.ts';
+import { compareDraws } from './gpu-draws.ts';
 
 const contextTokens = 512;
 const repetitions = 20;
 const maxRows = 512;
-const kvBlocks = 1024;
+const maxHeadRows = 512;
+const kvBlocks = 4096;
 const batches = [1, 8, 32] as const;
+const samplingBatches = [1, 8, 32, 64, 128, 256] as const;
+/** A draw on the host takes milliseconds of a row. */
+const hostBatches = [1, 8, 32] as const;
+/** Of a step of sampling: enough for a median. */
+const samplingTokens = 48;
+const hostTokens = 16;
 /** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
 const syntheticAcceptance = 0.9;
 const engineTokens = 96;
@@ -53,6 +61,7 @@ interface Load {
 interface Device {
   readonly executionProvider: 'cuda' | 'webgpu';
   readonly libraryPath?: string;
+  readonly sampling?: 'host';
 }
 
 type Report = (result: Record<string, unknown>) => void;
@@ -66,8 +75,10 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       provider: { type: 'string', default: 'cuda' },
       directory: { type: 'string', default: tmpdir() },
       precision: { type: 'string', default: 'bf16' },
-      /** `golden`, `model` or both. */
-      part: { type: 'string', default: 'both' },
+      /** Those to run; `host`: sampling without the device's sampler, for comparison. */
+      part: { type: 'string', default: 'draws,golden,host,sampling,model' },
+      /** Draws to compare with the host's. */
+      draws: { type: 'string', default: '1000000' },
       /** Devices that hold the model, one run of everything for each number. */
       ranks: { type: 'string', default: '1' },
       /** A Python with torch and transformers. */
@@ -90,10 +101,14 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     process.stdout.write(`${JSON.stringify(result)}\n`);
   };
   const rankCounts = values.ranks.split(',').map(Number);
-  if (values.part !== 'model') {
+  const parts = values.part.split(',');
+  if (parts.includes('draws') && isCuda) {
+    await compareDraws({ libraryPath: values.library!, draws: Number(values.draws) }, report);
+  }
+  if (parts.includes('golden')) {
     await compareFixtures(device, rankCounts, report);
   }
-  if (values.part === 'golden') {
+  if (!['model', 'sampling', 'host'].some((part) => parts.includes(part))) {
     return;
   }
   const directory = await mkdtemp(join(values.directory, 'mimo-bench-gpu-'));
@@ -115,13 +130,27 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
           signal,
         ),
       );
-      if (ranks === 1 && isCuda) {
+      if (ranks === 1 && isCuda && parts.includes('host')) {
+        const group = await openGroup(rankDirectories, {
+          device: { ...device, sampling: 'host' },
+          sumOnHost: false,
+        });
+        measureSampling(group, 'host', report);
+        await group.close();
+      }
+      if (ranks === 1 && isCuda && parts.includes('model')) {
         await showBudget(rankDirectories, device, report);
       }
       // Where devices reach one another, also the way over the host, in short.
       for (const sumOnHost of ranks === 1 ? [false] : [false, true]) {
         const group = await timed('load', report, () => openGroup(rankDirectories, { device, sumOnHost }));
         try {
+          if (parts.includes('sampling')) {
+            measureSampling(group, 'device', report);
+          }
+          if (!parts.includes('model')) {
+            continue;
+          }
           const place = { ranks, ...(ranks === 1 ? {} : { sumOnHost }) };
           measureAll(group, { isShort: sumOnHost, bandwidth: ranks * Number(values.bandwidth) }, (result) =>
             report({ ...place, ...result }),
@@ -174,7 +203,7 @@ function openGroup(
   directories: readonly string[],
   { device, sumOnHost }: { readonly device: Device; readonly sumOnHost: boolean },
 ): Promise<LocalGroup> {
-  const size = { maxRows, maxHeadRows: 128, kvBlocks };
+  const size = { maxRows, maxHeadRows, kvBlocks };
   if (directories.length === 1) {
     return openLocalGroup({ directories, implementation: 'ort-capi', device, ...size });
   }
@@ -217,6 +246,46 @@ async function compareFixtures(device: Device, rankCounts: readonly number[], re
     }
   } finally {
     fixtures.remove();
+  }
+}
+
+/** What requests ask beside the largest logit. */
+const samplings = {
+  greedy: {},
+  sampled: { temperature: 0.6, topP: 0.95 },
+  penalties: {
+    temperature: 0.6,
+    topP: 0.95,
+    repetitionPenalty: 1.1,
+    presencePenalty: 0.5,
+    frequencyPenalty: 0.1,
+  },
+  logprobs: { temperature: 0.6, topP: 0.95, logprobs: 20 },
+} as const;
+
+/** Engine steps without drafts by how tokens are drawn, each beside greedy. */
+function measureSampling(group: LocalGroup, on: 'device' | 'host', report: Report): void {
+  const isHost = on === 'host';
+  for (const batch of isHost ? hostBatches : samplingBatches) {
+    let greedyMs = NaN;
+    for (const [asked, sampling] of Object.entries(samplings)) {
+      if (isHost && (asked === 'penalties' || asked === 'logprobs')) {
+        continue;
+      }
+      const { decodePerSecond, stepMs } = measureEngine({
+        group,
+        batch,
+        promptTokens: contextTokens,
+        tokens: isHost ? hostTokens : samplingTokens,
+        prefillChunkTokens: 256,
+        kvBlocks,
+        speculation: 'off',
+        sampling,
+        acceptance: 0,
+      });
+      greedyMs = asked === 'greedy' ? stepMs : greedyMs;
+      report({ step: 'sampling', on, batch, asked, stepMs, decodePerSecond, ofGreedy: greedyMs / stepMs });
+    }
   }
 }
 

@@ -81,6 +81,7 @@ export function engineOptionsFrom(config: WorkerConfig, shardDirectory: string):
     runtime: config.runtime,
     executionProvider: config.executionProvider,
     ...(config.runtimeLibrary === '' ? {} : { runtimeLibrary: config.runtimeLibrary }),
+    ...(config.cacheDirectory === '' ? {} : { kernelDirectory: join(config.cacheDirectory, 'kernels') }),
     draftTokens: config.draftTokens,
     adaptiveSpeculation: config.adaptiveSpeculation,
     threads: config.threads,

@@ -37,6 +37,8 @@ export interface EngineOptions {
   readonly executionProvider?: ExecutionProvider;
   /** libonnxruntime to load; default: the one that onnxruntime-node bundles. `cuda` needs another. */
   readonly runtimeLibrary?: string;
+  /** Where kernels for a device that are compiled at the first start are kept; default: nowhere. */
+  readonly kernelDirectory?: string;
   /** Compute threads per rank. Default 1. */
   readonly threads?: number;
   /** Sequences that hold KV cache at a time. Default 16. */
@@ -153,6 +155,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       implementation: options.runtime ?? 'auto',
       executionProvider: options.executionProvider ?? 'cpu',
       ...(options.runtimeLibrary === undefined ? {} : { libraryPath: options.runtimeLibrary }),
+      ...(options.kernelDirectory === undefined ? {} : { kernelDirectory: options.kernelDirectory }),
     },
     threads,
     isKvAuto,

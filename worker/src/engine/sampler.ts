@@ -12,6 +12,7 @@
 // INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length. A finite logit
 // stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are the model's faults.
 
+import type { DrawRequest } from '../runtime/runtime.ts';
 import { listLeft, topIds, wholeWeight } from './cut.ts';
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 
@@ -21,7 +22,7 @@ export interface DrawContext {
   /** Index of the drawn token in the whole sequence, prompt included. */
   readonly position: number;
   /** Occurrences in the completion by id; prompt tokens are present, with 0 where only there. Used by penalties. */
-  readonly seen: ReadonlyMap<number, number>;
+  readonly seen: DrawRequest['seen'];
   /** Ids that may not be drawn. */
   readonly forbidden: readonly number[];
 }

@@ -2,7 +2,7 @@
 // ranges. Owns sizes and views; knows no segment and no sequence.
 
 import type { ElementType, FloatType } from '../runtime/element-type.ts';
-import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
+import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor, TokenSampler } from '../runtime/runtime.ts';
 
 /** A scratch buffer and its views by first row and row count. */
 export class Rows {
@@ -28,6 +28,11 @@ export class Rows {
   /** Replaces the first rows by their sums over the ranks, where the device does that. */
   sum(rows: number, runtime: Runtime): void {
     runtime.sum(this.#memory, rows * this.width);
+  }
+
+  /** Has the rows' tokens chosen where they lie. */
+  choose(sampler: TokenSampler): void {
+    sampler.run(this.#memory);
   }
 
   /** The first rows, or those from `start` on, as float32; see RuntimeMemory. */
@@ -67,12 +72,9 @@ const maxViews = 1024;
 /** Scratch of a configured shard; every buffer is reused in every pass. */
 export interface Scratch {
   readonly maxRows: number;
-  readonly maxHeadRows: number;
   readonly tokenIds: Rows; // int32 [rows]
   /** Draft pass: the forward pass's rows that these continue. */
   readonly hiddenRows: Rows; // int32 [rows]
-  /** Those of a pass that get logits. */
-  readonly headRows: Rows; // int32 [headRows]
   readonly residual: Rows; // [rows, H]
   readonly residualNext: Rows; // [rows, H]
   readonly delta: Rows; // [rows, H]
@@ -84,11 +86,6 @@ export interface Scratch {
   readonly hidden: Rows; // [rows, H]
   readonly normed: Rows; // [rows, H]
   readonly draftNormed: Rows; // [rows, H]
-  readonly headOutput: Rows; // [headRows, this rank's vocabulary]
-  readonly best: Rows; // [headRows, 2]
-  /** Rank 0: every rank's part of the head's output as it arrives, and all of them in one row each. */
-  readonly gathered: readonly Float32Array[];
-  readonly logits: Float32Array; // [headRows, V]
 }
 
 /** Widths of a rank's rows, and how many there may be. */
@@ -96,24 +93,19 @@ export interface ScratchShape {
   /** Of activations. */
   readonly floatType: FloatType;
   readonly maxRows: number;
-  readonly maxHeadRows: number;
   /** H */
   readonly hidden: number;
   /** W */
   readonly qkv: number;
   /** Q */
   readonly attended: number;
-  /** This rank's part. */
-  readonly vocabulary: number;
-  /** Rank 0: every rank's part of the vocabulary; else none. */
-  readonly gathered: readonly number[];
   /** Whether the host adds the ranks' partial sums. */
   readonly sumsOnHost: boolean;
 }
 
 /** Allocates all rows. The caller ends them with `closeScratch`. */
 export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
-  const { maxRows, maxHeadRows } = shape;
+  const { maxRows } = shape;
   const rows = (
     count: number,
     width: number,
@@ -122,13 +114,10 @@ export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
   const hiddenRows = (use?: MemoryUse): Rows => rows(maxRows, shape.hidden, use === undefined ? {} : { use });
   const indices = (count: number): Rows => rows(count, 0, { type: 'int32', use: 'exchanged' });
   const sums = shape.sumsOnHost ? 'exchanged' : 'resident';
-  const vocabulary = shape.gathered.reduce((sum, count) => sum + count, 0);
   return {
     maxRows,
-    maxHeadRows,
     tokenIds: indices(maxRows),
     hiddenRows: indices(maxRows),
-    headRows: indices(maxHeadRows),
     residual: hiddenRows(),
     residualNext: hiddenRows(),
     delta: hiddenRows(sums),
@@ -140,10 +129,6 @@ export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
     hidden: hiddenRows(),
     normed: hiddenRows(),
     draftNormed: hiddenRows(),
-    headOutput: rows(maxHeadRows, shape.vocabulary, { type: 'float', use: 'exchanged' }),
-    best: rows(maxHeadRows, 2, { type: 'float', use: 'exchanged' }),
-    gathered: shape.gathered.map((count) => new Float32Array(maxHeadRows * count)),
-    logits: new Float32Array(maxHeadRows * vocabulary),
   };
 }
 

@@ -12,6 +12,7 @@ import type {
 } from './engine-api.ts';
 import type { HeadRequest } from './head-rows.ts';
 import { hasPenalties, type DrawnToken } from './sampler.ts';
+import { SeenTokens } from './seen-tokens.ts';
 
 /** What a request is checked against. */
 export interface SequenceLimits {
@@ -77,7 +78,7 @@ export class Sequence {
   acceptedTokens = 0;
   end: SequenceEnd | undefined;
   /** Completion occurrences by id, prompt tokens with 0; empty where no penalty needs it. */
-  readonly seen = new Map<number, number>();
+  readonly #seen: SeenTokens;
   readonly #stopIds: ReadonlySet<number>;
   #undelivered: { tokenId: number; logprob: TokenLogprob | undefined }[] = [];
 
@@ -89,6 +90,7 @@ export class Sequence {
     this.maxContextTokens = limits.maxContextTokens;
     this.tokenIds = [...request.tokenIds];
     this.creditTokens = request.creditTokens;
+    this.#seen = new SeenTokens(hasPenalties(sampling) ? this.tokenIds.length : 0);
     this.#stopIds = new Set([...(sampling.ignoreEos ? [] : limits.eosTokenIds), ...sampling.stopTokenIds]);
     this.tokenIds.forEach((tokenId, i) => this.#see(tokenId, i));
     if (request.resumedTokens >= sampling.maxTokens) {
@@ -126,10 +128,7 @@ export class Sequence {
     if (sampling.temperature === 0 && sampling.logprobs < 0 && !penalised && forbidden.length === 0) {
       return { kind: 'best' };
     }
-    const seen =
-      draft === undefined || !penalised
-        ? this.seen
-        : new Map(this.seen).set(draft, (this.seen.get(draft) ?? 0) + 1);
+    const seen = draft === undefined || !penalised ? this.#seen : this.#seen.followedBy(draft);
     return { kind: 'sampled', draw: { sampling, position: this.tokenIds.length + ahead, seen, forbidden } };
   }
 
@@ -168,8 +167,7 @@ export class Sequence {
 
   #see(tokenId: number, index: number): void {
     if (hasPenalties(this.sampling)) {
-      const more = index >= this.promptTokens ? 1 : 0;
-      this.seen.set(tokenId, (this.seen.get(tokenId) ?? 0) + more);
+      this.#seen.add(tokenId, index >= this.promptTokens ? 1 : 0);
     }
   }
 }

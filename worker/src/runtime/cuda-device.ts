@@ -12,6 +12,9 @@ const copyKinds = { hostToDevice: 1, deviceToHost: 2 } as const;
 
 const notReady = 600;
 
+/** cudaDevAttrComputeCapabilityMajor and Minor. */
+const capabilityAttributes = [75, 76] as const;
+
 type Out = [bigint | null];
 
 /** Loaded once per thread and never dropped: koffi unloads a library whose handle is collected. */
@@ -46,6 +49,7 @@ function loadCuda() {
     graphLaunch: library.func('cudaGraphLaunch', 'int', ['void *', 'void *']),
     graphDestroy: library.func('cudaGraphDestroy', 'int', ['void *']),
     graphExecDestroy: library.func('cudaGraphExecDestroy', 'int', ['void *']),
+    deviceAttribute: library.func('cudaDeviceGetAttribute', 'int', ['_Out_ int *', 'int', 'int']),
     copy: library.func('cudaMemcpyAsync', 'int', ['void *', 'void *', 'size_t', 'int', 'void *']),
   };
 }
@@ -110,6 +114,37 @@ export class CudaDevice {
     this.check(status);
   }
 
+  /** The kind of device, and its name to a compiler. */
+  capability(): { readonly major: number; readonly architecture: string } {
+    const [major = 0, minor = 0] = capabilityAttributes.map((attribute) => {
+      const value: [number] = [0];
+      this.check(this.api.deviceAttribute(value, attribute, 0));
+      return value[0];
+    });
+    return { major, architecture: `sm_${major}${minor}` };
+  }
+
+  /** In the stream; the first bytes of both. Pinned memory must not change before the stream has come so far. */
+  upload(there: bigint, here: PinnedMemory, bytes: number): void {
+    this.check(this.api.copy(there, here.address, bytes, copyKinds.hostToDevice, this.stream));
+  }
+
+  download(here: PinnedMemory, there: bigint, bytes: number): void {
+    this.check(this.api.copy(here.address, there, bytes, copyKinds.deviceToHost, this.stream));
+  }
+
+  /** Waits for the stream. */
+  readInt(address: bigint): number {
+    const value = new Int32Array(1);
+    this.check(this.api.copy(value, address, value.byteLength, copyKinds.deviceToHost, this.stream));
+    this.synchronize();
+    return value[0]!;
+  }
+
+  free(address: bigint): void {
+    this.check(this.api.free(address));
+  }
+
   check(status: number): void {
     if (status !== 0) {
       throw new ClusterError('internal', `cuda: ${this.api.errorString(status)}`);
@@ -122,6 +157,25 @@ export class CudaDevice {
   }
 }
 
+/** Page-locked memory of the host, which copies cross without another copy. */
+export class PinnedMemory {
+  readonly address: bigint;
+  readonly buffer: ArrayBuffer;
+  readonly #device: CudaDevice;
+
+  constructor(device: CudaDevice, bytes: number) {
+    const out: Out = [null];
+    device.check(device.api.mallocHost(out, bytes));
+    this.#device = device;
+    this.address = out[0]!;
+    this.buffer = koffi.view(out[0]!, bytes);
+  }
+
+  release(): void {
+    this.#device.check(this.#device.api.freeHost(this.address));
+  }
+}
+
 /** Memory of the device; reads pass through a page-locked copy, made at the first of them. */
 export class DeviceMemory implements RuntimeMemory {
   readonly type: ElementType;
@@ -129,7 +183,7 @@ export class DeviceMemory implements RuntimeMemory {
   readonly address: bigint;
   readonly #bytes: number;
   readonly #createView: CreateDeviceView;
-  #mirror: { readonly address: bigint; readonly buffer: ArrayBuffer } | undefined;
+  #mirror: PinnedMemory | undefined;
   #released = false;
 
   constructor(
@@ -159,7 +213,7 @@ export class DeviceMemory implements RuntimeMemory {
   }
 
   read(start: number, count: number): Float32Array {
-    const { address, buffer } = (this.#mirror ??= this.#createMirror());
+    const { address, buffer } = (this.#mirror ??= new PinnedMemory(this.#device, this.#bytes));
     const offset = start * elementBytes[this.type];
     const bytes = count * elementBytes[this.type];
     this.#copy(address + BigInt(offset), this.#at(start), bytes, copyKinds.deviceToHost);
@@ -176,21 +230,13 @@ export class DeviceMemory implements RuntimeMemory {
   release(): void {
     if (!this.#released) {
       this.#released = true;
-      this.#device.check(this.#device.api.free(this.address));
-      if (this.#mirror !== undefined) {
-        this.#device.check(this.#device.api.freeHost(this.#mirror.address));
-      }
+      this.#device.free(this.address);
+      this.#mirror?.release();
     }
   }
 
   #at(element: number): bigint {
     return this.address + BigInt(element * elementBytes[this.type]);
-  }
-
-  #createMirror(): { address: bigint; buffer: ArrayBuffer } {
-    const out: Out = [null];
-    this.#device.check(this.#device.api.mallocHost(out, this.#bytes));
-    return { address: out[0]!, buffer: koffi.view(out[0]!, this.#bytes) };
   }
 
   #copy(to: bigint, from: bigint | ArrayBufferView, bytes: number, kind: number): void {

@@ -19,9 +19,11 @@ import type {
   RuntimeMemory,
   RuntimeOptions,
   RuntimeTensor,
+  SamplerShape,
   Segment,
   SegmentSource,
   TensorData,
+  TokenSampler,
 } from './runtime.ts';
 
 class CapiTensor implements RuntimeTensor {
@@ -73,6 +75,7 @@ class OrtCapiRuntime implements Runtime {
   readonly #env: bigint;
   readonly #memory: bigint;
   readonly #provider: Provider;
+  readonly #samplesOnHost: boolean;
   readonly #segments: CapiSegment[] = [];
   readonly #tensors = new Set<CapiTensor>();
   readonly #releaseTensor = (tensor: CapiTensor): void => {
@@ -85,6 +88,7 @@ class OrtCapiRuntime implements Runtime {
 
   constructor(options: RuntimeOptions) {
     const { executionProvider, intraOpThreads } = options;
+    this.#samplesOnHost = options.sampling === 'host';
     const file = options.libraryPath ?? bundledLibrary();
     if (executionProvider === 'cuda') {
       assertCudaProvider(file);
@@ -108,6 +112,7 @@ class OrtCapiRuntime implements Runtime {
       api,
       view: (at, dims, type) => this.#view(at, dims, type),
       anySession: () => this.#segments[0]?.session,
+      kernelDirectory: options.kernelDirectory,
     };
     this.#provider = createProvider[executionProvider](parts);
     this.floatTypes = this.#provider.floatTypes;
@@ -149,6 +154,10 @@ class OrtCapiRuntime implements Runtime {
 
   replay(key: string, work: () => void): void {
     this.#provider.replay(key, work);
+  }
+
+  createSampler(shape: SamplerShape): TokenSampler | undefined {
+    return this.#samplesOnHost ? undefined : this.#provider.createSampler(shape);
   }
 
   createGroupId(): Int32Array {

@@ -120,6 +120,10 @@ class OrtNodeRuntime implements Runtime {
     work();
   }
 
+  createSampler(): undefined {
+    return undefined;
+  }
+
   createGroupId(): Int32Array {
     return new Int32Array(0);
   }

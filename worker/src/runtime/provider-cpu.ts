@@ -14,6 +14,7 @@ export function createCpuProvider({ view }: ProviderParts): Provider {
     allocate: (type, length) => new HostMemory(type, length, view),
     memoryInfo: () => hostMemoryInfo(),
     replay: (_key, work) => work(),
+    createSampler: () => undefined,
     createGroupId: () => new Int32Array(0),
     joinGroup: () => {
       throw noDeviceGroup();

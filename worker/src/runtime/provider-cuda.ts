@@ -7,6 +7,7 @@ import { ClusterError } from '@mimo/core/errors';
 import { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
+import { createCudaSampler } from './cuda-sampler.ts';
 import { NativeOptions, ort } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory } from './runtime.ts';
@@ -26,7 +27,7 @@ export function assertCudaProvider(library: string): void {
 }
 
 /** See `Provider`. Throws `failed_precondition` naming what is missing. */
-export function createCudaProvider({ api, view }: ProviderParts): Provider {
+export function createCudaProvider({ api, view, kernelDirectory }: ProviderParts): Provider {
   const { functions } = api;
   const device = new CudaDevice();
   const replays = new CudaReplays(device);
@@ -62,6 +63,14 @@ export function createCudaProvider({ api, view }: ProviderParts): Provider {
     allocate: (type, length) => new DeviceMemory(device, { type, length }, view),
     memoryInfo: () => device.memoryInfo(),
     replay: (key, work) => replays.run(key, work),
+    createSampler: (shape) => {
+      try {
+        return createCudaSampler(device, shape, kernelDirectory);
+      } catch (error) {
+        process.emitWarning(`cuda: tokens are drawn on the host: ${ClusterError.from(error).message}`);
+        return undefined;
+      }
+    },
     createGroupId: createCudaGroupId,
     joinGroup: (id, member) => {
       group = new CudaGroup(id, member);

@@ -55,6 +55,7 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
     },
     memoryInfo: () => undefined,
     replay: (_key, work) => work(),
+    createSampler: () => undefined,
     createGroupId: () => new Int32Array(0),
     joinGroup: () => {
       throw noDeviceGroup();

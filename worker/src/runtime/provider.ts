@@ -10,6 +10,8 @@ export interface ProviderParts {
   readonly api: OrtApi;
   /** A native view of JavaScript memory or, by an address, of the device's. */
   readonly view: (at: TensorData | bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
+  /** See RuntimeOptions. */
+  readonly kernelDirectory: string | undefined;
   /** A session, once there is one. */
   readonly anySession: () => bigint | undefined;
 }
@@ -17,7 +19,7 @@ export interface ProviderParts {
 /** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
 export interface Provider extends Pick<
   Runtime,
-  'allocate' | 'memoryInfo' | 'replay' | 'createGroupId' | 'joinGroup' | 'sum'
+  'allocate' | 'memoryInfo' | 'replay' | 'createSampler' | 'createGroupId' | 'joinGroup' | 'sum'
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;

@@ -76,6 +76,61 @@ export interface MemoryInfo {
   readonly totalBytes: number;
 }
 
+/** How a token is drawn: what the engine's sampler is given (../engine/sampler.ts), in plain data. */
+export interface DrawRequest {
+  readonly sampling: {
+    readonly temperature: number;
+    readonly topP: number;
+    readonly topK: number;
+    readonly minP: number;
+    readonly repetitionPenalty: number;
+    readonly presencePenalty: number;
+    readonly frequencyPenalty: number;
+    readonly seed: number;
+    readonly logprobs: number;
+  };
+  readonly position: number;
+  /** Ids and their counts; `pairs`, where there are any, are the same one after another. */
+  readonly seen: Iterable<readonly [number, number]> & { readonly pairs?: Int32Array };
+  readonly forbidden: readonly number[];
+}
+
+/** What the engine's sampler answers, and the token's logit. */
+export interface SampledToken {
+  readonly tokenId: number;
+  /** After penalties; not finite where the row has a NaN or no finite maximum. */
+  readonly logit: number;
+  readonly logprob?: {
+    readonly tokenId: number;
+    readonly logprob: number;
+    readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
+  };
+}
+
+/** The rows of logits that a sampler chooses from. */
+export interface SamplerShape {
+  readonly rowLength: number;
+  /** The id of a row's first logit. */
+  readonly firstId: number;
+  /** Logits of a row that have ids; those after them are padding. */
+  readonly usable: number;
+  readonly maxRows: number;
+}
+
+/**
+ * Chooses tokens where the logits lie, to the ids of the engine's sampler. For each pass: `ask`, then `run` (which may be
+ * part of what is replayed, for as many rows), then `answers`. `release` it before the memories.
+ */
+export interface TokenSampler {
+  /** Of every row in turn: how its token is drawn, or undefined for the largest logit. */
+  ask(requests: readonly (DrawRequest | undefined)[]): void;
+  /** `logits` holds the rows one after another. */
+  run(logits: RuntimeMemory): void;
+  /** Waits for the device. */
+  answers(): readonly SampledToken[];
+  release(): void;
+}
+
 /** This rank's place in a group whose devices reach one another. */
 export interface DeviceGroupMember {
   readonly rank: number;
@@ -111,6 +166,8 @@ export interface Runtime {
    * without asking: all calls with a key must work on the same memory, with the same values where kernels read the host.
    */
   replay(key: string, work: () => void): void;
+  /** Undefined where tokens are chosen on the host. The first on a machine may take some seconds. */
+  createSampler(shape: SamplerShape): TokenSampler | undefined;
   /** For rank 0 of a group: what all ranks `joinGroup` with. Empty where devices cannot reach one another. */
   createGroupId(): Int32Array;
   /** Blocks until all ranks have joined. Throws `failed_precondition` naming what is missing. */
@@ -128,6 +185,10 @@ export interface RuntimeOptions {
   readonly executionProvider: ExecutionProvider;
   /** libonnxruntime to load through the C API; default: the one that onnxruntime-node bundles, which has no CUDA. */
   readonly libraryPath?: string;
+  /** Where tokens are drawn that a device could draw. Default: there. */
+  readonly sampling?: 'device' | 'host';
+  /** Where kernels that are compiled at the first use are kept; default: nowhere, they are compiled at every start. */
+  readonly kernelDirectory?: string;
   /** Threads that compute one segment, the calling one included. */
   readonly intraOpThreads: number;
 }
