@@ -16,6 +16,7 @@ import { mimo7b } from '@mimo/worker/model/random-checkpoint';
 
 const saltsOfSet = 8;
 const drawsOfRow = 256;
+const setsOfReport = 10;
 /** As the tokenizer leaves it: what follows is padding. */
 const usable = 151_669;
 const timedRows = [1, 8, 32, 64, 128, 256] as const;
@@ -114,6 +115,10 @@ async function compare(
       add(verdicts.get(kind)!, checks[row]!);
     }
     drawn += count * drawsOfRow;
+    if (set % setsOfReport === 0) {
+      const different = [...verdicts.values()].reduce((sum, verdict) => sum + verdict.different, 0);
+      report({ step: 'draws', kind: 'so far', draws: drawn, different });
+    }
   }
   sampler.release();
   memory.release();
