@@ -59,7 +59,9 @@ export interface Stage {
   readonly kubelet: PretendKubelet;
   /** Pods of the namespace. */
   readonly pods: Informer<Pod>;
-  /** Starts a controller with the rights of the chart's ServiceAccount. */
+  /** What a controller is told, with the rights of the chart's ServiceAccount. */
+  controllerEnvironment(): Promise<Readonly<Record<string, string>>>;
+  /** Starts one within this process. */
   startController(more?: Environment): Promise<RunningController>;
   /** A dispatcher of a model; it is silent until `publish` is set. */
   startDispatcher(model: string): PretendDispatcher;
@@ -123,6 +125,13 @@ export async function startStage(): Promise<Stage> {
     closes.push(async () => kubelet.close());
     await kubelet.start();
 
+    const controllerEnvironment = async (): Promise<Readonly<Record<string, string>>> => ({
+      MIMO_CONTROLLER_NAMESPACE: namespace,
+      MIMO_CONTROLLER_KUBECONFIG: await plane.kubeconfigForServiceAccount(namespace, serviceAccount),
+      MIMO_CONTROLLER_NATS_URLS: url,
+      MIMO_CONTROLLER_WORKER_IMAGE: 'registry.example/worker:1',
+      MIMO_CONTROLLER_LISTEN: '127.0.0.1:0',
+    });
     return {
       plane,
       client,
@@ -130,16 +139,9 @@ export async function startStage(): Promise<Stage> {
       catalog,
       kubelet,
       pods,
+      controllerEnvironment,
       startController: async (more = {}) => {
-        const kubeconfig = await plane.kubeconfigForServiceAccount(namespace, serviceAccount);
-        const config = parseControllerConfig({
-          MIMO_CONTROLLER_NAMESPACE: namespace,
-          MIMO_CONTROLLER_KUBECONFIG: kubeconfig,
-          MIMO_CONTROLLER_NATS_URLS: url,
-          MIMO_CONTROLLER_WORKER_IMAGE: 'registry.example/worker:1',
-          MIMO_CONTROLLER_LISTEN: '127.0.0.1:0',
-          ...more,
-        });
+        const config = parseControllerConfig({ ...(await controllerEnvironment()), ...more });
         const level = process.env['MIMO_TEST_LOG'] === 'debug' ? 'debug' : 'silent';
         return startController(config, createLog({ process: 'controller', level }));
       },

@@ -1,5 +1,10 @@
 // The controller against a real API server and a real queue: what it makes, what it says of it, and that nothing is left.
 
+import { spawn, type ChildProcess } from 'node:child_process';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
 import { labels, prepareLabels } from '@mimo/controller/decide/labels';
 import type { RunningController } from '@mimo/controller/controller';
 import { hasReason } from '@mimo/controller/kube/api-status';
@@ -8,6 +13,8 @@ import type { ModelServiceStatus } from '@mimo/controller/status';
 import { pause } from '@mimo/core/abort';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
+import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { createTestClock, type TestClock } from '../harness/set-clock.ts';
 import { waitFor } from '../harness/wait-for.ts';
 import { namespace, startStage, type Pod, type Stage } from './controller-stage.ts';
 
@@ -510,5 +517,62 @@ describe('two controllers', () => {
     } finally {
       await second.close();
     }
+  });
+});
+
+describe('two controllers whose clocks are ten minutes apart', () => {
+  const main = join(import.meta.dirname, '../../controller/src/main.ts');
+  const minuteMs = 60_000;
+  const children: ChildProcess[] = [];
+  afterAll(() => children.forEach((child) => child.kill('SIGKILL')));
+
+  /** Starts one as a process and waits until it leads. */
+  async function lead(clock: TestClock): Promise<ChildProcess> {
+    const [port = 0] = await freePorts(1);
+    const address = `127.0.0.1:${port}`;
+    const env = { ...(await stage.controllerEnvironment()), ...clock.env, MIMO_CONTROLLER_LISTEN: address };
+    const child = spawn(process.execPath, [main], { env, stdio: 'ignore' });
+    children.push(child);
+    await waitFor(
+      'leadership',
+      async () => (await (await fetch(`http://${address}/readyz`)).text()).trim() === 'leading',
+    );
+    return child;
+  }
+
+  it('let a group drain for as long as it may, also where a clock is set and the other takes over', async () => {
+    const directory = await mkdtemp(join(tmpdir(), 'mimo-clocks-'));
+    const behind = createTestClock(directory, 'behind', -5 * minuteMs);
+    const first = await lead(behind);
+    const dispatcher = stage.startDispatcher('model-late');
+    await createService('late', { scaling: { min: 2, max: 2 }, drainSeconds: 120 });
+    await waitForReady('late', 2);
+    const inFlight = Object.fromEntries(groupsOf('late').map((group) => [group, 5_000]));
+    dispatcher.load = { waitingRequests: 0, waitingTokens: 0, inFlight };
+    await patchService('late', { scaling: { min: 1, max: 1 } });
+    await waitFor('a group to be marked', () => dispatcher.marks.size === 1);
+    const pods = groupPodsOf('late').map(({ metadata }) => metadata.uid);
+
+    await behind.set(5 * minuteMs, [first.pid ?? 0]);
+    // Some rounds.
+    await pause(5_000, never);
+    expect(groupPodsOf('late').map(({ metadata }) => metadata.uid)).toEqual(pods);
+    first.kill('SIGKILL');
+    await lead(createTestClock(directory, 'ahead', 10 * minuteMs));
+    await pause(5_000, never);
+    expect(groupPodsOf('late').map(({ metadata }) => metadata.uid)).toEqual(pods);
+    // What it writes is by the API server's clock, which is this machine's.
+    const { status } = await readService('late');
+    for (const { type, lastTransitionTime } of status?.conditions ?? []) {
+      expect([type, Math.abs(Date.parse(lastTransitionTime) - Date.now()) < 4 * minuteMs]).toEqual([
+        type,
+        true,
+      ]);
+    }
+
+    dispatcher.load = { waitingRequests: 0, waitingTokens: 0, inFlight: {} };
+    await waitForReady('late', 1);
+    await deleteService('late');
+    await rm(directory, { recursive: true });
   });
 });
