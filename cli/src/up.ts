@@ -16,7 +16,7 @@ import { shardDirectoryIn } from '@mimo/worker/shards';
 import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
 import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
 import { Connection } from './connection.ts';
-import { note, styled } from './terminal.ts';
+import { note, printable, styled } from './terminal.ts';
 
 const defaultModel = resolve(import.meta.dirname, '../../models/mimo-demo');
 const defaultPort = 50_051;
@@ -55,6 +55,8 @@ function count(name: string, value: string, max: number): number {
 }
 
 interface UpOptions {
+  /** As the user gave it. */
+  readonly model: string;
   readonly modelDirectory: string;
   readonly modelName: string;
   readonly precision: (typeof precisions)[number];
@@ -80,6 +82,7 @@ function parseUpOptions(argv: readonly string[]): UpOptions {
   });
   const modelDirectory = resolve(values.model);
   return {
+    model: values.model,
     modelDirectory,
     modelName: basename(modelDirectory),
     precision: choice('precision', precisions, values.precision),
@@ -96,9 +99,13 @@ export async function runUp(argv: readonly string[], signal: AbortSignal): Promi
   const options = parseUpOptions(argv);
   const begin = performance.now();
   await access(join(options.modelDirectory, 'config.json')).catch((error: unknown) => {
-    const text = `--model ${options.modelDirectory} holds no config.json`;
+    const text = `--model ${options.model} holds no config.json: give the directory of a MiMo checkpoint`;
     throw new ClusterError('not_found', text, { cause: error });
   });
+  if (options.modelName === '') {
+    const text = `--model ${options.model} gives the model no name: give a directory with one`;
+    throw new ClusterError('invalid_argument', text);
+  }
   const cacheDirectory = cacheDirectoryFrom(process.env);
   const [natsServerBinary, shardDirectory] = await Promise.all([
     findNatsServer({ cacheDirectory, signal, onProgress: note }),
@@ -120,11 +127,13 @@ export async function runUp(argv: readonly string[], signal: AbortSignal): Promi
     workerEnv: { MIMO_WORKER_RUNTIME: options.runtime, MIMO_WORKER_THREADS: String(options.threads) },
     onEvent: note,
   });
+  const over = new AbortController();
   try {
-    await Promise.race([waitUntilReady(cluster, options, signal), cluster.givenUp]);
+    const until = AbortSignal.any([signal, over.signal]);
+    await Promise.race([waitUntilReady(cluster, options, until), cluster.givenUp]);
     announce({ options, cluster, dataDirectory, elapsedMs: performance.now() - begin });
     const { promise: forever } = Promise.withResolvers<never>();
-    await Promise.race([beforeAbort(forever, signal), cluster.givenUp]);
+    await Promise.race([beforeAbort(forever, until), cluster.givenUp]);
     return 0;
   } catch (error) {
     if (signal.aborted) {
@@ -133,6 +142,8 @@ export async function runUp(argv: readonly string[], signal: AbortSignal): Promi
     }
     throw error;
   } finally {
+    // What still waits for a cluster that was given up would keep this process alive.
+    over.abort();
     await cluster.close();
   }
 }
@@ -191,7 +202,7 @@ function announce({ options, cluster, dataDirectory, elapsedMs }: Announcement):
   note(
     [
       `${styled('green', 'ready')} in ${(elapsedMs / 1000).toFixed(1)} s`,
-      `  model    ${modelName}, ${precision}, ${groups} group${groups === 1 ? '' : 's'} of ${tensorParallel}`,
+      `  model    ${printable(modelName)}, ${precision}, ${groups} group${groups === 1 ? '' : 's'} of ${tensorParallel}`,
       `  gRPC     ${cluster.gatewayAddress}  (reflection and health on)`,
       `  queue    ${cluster.natsUrl ?? `in the gateway's memory, for want of a nats-server: requests do not survive it`}`,
       `  logs     ${join(dataDirectory, 'logs')}`,

@@ -3,7 +3,7 @@
 
 import { printableConfig } from '@mimo/core/config';
 import { ClusterError } from '@mimo/core/errors';
-import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
 import { createLog, logCrashes } from '@mimo/core/log';
 
 import { controllerSettings, parseControllerConfig } from './config.ts';
@@ -27,6 +27,7 @@ try {
     void lifecycle.stop('the controller ended').then(() => process.exit(1));
   });
 } catch (error) {
-  process.stderr.write(`controller: ${ClusterError.from(error).message}\n`);
-  process.exit(1);
+  const known = ClusterError.from(error);
+  process.stderr.write(`controller: ${known.message}\n`);
+  process.exit(exitCodeOf(known));
 }

@@ -1,3 +1,4 @@
+import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import {
@@ -7,6 +8,7 @@ import {
   durationSetting,
   integerSetting,
   listSetting,
+  mapSetting,
   parseConfig,
   natsServersSetting,
   printableConfig,
@@ -137,6 +139,16 @@ describe('settings', () => {
     [addressSetting('X'), '[::1]:0', '[::1]:0'],
     [addressSetting('X', ''), '', ''],
     [listSetting('X'), 'a, b', ['a', 'b']],
+    [mapSetting('X', ''), '', new Map()],
+    [
+      mapSetting('X'),
+      'a=/x, b=y=z',
+      new Map([
+        ['a', '/x'],
+        ['b', 'y=z'],
+      ]),
+    ],
+    [mapSetting('X'), '{"a,b":"/c=d"}', new Map([['a,b', '/c=d']])],
     [textSetting('X'), 'any text', 'any text'],
   ];
   it.each(cases)('%o reads %s', (setting, text, value) => {
@@ -155,8 +167,25 @@ describe('settings', () => {
     [addressSetting('X'), ''],
     [addressSetting('X'), '::1:80'],
     [listSetting('X'), 'a,,b'],
+    [mapSetting('X'), 'a=/x,b'],
+    [mapSetting('X'), 'a=/x,a=/y'],
+    [mapSetting('X'), '=/x'],
+    [mapSetting('X'), 'a='],
+    [mapSetting('X'), '{"a":1}'],
+    [mapSetting('X'), '{"a":"/x"'],
+    [mapSetting('X'), '{"":"/x"}'],
   ];
   it.each(bad)('%o refuses %s', (setting, text) => {
     expect(() => setting.parse(text)).toThrow(/^(must be|one of)/);
+  });
+
+  it('reads a map of any names and texts from JSON', () => {
+    const some = fc.string({ unit: 'binary', minLength: 1 });
+    fc.assert(
+      fc.property(fc.dictionary(some, some), (texts) => {
+        const map = mapSetting('X').parse(JSON.stringify(texts));
+        expect([...map]).toEqual(Object.entries(texts));
+      }),
+    );
   });
 });

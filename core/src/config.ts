@@ -90,6 +90,9 @@ function printable(value: unknown, setting: Setting<unknown> | undefined): unkno
   if (setting?.secret === true && value !== '') {
     return '***';
   }
+  if (value instanceof Map) {
+    return Object.fromEntries(value);
+  }
   const { redact } = setting ?? {};
   return redact !== undefined && Array.isArray(value) ? value.map((entry) => redact(String(entry))) : value;
 }
@@ -216,6 +219,46 @@ export function listSetting(variable: string, fallback?: string): Setting<readon
     }
     return Object.freeze(entries);
   });
+}
+
+/**
+ * Names with a text each: `name=text` between commas, or a JSON object, which may hold any name and any text. An empty text
+ * is an empty map; a name may come once.
+ */
+export function mapSetting(variable: string, fallback?: string): Setting<ReadonlyMap<string, string>> {
+  return createSetting(variable, fallback, (text) => {
+    const pairs = text.startsWith('{') ? pairsOfJson(text) : pairsOfList(text);
+    const map = new Map(pairs);
+    if (pairs === undefined || map.size < pairs.length || map.has('')) {
+      throw expected(
+        'name=text between commas, or a JSON object of texts where they hold commas; each name once',
+      );
+    }
+    return map;
+  });
+}
+
+type Pair = readonly [string, string];
+
+function pairsOfList(text: string): readonly Pair[] | undefined {
+  const entries = text === '' ? [] : text.split(',').map((entry) => entry.trim());
+  return entries.every((entry) => /^[^=]+=./s.test(entry))
+    ? entries.map((entry) => {
+        const equals = entry.indexOf('=');
+        return [entry.slice(0, equals), entry.slice(equals + 1)];
+      })
+    : undefined;
+}
+
+function pairsOfJson(text: string): readonly Pair[] | undefined {
+  try {
+    const pairs = Object.entries<unknown>(JSON.parse(text));
+    return pairs.every((pair): pair is [string, string] => typeof pair[1] === 'string' && pair[1] !== '')
+      ? pairs
+      : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 /** NATS servers between commas, as `nats-connect.ts` reads them; a user and password in them are printed as ***. */

@@ -7,6 +7,16 @@ import type { Log } from './log.ts';
 
 export type LifecycleState = 'starting' | 'ready' | 'draining' | 'closed';
 
+/** sysexits' EX_CONFIG: what this process was started with cannot work, and starting it again so is of no use. */
+export const unusableExitCode = 78;
+
+const unusableCodes = new Set(['invalid_argument', 'failed_precondition', 'not_found', 'permission_denied']);
+
+/** The exit code of a process that could not start: whoever supervises it need not try again where it is 78. */
+export function exitCodeOf({ code }: ClusterError): number {
+  return unusableCodes.has(code) ? unusableExitCode : 1;
+}
+
 type Step = { readonly name: string; readonly run: (signal: AbortSignal) => Promise<void> | void };
 
 /** Each close step may take this long, so that one that hangs does not keep the others from closing. */

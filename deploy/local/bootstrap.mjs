@@ -13,11 +13,14 @@ import { fileURLToPath } from 'node:url';
 
 const minNodeMajor = 26;
 const lockPollMs = 200;
+const parentPollMs = 250;
+const endingSignals = ['SIGINT', 'SIGTERM', 'SIGHUP'];
 /** A lock without an owner's id is of a process that died between two system calls; nothing takes this long there. */
 const ownerlessLockMs = 5_000;
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const modules = join(root, 'node_modules');
+const parent = process.ppid;
 
 function readJson(path) {
   try {
@@ -84,6 +87,30 @@ async function withLock(action) {
   }
 }
 
+/**
+ * Hands on to a child every signal that ends this process, and ends it where the npm that started this process is gone: npm
+ * tells of SIGINT and SIGTERM only. Nothing that an operating system in general has says so, hence the look at the
+ * parent's id. Returns the way out.
+ */
+function handOnTo(child) {
+  const handOn = (signal) => child.kill(signal);
+  for (const signal of endingSignals) {
+    process.on(signal, handOn);
+  }
+  const watch = setInterval(() => {
+    if (process.env.npm_execpath !== undefined && process.ppid !== parent) {
+      clearInterval(watch);
+      child.kill('SIGTERM');
+    }
+  }, parentPollMs).unref();
+  return () => {
+    clearInterval(watch);
+    for (const signal of endingSignals) {
+      process.off(signal, handOn);
+    }
+  };
+}
+
 /** Runs `npm ci`; its output is shown only where it fails, since it is long and npm warns about this very Node. */
 async function install() {
   const begin = Date.now();
@@ -94,6 +121,7 @@ async function install() {
   const [program, args] =
     npm !== undefined && basename(npm).startsWith('npm') ? [process.execPath, [npm, 'ci']] : ['npm', ['ci']];
   const child = spawn(program, args, { cwd: root, stdio: ['ignore', 'pipe', 'pipe'] });
+  const letGo = handOnTo(child);
   const output = [];
   child.stdout.on('data', (chunk) => output.push(chunk));
   child.stderr.on('data', (chunk) => output.push(chunk));
@@ -106,6 +134,7 @@ async function install() {
     });
     child.once('close', (exitCode) => settle(exitCode ?? 1));
   });
+  letGo();
   if (code !== 0) {
     process.stderr.write(Buffer.concat(output));
     throw new Error(`npm ci failed with exit code ${code}`);
@@ -140,24 +169,18 @@ function runScript(node, args) {
   };
   // The channel is how SCRIPT notices that this process was killed outright; it carries no messages.
   const child = spawn(node, args, { env, stdio: ['inherit', 'inherit', 'inherit', 'ipc'] });
-  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'];
-  const handOn = (signal) => child.kill(signal);
-  for (const signal of signals) {
-    process.on(signal, handOn);
-  }
+  const letGo = handOnTo(child);
   child.once('error', (error) => {
     process.stderr.write(`mimo: ${node} cannot be started: ${error.message}\n`);
     process.exitCode = 1;
   });
   child.once('exit', (code, signal) => {
+    letGo();
     if (signal === null) {
       process.exitCode = code ?? 1;
-      return;
+    } else {
+      process.kill(process.pid, signal);
     }
-    for (const name of signals) {
-      process.off(name, handOn);
-    }
-    process.kill(process.pid, signal);
   });
 }
 

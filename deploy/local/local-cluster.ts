@@ -212,7 +212,7 @@ async function startGateway(shared: SharedParts): Promise<Supervisor> {
         env: {
           ...process.env,
           MIMO_GATEWAY_LISTEN: gatewayAddress,
-          MIMO_GATEWAY_MODELS: `${options.modelName}=${options.modelDirectory}`,
+          MIMO_GATEWAY_MODELS: JSON.stringify({ [options.modelName]: options.modelDirectory }),
           MIMO_GATEWAY_GRACE: '2s',
           ...(natsUrl === undefined
             ? { MIMO_GATEWAY_WORKERS: leaderAddresses.join(',') }

@@ -1,13 +1,13 @@
 // A real nats-server for this machine: found on the PATH or in the cache, else built once from its Go module into the
 // cache, outside the checkout; and its start on loopback with JetStream. Knows nothing of what is kept in it.
 
-import { execFile, spawn } from 'node:child_process';
+import { execFile } from 'node:child_process';
 import { access, mkdir, mkdtemp, readdir, readFile, rename, rm } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 
-import { pause } from '@mimo/core/abort';
+import { beforeAbort, pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import { withFileLock } from '@mimo/core/file-lock';
 
@@ -19,6 +19,8 @@ export const natsServerVersion = '2.15.1';
 const minVersion = [2, 10] as const;
 const startTimeoutMs = 30_000;
 const startPollMs = 10;
+/** Go ends the compilers that it runs. */
+const buildGraceMs = 2_000;
 
 /** Where things are kept that can be made again: $MIMO_CACHE_DIR, else $XDG_CACHE_HOME/mimo-cluster, else ~/.cache. */
 export function cacheDirectoryFrom(env: NodeJS.ProcessEnv): string {
@@ -56,22 +58,19 @@ async function build(target: string, options: FindOptions): Promise<boolean> {
   const begin = performance.now();
   try {
     options.onProgress(`building nats-server ${natsServerVersion} from its Go module, once, about a minute`);
-    const go = spawn('go', ['install', `github.com/nats-io/nats-server/v2@v${natsServerVersion}`], {
+    const go = await startChild({
+      name: 'go',
+      command: ['go', 'install', `github.com/nats-io/nats-server/v2@v${natsServerVersion}`],
       env: { ...(options.env ?? process.env), GOBIN: directory, CGO_ENABLED: '0' },
-      stdio: ['ignore', 'ignore', 'pipe'],
-      signal: options.signal,
+      logFile: join(directory, 'build.log'),
     });
-    let errors = '';
-    go.stderr.on('data', (chunk: Buffer) => {
-      errors = (errors + chunk.toString()).slice(-1_000);
+    // Whoever stops waiting stops the building, which else would go on by itself.
+    const end = await beforeAbort(go.exited, options.signal).catch(async (error: unknown) => {
+      await go.stop(buildGraceMs);
+      throw error;
     });
-    const failure = await new Promise<string | undefined>((resolve) => {
-      go.once('error', (error) => resolve(error.message));
-      go.once('close', (code) => resolve(code === 0 ? undefined : errors.trim()));
-    });
-    options.signal.throwIfAborted();
-    if (failure !== undefined) {
-      options.onProgress(`nats-server cannot be built here: ${failure}`);
+    if (end.code !== 0) {
+      options.onProgress(`nats-server cannot be built here: ${go.logTail().trim()}`);
       return false;
     }
     await rename(join(directory, 'nats-server'), target);

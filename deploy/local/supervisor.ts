@@ -1,8 +1,10 @@
 // Keeps a set of child processes running that live and die together: one goes, the others are taken down, and all are
-// started again after a pause that grows. Owns that rule and nothing else; does not know what the processes are.
+// started again after a pause that grows; unless one says that it cannot start with what it was given. Owns that rule and
+// nothing else; does not know what the processes are.
 
 import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
+import { unusableExitCode } from '@mimo/core/lifecycle';
 
 import type { Child } from './child-process.ts';
 
@@ -86,6 +88,14 @@ export class Supervisor {
         return;
       }
       await Promise.all(this.#children.map((child) => child.stop(lossGraceMs)));
+      const exits = await Promise.all(
+        this.#children.map(async (child) => ({ child, exit: await child.exited })),
+      );
+      const unusable = exits.find(({ exit }) => exit.code === unusableExitCode);
+      if (unusable !== undefined) {
+        const text = `${name} cannot start:\n${lastWords(unusable.child.logTail())}`;
+        throw new ClusterError('failed_precondition', text);
+      }
       const isGood = performance.now() - begin >= goodLifeMs || lost.exit.code === 0;
       badLives = isGood ? 0 : badLives + 1;
       pauseMs = isGood ? minPauseMs : Math.min(pauseMs * 2, maxPauseMs);
@@ -100,4 +110,11 @@ export class Supervisor {
       }
     }
   }
+}
+
+/** What a process wrote for people after its last log line. */
+function lastWords(log: string): string {
+  const lines = log.trimEnd().split('\n');
+  const words = lines.slice(lines.findLastIndex((line) => line.startsWith('{')) + 1);
+  return words.length === 0 ? log : words.join('\n');
 }

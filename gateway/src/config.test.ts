@@ -8,7 +8,7 @@ describe('parseGatewayConfig', () => {
   it('takes models and a queue, and fills in the rest', () => {
     expect(parseGatewayConfig(enough)).toMatchObject({
       listenAddress: '0.0.0.0:50051',
-      models: ['mimo=/models/mimo'],
+      models: new Map([['mimo', '/models/mimo']]),
       natsUrls: ['nats://127.0.0.1:4222'],
       maxWaitMs: 600_000,
       maxReceiveBytes: 16 * 2 ** 20,
@@ -16,12 +16,15 @@ describe('parseGatewayConfig', () => {
   });
 
   it('needs no models where a catalogue brings them', () => {
-    expect(parseGatewayConfig({ MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' }).models).toEqual([]);
+    expect(parseGatewayConfig({ MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' }).models.size).toBe(0);
   });
 
   it.each([
     [{ MIMO_GATEWAY_WORKERS: '127.0.0.1:1' }, /MIMO_GATEWAY_MODELS must name at least one model/],
-    [{ ...enough, MIMO_GATEWAY_MODELS: 'mimo' }, /must hold name=directory, not "mimo"/],
+    [
+      { ...enough, MIMO_GATEWAY_MODELS: 'mimo' },
+      /MIMO_GATEWAY_MODELS must be name=text between commas, or a JSON object .*, not "mimo"/,
+    ],
     [{ ...enough, MIMO_GATEWAY_NATS: '' }, /MIMO_GATEWAY_WORKERS must name at least one worker/],
     [{ ...enough, MIMO_GATEWAY_WORKERS: '127.0.0.1:1' }, /it must be empty/],
     [{ ...enough, MIMO_GATEWAY_TYPO: '1' }, /MIMO_GATEWAY_TYPO is not a setting/],

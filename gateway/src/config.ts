@@ -8,6 +8,7 @@ import {
   durationSetting,
   integerSetting,
   listSetting,
+  mapSetting,
   natsServersSetting,
   parseConfig,
   sizeSetting,
@@ -24,8 +25,11 @@ export const gatewaySettings = {
   /** Where Prometheus reads; empty serves no page. */
   metricsListenAddress: addressSetting('MIMO_GATEWAY_METRICS_LISTEN', ''),
   logLevel: choiceSetting('MIMO_GATEWAY_LOG_LEVEL', logLevels, 'info'),
-  /** `name=directory` of models beside the catalogue's; the directory holds config.json and the tokenizer's files. */
-  models: listSetting('MIMO_GATEWAY_MODELS', ''),
+  /**
+   * Models beside the catalogue's, `name=directory` between commas or `{"name": "directory"}`; the directory holds
+   * config.json and the tokenizer's files.
+   */
+  models: mapSetting('MIMO_GATEWAY_MODELS', ''),
   /** Where the files of the catalogue's models are kept while they are served; empty: the system's temporary directory. */
   modelsDirectory: textSetting('MIMO_GATEWAY_MODELS_DIRECTORY', ''),
   /** Comma-separated. Empty: the queue is kept in memory, which is not durable, and `workers` must be given. */
@@ -83,10 +87,7 @@ export function parseGatewayConfig(env: Environment): GatewayConfig {
       prefix: 'MIMO_GATEWAY_',
       settings: gatewaySettings,
       check: (config) => [
-        ...config.models.flatMap((entry) =>
-          /^[^=]+=.+$/.test(entry) ? [] : [`MIMO_GATEWAY_MODELS must hold name=directory, not "${entry}"`],
-        ),
-        ...(config.models.length === 0 && config.natsUrls.length === 0
+        ...(config.models.size === 0 && config.natsUrls.length === 0
           ? [
               'MIMO_GATEWAY_MODELS must name at least one model where there is no catalogue, for want of MIMO_GATEWAY_NATS',
             ]

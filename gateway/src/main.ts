@@ -4,7 +4,7 @@
 import { printableConfig } from '@mimo/core/config';
 import { ClusterError } from '@mimo/core/errors';
 import { reportGrpcTo } from '@mimo/core/grpc-log';
-import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
 import { createLog, logCrashes } from '@mimo/core/log';
 
 import { gatewaySettings, parseGatewayConfig } from './config.ts';
@@ -23,6 +23,7 @@ try {
   lifecycle.onClose('gateway', () => gateway.close());
   lifecycle.ready();
 } catch (error) {
-  process.stderr.write(`gateway: ${ClusterError.from(error).message}\n`);
-  process.exit(1);
+  const known = ClusterError.from(error);
+  process.stderr.write(`gateway: ${known.message}\n`);
+  process.exit(exitCodeOf(known));
 }

@@ -31,14 +31,9 @@ const checkpointSchema = z.object({
   num_nextn_predict_layers: z.int().nonnegative().default(0),
 });
 
-/** Loads the models of `name=directory` entries; fails where a directory holds no usable checkpoint, naming it. */
-export function loadModels(entries: readonly string[]): Promise<readonly ServedModel[]> {
-  return Promise.all(
-    entries.map((entry) => {
-      const equals = entry.indexOf('=');
-      return loadModel(entry.slice(0, equals), entry.slice(equals + 1), '');
-    }),
-  );
+/** Loads models from their directories; fails where a directory holds no usable checkpoint, naming it. */
+export function loadModels(directories: ReadonlyMap<string, string>): Promise<readonly ServedModel[]> {
+  return Promise.all([...directories].map(([name, directory]) => loadModel(name, directory, '')));
 }
 
 /**
@@ -58,7 +53,10 @@ export async function loadModel(name: string, directory: string, identity: strin
       cause: error,
     });
   }
-  const encoder = await loadPromptEncoder(directory);
+  const encoder = await loadPromptEncoder(directory).catch((error: unknown) => {
+    const { code, message } = ClusterError.from(error);
+    throw new ClusterError(code, `model ${name}: ${directory}: ${message}`, { cause: error });
+  });
   return {
     name,
     identity,

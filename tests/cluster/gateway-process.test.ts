@@ -77,21 +77,21 @@ describe('the gateway process', () => {
     expect(gateway.lines.join('\n')).not.toContain('said again');
   });
 
-  it('says all that is wrong with its environment, and exits with 1', async () => {
+  it('says all that is wrong with its environment, and exits with 78', async () => {
     const gateway = run({
       MIMO_GATEWAY_LISTEN: 'here',
       MIMO_GATEWAY_NATS: 'nats://127.0.0.1:1',
       MIMO_GATEWAY_TYP0: '1',
     });
-    expect(await gateway.exited).toEqual([1, null]);
+    expect(await gateway.exited).toEqual([78, null]);
     const said = gateway.lines.join('\n');
     expect(said).toContain('MIMO_GATEWAY_LISTEN must be host:port');
     expect(said).toContain('MIMO_GATEWAY_TYP0 is not a setting');
   });
 
-  it('says which model directory it cannot use, and exits with 1', async () => {
+  it('says which model directory it cannot use, and exits with 78', async () => {
     const gateway = run({ MIMO_GATEWAY_MODELS: 'm=/nowhere', MIMO_GATEWAY_NATS: 'nats://127.0.0.1:1' });
-    expect(await gateway.exited).toEqual([1, null]);
+    expect(await gateway.exited).toEqual([78, null]);
     expect(gateway.lines.join('\n')).toContain('model m: /nowhere/config.json cannot be read');
   });
 });

@@ -127,6 +127,15 @@ describe('Supervisor', () => {
     expect(after.map(isAlive)).toEqual([false, false]);
   });
 
+  it('gives up at once what says that it cannot start with what it was given', async () => {
+    const events: string[] = [];
+    const source = `console.log('{"msg":"starting"}'); console.error('no such model: x'); process.exit(78)`;
+    const pair = await supervise(source, events);
+    await expect(pair.givenUp).rejects.toThrow(/^pair cannot start:\nno such model: x$/);
+    expect(events).toEqual([]);
+    await pair.stop();
+  });
+
   it('gives up what never stays up, with the end of its log', async () => {
     const events: string[] = [];
     const pair = await supervise('console.error("no model"); process.exit(4)', events);

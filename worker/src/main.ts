@@ -1,10 +1,10 @@
 // The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Owns the exit code: 0 after
-// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost. `prepare` as
-// an argument runs prepare.ts instead, in the same environment.
+// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost, 78 where it
+// cannot start with what it was given. `prepare` as an argument runs prepare.ts instead, in the same environment.
 
 import { ClusterError } from '@mimo/core/errors';
 import { reportGrpcTo } from '@mimo/core/grpc-log';
-import { Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
 import { createLog, logCrashes } from '@mimo/core/log';
 
 import { parseWorkerConfig } from './config.ts';
@@ -24,7 +24,7 @@ async function run(): Promise<void> {
   reportGrpcTo(log);
   const lifecycle = new Lifecycle({ log, graceMs: config.drainGraceMs });
   stopOnSignals(lifecycle);
-  const exitWith = async (error: ClusterError, message: string): Promise<void> => {
+  const exitWith = async (error: ClusterError, message: string, exitCode = 1): Promise<void> => {
     if (lifecycle.draining.aborted) {
       // Its end was asked for; whoever asked waits for the exit that follows.
       return;
@@ -32,7 +32,11 @@ async function run(): Promise<void> {
     const isInOrder = error.code === 'canceled';
     log[isInOrder ? 'info' : 'error']({ error }, isInOrder ? 'the group ends' : message);
     await lifecycle.stop(message);
-    process.exit(isInOrder ? 0 : 1);
+    if (!isInOrder) {
+      // The last line that a supervisor, or Kubernetes, shows.
+      process.stderr.write(`worker: ${message}: ${error.message}\n`);
+    }
+    process.exit(isInOrder ? 0 : exitCode);
   };
   try {
     const start = config.rank === 0 ? startLeader : startFollower;
@@ -45,7 +49,8 @@ async function run(): Promise<void> {
     });
     await exitWith(await lost, 'the group was lost');
   } catch (error) {
-    await exitWith(ClusterError.from(error), 'the rank could not start');
+    const known = ClusterError.from(error);
+    await exitWith(known, 'the rank could not start', exitCodeOf(known));
   }
 }
 
@@ -68,6 +73,7 @@ try {
   }
   await run();
 } catch (error) {
-  console.error(ClusterError.from(error).message);
-  process.exitCode = 2;
+  const known = ClusterError.from(error);
+  process.stderr.write(`worker: ${known.message}\n`);
+  process.exitCode = exitCodeOf(known);
 }

@@ -13,6 +13,8 @@ import { compile } from './model/compile.ts';
 import type { Precision } from './model/shard.ts';
 
 const logProgressMs = 5_000;
+/** Of a checkpoint's name; a file's name has at most 255 bytes, and a character up to four. */
+const readableCharacters = 48;
 
 /** Which compiled shards are meant. */
 export interface ShardSet {
@@ -32,7 +34,7 @@ export async function shardDirectoryIn(set: ShardSet): Promise<string> {
   return join(
     set.cacheDirectory,
     'shards',
-    `${basename(path)}-${id}-${set.precision}-tp${set.tensorParallel}`,
+    `${basename(path).slice(0, readableCharacters)}-${id}-${set.precision}-tp${set.tensorParallel}`,
   );
 }
 
