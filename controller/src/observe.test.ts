@@ -212,6 +212,7 @@ describe('observeLoads', () => {
     waitingFor: [],
     waitingRequests: 0,
     runningRequests: 0,
+    parkedRequests: 0,
     waitingTokens: 0,
     inFlightTokens: 0,
     oldestWaitingMs: 0,

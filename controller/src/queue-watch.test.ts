@@ -16,6 +16,7 @@ function stateWith(fields: Partial<QueueState>): QueueState {
     dispatcherEpoch: 1,
     waitingRequests: 0,
     runningRequests: 0,
+    parkedRequests: 0,
     waitingTokens: 0,
     inFlightTokens: 0,
     oldestWaitingMs: 0,

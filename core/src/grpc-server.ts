@@ -2,8 +2,9 @@
 // back-pressure; strict UTF-8. Handlers are written as async functions that throw ClusterErrors; the status and its
 // details are made here.
 
+import { EventEmitter } from 'node:events';
 import { readFileSync } from 'node:fs';
-import type { Http2Server, ServerOptions } from 'node:http2';
+import { constants, type Http2Server, type Http2Stream, type ServerOptions } from 'node:http2';
 
 import { BinaryReader } from '@bufbuild/protobuf/wire';
 import * as grpc from '@grpc/grpc-js';
@@ -218,14 +219,12 @@ export function signalOf(call: CancellableCall): AbortSignal {
 }
 
 interface WritableCall<Response> {
-  write(message: Response): boolean;
-  once(event: 'drain', listener: () => void): unknown;
-  off(event: 'drain', listener: () => void): unknown;
+  write(message: Response, taken: () => void): unknown;
 }
 
 /**
- * Writes a message and, where the peer reads slower than that, waits until it has caught up. Rejects with the signal's
- * reason where that fires first.
+ * Writes a message and waits until the transport has taken it: a peer whose window is closed keeps this waiting, from the
+ * first byte. Rejects with the signal's reason where that fires first.
  */
 export async function writeBounded<Response>(
   call: WritableCall<Response>,
@@ -233,15 +232,33 @@ export async function writeBounded<Response>(
   signal: AbortSignal,
 ): Promise<void> {
   signal.throwIfAborted();
-  if (!call.write(message)) {
-    const { promise: drained, resolve } = Promise.withResolvers<void>();
-    call.once('drain', resolve);
-    try {
-      await beforeAbort(drained, signal);
-    } finally {
-      call.off('drain', resolve);
-    }
+  const { promise: taken, resolve } = Promise.withResolvers<void>();
+  call.write(message, resolve);
+  await beforeAbort(taken, signal);
+}
+
+/** A peer has this long to take the status of a call that failed; then its stream is reset, with all that waits in it. */
+const statusTimeoutMs = 5_000;
+
+/** Sees to it that a stream ends, whether its peer reads or not. */
+function endUnread(call: object): void {
+  const inner: unknown = Reflect.get(call, 'call');
+  const stream: unknown =
+    typeof inner === 'object' && inner !== null ? Reflect.get(inner, 'stream') : undefined;
+  if (!isHttp2Stream(stream)) {
+    throw new ClusterError(
+      'internal',
+      'this grpc-js does not keep the http2 stream of a call in call.call.stream',
+    );
   }
+  if (!stream.closed) {
+    const timer = setTimeout(() => stream.close(constants.NGHTTP2_ENHANCE_YOUR_CALM), statusTimeoutMs);
+    stream.once('close', () => clearTimeout(timer));
+  }
+}
+
+function isHttp2Stream(value: unknown): value is Http2Stream {
+  return value instanceof EventEmitter && 'rstCode' in value;
 }
 
 /** A request that is no valid message of its type; `unaryHandler` and `streamHandler` refuse it. */
@@ -340,7 +357,10 @@ export function streamHandler<Request, Response>(
     };
     answer().then(
       () => call.end(),
-      (error: unknown) => call.emit('error', statusFromError(error)),
+      (error: unknown) => {
+        call.emit('error', statusFromError(error));
+        endUnread(call);
+      },
     );
   };
 }

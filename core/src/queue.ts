@@ -71,6 +71,8 @@ export interface QueueState {
   readonly dispatcherEpoch: number;
   readonly waitingRequests: number;
   readonly runningRequests: number;
+  /** Requests whose clients take nothing at present: they need no group. */
+  readonly parkedRequests: number;
   readonly waitingTokens: number;
   readonly inFlightTokens: number;
   readonly oldestWaitingMs: number;

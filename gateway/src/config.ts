@@ -48,6 +48,8 @@ export const gatewaySettings = {
   keysFileOptional: booleanSetting('MIMO_GATEWAY_KEYS_FILE_OPTIONAL', false),
   /** How long a request waits for a group that takes it, where its own deadline is not sooner; covers a cold start. */
   maxWaitMs: durationSetting('MIMO_GATEWAY_MAX_WAIT', '10m'),
+  /** A client that takes nothing of its stream for this long loses it; proxies use the same. */
+  clientStallMs: durationSetting('MIMO_GATEWAY_CLIENT_STALL', '60s'),
   /** How long a stopping gateway lets its streams run; below Kubernetes' own 30 s. */
   graceMs: durationSetting('MIMO_GATEWAY_GRACE', '25s'),
   /** One incoming message; a prompt of a million token ids is about 3 MB. */

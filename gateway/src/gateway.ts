@@ -97,7 +97,15 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir()).catch(leave);
   const groups = new Groups();
   const sessions = new Sessions(gatewayId, log);
-  const requests = new Requests({ queue, sessions, groups, maxWaitMs: config.maxWaitMs, metrics, log });
+  const requests = new Requests({
+    queue,
+    sessions,
+    groups,
+    maxWaitMs: config.maxWaitMs,
+    clientStallMs: config.clientStallMs,
+    metrics,
+    log,
+  });
   const resigning = new AbortController();
   const stopping = new AbortController();
   const closing = new AbortController();

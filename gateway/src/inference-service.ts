@@ -155,7 +155,7 @@ async function complete(
     throw new ClusterError('unavailable', 'this gateway is stopping', { detail: { retryAfterMs: 500 } });
   }
   const { requests } = parts.requests.counts();
-  if (requests >= parts.maxRequests) {
+  if (requests >= parts.maxRequests && !parts.requests.makeRoom()) {
     const text = `this gateway holds ${requests} requests; the limit is ${parts.maxRequests}`;
     throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
   }
@@ -191,10 +191,9 @@ async function complete(
       promptTokens: promptTokenIds.length,
       seed: sampling?.seed ?? 0,
     };
-    await write({ $case: 'started', value: started });
     const labels = { model: model.name };
     let lastWriteMs: number | undefined;
-    await relay.deliver(async (event) => {
+    await relay.deliver(started, async (event) => {
       await write(event);
       if (event.$case === 'delta' && event.value.tokenIds.length > 0) {
         const nowMs = performance.now();

@@ -10,6 +10,7 @@ function stateOf(model: string, ageMs: number): ReceivedState {
     dispatcherEpoch: 1,
     waitingRequests: 3,
     runningRequests: 2,
+    parkedRequests: 0,
     waitingTokens: 300,
     inFlightTokens: 200,
     oldestWaitingMs: 1_500,
@@ -37,6 +38,7 @@ it('shows the queues of models whose dispatcher is heard of, and nothing for the
     expect(values).toEqual([
       ['queue_depth_requests', 'waiting', 3],
       ['queue_depth_requests', 'running', 2],
+      ['queue_depth_requests', 'parked', 0],
       ['queue_backlog_tokens', 'waiting', 300],
       ['queue_backlog_tokens', 'running', 200],
       ['queue_oldest_waiting_seconds', undefined, 1.5],

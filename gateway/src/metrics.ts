@@ -15,6 +15,8 @@ export interface GatewayMetrics {
   readonly completionTokens: (labels: { readonly model: string }, count: number) => void;
   readonly requeues: (labels: { readonly model: string }) => void;
   readonly moves: (labels: { readonly model: string; readonly cause: 'broken' | 'handed over' }) => void;
+  readonly stalls: (labels: { readonly model: string }) => void;
+  readonly parks: (labels: { readonly model: string }) => void;
   readonly orphans: (labels: { readonly model: string }) => void;
 }
 
@@ -39,6 +41,14 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
     moves: metrics.counter(
       'gateway_moves_total',
       'Streams with tokens delivered that went back to waiting for a group, by what happened to theirs',
+    ),
+    stalls: metrics.counter(
+      'gateway_stalled_streams_total',
+      'Streams that were ended because their client took nothing',
+    ),
+    parks: metrics.counter(
+      'gateway_parks_total',
+      'Streams that gave up their place in a group because their client was behind',
     ),
     orphans: metrics.counter(
       'queue_orphaned_requests_total',
@@ -73,6 +83,7 @@ export function observeQueues(metrics: Metrics, states: () => Iterable<ReceivedS
   gauge('queue_depth_requests', 'Requests recorded and not ended, by the dispatcher', (state) => [
     [state.waitingRequests, { state: 'waiting' }],
     [state.runningRequests, { state: 'running' }],
+    [state.parkedRequests, { state: 'parked' }],
   ]);
   gauge('queue_backlog_tokens', 'The same in tokens: prompt plus permitted completion', (state) => [
     [state.waitingTokens, { state: 'waiting' }],

@@ -6,7 +6,7 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { Company, RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
-import { FinishKind, SequenceDelta, SequenceFinish, type Submit } from '@mimo/proto/worker';
+import { FinishKind, ParkReason, SequenceDelta, SequenceFinish, type Submit } from '@mimo/proto/worker';
 import { loadTokenizer } from '@mimo/tokenizer';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
@@ -33,6 +33,8 @@ class Rig {
   readonly events: RelayEvent[] = [];
   readonly ends: RelayEnd[] = [];
   readonly lost: LostAttempt[] = [];
+  /** What its owner heard of parking, in order. */
+  readonly parking: string[] = [];
   readonly relay: Relay;
   readonly #session: Pick<Session, 'submit' | 'target'> = {
     target: { model: 'm', group: 'g', incarnation: 'g1', address: 'nowhere:1' },
@@ -43,13 +45,20 @@ class Rig {
     },
   };
 
-  constructor(stop: readonly string[] = []) {
+  constructor(stop: readonly string[] = [], stallLimitMs = 60_000) {
     const record = RequestRecord.fromPartial({ requestId: 'r', model: 'm', promptTokenIds: [1, 2] });
     const text = { tokenTable: tokenizer, stop, stopInReasoning: false, minTokens: 0, reasoning: undefined };
-    this.relay = new Relay(record, text, {
-      onRequeued: (attempt) => void this.lost.push(attempt),
-      onEnded: (end) => void this.ends.push(end),
-    });
+    this.relay = new Relay(
+      record,
+      { text, stallLimitMs },
+      {
+        onRequeued: (attempt) => void this.lost.push(attempt),
+        onParked: () => void this.parking.push('parked'),
+        onUnparked: () => void this.parking.push('unparked'),
+        onStalled: () => void this.parking.push('stalled'),
+        onEnded: (end) => void this.ends.push(end),
+      },
+    );
   }
 
   begin(offer: Partial<Offer> = {}): Attempt {
@@ -63,9 +72,22 @@ class Rig {
   }
 
   deliver(): Promise<void> {
-    return this.relay.deliver(async (event) => void this.events.push(event));
+    return this.deliverTo(async (event) => void this.events.push(event));
+  }
+
+  /** Delivers; the client takes the first message at once. */
+  deliverTo(write: (event: RelayEvent) => Promise<void>): Promise<void> {
+    return this.relay.deliver(started, async (event) => {
+      if (event.$case !== 'started') {
+        await write(event);
+      }
+    });
   }
 }
+
+const started = { requestId: 'r', model: 'm', promptTokens: 2, seed: 0 };
+
+const fives = (count: number): number[] => Array<number>(count).fill(5);
 
 function delta(index: number, text: string, finish?: Partial<SequenceFinish>): SequenceDelta {
   const more = finish === undefined ? {} : { finish: SequenceFinish.fromPartial(finish) };
@@ -230,15 +252,6 @@ describe('Relay', () => {
     });
   });
 
-  it('lets a sequence begin also where the client is far behind', () => {
-    const rig = new Rig();
-    const tokenIds = Array<number>(256).fill(5);
-    const { listener } = rig.begin();
-    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds }));
-    listener.onLost(new ClusterError('unavailable', 'gone'), true);
-    expect(rig.begin().submit).toMatchObject({ resumedTokens: 256, creditTokens: 1 });
-  });
-
   it('waits again after a refusal or a hand-over as often as it takes', () => {
     const rig = new Rig();
     for (let attempt = 0; attempt < 10; attempt += 1) {
@@ -295,15 +308,18 @@ describe('Relay', () => {
     ]);
   });
 
-  it('on trial may send as many tokens as clear it, however far its client is behind', () => {
+  it('is given no group while its client is far behind, and may send as many tokens as clear it on trial', () => {
     const rig = new Rig();
-    const tokenIds = Array<number>(256).fill(5);
+    const broke = new ClusterError('unavailable', 'broke');
     const { listener } = rig.begin();
-    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds }));
-    listener.onLost(new ClusterError('unavailable', 'broke'), true);
-    expect(rig.begin().submit).toMatchObject({ creditTokens: 1, onTrial: false });
-    rig.attempts.at(-1)?.listener.onLost(new ClusterError('unavailable', 'broke'), true);
-    expect(rig.begin({ company: Company.PROVEN }).submit).toMatchObject({ creditTokens: 8, onTrial: true });
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(128) }));
+    listener.onLost(broke, true);
+    expect(rig.relay.isParked).toBe(false);
+    const trial = rig.begin({ company: Company.PROVEN });
+    expect(trial.submit).toMatchObject({ onTrial: true, creditTokens: 128 });
+    trial.listener.onDelta(SequenceDelta.fromPartial({ index: 128, tokenIds: [5] }));
+    trial.listener.onLost(broke, true);
+    expect(rig.relay.isParked).toBe(true);
   });
 
   it('is bound to what gave it tokens, and not before', () => {
@@ -344,7 +360,7 @@ describe('Relay', () => {
     const rig = new Rig();
     const { listener, grants } = rig.begin();
     const written: (() => void)[] = [];
-    const delivering = rig.relay.deliver(() => new Promise((resolve) => written.push(resolve)));
+    const delivering = rig.deliverTo(() => new Promise((resolve) => written.push(resolve)));
     const forty = SequenceDelta.fromPartial({ tokenIds: Array<number>(40).fill(5) });
     listener.onDelta({ ...forty, index: 0 });
     await turn();
@@ -360,6 +376,82 @@ describe('Relay', () => {
     expect(grants).toEqual([120]);
     rig.relay.fail(new ClusterError('canceled', 'enough'));
     await expect(delivering).rejects.toMatchObject({ code: 'canceled' });
+  });
+
+  it('is parked until its client has taken the first message', async () => {
+    const rig = new Rig();
+    expect(rig.relay.isParked).toBe(true);
+    const { promise: taken, resolve: take } = Promise.withResolvers<void>();
+    const delivering = rig.relay.deliver(started, () => taken);
+    await turn();
+    expect([rig.relay.isParked, rig.parking]).toEqual([true, []]);
+    take();
+    await turn();
+    expect([rig.relay.isParked, rig.parking]).toEqual([false, ['unparked']]);
+    rig.relay.fail(new ClusterError('canceled', 'enough'));
+    await expect(delivering).rejects.toMatchObject({ code: 'canceled' });
+  });
+
+  it('is parked with its client behind, and goes on from its tokens once the client has caught up', async () => {
+    const rig = new Rig();
+    const take: (() => void)[] = [];
+    const delivering = rig.deliverTo(async (event) => {
+      rig.events.push(event);
+      await new Promise<void>((resolve) => take.push(resolve));
+    });
+    await turn();
+    const { submit, listener } = rig.begin();
+    expect(submit.creditTokens).toBe(256);
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(100) }));
+    await turn();
+    listener.onDelta(SequenceDelta.fromPartial({ index: 100, tokenIds: fives(156) }));
+    const parked = { kind: FinishKind.PARKED, parkReason: ParkReason.NO_CREDIT, draftedTokens: 7 };
+    listener.onDelta(delta(256, '', parked));
+    expect([rig.relay.isParked, rig.relay.place, rig.lost]).toEqual([true, undefined, []]);
+    take.shift()?.();
+    await turn();
+    expect([rig.relay.isParked, rig.parking], '156 are left').toEqual([true, ['unparked', 'parked']]);
+    take.shift()?.();
+    await turn();
+    expect([rig.relay.isParked, rig.parking]).toEqual([false, ['unparked', 'parked', 'unparked']]);
+    const again = rig.begin();
+    expect(again.submit).toMatchObject({ resumedTokens: 256, creditTokens: 256, epoch: 2 });
+    expect(again.submit.tokenIds).toEqual([1, 2, ...fives(256)]);
+    listener.onDelta(SequenceDelta.fromPartial({ index: 256, tokenIds: [9] }));
+    again.listener.onDelta(delta(256, '', { kind: FinishKind.LENGTH, draftedTokens: 3 }));
+    await turn();
+    take.shift()?.();
+    await delivering;
+    expect(rig.ends).toMatchObject([
+      { finish: { usage: { completionTokens: 256 }, speculation: { draftedTokens: 10 } } },
+    ]);
+  });
+
+  it('goes on at once where the client caught up while it was being parked, and stays parked where it is lost behind', async () => {
+    const rig = new Rig();
+    const delivering = rig.deliver();
+    await turn();
+    rig.begin().listener.onDelta(delta(0, '', { kind: FinishKind.PARKED }));
+    expect([rig.relay.isParked, rig.parking.slice(1)]).toEqual([false, ['parked', 'unparked']]);
+    rig.relay.fail(new ClusterError('canceled', 'enough'));
+    await expect(delivering).rejects.toMatchObject({ code: 'canceled' });
+
+    const behind = new Rig();
+    const { listener } = behind.begin();
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: Array<number>(129).fill(5) }));
+    listener.onLost(new ClusterError('unavailable', 'gone'), true);
+    expect([behind.relay.isParked, behind.lost.length]).toEqual([true, 1]);
+  });
+
+  it('ends with a status that names the setting where the client leaves one message for too long', async () => {
+    const never = new Promise<void>(() => undefined);
+    const stalled = new Rig([], 20);
+    const delivering = stalled.relay.deliver(started, () => never);
+    await expect(delivering).rejects.toMatchObject({
+      code: 'deadline_exceeded',
+      message: 'the client took nothing for 20 ms (MIMO_GATEWAY_CLIENT_STALL)',
+    });
+    expect([stalled.ends.length, stalled.parking]).toEqual([1, ['stalled']]);
   });
 
   it('ends once, however often it is told to', () => {
@@ -387,7 +479,7 @@ describe('Relay', () => {
         fc.boolean(),
         async (losses, maxTokens, slow) => {
           const rig = new Rig();
-          const delivering = rig.relay.deliver(async (event) => {
+          const delivering = rig.deliverTo(async (event) => {
             if (slow) {
               await turn();
             }

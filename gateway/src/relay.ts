@@ -7,7 +7,8 @@
 // is written.
 
 import { ClusterError, isErrorCode } from '@mimo/core/errors';
-import type { Delta, Finish, Usage } from '@mimo/proto/inference';
+import { startTimer } from '@mimo/core/timer';
+import type { Delta, Finish, Started, Usage } from '@mimo/proto/inference';
 import { Company, type Needs, type RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
 import { FinishKind, type SequenceDelta, type SequenceFinish } from '@mimo/proto/worker';
@@ -25,6 +26,7 @@ import {
 
 /** One message to the client. */
 export type RelayEvent =
+  | { readonly $case: 'started'; readonly value: Started }
   | { readonly $case: 'delta'; readonly value: Delta }
   | { readonly $case: 'finish'; readonly value: Finish };
 
@@ -51,8 +53,14 @@ export interface Offer {
 
 /** What its owner hears from a relay. */
 export interface RelayListener {
-  /** The attempt is over without a result: the request waits for another group. */
+  /** The attempt is over without a result: the request waits for another group, or is parked. */
   onRequeued(attempt: LostAttempt): void;
+  /** The group gave up the sequence's place, because the client is behind: the request is parked. */
+  onParked(): void;
+  /** The client has caught up: the request waits for a group again. */
+  onUnparked(): void;
+  /** Its client took nothing for too long. */
+  onStalled(): void;
   /** Once. */
   onEnded(end: RelayEnd): void;
 }
@@ -61,6 +69,8 @@ export interface RelayListener {
 const creditWindowTokens = 256;
 /** Credit is given back in portions, so that it costs a message every so often and not one a token. */
 const creditPortionTokens = 64;
+/** A client that is behind by no more than this is given a group: what it has yet to read covers the wait for one. */
+const resumeBelowTokens = 128;
 
 interface Attempt {
   readonly epoch: number;
@@ -76,7 +86,14 @@ interface Attempt {
   acceptedTokens: number;
 }
 
-/** One request. Its owner begins attempts, cancels it, and relays with `deliver`. */
+/** How a relay is made. */
+export interface RelayOptions {
+  readonly text: CompletionTextOptions;
+  /** A client that leaves one message where it is for this long loses its request. */
+  readonly stallLimitMs: number;
+}
+
+/** One request, parked until its client has taken the first message. Its owner begins attempts, cancels it, and relays with `deliver`. */
 export class Relay {
   readonly record: RequestRecord;
   readonly #listener: RelayListener;
@@ -100,12 +117,20 @@ export class Relay {
   #pending: Delta | undefined;
   #end: RelayEnd | undefined;
   #wake: (() => void) | undefined;
+  /** Its client takes nothing, or is far behind: it is in no group, and should be given none. */
+  #isParked = true;
+  /** By performance.now(), since when the client has had a message to take; undefined: it has none. */
+  #writingSinceMs: number | undefined;
+  readonly #stalled = Promise.withResolvers<never>();
+  readonly #stallLimitMs: number;
 
-  constructor(record: RequestRecord, text: CompletionTextOptions, listener: RelayListener) {
+  constructor(record: RequestRecord, options: RelayOptions, listener: RelayListener) {
     this.record = record;
     this.#identity = record.identity;
+    this.#stallLimitMs = options.stallLimitMs;
+    this.#stalled.promise.catch(() => undefined);
     this.#deadlineMs = record.timeLeftMs === undefined ? undefined : performance.now() + record.timeLeftMs;
-    this.#text = new CompletionText(text);
+    this.#text = new CompletionText(options.text);
     this.#listener = listener;
   }
 
@@ -133,12 +158,22 @@ export class Relay {
     return this.#released;
   }
 
+  /** It should be given no group at present: the client does not take what there is. */
+  get isParked(): boolean {
+    return this.#isParked;
+  }
+
+  /** For how long the client has left the last message where it is. */
+  stalledMs(nowMs: number): number {
+    return this.#writingSinceMs === undefined ? 0 : nowMs - this.#writingSinceMs;
+  }
+
   /** Completion tokens handed over to the client's side. */
   get completionTokens(): number {
     return this.#tokenIds.length;
   }
 
-  /** Begins an attempt on a group, from the tokens that there are. Only while it waits. */
+  /** Begins an attempt on a group, from the tokens that there are. Only while it waits, and is not parked. */
   begin(session: Pick<Session, 'submit' | 'target'>, offer: Offer): void {
     this.#epoch += 1;
     this.#released = false;
@@ -164,10 +199,7 @@ export class Relay {
     };
     const firstIndex = this.#tokenIds.length;
     const onTrial = offer.company !== Company.UNSPECIFIED;
-    // Also where the client is behind: a sequence that may not begin would hold up its group's queue, and one that may not
-    // get on would keep others out of its group.
-    const leastTokens = onTrial ? provenTokens : 1;
-    const creditTokens = Math.max(leastTokens, creditWindowTokens - this.#unwrittenTokens);
+    const creditTokens = creditWindowTokens - this.#unwrittenTokens;
     const handle = session.submit(
       {
         requestId,
@@ -193,25 +225,64 @@ export class Relay {
     this.#finish({ kind: 'error', error });
   }
 
-  /** Relays until the end. Rejects with the request's error, or with that of `write`, which fails the request. */
-  async deliver(write: (event: RelayEvent) => Promise<void>): Promise<void> {
+  /** Ends the request with an error, and does not wait for its client to take what is there. */
+  stall(error: ClusterError): void {
+    this.fail(error);
+    this.#stalled.reject(this.#end?.kind === 'error' ? this.#end.error : error);
+    this.#listener.onStalled();
+  }
+
+  /**
+   * Relays until the end; `write` resolves when the client's side has taken the message. Rejects with the request's error, or
+   * with that of `write`, which fails the request.
+   */
+  async deliver(started: Started, write: (event: RelayEvent) => Promise<void>): Promise<void> {
+    await this.#write(write, { $case: 'started', value: started });
+    this.#unpark();
     for (;;) {
       const delta = this.#pending;
       if (delta !== undefined) {
         this.#pending = undefined;
-        await write({ $case: 'delta', value: delta });
+        await this.#write(write, { $case: 'delta', value: delta });
         this.#unwrittenTokens -= delta.tokenIds.length;
         this.#giveCredit();
+        this.#unpark();
       } else if (this.#end === undefined) {
         const { promise, resolve } = Promise.withResolvers<void>();
         this.#wake = resolve;
         await promise;
       } else if (this.#end.kind === 'finish') {
-        await write({ $case: 'finish', value: this.#end.finish });
+        await this.#write(write, { $case: 'finish', value: this.#end.finish });
         return;
       } else {
         throw this.#end.error;
       }
+    }
+  }
+
+  /** Writes a message; one that the client does not take within the limit ends the request. */
+  async #write(write: (event: RelayEvent) => Promise<void>, event: RelayEvent): Promise<void> {
+    this.#writingSinceMs = performance.now();
+    const timer = startTimer(this.#stallLimitMs, () => {
+      const error = new ClusterError(
+        'deadline_exceeded',
+        `the client took nothing for ${this.#stallLimitMs} ms (MIMO_GATEWAY_CLIENT_STALL)`,
+      );
+      this.stall(error);
+    });
+    try {
+      await Promise.race([write(event), this.#stalled.promise]);
+    } finally {
+      timer.clear();
+      this.#writingSinceMs = undefined;
+    }
+  }
+
+  /** Goes on where it is parked and the client has caught up. */
+  #unpark(): void {
+    if (this.#isParked && this.#end === undefined && this.#unwrittenTokens <= resumeBelowTokens) {
+      this.#isParked = false;
+      this.#listener.onUnparked();
     }
   }
 
@@ -309,6 +380,16 @@ export class Relay {
       this.#finish({ kind: 'finish', finish: this.#finishOf(reason, matched) });
       return;
     }
+    if (last.kind === FinishKind.PARKED) {
+      const kept = { broke: false, tokens: this.#attemptTokens, alone: false };
+      this.#suspicion = suspicionAfter(this.#suspicion, kept);
+      this.#endAttempt();
+      this.#isParked = true;
+      this.#listener.onParked();
+      // The client may have caught up while the group's word was on its way.
+      this.#unpark();
+      return;
+    }
     const asked = last.kind === FinishKind.ERROR ? last.errorCode : 'aborted';
     const code = isErrorCode(asked) ? asked : 'internal';
     const text = last.errorMessage === '' ? 'the sequence was aborted' : last.errorMessage;
@@ -341,10 +422,15 @@ export class Relay {
       this.#finish({ kind: 'error', error: new ClusterError('aborted', text, { cause: error }) });
       return;
     }
+    this.#endAttempt();
+    this.#isParked = this.#unwrittenTokens > resumeBelowTokens;
+    this.#listener.onRequeued(lost);
+  }
+
+  #endAttempt(): void {
     this.#draftedTokens += this.#attempt?.draftedTokens ?? 0;
     this.#acceptedTokens += this.#attempt?.acceptedTokens ?? 0;
     this.#attempt = undefined;
-    this.#listener.onRequeued(lost);
   }
 
   /** What ended the completion at a token: the caller's stop text, where it is written for this token, else its id. */

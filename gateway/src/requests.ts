@@ -28,6 +28,8 @@ export interface RequestsParts {
   readonly sessions: Sessions;
   readonly groups: Pick<Groups, 'runningIn'>;
   readonly maxWaitMs: number;
+  /** A client that takes nothing for this long loses its request. */
+  readonly clientStallMs: number;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
 }
@@ -48,6 +50,8 @@ interface HeldRequest extends OpenRequest {
   wait: Timer | undefined;
   /** Since when no group was known that could go on with it, and none is to come; by performance.now(). */
   strandedSinceMs: number | undefined;
+  /** A dispatcher has heard that it is parked, and will not offer it until it hears otherwise. */
+  isParkingTold: boolean;
 }
 
 /** A group that is not heard of for a moment, or is made ready again, is not gone for good. */
@@ -55,6 +59,9 @@ const strandedMs = 5_000;
 
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
+
+/** In a full gateway, a client that takes nothing for this long gives way to a new request. */
+const giveWayAfterMs = 2_000;
 
 /** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
 export class Requests {
@@ -81,10 +88,18 @@ export class Requests {
   open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
     const { requestId, timeLeftMs } = record;
     const nowMs = performance.now();
-    const relay = new Relay(record, text, {
-      onRequeued: (attempt) => this.#requeued(requestId, attempt),
-      onEnded: (end) => this.#ended(requestId, end),
-    });
+    const { clientStallMs: stallLimitMs } = this.#parts;
+    const relay = new Relay(
+      record,
+      { text, stallLimitMs },
+      {
+        onRequeued: (attempt) => this.#requeued(requestId, attempt),
+        onParked: () => this.#parked(requestId),
+        onStalled: () => this.#parts.metrics.stalls({ model: record.model }),
+        onUnparked: () => this.#unparked(requestId),
+        onEnded: (end) => this.#ended(requestId, end),
+      },
+    );
     const recorded = this.#parts.queue.publish(record);
     recorded.catch((error: unknown) => relay.fail(ClusterError.from(error)));
     const held: HeldRequest = {
@@ -96,6 +111,7 @@ export class Requests {
       waitingSinceMs: nowMs,
       wait: undefined,
       strandedSinceMs: undefined,
+      isParkingTold: false,
     };
     this.#held.set(requestId, held);
     this.#watchWait(held);
@@ -119,6 +135,10 @@ export class Requests {
     const { relay } = held;
     if (relay.place !== undefined) {
       return { outcome: AssignmentOutcome.ALREADY_ASSIGNED, ...nowhere, ...relay.place, epoch: relay.epoch };
+    }
+    if (relay.isParked) {
+      held.isParkingTold = true;
+      return { ...nowhere, outcome: AssignmentOutcome.PARKED };
     }
     const { needs } = relay;
     const { group, incarnation, identity, company } = assignment;
@@ -201,6 +221,25 @@ export class Requests {
     }
   }
 
+  /** Ends the request whose client has taken nothing for longest, for a new one; false where every client reads. */
+  makeRoom(): boolean {
+    const nowMs = performance.now();
+    const longest = [...this.#held.values()]
+      .map(({ relay }) => ({ relay, stalledMs: relay.stalledMs(nowMs) }))
+      .filter(({ stalledMs }) => stalledMs >= giveWayAfterMs)
+      .reduce<{ relay: Relay; stalledMs: number } | undefined>(
+        (most, each) => (each.stalledMs > (most?.stalledMs ?? 0) ? each : most),
+        undefined,
+      );
+    longest?.relay.stall(
+      new ClusterError(
+        'resource_exhausted',
+        `the gateway is full, and the client has taken nothing for ${Math.round(longest.stalledMs)} ms`,
+      ),
+    );
+    return longest !== undefined;
+  }
+
   /** Ends every request with this error. */
   failAll(error: ClusterError): void {
     for (const { relay } of this.#held.values()) {
@@ -228,10 +267,38 @@ export class Requests {
       if (tokens > 0) {
         held.waitingSinceMs = performance.now();
       }
-      this.#watchWait(held);
-      const { epoch, needs, released } = relay;
-      this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch, needs, released });
+      this.#wait(held);
     }
+  }
+
+  #parked(requestId: string): void {
+    const held = this.#held.get(requestId);
+    if (held !== undefined) {
+      this.#parts.metrics.parks({ model: held.record.model });
+      this.#wait(held);
+    }
+  }
+
+  #unparked(requestId: string): void {
+    const held = this.#held.get(requestId);
+    if (held?.isParkingTold === true) {
+      held.waitingSinceMs = performance.now();
+      this.#wait(held);
+    }
+  }
+
+  /** Its attempt is over: it waits for a group, or for its client, and the dispatcher learns for which. */
+  #wait(held: HeldRequest): void {
+    const { relay, record } = held;
+    const { requestId, model } = record;
+    held.isParkingTold = relay.isParked;
+    if (relay.isParked) {
+      held.wait?.clear();
+    } else {
+      this.#watchWait(held);
+    }
+    const { epoch, needs, released, isParked: parked } = relay;
+    this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch, needs, released, parked });
   }
 
   #ended(requestId: string, end: RelayEnd): void {
@@ -261,6 +328,7 @@ export class Requests {
         epoch,
         needs: undefined,
         released,
+        parked: false,
       });
     } catch (error) {
       // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.

@@ -11,9 +11,11 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   gpu: () => import('./gpu.ts'),
   heldout: () => import('./heldout.ts'),
   informer: () => import('./informer.ts'),
+  prefill: () => import('./prefill.ts'),
   queue: () => import('./queue.ts'),
   reconcile: () => import('./reconcile.ts'),
   sampler: () => import('./sampler.ts'),
+  'stalled-readers': () => import('./stalled-readers.ts'),
 };
 
 const [name, ...args] = process.argv.slice(2);

@@ -357,6 +357,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
       dispatcherEpoch: 2,
       waitingRequests: 3,
       runningRequests: 4,
+      parkedRequests: 0,
       waitingTokens: 5,
       inFlightTokens: 8,
       oldestWaitingMs: 6,

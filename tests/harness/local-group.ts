@@ -122,6 +122,7 @@ export function testLimits(
     eosTokenIds: config.eosTokenIds,
     draftTokens: Math.min(1, config.mtpLayers),
     maxSpeculatingSequences: Infinity,
+    parkAfterMs: 2_000,
     ...more,
   };
 }

@@ -121,8 +121,11 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
     completionTokens: tokens,
     draftedTokens: 0,
     acceptedTokens: 0,
+    parkedSequences: 0,
     runningSequences: live.size,
     waitingSequences: 0,
+    blockedSequences: 0,
+    parkableSequences: 0,
     kvBlocks: 0,
     kvBlocksUsed: 0,
   });

@@ -422,6 +422,7 @@ class PretendDispatcher {
       waitingRequests,
       waitingTokens,
       runningRequests: groups.reduce((sum, group) => sum + group.inFlightRequests, 0),
+      parkedRequests: 0,
       inFlightTokens: groups.reduce((sum, group) => sum + group.inFlightTokens, 0),
       oldestWaitingMs: 0,
       readyGroups: groups.length,

@@ -232,6 +232,7 @@ class PretendDispatchers {
       waitingRequests: isBusy ? 40 : 0,
       waitingTokens: this.#waitingTokens,
       runningRequests: isBusy ? complete.length : 0,
+      parkedRequests: 0,
       inFlightTokens: complete.length * inFlightTokens,
       oldestWaitingMs: isBusy ? Date.now() - this.#beganAtMs : 0,
       readyGroups: complete.length,

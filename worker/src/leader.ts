@@ -187,6 +187,8 @@ class GroupView {
       maxSequences: info?.maxSequences ?? 0,
       runningSequences: stats.runningSequences,
       waitingSequences: stats.waitingSequences,
+      blockedSequences: stats.blockedSequences,
+      parkableSequences: stats.parkableSequences,
       kvBlocks: info?.kvBlocks ?? 0,
       kvBlocksUsed: stats.kvBlocksUsed,
       maxContextTokens: info?.maxContextTokens ?? 0,

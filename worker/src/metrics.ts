@@ -10,6 +10,7 @@ const counters = {
   engine_completion_tokens_total: ['completionTokens', 'Completion tokens produced'],
   engine_draft_tokens_total: ['draftedTokens', 'Tokens that the MTP layer proposed'],
   engine_accepted_tokens_total: ['acceptedTokens', 'Proposed tokens that were right'],
+  engine_parked_sequences_total: ['parkedSequences', 'Sequences that gave up their place without credit'],
 } as const;
 
 /** Makes the instruments; feed it each frame. `read` is asked when the page is. */
@@ -19,6 +20,9 @@ export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): 
   ]);
   metrics.gauge('engine_waiting_sequences', 'Sequences that wait for it', () => [
     [read().waitingSequences, {}],
+  ]);
+  metrics.gauge('engine_parkable_sequences', 'Running sequences without credit for long', () => [
+    [read().parkableSequences, {}],
   ]);
   metrics.gauge('engine_kv_cache_used_ratio', 'KV blocks in use, 0 to 1', () => {
     const { kvBlocks, kvBlocksUsed } = read();

@@ -3,7 +3,12 @@
 
 import type { ClusterError } from '@mimo/core/errors';
 import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
-import { FinishKind, type SequenceDelta as WireDelta, type SequenceFinish } from '@mimo/proto/worker';
+import {
+  FinishKind,
+  ParkReason,
+  type SequenceDelta as WireDelta,
+  type SequenceFinish,
+} from '@mimo/proto/worker';
 
 import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engine/engine-host.ts';
 
@@ -21,8 +26,11 @@ const finishKinds = {
   stop: FinishKind.STOP,
   length: FinishKind.LENGTH,
   aborted: FinishKind.ABORTED,
+  parked: FinishKind.PARKED,
   error: FinishKind.ERROR,
 } as const;
+
+const parkReasons = { 'no credit': ParkReason.NO_CREDIT } as const;
 
 /** Writes what a step gave a sequence, and moves its index on. */
 export function deltaToWire(sequence: SequenceOnWire, delta: SequenceDelta): WireDelta {
@@ -52,6 +60,7 @@ function finishToWire(
     completionTokens: finish.completionTokens,
     draftedTokens: finish.draftedTokens,
     acceptedTokens: finish.acceptedTokens,
+    parkReason: finish.kind === 'parked' ? parkReasons[finish.reason] : ParkReason.UNSPECIFIED,
   };
 }
 
@@ -89,6 +98,7 @@ export function failedDelta(sequence: SequenceOnWire, error: ClusterError): Wire
       completionTokens: sequence.nextIndex,
       draftedTokens: 0,
       acceptedTokens: 0,
+      parkReason: ParkReason.UNSPECIFIED,
     },
     draftedTokens: 0,
     acceptedTokens: 0,

@@ -90,6 +90,7 @@ export function engineOptionsFrom(config: WorkerConfig, shardDirectory: string):
     maxSequences: config.maxSequences,
     kvBytes: config.kvBytes,
     maxBatchTokens: config.maxBatchTokens,
+    parkAfterMs: config.parkAfterMs,
     prefillChunkTokens: config.prefillChunkTokens,
   };
 }

@@ -28,9 +28,10 @@ function runs(requestId: string, epoch: number, more: Partial<RunningRequest> = 
 function lost(
   requestId: string,
   epoch: number,
-  more: { readonly released?: boolean; readonly needs?: Partial<Needs> } = {},
+  more: { readonly released?: boolean; readonly parked?: boolean; readonly needs?: Partial<Needs> } = {},
 ): Parameters<DispatchState['requeue']>[0] {
-  return { requestId, epoch, released: more.released ?? false, needs: Needs.fromPartial(more.needs ?? {}) };
+  const { released = false, parked = false, needs = {} } = more;
+  return { requestId, epoch, released, parked, needs: Needs.fromPartial(needs) };
 }
 
 function beat(group: string, more: Partial<Heartbeat> = {}): Heartbeat {
@@ -222,13 +223,57 @@ describe('DispatchState', () => {
     const groups = [
       beat('drains', { state: GroupState.DRAINING }),
       beat('starts', { state: GroupState.STARTING }),
-      beat('queues', { waitingSequences: 1 }),
+      beat('queues', { waitingSequences: 1, blockedSequences: 1 }),
       beat('busy', { runningSequences: 3 }),
     ];
     expect(stateOf().openGroups(groups, unmarked, at)).toMatchObject([
       { group: 'queues', slots: 0 },
       { group: 'busy', slots: 4, usedSlots: 3 },
     ]);
+  });
+
+  it('counts the slot of a sequence that gives way as free, and that of one which waits its turn as used', () => {
+    const groups = [
+      beat('stalled', { maxSequences: 4, runningSequences: 4, parkableSequences: 3 }),
+      beat('turns', { maxSequences: 4, runningSequences: 1, waitingSequences: 2 }),
+    ];
+    expect(stateOf().openGroups(groups, unmarked, at)).toMatchObject([
+      { group: 'stalled', slots: 4, usedSlots: 1 },
+      { group: 'turns', slots: 4, usedSlots: 1 },
+    ]);
+  });
+
+  it('offers nothing that is parked, until its owner says so or has been silent for long', () => {
+    const state = stateOf('a', 'b', 'c');
+    state.confirm('a', { ...beat('g'), epoch: 3 }, at);
+    state.requeue(lost('a', 2, { parked: true, released: true }), at);
+    expect(state.loads().size, 'an attempt of the past').toBe(1);
+    state.requeue(lost('a', 3, { parked: true, released: true }), at);
+    state.park('b', at);
+    state.park('unknown', at);
+    expect(waitingIn(state)).toEqual(['c']);
+    expect(state.summary(at)).toMatchObject({
+      waitingRequests: 1,
+      runningRequests: 0,
+      parkedRequests: 2,
+      waitingTokens: 13,
+      inFlightTokens: 0,
+    });
+    const speaksOfThePast = beat('g', { running: [runs('a', 3)] });
+    state.reconcile([speaksOfThePast], at + 9_999);
+    expect(waitingIn(state)).toEqual(['c']);
+    expect(
+      state.openGroups([speaksOfThePast], unmarked, at),
+      'parking is no fault of the group',
+    ).toMatchObject([{ notBeforeMs: 0 }]);
+    state.requeue(lost('a', 3, { released: true }), at);
+    expect(waitingIn(state)).toEqual(['a', 'c']);
+    state.reconcile([], at + 10_000);
+    expect(waitingIn(state)).toEqual(['a', 'b', 'c']);
+    state.park('c', at);
+    state.remove('c', true, at);
+    state.place('a', beat('g'), at);
+    expect(state.summary(at)).toMatchObject({ waitingTokens: 13, inFlightTokens: 13, parkedRequests: 0 });
   });
 
   it('gives no slot of a group with a drain mark, until it is cleared', () => {
@@ -253,6 +298,7 @@ describe('DispatchState', () => {
     expect(state.summary(at)).toEqual({
       waitingRequests: 1,
       runningRequests: 2,
+      parkedRequests: 0,
       waitingTokens: 13,
       inFlightTokens: 14,
       oldestWaitingMs: 5_000,
@@ -264,6 +310,7 @@ describe('DispatchState', () => {
     expect(stateOf().summary(at)).toEqual({
       waitingRequests: 0,
       runningRequests: 0,
+      parkedRequests: 0,
       waitingTokens: 0,
       inFlightTokens: 0,
       oldestWaitingMs: 0,

@@ -47,6 +47,8 @@ const settleMs = 2_000;
 /** A group on which an attempt failed is left alone for as long as it takes to notice that it is gone. */
 const suspectMs = 2_000;
 const retryMs = 1_000;
+/** What is parked is offered again after this, in case its owner's word was lost. */
+const parkedRetryMs = 10_000;
 /** A gateway that does not listen for this long is gone, and with it everybody who waits for its requests. */
 const orphanAfterMs = 15_000;
 
@@ -66,6 +68,8 @@ export class DispatchState {
   readonly #needs = new Map<string, Needs>();
   /** What waits, by the identity that it needs. */
   readonly #waitingFor = new Map<string, PlacedLoad>();
+  /** Of those whose clients take nothing: until when they are not offered, in case their owner's next word is lost. */
+  readonly #parked = new Map<string, number>();
   /** Lives of groups on which an attempt failed, and until when they are left alone. */
   readonly #suspects = new Map<string, number>();
   /** When each life of a group was first heard of, or last left by a request that may still be in it. */
@@ -104,6 +108,7 @@ export class DispatchState {
     if (request !== undefined) {
       this.#endedTokens += this.#placed.has(requestId) ? request.record.tokens : 0;
       this.#unplace(requestId, released ? undefined : nowMs);
+      this.#unpark(requestId);
       this.#countWaiting(request.record, -1);
       this.#requests.delete(requestId);
       this.#epochs.delete(requestId);
@@ -127,6 +132,7 @@ export class DispatchState {
   place(requestId: string, { group, incarnation }: Place, nowMs: number): void {
     const request = this.#requests.get(requestId);
     if (request !== undefined) {
+      this.#unpark(requestId);
       const before = this.#placed.get(requestId);
       if (before === undefined) {
         this.#countWaiting(request.record, -1);
@@ -143,21 +149,45 @@ export class DispatchState {
     }
   }
 
-  /** An attempt is over: the request waits again, and the group is not trusted for a while. */
+  /**
+   * An attempt is over: the request waits again, and the group is not trusted for a while. Where it is `parked` it waits for
+   * its client, and the group did no more than to say so.
+   */
   requeue(
-    { requestId, epoch, needs, released }: Pick<RequestEnded, 'requestId' | 'epoch' | 'needs' | 'released'>,
+    ended: Pick<RequestEnded, 'requestId' | 'epoch' | 'needs' | 'released' | 'parked'>,
     nowMs: number,
   ): void {
+    const { requestId, epoch, needs, released, parked } = ended;
+    if (!parked) {
+      this.#unpark(requestId);
+    }
     if (epoch < (this.#epochs.get(requestId) ?? 0)) {
       return;
     }
     this.#begin(requestId, epoch + 1);
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
-      this.#suspects.set(placeKey(place), nowMs + suspectMs);
+      if (!parked) {
+        this.#suspects.set(placeKey(place), nowMs + suspectMs);
+      }
       this.#unplace(requestId, released ? undefined : nowMs);
     }
     this.#need(requestId, needs);
+    if (parked) {
+      this.park(requestId, nowMs);
+    }
+  }
+
+  /** Its client takes nothing: it is in no group, and waits for none. */
+  park(requestId: string, nowMs: number): void {
+    const request = this.#requests.get(requestId);
+    if (request !== undefined) {
+      this.#unplace(requestId);
+      if (!this.#parked.has(requestId)) {
+        this.#countWaiting(request.record, -1);
+      }
+      this.#parked.set(requestId, nowMs + parkedRetryMs);
+    }
   }
 
   /** Its owner does not want it in the group that it was offered: it waits again, for one that it needs. */
@@ -221,6 +251,11 @@ export class DispatchState {
         this.#unplace(requestId);
       }
     }
+    for (const [requestId, untilMs] of this.#parked) {
+      if (untilMs <= nowMs) {
+        this.#unpark(requestId);
+      }
+    }
     for (const [key, untilMs] of this.#suspects) {
       if (untilMs <= nowMs) {
         this.#suspects.delete(key);
@@ -244,7 +279,7 @@ export class DispatchState {
       if (left === 0) {
         return;
       }
-      const request = this.#placed.has(record.requestId) ? undefined : this.#waiting(record.requestId);
+      const request = this.#isWaiting(record.requestId) ? this.#waiting(record.requestId) : undefined;
       if (request !== undefined && wanted?.has(request.identity) !== false) {
         left -= 1;
         yield request;
@@ -255,11 +290,15 @@ export class DispatchState {
   /** Those of them that may not be in any company. */
   *onTrial(): Generator<WaitingRequest, void, undefined> {
     for (const [requestId, { company }] of this.#needs) {
-      const request = this.#placed.has(requestId) ? undefined : this.#waiting(requestId);
+      const request = this.#isWaiting(requestId) ? this.#waiting(requestId) : undefined;
       if (request !== undefined && company !== Company.UNSPECIFIED) {
         yield request;
       }
     }
+  }
+
+  #isWaiting(requestId: string): boolean {
+    return !this.#placed.has(requestId) && !this.#parked.has(requestId);
   }
 
   #waiting(requestId: string): WaitingRequest | undefined {
@@ -295,8 +334,8 @@ export class DispatchState {
   }
 
   /**
-   * The groups that may be given requests, of those that are ready: not the marked ones. One that has a queue of its own,
-   * for want of KV blocks, has no free slot.
+   * The groups that may be given requests, of those that are ready: not the marked ones. One in which a sequence waits for
+   * room has no free slot; a sequence that gives way to the next one does not hold its own.
    */
   openGroups(ready: readonly Heartbeat[], drains: DrainMarks, nowMs: number): OpenGroup[] {
     const loads = this.loads();
@@ -309,8 +348,9 @@ export class DispatchState {
         return {
           group: heartbeat.group,
           identity: heartbeat.identity,
-          slots: closed || heartbeat.waitingSequences > 0 ? 0 : heartbeat.maxSequences,
-          usedSlots: Math.max(loads.get(key)?.requests ?? 0, heartbeat.runningSequences),
+          slots: closed || heartbeat.blockedSequences > 0 ? 0 : heartbeat.maxSequences,
+          usedSlots:
+            Math.max(loads.get(key)?.requests ?? 0, heartbeat.runningSequences) - heartbeat.parkableSequences,
           notBeforeMs: this.#suspects.get(key) ?? 0,
           company,
         };
@@ -349,6 +389,7 @@ export class DispatchState {
     QueueState,
     | 'waitingRequests'
     | 'runningRequests'
+    | 'parkedRequests'
     | 'waitingTokens'
     | 'inFlightTokens'
     | 'oldestWaitingMs'
@@ -358,14 +399,15 @@ export class DispatchState {
   > {
     let oldestMs = nowMs;
     for (const { record, storedMs } of this.#inOrder()) {
-      if (!this.#placed.has(record.requestId)) {
+      if (this.#isWaiting(record.requestId)) {
         oldestMs = storedMs;
         break;
       }
     }
     return {
-      waitingRequests: this.#requests.size - this.#placed.size,
+      waitingRequests: this.#requests.size - this.#placed.size - this.#parked.size,
       runningRequests: this.#placed.size,
+      parkedRequests: this.#parked.size,
       waitingTokens: this.#waitingFor.values().reduce((sum, { tokens }) => sum + tokens, 0),
       inFlightTokens: this.#inFlightTokens,
       oldestWaitingMs: nowMs - oldestMs,
@@ -427,6 +469,14 @@ export class DispatchState {
     }
   }
 
+  /** It waits for a group again. */
+  #unpark(requestId: string): void {
+    const request = this.#requests.get(requestId);
+    if (this.#parked.delete(requestId) && request !== undefined) {
+      this.#countWaiting(request.record, 1);
+    }
+  }
+
   #identityOf({ requestId, identity }: RequestSummary): string {
     return this.#needs.get(requestId)?.identity ?? identity;
   }
@@ -435,13 +485,14 @@ export class DispatchState {
   #need(requestId: string, needs: Needs | undefined): void {
     const record = this.#requests.get(requestId)?.record;
     if (record !== undefined && needs !== undefined && !this.#placed.has(requestId)) {
-      this.#countWaiting(record, -1);
+      const isCounted = !this.#parked.has(requestId);
+      this.#countWaiting(record, isCounted ? -1 : 0);
       this.#needs.set(requestId, needs);
-      this.#countWaiting(record, 1);
+      this.#countWaiting(record, isCounted ? 1 : 0);
     }
   }
 
-  #countWaiting(record: RequestSummary, requests: 1 | -1): void {
+  #countWaiting(record: RequestSummary, requests: -1 | 0 | 1): void {
     const identity = this.#identityOf(record);
     const before = this.#waitingFor.get(identity) ?? nothing;
     const after = {

@@ -248,6 +248,8 @@ class Dispatcher {
       } else if (reply.outcome === AssignmentOutcome.UNFIT) {
         this.#state.refuse(requestId, reply.needs);
         this.#planSoon();
+      } else if (reply.outcome === AssignmentOutcome.PARKED) {
+        this.#state.park(requestId, performance.now());
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();

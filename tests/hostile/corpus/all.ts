@@ -4,5 +4,6 @@ import type { HostileSubject } from '../hostile-case.ts';
 import { cancel } from './cancel.ts';
 import { numbers } from './numbers.ts';
 import { requests } from './requests.ts';
+import { stalledReaders } from './stalled-readers.ts';
 
-export const subjects: readonly HostileSubject[] = [cancel, numbers, requests];
+export const subjects: readonly HostileSubject[] = [cancel, numbers, requests, stalledReaders];

@@ -41,10 +41,15 @@ export interface TokenLogprob {
   readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
 }
 
+/** Why a sequence gave up its slot and its KV blocks: whoever submitted it has let it produce no more for a while. */
+export type ParkReason = 'no credit';
+
+/** `parked` is no end of the text: submitted again with its tokens, the sequence goes on. */
 export type SequenceEnd =
   | { readonly kind: 'stop'; readonly stopTokenId: number }
   | { readonly kind: 'length' }
   | { readonly kind: 'aborted' }
+  | { readonly kind: 'parked'; readonly reason: ParkReason }
   | { readonly kind: 'error'; readonly code: ErrorCode; readonly message: string };
 
 export interface SequenceDelta {
@@ -78,8 +83,14 @@ export interface EngineStats {
   readonly completionTokens: number;
   readonly draftedTokens: number;
   readonly acceptedTokens: number;
+  /** Parked since the beginning. */
+  readonly parkedSequences: number;
   readonly runningSequences: number;
   readonly waitingSequences: number;
+  /** Of those that wait, those for which there is no slot, or no KV blocks. */
+  readonly blockedSequences: number;
+  /** Of those that run, those that will be parked for others. */
+  readonly parkableSequences: number;
   readonly kvBlocks: number;
   readonly kvBlocksUsed: number;
 }

@@ -327,7 +327,14 @@ class RunningEngine implements EngineHost {
       finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
     }));
     this.#live.clear();
-    this.#stats = { ...this.#stats, runningSequences: 0, waitingSequences: 0, kvBlocksUsed: 0 };
+    this.#stats = {
+      ...this.#stats,
+      runningSequences: 0,
+      waitingSequences: 0,
+      blockedSequences: 0,
+      parkableSequences: 0,
+      kvBlocksUsed: 0,
+    };
     this.#emit({ step: this.#stats.steps, deltas, stats: this.#stats });
   }
 
@@ -344,8 +351,11 @@ export function idleStats(kvBlocks: number): EngineStats {
     completionTokens: 0,
     draftedTokens: 0,
     acceptedTokens: 0,
+    parkedSequences: 0,
     runningSequences: 0,
     waitingSequences: 0,
+    blockedSequences: 0,
+    parkableSequences: 0,
     kvBlocks,
     kvBlocksUsed: 0,
   };

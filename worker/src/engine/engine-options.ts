@@ -60,6 +60,8 @@ export interface EngineOptions {
   readonly draftTokens?: number;
   /** Draft only where verifying pays (few sequences); false: always draft. Default true. */
   readonly adaptiveSpeculation?: boolean;
+  /** A sequence without credit for this long is parked when others can use what it holds. Default 2 s. */
+  readonly parkAfterMs?: number;
 }
 
 /** Options in full, with the manifests of the ranks that live in this process. */
@@ -78,6 +80,8 @@ const defaults = {
   // 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
   prefillChunkTokens: 64,
   maxBatchTokens: 128,
+  // A client that pauses for less keeps its place; computing a long prompt again takes about as long.
+  parkAfterMs: 2_000,
 } as const;
 
 /**
@@ -171,6 +175,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
       maxSpeculatingSequences:
         options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
+      parkAfterMs: count('parkAfterMs', defaults.parkAfterMs),
     },
   };
 }

@@ -39,6 +39,7 @@ const limits: EngineLimits = {
   eosTokenIds: [eosTokenId],
   draftTokens: 1,
   maxSpeculatingSequences: 4,
+  parkAfterMs: 2000,
 };
 
 /** The logits of a language model that is a hash of the whole prefix. */
@@ -276,6 +277,101 @@ describe('Engine', () => {
       ),
       { numRuns: 150 },
     );
+  });
+
+  it('parks whom others replace, and a parked sequence submitted again goes on to the same tokens', () => {
+    let parks = 0;
+    fc.assert(
+      fc.property(
+        fc.array(
+          fc.record({ tokenIds: prompts, sampling: samplings, portion: fc.integer({ min: 1, max: 30 }) }),
+          {
+            minLength: 5,
+            maxLength: 12,
+          },
+        ),
+        fc.integer({ min: 3, max: 8 }),
+        (cases, kvBlocks) => {
+          let nowMs = 0;
+          const maxContextTokens = kvBlocks * kvBlockTokens;
+          const engine = new Engine(
+            new HashModel(),
+            { ...limits, kvBlocks, maxContextTokens },
+            { clockMs: () => nowMs },
+          );
+          const completions = cases.map((): number[] => []);
+          const left = new Set(cases.keys());
+          const parksBefore = parks;
+          const submit = (id: number): void => {
+            const { tokenIds, sampling, portion } = cases[id]!;
+            const said = completions[id]!;
+            const resumed = { resumedTokens: said.length, creditTokens: portion };
+            engine.submit(request(id, [...tokenIds, ...said], { sampling, ...resumed }));
+          };
+          left.forEach(submit);
+          for (let rounds = 0; left.size > 0; rounds++) {
+            expect(rounds).toBeLessThan(2000);
+            const frame = engine.step();
+            engine.checkIntegrity();
+            for (const { sequenceId, index, tokenIds, finish } of frame?.deltas ?? []) {
+              expect(index).toBe(completions[sequenceId]!.length);
+              completions[sequenceId]!.push(...tokenIds);
+              if (finish?.kind === 'parked') {
+                parks += finish.reason === 'no credit' ? 1 : Number.NaN;
+                submit(sequenceId);
+              } else if (finish !== undefined) {
+                left.delete(sequenceId);
+              }
+            }
+            if (frame === undefined) {
+              // Nobody has credit, or nobody has been without it for long enough. The readers that are left read.
+              nowMs += limits.parkAfterMs;
+              left.forEach((id) => engine.addCredit(id, rounds % 3 === 0 ? cases[id]!.portion : 0));
+            }
+          }
+          for (const [id, { tokenIds, sampling }] of cases.entries()) {
+            const alone = generateAlone(request(id, tokenIds, { sampling }));
+            expect(completions[id]).toEqual(alone.slice(0, maxContextTokens - tokenIds.length));
+          }
+          expect(engine.stats()).toMatchObject({
+            parkedSequences: parks - parksBefore,
+            runningSequences: 0,
+            kvBlocksUsed: 0,
+          });
+        },
+      ),
+      { numRuns: 100 },
+    );
+    expect(parks).toBeGreaterThan(100);
+  });
+
+  it('keeps a sequence without credit while nobody comes, and says when it would give way', () => {
+    let nowMs = 0;
+    const engine = new Engine(new HashModel(), { ...limits, maxSequences: 1 }, { clockMs: () => nowMs });
+    const endless = { sampling: { ...greedy, ignoreEos: true, maxTokens: 60 } };
+    engine.submit(request(1, [1, 2, 3], { ...endless, creditTokens: 5 }));
+    runOut(engine);
+    expect(engine.stats()).toMatchObject({ runningSequences: 1, parkableSequences: 0 });
+    expect(engine.idleMs).toBe(limits.parkAfterMs);
+    nowMs += limits.parkAfterMs - 1;
+    engine.submit(request(2, [4], { ...endless, creditTokens: 5 }));
+    expect(engine.step()).toMatchObject({ deltas: [], stats: { waitingSequences: 1, blockedSequences: 1 } });
+    expect(engine.step()).toBeUndefined();
+    expect(engine.idleMs).toBe(1);
+    engine.abort(2);
+    runOut(engine);
+    nowMs += 1;
+    expect(engine.step(), 'a frame that says so, once').toMatchObject({
+      deltas: [],
+      stats: { parkableSequences: 1 },
+    });
+    expect(engine.step()).toBeUndefined();
+    expect(engine.idleMs).toBe(Infinity);
+    engine.submit(request(3, [4], { ...endless, creditTokens: 5 }));
+    expect(runOut(engine)).toContainEqual(
+      expect.objectContaining({ sequenceId: 1, finish: expect.objectContaining({ kind: 'parked' }) }),
+    );
+    expect(engine.stats()).toMatchObject({ runningSequences: 1, parkableSequences: 0, parkedSequences: 1 });
   });
 
   it('counts drafts, and produces two tokens in a step where one was accepted', () => {

@@ -10,11 +10,19 @@
 // undone by not counting it: the next step overwrites its keys and values.
 
 import { ClusterError } from '@mimo/core/errors';
-import type { EngineFrame, EngineStats, SequenceDelta, SequenceEnd, SequenceRequest } from './engine-api.ts';
+import type {
+  EngineFrame,
+  EngineStats,
+  ParkReason,
+  SequenceDelta,
+  SequenceEnd,
+  SequenceRequest,
+} from './engine-api.ts';
 import { problemOf, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
 import {
   capacityTokens,
+  isParkable,
   planStep,
   type ScheduledRows,
   type SchedulerLimits,
@@ -43,6 +51,15 @@ export interface EngineLimits {
   readonly draftTokens: number;
   /** With more sequences decoding than this, verifying costs more than it gives. */
   readonly maxSpeculatingSequences: number;
+  /** A sequence without credit for this long gives its slot and its KV blocks up to others. */
+  readonly parkAfterMs: number;
+}
+
+/** What an engine decides by; both have a part of their own only in tests and benches. */
+export interface EngineParts {
+  readonly plan: typeof planStep;
+  /** Milliseconds that only grow. */
+  readonly clockMs: () => number;
 }
 
 /** A sequence's rows of the step, with what the MTP pass needs of them. */
@@ -61,25 +78,40 @@ export class Engine {
   readonly #schedulerLimits: SchedulerLimits;
   readonly #sequenceLimits: SequenceLimits;
   readonly #kv: KvCache;
+  readonly #plan: typeof planStep;
+  readonly #clockMs: () => number;
   /** Live sequences by id, in order of arrival: the older is the earlier. */
   readonly #sequences = new Map<number, Sequence>();
   /** Ids of those that hold KV cache. */
   readonly #running = new Set<number>();
   /** Slots to give back with the next pass. */
   #releasedSlots: number[] = [];
-  /** Ended outside of a step: refused or aborted. */
+  /** Ended outside of a step: refused, aborted or parked. */
   #ended: SequenceDelta[] = [];
-  #counters = { steps: 0, promptTokens: 0, completionTokens: 0, draftedTokens: 0, acceptedTokens: 0 };
+  #afterQuick = false;
+  #blockedSequences = 0;
+  #parkableSequences = 0;
+  #counters = {
+    steps: 0,
+    promptTokens: 0,
+    completionTokens: 0,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+    parkedSequences: 0,
+  };
 
-  constructor(executor: PassExecutor, limits: EngineLimits) {
+  constructor(executor: PassExecutor, limits: EngineLimits, parts: Partial<EngineParts> = {}) {
     this.#executor = executor;
     this.#limits = limits;
+    this.#plan = parts.plan ?? planStep;
+    this.#clockMs = parts.clockMs ?? (() => performance.now());
     this.#sequenceLimits = limits;
     this.#schedulerLimits = {
       maxSequences: limits.maxSequences,
       maxBatchTokens: limits.maxBatchTokens,
       prefillChunkTokens: limits.prefillChunkTokens,
       maxSequenceBlocks: Math.ceil(limits.maxContextTokens / kvBlockTokens),
+      parkAfterMs: limits.parkAfterMs,
     };
     this.#kv = new KvCache({ blocks: limits.kvBlocks, slots: limits.maxSequences });
   }
@@ -106,11 +138,16 @@ export class Engine {
 
   /** Frees the sequence; its `aborted` delta comes with the next step. */
   abort(sequenceId: number): void {
-    const sequence = this.#sequences.get(sequenceId);
-    if (sequence !== undefined) {
-      sequence.end = { kind: 'aborted' };
-      this.#ended.push(sequence.takeDelta()!);
-      this.#free(sequence);
+    this.#endOutside(sequenceId, { kind: 'aborted' });
+  }
+
+  /**
+   * Gives up the sequence's slot and KV blocks: it leaves the engine with a `parked` delta in the next step. Submitted
+   * again with the tokens that it had, it goes on to the same text, because a choice depends on them and its seed alone.
+   */
+  park(sequenceId: number, reason: ParkReason): void {
+    if (this.#endOutside(sequenceId, { kind: 'parked', reason })) {
+      this.#counters.parkedSequences += 1;
     }
   }
 
@@ -122,12 +159,14 @@ export class Engine {
   }
 
   /**
-   * One step of everything that can run, and the report of what has ended since the last; undefined where there is
-   * neither. Throws what the executor throws: the group is then lost.
+   * One step of everything that can run, and the report of what has ended since the last, is blocked or may be parked;
+   * undefined where there is nothing of these. Throws what the executor throws: the group is then lost.
    */
   step(): EngineFrame | undefined {
+    const before = { parkable: this.#parkableSequences, blocked: this.#blockedSequences };
     const rows = this.#schedule();
-    if (rows.length === 0 && this.#ended.length === 0) {
+    const isSame = this.#parkableSequences === before.parkable && this.#blockedSequences === before.blocked;
+    if (rows.length === 0 && this.#ended.length === 0 && isSame) {
       return undefined;
     }
     if (rows.length > 0) {
@@ -156,6 +195,8 @@ export class Engine {
       ...this.#counters,
       runningSequences: this.#running.size,
       waitingSequences: this.#sequences.size - this.#running.size,
+      blockedSequences: this.#blockedSequences,
+      parkableSequences: this.#parkableSequences,
       kvBlocks: this.#kv.totalBlocks,
       kvBlocksUsed: this.#kv.usedBlocks,
     };
@@ -182,18 +223,42 @@ export class Engine {
     }
   }
 
+  /** Milliseconds until something changes by itself: a sequence without credit may be parked then. Infinity: nothing. */
+  get idleMs(): number {
+    const nowMs = this.#clockMs();
+    const { parkAfterMs } = this.#limits;
+    const waits = [...this.#sequences.values()]
+      .filter(({ creditTokens }) => creditTokens === 0)
+      .map((sequence) => parkAfterMs - sequence.stalledMs(nowMs));
+    return Math.min(Infinity, ...waits.filter((waitMs) => waitMs > 0));
+  }
+
   #schedule(): StepRows[] {
-    const running: SchedulerSequence[] = [];
-    const waiting: SchedulerSequence[] = [];
-    for (const sequence of this.#sequences.values()) {
-      (this.#running.has(sequence.id) ? running : waiting).push(this.#view(sequence));
+    const nowMs = this.#clockMs();
+    const sequences = Array.from(this.#sequences.values(), (sequence) => this.#view(sequence, nowMs));
+    const { freeBlocks } = this.#kv;
+    const afterQuick = this.#afterQuick;
+    const decision = this.#plan({ sequences, freeBlocks, afterQuick }, this.#schedulerLimits);
+    this.#afterQuick = decision.isQuick;
+    this.#blockedSequences = decision.blocked.length;
+    this.#parkableSequences = sequences.filter(
+      (each) =>
+        each.blocks > 0 &&
+        isParkable(each, this.#schedulerLimits) &&
+        !decision.parked.includes(each.sequenceId),
+    ).length;
+    for (const id of decision.parked) {
+      this.park(id, 'no credit');
     }
-    const decision = planStep({ running, waiting, freeBlocks: this.#kv.freeBlocks }, this.#schedulerLimits);
     for (const id of decision.preempted) {
       this.#preempt(this.#sequences.get(id)!);
     }
+    for (const id of decision.overtaken) {
+      this.#sequences.get(id)!.overtakes += 1;
+    }
     for (const id of decision.admitted) {
       this.#running.add(id);
+      this.#sequences.get(id)!.overtakes = 0;
     }
     let firstRow = 0;
     return decision.rows.map((scheduled) => {
@@ -215,13 +280,15 @@ export class Engine {
     });
   }
 
-  #view(sequence: Sequence): SchedulerSequence {
+  #view(sequence: Sequence, nowMs: number): SchedulerSequence {
     return {
       sequenceId: sequence.id,
       pendingTokens: sequence.pendingTokens,
       kvTokens: sequence.kvTokens,
       blocks: this.#kv.grantOf(sequence.id)?.blocks ?? 0,
       creditTokens: sequence.creditTokens,
+      stalledMs: sequence.stalledMs(nowMs),
+      overtakes: sequence.overtakes,
       hasDraft: sequence.draft >= 0,
     };
   }
@@ -328,6 +395,17 @@ export class Engine {
         sequence.draft = problemOf(guess, this.#limits.usableVocab) === undefined ? guess.tokenId : -1;
       }
     }
+  }
+
+  #endOutside(sequenceId: number, end: SequenceEnd): boolean {
+    const sequence = this.#sequences.get(sequenceId);
+    if (sequence === undefined) {
+      return false;
+    }
+    sequence.end = end;
+    this.#ended.push(sequence.takeDelta()!);
+    this.#free(sequence);
+    return true;
   }
 
   #preempt(sequence: Sequence): void {

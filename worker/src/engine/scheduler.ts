@@ -1,20 +1,32 @@
 // Which rows run in the next step. Pure: the same arguments always give the same plan.
 //
 // 1. Running sequences that decode (one pending token), oldest first: one row, or two with a draft.
-// 2. Running sequences that prefill, oldest first: a chunk within what is left of the row budget.
-// 3. Waiting sequences, first come first served: admitted while a slot, rows and blocks for all their tokens are there;
-//    the first that does not fit ends the step's admissions, so none is overtaken for ever.
-// A sequence without credit keeps what it holds and gets no rows. Where blocks are short, a sequence that must grow
-// takes them from a sequence without credit, else from the youngest younger one; that one is preempted: it gives all
-// back and is computed again later. Nobody is admitted in a step that preempted.
+// 2. Prefill shares the rows that are left, B. The oldest prompt may take half of them, every other prompt then takes what
+//    it can use, shortest remaining first, and what is left over goes to the oldest. No prompt gets more than a chunk.
+// 3. A step that can finish all short prompts (of at most a chunk) with half of B is *quick*: longer ones get no rows, so that
+//    short ones do not wait while theirs are computed. No two quick steps follow one another.
+// 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. In
+//    `maxOvertakes` steps later ones may be admitted though there is no room for it; then it is the next.
+// 5. A sequence without credit gets no rows. One that has been without for `parkAfterMs` is *parked* when its slot or its
+//    blocks let another one in, the longest without credit first: it leaves the engine and is computed again later.
+// 6. Where blocks are short, a sequence that must grow takes them from a sequence without credit, which is parked; else
+//    from the youngest younger one, which is preempted: it gives all back and waits. Nobody is admitted in such a step.
 //
-// INVARIANT: rows <= maxBatchTokens; running <= maxSequences; granted blocks <= total; the oldest sequence with credit
-// gets a row in every step (where one sequence's longest context fits the cache, and maxBatchTokens >= 2 maxSequences).
+// BOUND, for a prompt of p tokens while there is room for everybody, where b is the least B meanwhile:
+//   steps <= 2 * ceil((S + p) / r) + 2, r = min(chunk, floor(b / 2)), S: rows of prompts with no more tokens left. Longer
+//   prompts do not count.
+//   steps <= 2 * (ceil(p / r) + sum of ceil(q / r) over the older prompts' tokens q) + 2. Shorter ones do not count.
+// INVARIANT: rows <= maxBatchTokens; running <= maxSequences; granted blocks <= total; in a step that is not quick the
+// oldest sequence with credit that runs, or an older one that is admitted, gets a row (where one longest context fits the
+// cache, and maxBatchTokens >= 2 maxSequences).
 
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
 /** A single row is computed with a neighbour (shard-runner.ts), which takes a place in the cache. */
 const minAttentionRows = 2;
+
+/** So often may later sequences take the room that a waiting one lacks: enough for a burst of short prompts, and an end. */
+export const maxOvertakes = 32;
 
 /** What the scheduler sees of a sequence. */
 export interface SchedulerSequence {
@@ -23,20 +35,24 @@ export interface SchedulerSequence {
   readonly pendingTokens: number;
   /** Positions in the KV cache. */
   readonly kvTokens: number;
-  /** Blocks held. */
+  /** Blocks held; 0: it waits. */
   readonly blocks: number;
   /** Tokens it may produce. */
   readonly creditTokens: number;
+  /** For how long it has had no credit; 0 where it has some. */
+  readonly stalledMs: number;
+  /** In how many steps later sequences were admitted while there was no room for it. */
+  readonly overtakes: number;
   /** A draft is at hand and may be verified. */
   readonly hasDraft: boolean;
 }
 
 export interface SchedulerState {
   /** Oldest first. */
-  readonly running: readonly SchedulerSequence[];
-  /** Oldest first. */
-  readonly waiting: readonly SchedulerSequence[];
+  readonly sequences: readonly SchedulerSequence[];
   readonly freeBlocks: number;
+  /** The step before was a quick one. */
+  readonly afterQuick: boolean;
 }
 
 export interface SchedulerLimits {
@@ -45,6 +61,8 @@ export interface SchedulerLimits {
   readonly prefillChunkTokens: number;
   /** Blocks of the longest context. */
   readonly maxSequenceBlocks: number;
+  /** A sequence without credit for this long gives way to others. */
+  readonly parkAfterMs: number;
 }
 
 /** One sequence's rows in the step. */
@@ -59,102 +77,270 @@ export interface ScheduledRows {
 }
 
 export interface StepDecision {
+  /** To leave the engine, in this order. */
+  readonly parked: readonly number[];
   /** To give back everything and wait, in this order. */
   readonly preempted: readonly number[];
   readonly admitted: readonly number[];
   readonly rows: readonly ScheduledRows[];
+  /** Waiting sequences for which there is no room. */
+  readonly blocked: readonly number[];
+  /** Of these, those before which a later one was admitted. */
+  readonly overtaken: readonly number[];
+  readonly isQuick: boolean;
+}
+
+/** May it be parked for another one? */
+export function isParkable(
+  { creditTokens, stalledMs }: SchedulerSequence,
+  { parkAfterMs }: SchedulerLimits,
+): boolean {
+  return creditTokens === 0 && stalledMs >= parkAfterMs;
 }
 
 /** Decides the next step. An empty plan means that nothing can run until credit or a request comes. */
 export function planStep(state: SchedulerState, limits: SchedulerLimits): StepDecision {
-  const preempted = new Set<number>();
-  const admitted: number[] = [];
-  const rows = new Map<number, ScheduledRows>();
-  let freeBlocks = state.freeBlocks;
-  let budget = limits.maxBatchTokens;
+  const { sequences } = state;
+  const { prefillChunkTokens: chunk } = limits;
+  const step = new Step(state, limits);
+  const ready = sequences.filter(({ creditTokens }) => creditTokens > 0);
+  for (const sequence of ready) {
+    if (sequence.blocks > 0 && sequence.pendingTokens === 1) {
+      step.give(sequence, 1, sequence.hasDraft);
+    }
+  }
+  const waitingRows = ready.filter(({ blocks, pendingTokens }) => blocks === 0 || pendingTokens > 1);
+  const next = step.nextToAdmit;
+  const short = state.afterQuick || next !== undefined ? [] : quickPrompts(waitingRows, step, limits);
+  const isQuick = short.length > 0;
+  const prompts = isQuick ? short : waitingRows;
+  const give = (sequence: SchedulerSequence, most: number): boolean => {
+    const rows = Math.min(sequence.pendingTokens, chunk, most, step.budget);
+    return rows > 0 && step.give(sequence, rows, false);
+  };
+  const half = Math.ceil(step.budget / 2);
+  const oldest = prompts.find((sequence) => give(sequence, half));
+  if (next !== undefined && next !== oldest) {
+    give(next, 1);
+  }
+  for (const sequence of prompts.toSorted((a, b) => a.pendingTokens - b.pendingTokens)) {
+    if (sequence !== oldest && sequence !== next) {
+      give(sequence, chunk);
+    }
+  }
+  if (oldest !== undefined) {
+    step.extend(oldest, Math.min(oldest.pendingTokens, chunk));
+  }
+  return step.decision(isQuick);
+}
 
-  const schedule = (sequence: SchedulerSequence, pendingRows: number, draft: boolean): void => {
-    const kvTokens = sequence.kvTokens + Math.max(minAttentionRows, pendingRows + (draft ? 1 : 0));
-    const blocks = blocksFor(kvTokens, limits.maxSequenceBlocks);
+/** The prompts that a quick step finishes: all that can run and are short, if longer ones are there and these are few. */
+function quickPrompts(
+  prompts: readonly SchedulerSequence[],
+  step: Step,
+  { prefillChunkTokens }: SchedulerLimits,
+): readonly SchedulerSequence[] {
+  // The last chunk of a long prompt does not count: nobody waits for it alone.
+  const short = prompts.filter(
+    (sequence) => sequence.kvTokens + sequence.pendingTokens <= prefillChunkTokens && step.canRun(sequence),
+  );
+  const rows = short.reduce((sum, { pendingTokens }) => sum + pendingTokens, 0);
+  return short.length < prompts.length && 2 * rows <= step.budget ? short : [];
+}
+
+/** A step as it is put together: what is left, and what was given to whom. */
+class Step {
+  budget: number;
+  readonly #sequences: readonly SchedulerSequence[];
+  /** Each one's place in the order of age. */
+  readonly #ages: ReadonlyMap<SchedulerSequence, number>;
+  readonly #limits: SchedulerLimits;
+  readonly #rows = new Map<number, ScheduledRows>();
+  readonly #parked = new Set<number>();
+  readonly #preempted = new Set<number>();
+  readonly #admitted = new Set<number>();
+  /** The age of the youngest that may be admitted: those after it have overtaken it often enough. */
+  readonly #lastAdmissible: number;
+  #freeBlocks: number;
+  #running: number;
+
+  constructor({ sequences, freeBlocks }: SchedulerState, limits: SchedulerLimits) {
+    this.#sequences = sequences;
+    this.#ages = new Map(sequences.map((sequence, age) => [sequence, age]));
+    this.#limits = limits;
+    this.budget = limits.maxBatchTokens;
+    this.#freeBlocks = freeBlocks;
+    this.#running = sequences.filter(({ blocks }) => blocks > 0).length;
+    const overtaken = sequences.findIndex(
+      ({ blocks, creditTokens, overtakes }) => blocks === 0 && creditTokens > 0 && overtakes >= maxOvertakes,
+    );
+    this.#lastAdmissible = overtaken < 0 ? sequences.length : overtaken;
+  }
+
+  /** One that has been overtaken often enough, and for which there is room. */
+  get nextToAdmit(): SchedulerSequence | undefined {
+    const next = this.#sequences[this.#lastAdmissible];
+    return next !== undefined && this.canRun(next) ? next : undefined;
+  }
+
+  /** Does it run, or could it be admitted at this moment? */
+  canRun(sequence: SchedulerSequence): boolean {
+    return sequence.blocks > 0 ? !this.#isGone(sequence) : this.#roomFor(sequence) !== undefined;
+  }
+
+  /** Gives it rows, and a slot and blocks as it needs them; false where it cannot have them. */
+  give(sequence: SchedulerSequence, pendingRows: number, withDraft: boolean): boolean {
+    const rows = pendingRows + (withDraft ? 1 : 0);
+    if (this.#isGone(sequence) || this.budget < pendingRows) {
+      return false;
+    }
+    const blocks = this.#blocksFor(sequence, rows);
     const more = Math.max(0, blocks - sequence.blocks);
-    if (draft && (more > freeBlocks || budget < pendingRows + 1)) {
-      schedule(sequence, pendingRows, false);
-      return;
+    if (withDraft && (more > this.#freeBlocks || this.budget < rows)) {
+      return this.give(sequence, pendingRows, false);
     }
-    if (!makeRoom(more, sequence)) {
-      return;
+    if (!(sequence.blocks > 0 ? this.#makeRoom(more, sequence) : this.#admit(sequence))) {
+      return false;
     }
-    freeBlocks -= more;
-    budget -= pendingRows + (draft ? 1 : 0);
-    rows.set(sequence.sequenceId, {
-      sequenceId: sequence.sequenceId,
+    this.#freeBlocks -= more;
+    this.budget -= rows;
+    const { sequenceId } = sequence;
+    this.#rows.set(sequenceId, {
+      sequenceId,
       pendingRows,
-      withDraft: draft,
+      withDraft,
       blocks: Math.max(blocks, sequence.blocks),
     });
-  };
+    return true;
+  }
 
-  const makeRoom = (blocks: number, sequence: SchedulerSequence): boolean => {
-    while (freeBlocks < blocks) {
-      const victim = findVictim(state.running, sequence, preempted);
+  /** Gives a prompt that has rows as many more as it can use without new blocks, up to `mostRows` in all. */
+  extend(sequence: SchedulerSequence, mostRows: number): void {
+    const given = this.#rows.get(sequence.sequenceId);
+    if (given === undefined) {
+      return;
+    }
+    const more = Math.min(mostRows - given.pendingRows, this.budget);
+    const pendingRows = given.pendingRows + more;
+    if (more > 0 && this.#blocksFor(sequence, pendingRows) <= given.blocks) {
+      this.#rows.set(sequence.sequenceId, { ...given, pendingRows });
+      this.budget -= more;
+    }
+  }
+
+  decision(isQuick: boolean): StepDecision {
+    const waiting = this.#sequences.filter(
+      ({ sequenceId, blocks }) => blocks === 0 && !this.#admitted.has(sequenceId),
+    );
+    const blocked = waiting.filter(
+      (sequence) => sequence.creditTokens > 0 && this.#roomFor(sequence) === undefined,
+    );
+    const youngest = this.#sequences.findLastIndex(({ sequenceId }) => this.#admitted.has(sequenceId));
+    // One that waits without credit holds nothing, but nobody needs it here either.
+    const idle = waiting.filter((sequence) => isParkable(sequence, this.#limits));
+    return {
+      parked: [...this.#parked, ...idsOf(idle)],
+      preempted: [...this.#preempted],
+      admitted: [...this.#admitted],
+      rows: [...this.#rows.values()],
+      blocked: idsOf(blocked),
+      overtaken: idsOf(blocked.filter((sequence) => this.#ageOf(sequence) < youngest)),
+      isQuick,
+    };
+  }
+
+  #isGone({ sequenceId }: SchedulerSequence): boolean {
+    return this.#preempted.has(sequenceId) || this.#parked.has(sequenceId);
+  }
+
+  /** A waiting sequence is given blocks for all its tokens, so that it does not run out of them at once. */
+  #blocksFor({ blocks, kvTokens, pendingTokens }: SchedulerSequence, rows: number): number {
+    const positions = blocks === 0 ? pendingTokens + 1 : kvTokens + Math.max(minAttentionRows, rows);
+    return blocksFor(positions, this.#limits.maxSequenceBlocks);
+  }
+
+  #admit(sequence: SchedulerSequence): boolean {
+    const room = this.#roomFor(sequence);
+    if (room === undefined) {
+      return false;
+    }
+    for (const stalled of room) {
+      this.#release(stalled);
+      this.#parked.add(stalled.sequenceId);
+    }
+    this.#admitted.add(sequence.sequenceId);
+    this.#running += 1;
+    return true;
+  }
+
+  /** Whom to park so that a waiting sequence can be admitted; undefined: it cannot. */
+  #roomFor(sequence: SchedulerSequence): readonly SchedulerSequence[] | undefined {
+    if (this.#preempted.size > 0 || this.#ageOf(sequence) > this.#lastAdmissible) {
+      return undefined;
+    }
+    const wanted = this.#blocksFor(sequence, 1);
+    const fits = (blocks: number, running: number): boolean =>
+      blocks >= wanted && running < this.#limits.maxSequences;
+    let blocks = this.#freeBlocks;
+    let running = this.#running;
+    if (fits(blocks, running)) {
+      return [];
+    }
+    const room: SchedulerSequence[] = [];
+    const stalled = this.#sequences
+      .filter((other) => other.blocks > 0 && isParkable(other, this.#limits) && !this.#isGone(other))
+      .toSorted((a, b) => b.stalledMs - a.stalledMs);
+    for (const other of stalled) {
+      room.push(other);
+      blocks += other.blocks;
+      running -= 1;
+      if (fits(blocks, running)) {
+        return room;
+      }
+    }
+    return undefined;
+  }
+
+  #makeRoom(blocks: number, sequence: SchedulerSequence): boolean {
+    while (this.#freeBlocks < blocks) {
+      const victim = this.#admitted.size > 0 ? undefined : this.#findVictim(sequence);
       if (victim === undefined) {
         return false;
       }
-      const planned = rows.get(victim.sequenceId);
-      if (planned !== undefined) {
-        rows.delete(victim.sequenceId);
-        budget += planned.pendingRows + (planned.withDraft ? 1 : 0);
-      }
-      freeBlocks += planned?.blocks ?? victim.blocks;
-      preempted.add(victim.sequenceId);
+      this.#release(victim);
+      (victim.creditTokens === 0 ? this.#parked : this.#preempted).add(victim.sequenceId);
     }
     return true;
-  };
+  }
 
-  const ready = state.running.filter((sequence) => sequence.creditTokens > 0);
-  for (const sequence of ready) {
-    if (sequence.pendingTokens === 1 && !preempted.has(sequence.sequenceId) && budget > 0) {
-      schedule(sequence, 1, sequence.hasDraft);
-    }
+  #findVictim(sequence: SchedulerSequence): SchedulerSequence | undefined {
+    const holders = this.#sequences.filter(
+      (other) => other !== sequence && other.blocks > 0 && !this.#isGone(other),
+    );
+    return (
+      holders.findLast(({ creditTokens }) => creditTokens === 0) ??
+      holders.findLast((other) => this.#ageOf(other) > this.#ageOf(sequence))
+    );
   }
-  for (const sequence of ready) {
-    if (sequence.pendingTokens > 1 && !preempted.has(sequence.sequenceId) && budget > 0) {
-      schedule(sequence, Math.min(sequence.pendingTokens, limits.prefillChunkTokens, budget), false);
-    }
+
+  #ageOf(sequence: SchedulerSequence): number {
+    return this.#ages.get(sequence) ?? 0;
   }
-  if (preempted.size > 0) {
-    return { preempted: [...preempted], admitted, rows: [...rows.values()] };
-  }
-  for (const sequence of state.waiting) {
-    if (sequence.creditTokens === 0) {
-      continue;
+
+  /** Takes back what it holds, and what this step gave it. */
+  #release(sequence: SchedulerSequence): void {
+    const planned = this.#rows.get(sequence.sequenceId);
+    if (planned !== undefined) {
+      this.#rows.delete(sequence.sequenceId);
+      this.budget += planned.pendingRows + (planned.withDraft ? 1 : 0);
     }
-    const blocks = blocksFor(sequence.pendingTokens + 1, limits.maxSequenceBlocks);
-    if (
-      state.running.length + admitted.length >= limits.maxSequences ||
-      budget === 0 ||
-      blocks > freeBlocks
-    ) {
-      break;
-    }
-    const pendingRows = Math.min(sequence.pendingTokens, limits.prefillChunkTokens, budget);
-    admitted.push(sequence.sequenceId);
-    freeBlocks -= blocks;
-    budget -= pendingRows;
-    rows.set(sequence.sequenceId, { sequenceId: sequence.sequenceId, pendingRows, withDraft: false, blocks });
+    this.#freeBlocks += planned?.blocks ?? sequence.blocks;
+    this.#running -= 1;
   }
-  return { preempted: [], admitted, rows: [...rows.values()] };
 }
 
-function findVictim(
-  running: readonly SchedulerSequence[],
-  sequence: SchedulerSequence,
-  preempted: ReadonlySet<number>,
-): SchedulerSequence | undefined {
-  const younger = running.slice(running.indexOf(sequence) + 1);
-  const holders = (from: readonly SchedulerSequence[]): readonly SchedulerSequence[] =>
-    from.filter((other) => other !== sequence && other.blocks > 0 && !preempted.has(other.sequenceId));
-  return holders(running).findLast((other) => other.creditTokens === 0) ?? holders(younger).at(-1);
+function idsOf(sequences: readonly SchedulerSequence[]): number[] {
+  return sequences.map(({ sequenceId }) => sequenceId);
 }
 
 /** Positions that `blocks` hold. */

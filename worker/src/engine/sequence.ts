@@ -72,6 +72,8 @@ export class Sequence {
   /** Tokens whose keys and values are in the cache; MTP's cache holds as many where the sequence drafts. */
   kvTokens = 0;
   creditTokens: number;
+  /** In how many steps later sequences were admitted while there was no room for it. */
+  overtakes = 0;
   /** The guess for the token after the last, or -1. */
   draft = -1;
   draftedTokens = 0;
@@ -80,6 +82,7 @@ export class Sequence {
   /** Completion occurrences by id, prompt tokens with 0; empty where no penalty needs it. */
   readonly #seen: SeenTokens;
   readonly #stopIds: ReadonlySet<number>;
+  #stalledSinceMs: number | undefined;
   #undelivered: { tokenId: number; logprob: TokenLogprob | undefined }[] = [];
 
   constructor(request: SequenceRequest, limits: SequenceLimits) {
@@ -130,6 +133,12 @@ export class Sequence {
     }
     const seen = draft === undefined || !penalised ? this.#seen : this.#seen.followedBy(draft);
     return { kind: 'sampled', draw: { sampling, position: this.tokenIds.length + ahead, seen, forbidden } };
+  }
+
+  /** For how long it has been seen without credit. */
+  stalledMs(nowMs: number): number {
+    this.#stalledSinceMs = this.creditTokens > 0 ? undefined : (this.#stalledSinceMs ?? nowMs);
+    return nowMs - (this.#stalledSinceMs ?? nowMs);
   }
 
   /** Takes the next token: appends it, or ends at it. */

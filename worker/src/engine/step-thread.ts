@@ -181,7 +181,7 @@ async function lead({ runtime, runner, collective, port, limits, pingMs, onReady
       const stepMs = performance.now() - startedMs;
       port.postMessage({ kind: 'frame', frame: { ...frame, stepMs } } satisfies StepThreadResponse);
     } else {
-      await inbox.wait(metMs + pingMs - performance.now());
+      await inbox.wait(Math.min(metMs + pingMs - performance.now(), engine.idleMs));
     }
     if (performance.now() - metMs >= pingMs) {
       metMs = performance.now();

@@ -75,6 +75,8 @@ export const AssignmentOutcome = {
   STALE_DISPATCHER: 4,
   /** UNFIT - The group is not one for this request: offer it one that has what the reply says. */
   UNFIT: 5,
+  /** PARKED - Its client takes nothing at present: a RequestEnded says when it does. */
+  PARKED: 6,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -87,6 +89,7 @@ export namespace AssignmentOutcome {
   export type UNKNOWN_REQUEST = typeof AssignmentOutcome.UNKNOWN_REQUEST;
   export type STALE_DISPATCHER = typeof AssignmentOutcome.STALE_DISPATCHER;
   export type UNFIT = typeof AssignmentOutcome.UNFIT;
+  export type PARKED = typeof AssignmentOutcome.PARKED;
   export type UNRECOGNIZED = typeof AssignmentOutcome.UNRECOGNIZED;
 }
 
@@ -110,6 +113,9 @@ export function assignmentOutcomeFromJSON(object: any): AssignmentOutcome {
     case 5:
     case "ASSIGNMENT_OUTCOME_UNFIT":
       return AssignmentOutcome.UNFIT;
+    case 6:
+    case "ASSIGNMENT_OUTCOME_PARKED":
+      return AssignmentOutcome.PARKED;
     case -1:
     case "UNRECOGNIZED":
     default:
@@ -131,6 +137,8 @@ export function assignmentOutcomeToJSON(object: AssignmentOutcome): string {
       return "ASSIGNMENT_OUTCOME_STALE_DISPATCHER";
     case AssignmentOutcome.UNFIT:
       return "ASSIGNMENT_OUTCOME_UNFIT";
+    case AssignmentOutcome.PARKED:
+      return "ASSIGNMENT_OUTCOME_PARKED";
     case AssignmentOutcome.UNRECOGNIZED:
     default:
       return "UNRECOGNIZED";
@@ -251,6 +259,8 @@ export interface RequestEnded {
     | undefined;
   /** The group has said that it has let go of the request; else it may still be in a group that stands still. */
   released: boolean;
+  /** With `requeued`. True: the request is parked, and not to be offered before another RequestEnded with false. */
+  parked: boolean;
 }
 
 function createBaseRequestRecord(): RequestRecord {
@@ -1300,7 +1310,7 @@ export const CancellationReply: MessageFns<CancellationReply> = {
 };
 
 function createBaseRequestEnded(): RequestEnded {
-  return { requestId: "", model: "", requeued: false, epoch: 0, needs: undefined, released: false };
+  return { requestId: "", model: "", requeued: false, epoch: 0, needs: undefined, released: false, parked: false };
 }
 
 export const RequestEnded: MessageFns<RequestEnded> = {
@@ -1322,6 +1332,9 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     }
     if (message.released !== false) {
       writer.uint32(48).bool(message.released);
+    }
+    if (message.parked !== false) {
+      writer.uint32(56).bool(message.parked);
     }
     return writer;
   },
@@ -1387,6 +1400,14 @@ export const RequestEnded: MessageFns<RequestEnded> = {
             message.released = reader.bool();
             continue;
           }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.parked = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1411,6 +1432,7 @@ export const RequestEnded: MessageFns<RequestEnded> = {
       epoch: isSet(object.epoch) ? globalThis.Number(object.epoch) : 0,
       needs: isSet(object.needs) ? Needs.fromJSON(object.needs) : undefined,
       released: isSet(object.released) ? globalThis.Boolean(object.released) : false,
+      parked: isSet(object.parked) ? globalThis.Boolean(object.parked) : false,
     };
   },
 
@@ -1434,6 +1456,9 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     if (message.released !== false) {
       obj.released = message.released;
     }
+    if (message.parked !== false) {
+      obj.parked = message.parked;
+    }
     return obj;
   },
 
@@ -1448,6 +1473,7 @@ export const RequestEnded: MessageFns<RequestEnded> = {
     message.epoch = object.epoch ?? 0;
     message.needs = (object.needs !== undefined && object.needs !== null) ? Needs.fromPartial(object.needs) : undefined;
     message.released = object.released ?? false;
+    message.parked = object.parked ?? false;
     return message;
   },
 };

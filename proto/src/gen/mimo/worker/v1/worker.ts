@@ -32,6 +32,11 @@ export const FinishKind = {
   ABORTED: 3,
   /** ERROR - `error_code` and `error_message` say why. */
   ERROR: 4,
+  /**
+   * PARKED - The sequence gave up its slot and its KV blocks, for the `park_reason`, and its text is not at its end: submitted again
+   * with the tokens that it has, to this group or another, it goes on.
+   */
+  PARKED: 5,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -43,6 +48,7 @@ export namespace FinishKind {
   export type LENGTH = typeof FinishKind.LENGTH;
   export type ABORTED = typeof FinishKind.ABORTED;
   export type ERROR = typeof FinishKind.ERROR;
+  export type PARKED = typeof FinishKind.PARKED;
   export type UNRECOGNIZED = typeof FinishKind.UNRECOGNIZED;
 }
 
@@ -63,6 +69,9 @@ export function finishKindFromJSON(object: any): FinishKind {
     case 4:
     case "FINISH_KIND_ERROR":
       return FinishKind.ERROR;
+    case 5:
+    case "FINISH_KIND_PARKED":
+      return FinishKind.PARKED;
     case -1:
     case "UNRECOGNIZED":
     default:
@@ -82,7 +91,51 @@ export function finishKindToJSON(object: FinishKind): string {
       return "FINISH_KIND_ABORTED";
     case FinishKind.ERROR:
       return "FINISH_KIND_ERROR";
+    case FinishKind.PARKED:
+      return "FINISH_KIND_PARKED";
     case FinishKind.UNRECOGNIZED:
+    default:
+      return "UNRECOGNIZED";
+  }
+}
+
+export const ParkReason = {
+  UNSPECIFIED: 0,
+  /** NO_CREDIT - It had no credit for a while. */
+  NO_CREDIT: 1,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type ParkReason = typeof ParkReason[keyof typeof ParkReason];
+
+export namespace ParkReason {
+  export type UNSPECIFIED = typeof ParkReason.UNSPECIFIED;
+  export type NO_CREDIT = typeof ParkReason.NO_CREDIT;
+  export type UNRECOGNIZED = typeof ParkReason.UNRECOGNIZED;
+}
+
+export function parkReasonFromJSON(object: any): ParkReason {
+  switch (object) {
+    case 0:
+    case "PARK_REASON_UNSPECIFIED":
+      return ParkReason.UNSPECIFIED;
+    case 1:
+    case "PARK_REASON_NO_CREDIT":
+      return ParkReason.NO_CREDIT;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return ParkReason.UNRECOGNIZED;
+  }
+}
+
+export function parkReasonToJSON(object: ParkReason): string {
+  switch (object) {
+    case ParkReason.UNSPECIFIED:
+      return "PARK_REASON_UNSPECIFIED";
+    case ParkReason.NO_CREDIT:
+      return "PARK_REASON_NO_CREDIT";
+    case ParkReason.UNRECOGNIZED:
     default:
       return "UNRECOGNIZED";
   }
@@ -211,7 +264,10 @@ export interface Abort {
   epoch: number;
 }
 
-/** Credit lets a sequence send more tokens. A sequence without credit keeps its KV cache and is left out of steps. */
+/**
+ * Credit lets a sequence send more tokens. A sequence without credit is left out of steps. It keeps its KV cache for a
+ * while, and for as long as nobody else can use it; then it is parked.
+ */
 export interface Credit {
   slot: number;
   epoch: number;
@@ -256,6 +312,7 @@ export interface SequenceFinish {
   completionTokens: number;
   draftedTokens: number;
   acceptedTokens: number;
+  parkReason: ParkReason;
 }
 
 export interface DrainRequest {
@@ -309,6 +366,10 @@ export interface Heartbeat {
   precision: string;
   /** What the group's answers are made of: core's model-identity. */
   identity: string;
+  /** Of running_sequences, those without credit for long: each gives way to the next sequence that comes. */
+  parkableSequences: number;
+  /** Of waiting_sequences, those for which there is no slot, or no KV blocks; the others wait for their turn in a step. */
+  blockedSequences: number;
 }
 
 export interface RunningRequest {
@@ -1734,6 +1795,7 @@ function createBaseSequenceFinish(): SequenceFinish {
     completionTokens: 0,
     draftedTokens: 0,
     acceptedTokens: 0,
+    parkReason: 0,
   };
 }
 
@@ -1759,6 +1821,9 @@ export const SequenceFinish: MessageFns<SequenceFinish> = {
     }
     if (message.acceptedTokens !== 0) {
       writer.uint32(56).uint32(message.acceptedTokens);
+    }
+    if (message.parkReason !== 0) {
+      writer.uint32(64).int32(message.parkReason);
     }
     return writer;
   },
@@ -1832,6 +1897,14 @@ export const SequenceFinish: MessageFns<SequenceFinish> = {
             message.acceptedTokens = reader.uint32();
             continue;
           }
+          case 8: {
+            if (tag !== 64) {
+              break;
+            }
+
+            message.parkReason = reader.int32() as any;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1877,6 +1950,11 @@ export const SequenceFinish: MessageFns<SequenceFinish> = {
         : isSet(object.accepted_tokens)
         ? globalThis.Number(object.accepted_tokens)
         : 0,
+      parkReason: isSet(object.parkReason)
+        ? parkReasonFromJSON(object.parkReason)
+        : isSet(object.park_reason)
+        ? parkReasonFromJSON(object.park_reason)
+        : 0,
     };
   },
 
@@ -1903,6 +1981,9 @@ export const SequenceFinish: MessageFns<SequenceFinish> = {
     if (message.acceptedTokens !== 0) {
       obj.acceptedTokens = Math.round(message.acceptedTokens);
     }
+    if (message.parkReason !== 0) {
+      obj.parkReason = parkReasonToJSON(message.parkReason);
+    }
     return obj;
   },
 
@@ -1918,6 +1999,7 @@ export const SequenceFinish: MessageFns<SequenceFinish> = {
     message.completionTokens = object.completionTokens ?? 0;
     message.draftedTokens = object.draftedTokens ?? 0;
     message.acceptedTokens = object.acceptedTokens ?? 0;
+    message.parkReason = object.parkReason ?? 0;
     return message;
   },
 };
@@ -2311,6 +2393,8 @@ function createBaseHeartbeat(): Heartbeat {
     running: [],
     precision: "",
     identity: "",
+    parkableSequences: 0,
+    blockedSequences: 0,
   };
 }
 
@@ -2372,6 +2456,12 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     }
     if (message.identity !== "") {
       writer.uint32(154).string(message.identity);
+    }
+    if (message.parkableSequences !== 0) {
+      writer.uint32(160).uint32(message.parkableSequences);
+    }
+    if (message.blockedSequences !== 0) {
+      writer.uint32(184).uint32(message.blockedSequences);
     }
     return writer;
   },
@@ -2541,6 +2631,22 @@ export const Heartbeat: MessageFns<Heartbeat> = {
             message.identity = reader.string();
             continue;
           }
+          case 20: {
+            if (tag !== 160) {
+              break;
+            }
+
+            message.parkableSequences = reader.uint32();
+            continue;
+          }
+          case 23: {
+            if (tag !== 184) {
+              break;
+            }
+
+            message.blockedSequences = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2616,6 +2722,16 @@ export const Heartbeat: MessageFns<Heartbeat> = {
         : [],
       precision: isSet(object.precision) ? globalThis.String(object.precision) : "",
       identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
+      parkableSequences: isSet(object.parkableSequences)
+        ? globalThis.Number(object.parkableSequences)
+        : isSet(object.parkable_sequences)
+        ? globalThis.Number(object.parkable_sequences)
+        : 0,
+      blockedSequences: isSet(object.blockedSequences)
+        ? globalThis.Number(object.blockedSequences)
+        : isSet(object.blocked_sequences)
+        ? globalThis.Number(object.blocked_sequences)
+        : 0,
     };
   },
 
@@ -2678,6 +2794,12 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     if (message.identity !== "") {
       obj.identity = message.identity;
     }
+    if (message.parkableSequences !== 0) {
+      obj.parkableSequences = Math.round(message.parkableSequences);
+    }
+    if (message.blockedSequences !== 0) {
+      obj.blockedSequences = Math.round(message.blockedSequences);
+    }
     return obj;
   },
 
@@ -2705,6 +2827,8 @@ export const Heartbeat: MessageFns<Heartbeat> = {
     message.running = object.running?.map((e) => RunningRequest.fromPartial(e)) || [];
     message.precision = object.precision ?? "";
     message.identity = object.identity ?? "";
+    message.parkableSequences = object.parkableSequences ?? 0;
+    message.blockedSequences = object.blockedSequences ?? 0;
     return message;
   },
 };
