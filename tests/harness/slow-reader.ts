@@ -13,14 +13,14 @@ import {
 import { ChatRequest, ChatResponse } from '@mimo/proto/inference';
 
 /** How a stream ended: the status of its trailers, or the code with which it was reset. */
-export interface StreamEnd {
+interface StreamEnd {
   readonly status: number | undefined;
   readonly message: string;
   readonly resetCode: number;
 }
 
 /** One call. */
-export interface SlowStream {
+interface SlowStream {
   readonly ended: Promise<StreamEnd>;
   /** The messages that have come whole. */
   messages(): ChatResponse[];
@@ -28,7 +28,7 @@ export interface SlowStream {
   readonly bytes: number;
 }
 
-export interface SlowReaderOptions {
+interface SlowReaderOptions {
   /** Of each stream so many bytes are taken. */
   readonly windowBytes: number;
   /** The window moves on as they come. */
