@@ -21,7 +21,7 @@ const slots = 16;
 /** Drafts, penalties and a seed: nothing of a sequence's state may be lost when it is parked. */
 const long = chatRequest('What is 47 + 85?', {
   ignoreEos: true,
-  maxTokens: 600,
+  maxTokens: 400,
   temperature: 0.9,
   topP: 0.95,
   seed: 11,
@@ -59,7 +59,7 @@ describe('clients that do not read', () => {
 
   it('get no slot before they take the first byte, however many they are, and their text once they do', async () => {
     const reader = open({ windowBytes: 0 });
-    const streams = Array.from({ length: 80 }, () => reader.chat(long));
+    const streams = Array.from({ length: 40 }, () => reader.chat(long));
     await waitFor('all to be recorded', async () => (await cluster.held()).records === streams.length);
     const { tokenIds } = await ask(cluster.client, { request: short });
     expect(tokenIds.length).toBeGreaterThan(0);
@@ -126,6 +126,7 @@ describe('clients that never read again', () => {
     const never = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 0 });
     const late = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 600 });
     const [first, second] = [never.chat(long), late.chat(long)];
+    await waitFor('both to be recorded', async () => (await cluster.held()).records === 2);
     await waitFor('both to be given up', async () => (await cluster.held()).records === 0);
     late.readOn(1_000_000);
     expect(await second.ended).toMatchObject({
