@@ -84,10 +84,7 @@ export function admitRequest(
   const promptTokenIds = [...prompt.tokenIds];
   const violations = [...checkSampling(sampling, facts), ...prompt.problems];
   if (promptTokenIds.length >= facts.maxContextTokens) {
-    violations.push({
-      field: promptFields[prompt.kind],
-      description: `has ${promptTokenIds.length} tokens; the limit is ${facts.maxContextTokens - 1}, the context of ${facts.maxContextTokens} less one`,
-    });
+    violations.push(tooManyTokens(prompt, promptTokenIds.length, facts));
   }
   const leftTokens = facts.maxContextTokens - promptTokenIds.length;
   const minTokens = sampling?.minTokens ?? 0;
@@ -160,6 +157,16 @@ const messageCharacters = 128;
 export function promptCost(input: PromptInput): number {
   const characters = textsOf(input).reduce((sum, text) => sum + text.length, 0);
   return input.kind === 'chat' ? characters + messageCharacters * input.messages.length : characters;
+}
+
+/** The violation of a prompt that cannot fit; how far it goes beyond the context is not counted to the end. */
+export function tooManyTokens(
+  { kind }: Pick<PromptInput, 'kind'>,
+  leastTokens: number,
+  { maxContextTokens }: ModelFacts,
+): FieldViolation {
+  const limit = `the limit is ${maxContextTokens - 1}, the context of ${maxContextTokens} less one`;
+  return { field: promptFields[kind], description: `has at least ${leastTokens} tokens; ${limit}` };
 }
 
 /** The texts that are tokenised. */

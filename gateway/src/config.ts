@@ -54,7 +54,11 @@ export const gatewaySettings = {
   graceMs: durationSetting('MIMO_GATEWAY_GRACE', '25s'),
   /** One incoming message; a prompt of a million token ids is about 3 MB. */
   maxReceiveBytes: sizeSetting('MIMO_GATEWAY_MAX_RECEIVE', '16Mi'),
-  /** Text of one prompt: a million letters without a space take the tokenizer eleven seconds. */
+  /** Processes that read a model's prompts: one is started with the model, the others while there is work for them. */
+  promptReaders: integerSetting('MIMO_GATEWAY_PROMPT_READERS', { min: 1, max: 64 }, 2),
+  /** Ends a chat template or tokenizer that goes on for longer over one prompt; a megabyte of text takes a second. */
+  promptTimeoutMs: durationSetting('MIMO_GATEWAY_PROMPT_TIMEOUT', '10s'),
+  /** Text of one prompt, more than any context holds. */
   promptMaxBytes: sizeSetting('MIMO_GATEWAY_PROMPT_MAX', '1Mi'),
   /** Each costs about 30 kB before it has asked anything. */
   maxConnections: integerSetting('MIMO_GATEWAY_MAX_CONNECTIONS', { min: 1, max: 1_000_000 }, 10_000),

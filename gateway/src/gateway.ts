@@ -80,15 +80,22 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     log.warn('no keys file: everybody is let in as tenant anonymous');
   }
   const authenticate = keys?.authenticate ?? authenticateNobody;
-  const own = await loadModels(config.models);
   const meters = await startMetrics({
     process: 'gateway',
     listenAddress: config.metricsListenAddress === '' ? undefined : config.metricsListenAddress,
   });
   const metrics = createGatewayMetrics(meters);
+  const prompts = { maxReaders: config.promptReaders, timeoutMs: config.promptTimeoutMs, metrics, log };
+  const own = await loadModels(config.models, prompts).catch(async (error: unknown) => {
+    await meters.close();
+    throw error;
+  });
   const queue = openQueue(config, gatewayId, log);
   const catalog = openCatalog(config, gatewayId, log);
   const leave = async (error: unknown): Promise<never> => {
+    for (const { encoder } of own) {
+      await encoder.close();
+    }
     await catalog?.close();
     await queue.close();
     await meters.close();
@@ -127,7 +134,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     const draining = new Set(seen.filter((each) => each.draining).map(({ group }) => group));
     return groups.ready(model, performance.now()).filter(({ group }) => !draining.has(group));
   };
-  const models = new ServedModels({ own, requests, openGroups, run: runModel, log });
+  const models = new ServedModels({ own, prompts, requests, openGroups, run: runModel, log });
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
     maxReceiveBytes: config.maxReceiveBytes,

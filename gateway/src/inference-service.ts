@@ -29,6 +29,7 @@ import {
 import { requestLimits } from '@mimo/proto/limits';
 import type { SamplingParams } from '@mimo/proto/sampling';
 import type { Heartbeat } from '@mimo/proto/worker';
+import { TooManyTokensError } from '@mimo/tokenizer';
 
 import {
   admitRequest,
@@ -36,12 +37,14 @@ import {
   checkPrompt,
   type ModelFacts,
   type PromptInput,
+  tooManyTokens,
   type ReadPrompt,
 } from './admission.ts';
 import { assertMayUse, type Authenticate, type Caller } from './auth.ts';
 import type { Groups } from './groups.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import { factsOf, type ServedModel } from './models.ts';
+import type { EncodeFor } from './prompt-encoder.ts';
 import type { Requests } from './requests.ts';
 import type { ServedModels } from './served-models.ts';
 import { chooseVersion } from './version-choice.ts';
@@ -160,7 +163,12 @@ async function complete(
     throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
   }
   const { model, identity, facts } = versionFor(parts, caller, completion.model);
-  const prompt = await readPrompt(completion.input, { model, facts, parts, signal: context.signal });
+  const prompt = await readPrompt(completion.input, {
+    model,
+    facts,
+    promptMaxBytes: parts.promptMaxBytes,
+    for: { tenant: caller.tenant, maxTokens: facts.maxContextTokens - 1, signal: context.signal },
+  });
   const record = admitRequest(prompt, completion.sampling, {
     facts,
     requestId: randomUUID(),
@@ -171,7 +179,7 @@ async function complete(
     timeLeftMs: timeLeftMs(context),
   });
   const { relay, recorded } = parts.requests.open(record, {
-    tokenTable: model.tokenizer,
+    tokenTable: model.tokenTable,
     stop: record.sampling?.stop ?? [],
     stopInReasoning: record.sampling?.stopInReasoning ?? false,
     minTokens: record.sampling?.minTokens ?? 0,
@@ -217,12 +225,27 @@ async function complete(
 /** Checks a prompt and, where it is sound, tokenises it. */
 async function readPrompt(
   input: PromptInput,
-  by: { model: ServedModel; facts: ModelFacts; parts: InferenceServiceParts; signal: AbortSignal },
+  by: {
+    readonly model: ServedModel;
+    readonly facts: ModelFacts;
+    readonly promptMaxBytes: number;
+    readonly for: EncodeFor;
+  },
 ): Promise<ReadPrompt> {
-  const problems = checkPrompt(input, { facts: by.facts, promptMaxBytes: by.parts.promptMaxBytes });
-  const nothing = { tokenIds: [], begun: '' };
-  const encoded = problems.length === 0 ? await by.model.encoder.encode(input, by.signal) : nothing;
-  return { kind: input.kind, ...encoded, problems };
+  const { kind } = input;
+  const problems = checkPrompt(input, by);
+  const nothing = { kind, tokenIds: [], begun: '' };
+  if (problems.length > 0) {
+    return { ...nothing, problems };
+  }
+  try {
+    return { kind, ...(await by.model.encoder.encode(input, by.for)), problems };
+  } catch (error) {
+    if (error instanceof TooManyTokensError) {
+      return { ...nothing, problems: [tooManyTokens(input, error.leastTokens, by.facts)] };
+    }
+    throw error;
+  }
 }
 
 /** Whole milliseconds, as they are recorded. */
@@ -246,7 +269,12 @@ async function countTokens(
   const { model: name, input } =
     request.$case === 'chat' ? chatOf(request.value) : generationOf(request.value);
   const { model, facts } = versionFor(parts, caller, name);
-  const { tokenIds, problems } = await readPrompt(input, { model, facts, parts, signal });
+  const { tokenIds, problems } = await readPrompt(input, {
+    model,
+    facts,
+    promptMaxBytes: parts.promptMaxBytes,
+    for: { tenant: caller.tenant, maxTokens: Infinity, signal },
+  });
   assertNone(problems);
   return { promptTokens: tokenIds.length, maxContextTokens: facts.maxContextTokens };
 }

@@ -18,6 +18,9 @@ export interface GatewayMetrics {
   readonly stalls: (labels: { readonly model: string }) => void;
   readonly parks: (labels: { readonly model: string }) => void;
   readonly orphans: (labels: { readonly model: string }) => void;
+  /** From a prompt's arrival to its token ids, or to its refusal. */
+  readonly promptTime: (durationMs: number, labels: { readonly model: string }) => void;
+  readonly promptFailures: (labels: { readonly model: string; readonly cause: 'timeout' | 'crash' }) => void;
 }
 
 /** Makes the instruments. */
@@ -49,6 +52,14 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
     parks: metrics.counter(
       'gateway_parks_total',
       'Streams that gave up their place in a group because their client was behind',
+    ),
+    promptTime: metrics.duration(
+      'gateway_prompt_read_seconds',
+      'From a prompt to its token ids: waiting, chat template and tokenizer',
+    ),
+    promptFailures: metrics.counter(
+      'gateway_prompt_failures_total',
+      'Prompts over which a model’s chat template or tokenizer did not end or broke, by cause',
     ),
     orphans: metrics.counter(
       'queue_orphaned_requests_total',

@@ -1,7 +1,7 @@
 // One model as the gateway knows it. Owns reading a checkpoint's tokenizer and the few figures of config.json that
 // admission needs; the weights are the workers' business. What only a running group knows comes from its heartbeat.
 
-import { readFile } from 'node:fs/promises';
+import { readFile, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 
 import { z } from 'zod';
@@ -9,16 +9,16 @@ import { z } from 'zod';
 import { ClusterError } from '@mimo/core/errors';
 import { readTextFiles, textDigestOf } from '@mimo/core/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
-import type { Tokenizer } from '@mimo/tokenizer';
+import type { TokenTable } from '@mimo/tokenizer';
 
 import type { ModelFacts } from './admission.ts';
-import { loadPromptEncoder, type PromptEncoder } from './prompt-encoder.ts';
+import { loadPromptEncoder, type PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts';
 import type { ModelVersion } from './version-choice.ts';
 
-/** A model with its tokenizer, loaded. Close its encoder. */
+/** A model that prompts can be read for. Close its encoder. */
 export interface ServedModel extends ModelVersion {
   readonly name: string;
-  readonly tokenizer: Tokenizer;
+  readonly tokenTable: TokenTable;
   readonly encoder: PromptEncoder;
   readonly vocabularySize: number;
   readonly maxContextTokens: number;
@@ -31,18 +31,38 @@ const checkpointSchema = z.object({
   num_nextn_predict_layers: z.int().nonnegative().default(0),
 });
 
-/** Loads models from their directories; fails where a directory holds no usable checkpoint, naming it. */
-export function loadModels(directories: ReadonlyMap<string, string>): Promise<readonly ServedModel[]> {
-  return Promise.all([...directories].map(([name, directory]) => loadModel(name, directory, '')));
+/** Loads models from their directories, all or none; fails where a directory holds no usable checkpoint, naming it. */
+export async function loadModels(
+  directories: ReadonlyMap<string, string>,
+  prompts: PromptEncoderOptions,
+): Promise<readonly ServedModel[]> {
+  const loads = await Promise.allSettled(
+    [...directories].map(([name, directory]) => loadModel({ name, directory, identity: '' }, prompts)),
+  );
+  const loaded = loads.filter((load) => load.status === 'fulfilled').map(({ value }) => value);
+  const failed = loads.find((load) => load.status === 'rejected');
+  if (failed !== undefined) {
+    await Promise.all(loaded.map(({ encoder }) => encoder.close()));
+    throw failed.reason;
+  }
+  return loaded;
 }
 
-/**
- * Loads a model from a directory with config.json and the tokenizer's files; fails as `loadModels` does. `identity`: what the
- * groups that run it compute with, where that is known.
- */
-export async function loadModel(name: string, directory: string, identity: string): Promise<ServedModel> {
+/** Where a model's files lie. */
+export interface ModelPlace {
+  readonly name: string;
+  readonly directory: string;
+  /** What the groups that run it compute with; empty where that is not known. */
+  readonly identity: string;
+}
+
+/** Loads a model from a directory with config.json and the tokenizer's files; fails as `loadModels` does. */
+export async function loadModel(
+  { name, directory, identity }: ModelPlace,
+  prompts: PromptEncoderOptions,
+): Promise<ServedModel> {
   const path = join(directory, 'config.json');
-  const json = await readFile(path, 'utf8').catch((error: unknown) => {
+  const json = await readSmall(path).catch((error: unknown) => {
     throw new ClusterError('failed_precondition', `model ${name}: ${path} cannot be read`, { cause: error });
   });
   let config;
@@ -53,21 +73,33 @@ export async function loadModel(name: string, directory: string, identity: strin
       cause: error,
     });
   }
-  const encoder = await loadPromptEncoder(directory).catch((error: unknown) => {
+  const textDigest = textDigestOf(await readTextFiles(directory));
+  const encoder = await loadPromptEncoder(name, directory, prompts).catch((error: unknown) => {
     const { code, message } = ClusterError.from(error);
     throw new ClusterError(code, `model ${name}: ${directory}: ${message}`, { cause: error });
   });
   return {
     name,
     identity,
-    textDigest: textDigestOf(await readTextFiles(directory)),
-    tokenizer: encoder.tokenizer,
+    textDigest,
+    tokenTable: encoder.tokenTable,
     encoder,
     vocabularySize: config.vocab_size,
     maxContextTokens: config.max_position_embeddings,
     // The engine drafts one token a step with the first MTP layer.
     draftTokens: Math.min(1, config.num_nextn_predict_layers),
   };
+}
+
+/** A real one has some kilobytes; to parse an endless one would hold up every stream. */
+const configMaxBytes = 2 ** 20;
+
+async function readSmall(path: string): Promise<string> {
+  const { size } = await stat(path);
+  if (size > configMaxBytes) {
+    throw new Error(`it has ${size} bytes; the limit is ${configMaxBytes}`);
+  }
+  return readFile(path, 'utf8');
 }
 
 /**
@@ -80,7 +112,7 @@ export function factsOf(model: ServedModel, groups: readonly Heartbeat[]): Model
   return {
     name: model.name,
     vocabularySize: model.vocabularySize,
-    specialTokens: model.tokenizer.specialTokens,
+    specialTokens: model.tokenTable.specialTokens,
     maxContextTokens: most(
       groups.map((group) => group.maxContextTokens),
       model.maxContextTokens,

@@ -1,134 +1,281 @@
-// Prompts -> token ids, without holding up the streams: short ones at once, long ones in a thread of their own, one after
-// another. Owns that thread and its queue; what tokenising is lies in @mimo/tokenizer, what a prompt may be in admission.ts.
-
-import { Worker } from 'node:worker_threads';
+// One model's prompts -> token ids. Owns the model's readers (prompt-reader.ts), which run what its files ask for in
+// processes of their own, and who waits for them (prompt-queue.ts). What a prompt may be is in admission.ts. A model whose
+// template or tokenizer never ends, or takes all memory, harms the callers of this model alone.
 
 import { beforeAbort } from '@mimo/core/abort';
-import { ClusterError, type ErrorCode } from '@mimo/core/errors';
-import {
-  defaultChatTemplate,
-  encodeChat,
-  loadTokenizer,
-  parseChatTemplate,
-  type ChatTemplate,
-  type Tokenizer,
-} from '@mimo/tokenizer';
+import { ClusterError } from '@mimo/core/errors';
+import type { Log } from '@mimo/core/log';
+import { createTokenTable, TooManyTokensError, type TokenTable } from '@mimo/tokenizer';
 
-import { continuesLast, conversationOf, promptCost, type PromptInput } from './admission.ts';
+import { promptCost, type PromptInput } from './admission.ts';
+import type { GatewayMetrics } from './metrics.ts';
+import type { EncodedPrompt, ReaderMessage, ReadPromptMessage } from './prompt-messages.ts';
+import { PromptQueue } from './prompt-queue.ts';
+import { startPromptReader, type PromptReader } from './prompt-reader.ts';
 
-/** A prompt's ids, and what of the completion's text it already holds. */
-export interface EncodedPrompt {
-  readonly tokenIds: readonly number[];
-  readonly begun: string;
+/** How prompts are read, and who hears of it. */
+export interface PromptEncoderOptions {
+  /** At most this many readers of a model. */
+  readonly maxReaders: number;
+  /** For one prompt: template and tokenizer together. */
+  readonly timeoutMs: number;
+  readonly metrics: Pick<GatewayMetrics, 'promptFailures' | 'promptTime'>;
+  readonly log: Log;
 }
 
-/** A thread's answer to one prompt. */
-export type EncodeReply = EncodedPrompt | { readonly code: ErrorCode; readonly message: string };
-
-/** 4,096 characters of prose take 8 ms at most the first time; a thread's round trip is below one. */
-const inlineMaxCharacters = 4_096;
-
-/** Loads the encoder of the checkpoint in a directory; fails as `loadTokenizer` does. */
-export async function loadPromptEncoder(directory: string): Promise<PromptEncoder> {
-  const tokenizer = await loadTokenizer(directory);
-  const template = parseChatTemplate(tokenizer.chatTemplate ?? defaultChatTemplate);
-  return new PromptEncoder({ directory, tokenizer, template });
+/** Whose prompt, and how many tokens it may have. */
+export interface EncodeFor {
+  readonly tenant: string;
+  readonly maxTokens: number;
+  readonly signal: AbortSignal;
 }
 
-/** One model's encoder. Close it to stop its thread. */
+interface Waiting {
+  readonly message: ReadPromptMessage;
+  readonly resolve: (prompt: EncodedPrompt) => void;
+  readonly reject: (error: unknown) => void;
+}
+
+/** Waiting prompts are memory: so many, of so many letters, for a tenant and for all of them. Beyond lies an attack. */
+const waitingMax = {
+  tenant: { prompts: 4_096, cost: 32 * 2 ** 20 },
+  all: { prompts: 16_384, cost: 128 * 2 ** 20 },
+} as const;
+/** A reader beyond the first that had nothing to do for so long goes, with its memory. */
+const idleMs = 60_000;
+/** Starts the first reader of a model, whose files are in the directory; fails as `startPromptReader` does. */
+export async function loadPromptEncoder(
+  model: string,
+  directory: string,
+  options: PromptEncoderOptions,
+): Promise<PromptEncoder> {
+  const reader = await startPromptReader({ directory, timeoutMs: options.timeoutMs });
+  return new PromptEncoder({ model, directory, reader, options });
+}
+
+/** One model's encoder. Close it to end its processes. */
 export class PromptEncoder {
-  readonly tokenizer: Tokenizer;
-  readonly #template: ChatTemplate;
+  readonly tokenTable: TokenTable;
+  readonly #model: string;
   readonly #directory: string;
-  #thread: Worker | undefined;
-  /** Resolves when the prompts before have been encoded. */
-  #turn: Promise<unknown> = Promise.resolve();
+  readonly #options: PromptEncoderOptions;
+  readonly #queue: PromptQueue<Waiting>;
+  readonly #idle: PromptReader[] = [];
+  readonly #readers = new Set<PromptReader>();
+  readonly #running = new Set<Promise<void>>();
+  readonly #waiting = new Set<Waiting>();
+  #starting: Promise<void> | undefined;
+  #idleTimer: NodeJS.Timeout | undefined;
+  #closed = false;
 
   constructor(parts: {
+    readonly model: string;
     readonly directory: string;
-    readonly tokenizer: Tokenizer;
-    readonly template: ChatTemplate;
+    readonly reader: PromptReader;
+    readonly options: PromptEncoderOptions;
   }) {
-    this.tokenizer = parts.tokenizer;
-    this.#template = parts.template;
+    this.tokenTable = createTokenTable(parts.reader.tokenTable);
+    this.#model = parts.model;
     this.#directory = parts.directory;
+    this.#options = parts.options;
+    this.#queue = new PromptQueue(parts.options.maxReaders);
+    this.#add(parts.reader);
   }
 
   /**
-   * The ids of a prompt that was checked. Fails with `invalid_argument` where the template refuses the messages; rejects
-   * with the signal's reason where that fires first: a prompt that waits for the thread is not encoded any more.
+   * The ids of a prompt that was checked. Fails with `invalid_argument` where the template refuses the messages,
+   * `TooManyTokensError` over the limit, `resource_exhausted` where too many wait, `failed_precondition` where the model's
+   * files do not come to an end; rejects with the signal's reason where that fires first: then it leaves the queue.
    */
-  async encode(input: PromptInput, signal: AbortSignal): Promise<EncodedPrompt> {
-    if (promptCost(input) <= inlineMaxCharacters) {
-      return this.encodeHere(input);
+  async encode(input: PromptInput, { tenant, maxTokens, signal }: EncodeFor): Promise<EncodedPrompt> {
+    if (input.kind === 'tokens' || input.kind === 'none') {
+      return { tokenIds: input.kind === 'tokens' ? input.tokenIds : [], begun: '' };
     }
-    const turn = this.#turn.then(() => (signal.aborted ? undefined : this.#encodeThere(input)));
-    this.#turn = turn.catch(() => undefined);
-    const reply = await beforeAbort(turn, signal);
-    if (reply === undefined || 'code' in reply) {
-      throw new ClusterError(reply?.code ?? 'canceled', reply?.message ?? 'the prompt was not encoded');
+    if (input.kind === 'text' && this.tokenTable.leastTokens(input.text) > maxTokens) {
+      throw new TooManyTokensError(this.tokenTable.leastTokens(input.text), maxTokens);
     }
-    return reply;
-  }
-
-  /** The same on the calling thread, whatever its length. */
-  encodeHere(input: PromptInput): EncodedPrompt {
-    switch (input.kind) {
-      case 'chat':
-        return encodeChat(this.tokenizer, this.#template, conversationOf(input.messages), {
-          continueLast: continuesLast(input.messages),
-        });
-      case 'text':
-        return { tokenIds: this.tokenizer.encode(input.text, { allowSpecial: true }), begun: '' };
-      case 'tokens':
-        return { tokenIds: input.tokenIds, begun: '' };
-      case 'none':
-      default:
-        return { tokenIds: [], begun: '' };
+    signal.throwIfAborted();
+    const cost = promptCost(input);
+    this.#assertRoom(tenant, cost);
+    const { promise, resolve, reject } = Promise.withResolvers<EncodedPrompt>();
+    const waiting: Waiting = { message: { input, maxTokens }, resolve, reject };
+    const leave = this.#queue.add({ tenant, cost }, waiting);
+    this.#waiting.add(waiting);
+    const beganMs = performance.now();
+    this.#pump();
+    try {
+      return await beforeAbort(promise, signal);
+    } finally {
+      leave();
+      this.#waiting.delete(waiting);
+      this.#options.metrics.promptTime(performance.now() - beganMs, { model: this.#model });
     }
   }
 
-  /** Stops the thread once the prompts before have been encoded. */
+  /** Ends the readers once the prompts that wait have been read. */
   async retire(): Promise<void> {
-    await this.#turn;
+    while (this.#waiting.size > 0 && !this.#closed) {
+      await Promise.race([...this.#running, this.#starting].filter((each) => each !== undefined));
+    }
     await this.close();
   }
 
-  /** Stops the thread at once; who waits for it gets `unavailable`. */
+  /** Ends the readers at once; whoever waits for them gets `unavailable`. */
   async close(): Promise<void> {
-    await this.#thread?.terminate();
+    this.#closed = true;
+    clearTimeout(this.#idleTimer);
+    for (const { reject } of this.#waiting) {
+      reject(new ClusterError('unavailable', `model ${this.#model} is not served here any more`));
+    }
+    await Promise.all([...this.#readers].map((reader) => reader.close()));
+    await this.#starting;
   }
 
-  async #encodeThere(input: PromptInput): Promise<EncodeReply> {
-    this.#thread ??= this.#startThread();
-    const thread = this.#thread;
-    const { promise, resolve, reject } = Promise.withResolvers<EncodeReply>();
-    const fail = (): void => reject(new ClusterError('unavailable', 'the tokenizer thread ended'));
-    thread.once('message', resolve);
-    thread.once('exit', fail);
-    thread.ref();
-    thread.postMessage(input);
-    try {
-      return await promise;
-    } finally {
-      thread.off('message', resolve);
-      thread.off('exit', fail);
-      thread.unref();
+  #assertRoom(tenant: string, cost: number): void {
+    if (this.#closed) {
+      throw new ClusterError('unavailable', `model ${this.#model} is not served here any more`);
+    }
+    const full = (seen: { prompts: number; cost: number }, max: { prompts: number; cost: number }): boolean =>
+      seen.prompts >= max.prompts || seen.cost + cost > max.cost;
+    const own = this.#queue.waiting(tenant);
+    if (full(own, waitingMax.tenant) || full(this.#queue.waiting(), waitingMax.all)) {
+      const text = `too many prompts wait to be read for model ${this.#model}: ${own.prompts} of this tenant`;
+      throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
     }
   }
 
-  #startThread(): Worker {
-    const thread = new Worker(new URL('./prompt-encoder-thread.ts', import.meta.url), {
-      workerData: { directory: this.#directory },
-    });
-    const forget = (): void => {
-      if (this.#thread === thread) {
-        this.#thread = undefined;
+  /** Gives waiting prompts to readers that are free, and starts one more where a prompt could go and none is. */
+  #pump(): void {
+    while (this.#idle.length > 0) {
+      const taken = this.#queue.take();
+      const reader = taken === undefined ? undefined : this.#idle.pop();
+      if (taken === undefined || reader === undefined) {
+        break;
+      }
+      const running = this.#read(reader, taken.item).finally(() => {
+        taken.done();
+        this.#running.delete(running);
+        this.#pump();
+      });
+      this.#running.add(running);
+      if (taken.isLong && this.#idle.length === 0) {
+        // So that a short prompt that comes meanwhile finds one.
+        this.#start();
+      }
+    }
+    if (this.#idle.length === 0 && this.#queue.hasTurn) {
+      this.#start();
+    }
+    this.#watchIdle();
+  }
+
+  async #read(reader: PromptReader, { message, resolve, reject }: Waiting): Promise<void> {
+    const beganMs = performance.now();
+    const reply = await reader.read(message);
+    if (reply === undefined || reply.kind === 'timed out' || reply.kind === 'loaded') {
+      await reader.close();
+      if (!this.#closed) {
+        reject(this.#failure(reply, performance.now() - beganMs));
+      }
+      return;
+    }
+    this.#idle.push(reader);
+    switch (reply.kind) {
+      case 'read':
+        resolve(reply.prompt);
+        break;
+      case 'too many tokens':
+        reject(new TooManyTokensError(reply.leastTokens, message.maxTokens));
+        break;
+      case 'failed':
+        reject(new ClusterError(reply.code, reply.message));
+        break;
+    }
+  }
+
+  /** The reader ended over a prompt, or had to be ended: the caller, the log and the metric learn of which model. */
+  #failure(reply: ReaderMessage | undefined, tookMs: number): ClusterError {
+    const { timeoutMs, metrics, log } = this.#options;
+    const model = this.#model;
+    const stage = reply?.kind === 'timed out' ? reply.stage : 'chat template or tokenizer';
+    const isLate = tookMs >= timeoutMs;
+    metrics.promptFailures({ model, cause: isLate ? 'timeout' : 'crash' });
+    log.warn(
+      { model, stage, timeoutMs },
+      isLate ? 'a prompt took too long to read' : 'reading a prompt ended its process',
+    );
+    const what = isLate ? `did not end within ${timeoutMs} ms` : 'failed, such as for lack of memory';
+    return new ClusterError(
+      'failed_precondition',
+      `model ${model} cannot read this prompt: its ${stage} ${what}`,
+    );
+  }
+
+  #add(reader: PromptReader): void {
+    this.#readers.add(reader);
+    this.#idle.push(reader);
+    void this.#replaceOnceEnded(reader);
+  }
+
+  async #replaceOnceEnded(reader: PromptReader): Promise<void> {
+    await reader.ended;
+    this.#readers.delete(reader);
+    const index = this.#idle.indexOf(reader);
+    if (index >= 0) {
+      this.#idle.splice(index, 1);
+    }
+    if (this.#readers.size === 0) {
+      this.#start();
+    }
+  }
+
+  #start(): void {
+    if (this.#closed || this.#starting !== undefined || this.#readers.size >= this.#options.maxReaders) {
+      return;
+    }
+    const start = async (): Promise<void> => {
+      try {
+        const reader = await startPromptReader({
+          directory: this.#directory,
+          timeoutMs: this.#options.timeoutMs,
+        });
+        if (this.#closed) {
+          await reader.close();
+          return;
+        }
+        this.#add(reader);
+      } catch (cause) {
+        this.#startFailed(cause);
       }
     };
-    thread.on('exit', forget);
-    // The exit that follows tells whoever waits.
-    thread.on('error', forget);
-    return thread;
+    this.#starting = start().finally(() => {
+      this.#starting = undefined;
+      this.#pump();
+    });
+  }
+
+  /** With no other reader, those who wait are told; the next prompt tries again. */
+  #startFailed(cause: unknown): void {
+    const model = this.#model;
+    this.#options.log.error({ error: ClusterError.from(cause), model }, 'a prompt reader cannot be started');
+    if (this.#readers.size === 0) {
+      const text = `model ${model} cannot read prompts at this moment`;
+      const detail = { retryAfterMs: 1_000 };
+      for (const { reject } of this.#waiting) {
+        reject(new ClusterError('unavailable', text, { cause, detail }));
+      }
+    }
+  }
+
+  /** Ends readers that are not needed, one after another, all but the last. */
+  #watchIdle(): void {
+    clearTimeout(this.#idleTimer);
+    if (!this.#closed && this.#idle.length > 0 && this.#readers.size > 1) {
+      this.#idleTimer = setTimeout(() => {
+        void this.#idle.pop()?.close();
+        this.#watchIdle();
+      }, idleMs);
+      this.#idleTimer.unref();
+    }
   }
 }

@@ -13,12 +13,14 @@ import { tokenFromName } from '@mimo/core/subjects';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { loadModel, type ServedModel } from './models.ts';
+import type { PromptEncoderOptions } from './prompt-encoder.ts';
 import type { Requests } from './requests.ts';
 
 /** What the set works with. */
 export interface ServedModelsParts {
   /** Never replaced by the catalogue's, and never taken away. */
   readonly own: readonly ServedModel[];
+  readonly prompts: PromptEncoderOptions;
   readonly requests: Pick<Requests, 'countOf' | 'failWaiting' | 'endStranded'>;
   /** The groups of a model that take requests. */
   readonly openGroups: (model: string) => readonly Heartbeat[];
@@ -167,7 +169,11 @@ export class ServedModels {
     const directory = join(to.directory, `${tokenFromName(name)}-${digest.slice(0, 16)}`);
     try {
       await catalog.fetch({ name, digest }, directory, to.signal);
-      const model = await loadModel(name, directory, identity);
+      const model = await loadModel({ name, directory, identity }, this.#parts.prompts);
+      if (this.#closing.signal.aborted) {
+        await model.encoder.close();
+        return;
+      }
       const former = this.#fetched.get(name);
       this.#fetched.set(name, { model, digest, directory });
       this.#retryAtMs.delete(name);

@@ -1,9 +1,12 @@
+import { join } from 'node:path';
+
 import * as grpc from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { callServerStream, callUnary } from '@mimo/core/grpc-client';
-import { InferenceServiceService, type GenerateRequest } from '@mimo/proto/inference';
+import { InferenceServiceService, Role, type GenerateRequest } from '@mimo/proto/inference';
 import { FinishReason, SamplingParams } from '@mimo/proto/sampling';
+import { loadTokenizer } from '@mimo/tokenizer';
 
 import {
   ask,
@@ -100,13 +103,53 @@ describe('chat through gateway, queue and a group of two ranks', () => {
   it('stops at a stop text, leaves it out, and frees the sequence', async () => {
     const whole = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
     const stopped = await ask(cluster.client, {
-      request: chatRequest('What is 47 + 85?', { stop: ['+8+1'] }),
+      request: chatRequest('What is 47 + 85?', { stop: ['+8+1'], stopInReasoning: true }),
     });
     expect(stopped.finish).toMatchObject({ reason: FinishReason.STOP, matchedStop: '+8+1' });
     expect(whole.reasoning).toContain(stopped.reasoning);
     expect(stopped.reasoning).not.toContain('+8+1');
     expect(stopped.text).toBe('');
     await expectNothingHeld();
+  });
+
+  it('looks for stop texts in the answer, not in the thinking', async () => {
+    const whole = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
+    for (const stop of ['=', '132', '\n']) {
+      const { text, reasoning, finish } = await ask(cluster.client, {
+        request: chatRequest('What is 47 + 85?', { stop: [stop] }),
+      });
+      expect(reasoning).toBe(whole.reasoning);
+      expect(text).toBe(whole.text.split(stop)[0]);
+      expect(finish?.matchedStop).toBe(whole.text.includes(stop) ? stop : '606');
+    }
+  });
+
+  it('ends at a special token that a stop text names, also where the end of text is ignored', async () => {
+    const whole = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
+    for (const stop of [['<|im_end|>'], ['<|endoftext|>', 'never', '<|im_end|>']]) {
+      const { text, finish } = await ask(cluster.client, {
+        request: chatRequest('What is 47 + 85?', { stop, ignoreEos: true, maxTokens: 400 }),
+      });
+      expect(text).toBe(whole.text);
+      expect(finish).toMatchObject({ reason: FinishReason.STOP, matchedStop: '<|im_end|>' });
+    }
+  });
+
+  it('continues an assistant’s message to the same end, wherever it is cut', async () => {
+    const request = chatRequest('What is 47 + 85?');
+    const whole = await ask(cluster.client, { request });
+    const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
+    const decode = (tokenIds: readonly number[]): string =>
+      tokenizer.decode(tokenIds, { skipSpecialTokens: true });
+    for (const kept of [1, 5, whole.tokenIds.length - 4, whole.tokenIds.length - 2]) {
+      const content = decode(whole.tokenIds.slice(0, kept));
+      const continued = await ask(cluster.client, {
+        request: { ...request, messages: [...request.messages, { role: Role.ASSISTANT, content }] },
+      });
+      expect(continued.tokenIds).toEqual(whole.tokenIds.slice(kept));
+      expect(whole.text.endsWith(continued.text)).toBe(true);
+      expect(whole.reasoning.endsWith(continued.reasoning)).toBe(true);
+    }
   });
 
   it('gives log-probabilities that fit the tokens', async () => {

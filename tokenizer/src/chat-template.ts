@@ -72,6 +72,9 @@ export interface ChatTemplate {
 /** Beyond any tool's schema, within any stack: rendering recurses. */
 const maxNesting = 100;
 
+/** Of what a template says about messages that it refuses. */
+const maxReasonUnits = 1_000;
+
 const roles: ReadonlySet<string> = new Set<ChatRole>(['system', 'user', 'assistant', 'tool']);
 
 /** Compiles Jinja source, once per checkpoint. Throws `failed_precondition` when it does not parse. */
@@ -177,7 +180,11 @@ function render(template: ChatTemplate, messages: readonly unknown[], options: C
       ...(options.tools === undefined || options.tools.length === 0 ? {} : { tools: options.tools }),
     });
   } catch (cause) {
-    const reason = cause instanceof Error ? cause.message : String(cause);
+    if (cause instanceof RangeError) {
+      // A list, a text or a recursion without end: not the messages' fault.
+      throw new ClusterError('failed_precondition', `the chat template fails: ${cause.message}`, { cause });
+    }
+    const reason = cause instanceof Error ? cause.message.slice(0, maxReasonUnits) : String(cause);
     throw new ClusterError('invalid_argument', `the chat template refuses the messages: ${reason}`, {
       cause,
     });

@@ -1,0 +1,149 @@
+// Whose prompt of a model is read next. Pure: knows neither processes nor time.
+//
+// The rule. Prompts wait in lanes, one for a tenant's short prompts and one for its long ones, each first come first served.
+//   1. A lane has at most one prompt being read.
+//   2. All but one reader may read long prompts, where there are several: a short prompt waits for no long one.
+//   3. Of the lanes that may go, the one with the earliest tag does (start-time fair queueing): a lane's tag grows by what
+//      its prompts cost, and begins at the present one when the lane has had nothing to do.
+// So a tenant waits for its own prompts and for about as much of any other tenant's as it asks for itself.
+
+/** What the queue needs to know of a prompt. */
+export interface PromptTurn {
+  readonly tenant: string;
+  /** In letters, see `promptCost`. */
+  readonly cost: number;
+}
+
+/** A prompt that was taken; say `done` when it has been read. */
+export interface TakenPrompt<T> {
+  readonly item: T;
+  readonly isLong: boolean;
+  done(this: void): void;
+}
+
+/** What waits. */
+export interface WaitingPrompts {
+  readonly prompts: number;
+  readonly cost: number;
+}
+
+interface Entry<T> {
+  readonly cost: number;
+  readonly item: T;
+}
+
+interface Lane<T> {
+  readonly isLong: boolean;
+  readonly waiting: Set<Entry<T>>;
+  cost: number;
+  tag: number;
+  isReading: boolean;
+}
+
+/** Shorter prompts take milliseconds. */
+const shortMaxCost = 32_768;
+
+/** The prompts that wait for one model. */
+export class PromptQueue<T> {
+  readonly #readers: number;
+  readonly #lanes = new Map<string, Lane<T>>();
+  #tag = 0;
+  #longReading = 0;
+
+  constructor(readers: number) {
+    this.#readers = readers;
+  }
+
+  /** What waits, of a tenant or of all. */
+  waiting(tenant?: string): WaitingPrompts {
+    const lanes =
+      tenant === undefined
+        ? [...this.#lanes.values()]
+        : [false, true]
+            .map((isLong) => this.#lanes.get(keyOf(tenant, isLong)))
+            .filter((lane) => lane !== undefined);
+    return {
+      prompts: lanes.reduce((sum, lane) => sum + lane.waiting.size, 0),
+      cost: lanes.reduce((sum, lane) => sum + lane.cost, 0),
+    };
+  }
+
+  /** Adds a prompt behind the others of its lane. The result takes it out again, if it still waits. */
+  add({ tenant, cost }: PromptTurn, item: T): () => void {
+    const isLong = cost > shortMaxCost;
+    const key = keyOf(tenant, isLong);
+    const lane: Lane<T> = this.#lanes.get(key) ?? {
+      isLong,
+      waiting: new Set(),
+      cost: 0,
+      tag: 0,
+      isReading: false,
+    };
+    this.#lanes.set(key, lane);
+    if (lane.waiting.size === 0) {
+      lane.tag = Math.max(lane.tag, this.#tag);
+    }
+    const entry = { cost, item };
+    lane.waiting.add(entry);
+    lane.cost += cost;
+    return () => {
+      if (lane.waiting.delete(entry)) {
+        lane.cost -= cost;
+      }
+    };
+  }
+
+  /** Whether a prompt may go, if a reader is free. */
+  get hasTurn(): boolean {
+    return this.#next() !== undefined;
+  }
+
+  /** The next prompt, for a reader that is free; undefined where none may go. */
+  take(): TakenPrompt<T> | undefined {
+    this.#forgetIdle();
+    const lane = this.#next();
+    const [entry] = lane?.waiting ?? [];
+    if (lane === undefined || entry === undefined) {
+      return undefined;
+    }
+    lane.waiting.delete(entry);
+    lane.cost -= entry.cost;
+    this.#tag = Math.max(this.#tag, lane.tag);
+    lane.tag += entry.cost;
+    lane.isReading = true;
+    this.#longReading += lane.isLong ? 1 : 0;
+    return {
+      item: entry.item,
+      isLong: lane.isLong,
+      done: () => {
+        lane.isReading = false;
+        this.#longReading -= lane.isLong ? 1 : 0;
+      },
+    };
+  }
+
+  #next(): Lane<T> | undefined {
+    const longMax = Math.max(1, this.#readers - 1);
+    let next: Lane<T> | undefined;
+    for (const lane of this.#lanes.values()) {
+      const mayGo = lane.waiting.size > 0 && !lane.isReading && (!lane.isLong || this.#longReading < longMax);
+      if (mayGo && (next === undefined || lane.tag < next.tag)) {
+        next = lane;
+      }
+    }
+    return next;
+  }
+
+  /** Lanes that a new one would not differ from. */
+  #forgetIdle(): void {
+    for (const [key, lane] of this.#lanes) {
+      if (lane.waiting.size === 0 && !lane.isReading && lane.tag <= this.#tag) {
+        this.#lanes.delete(key);
+      }
+    }
+  }
+}
+
+function keyOf(tenant: string, isLong: boolean): string {
+  return `${isLong ? 'long' : 'short'} ${tenant}`;
+}
