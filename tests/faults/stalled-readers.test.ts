@@ -142,6 +142,18 @@ describe('clients that never read again', () => {
     late.close();
   });
 
+  it('lose them also where their connection is half open: nothing comes back from it, not even a reset', async () => {
+    const reader = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 1_000_000 });
+    const wordy = { ...long, sampling: SamplingParams.fromPartial({ ...long.sampling, logprobs: 20 }) };
+    Array.from({ length: 16 }, () => reader.chat(wordy));
+    await waitFor('all to be recorded', async () => (await cluster.held()).records === 16);
+    reader.freeze();
+    const { tokenIds } = await ask(cluster.client, { request: short });
+    expect(tokenIds.length).toBeGreaterThan(0);
+    await waitFor('all to be given up', async () => (await cluster.held()).records === 0, 60_000);
+    reader.close();
+  });
+
   it('give way to new requests in a full gateway', async () => {
     const reader = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 0 });
     const client = createClient(cluster.parts.gatewayAddress);
