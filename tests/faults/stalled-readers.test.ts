@@ -6,6 +6,8 @@ import { constants } from 'node:http2';
 import * as grpc from '@grpc/grpc-js';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
+import { SamplingParams } from '@mimo/proto/sampling';
+
 import {
   ask,
   chatRequest,
