@@ -109,11 +109,11 @@ export function planStep(state: SchedulerState, limits: SchedulerLimits): StepDe
       step.give(sequence, 1, sequence.hasDraft);
     }
   }
-  const waitingRows = ready.filter(({ blocks, pendingTokens }) => blocks === 0 || pendingTokens > 1);
+  const unread = ready.filter(({ blocks, pendingTokens }) => blocks === 0 || pendingTokens > 1);
   const next = step.nextToAdmit;
-  const short = state.afterQuick || next !== undefined ? [] : quickPrompts(waitingRows, step, limits);
+  const short = state.afterQuick || next !== undefined ? [] : quickPrompts(unread, step, limits);
   const isQuick = short.length > 0;
-  const prompts = isQuick ? short : waitingRows;
+  const prompts = isQuick ? short : unread;
   const give = (sequence: SchedulerSequence, most: number): boolean => {
     const rows = Math.min(sequence.pendingTokens, chunk, most, step.budget);
     return rows > 0 && step.give(sequence, rows, false);
