@@ -1,11 +1,13 @@
-// What a request's fields may hold: the one table behind the protos' comments. The door and the engine both check with it,
-// so neither accepts what the other refuses. Knows no message and no error class; pure.
+// What a request's fields may hold: the one table behind the protos' comments. The door and the engine both check
+// with it, so neither accepts what the other refuses. Knows no message and no error class; pure.
 //
 // The floats are narrow enough for the arithmetic behind them: with healthy logits (below 1e30) no accepted value can
 // overflow a 32-bit float or make a NaN, in the host's sampler or a device's.
 
 export interface NumberLimit {
-  /** `float` fields are 32 bits wide: the limits are compared in that width, so that 0.01 itself is within [0.01, 2]. */
+  /**
+   * `float` fields are 32 bits wide: the limits are compared in that width, so that 0.01 itself is within [0.01, 2].
+   */
   readonly kind: 'float' | 'integer';
   readonly min: number;
   readonly max: number;
@@ -17,7 +19,9 @@ export interface NumberLimit {
 
 const uint32Max = 0xffff_ffff;
 
-/** By the field of SamplingParams. What depends on the model (its draft tokens, its context) is checked beside these. */
+/**
+ * By the field of SamplingParams. What depends on the model (its draft tokens, its context) is checked beside these.
+ */
 export const samplingLimits = {
   /** Clients write 1e-6 for greedy; what is lower divides logits towards infinity. */
   temperature: { kind: 'float', min: 1e-6, max: 2, orZero: true },

@@ -1,10 +1,10 @@
-// `npm run bench -- sampler [--draws N] [--vocabulary N]`: what choosing one token costs the step thread, by the shape of the
-// row and by the sampling, beside the reference sampler in the same run, with the same tokens. Draws are timed one by one; on a
-// machine that others use too, the fastest quarter says more than the median. Prints one JSON line last.
+// `npm run bench -- sampler [--draws N] [--vocabulary N]`: what choosing one token costs the step thread, by the
+// shape of the row and by the sampling, beside the reference sampler in the same run, with the same tokens. Draws are
+// timed one by one; on a machine that others use too, the fastest quarter says more than the median. Prints one JSON
+// line last.
 
 import { parseArgs } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
 import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
 import * as reference from '@mimo/worker/engine/reference-sampler';
 import { drawToken, type DrawContext } from '@mimo/worker/engine/sampler';
@@ -130,15 +130,13 @@ function timed(
   scratch = scratch?.length === row.length ? scratch : new Float32Array(row.length);
   scratch.set(row);
   const startedMs = performance.now();
-  let tokenId: number | undefined;
-  try {
-    tokenId = draw(scratch, context).tokenId;
-  } catch (error) {
-    if (ClusterError.from(error).code !== 'data_loss') {
-      throw error;
-    }
-  }
-  return { ms: performance.now() - startedMs, tokenId };
+  const { tokenId } = draw(scratch, context);
+  const ms = performance.now() - startedMs;
+  return { ms, tokenId: Number.isFinite(scratch[tokenId]) ? tokenId : undefined };
+}
+
+function figure(ms: number): string {
+  return ms.toFixed(2).padStart(6);
 }
 
 function quantile(draws: readonly { readonly ms: number }[], share: number): number {
@@ -186,10 +184,10 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       };
       arms.push(arm);
       console.log(
-        `${rowName.padEnd(12)} ${name.padEnd(38)} ${arm.medianMs.toFixed(2).padStart(6)} ms, quartile ${arm.quartileMs.toFixed(2).padStart(6)}` +
+        `${rowName.padEnd(12)} ${name.padEnd(38)} ${figure(arm.medianMs)} ms, quartile ${figure(arm.quartileMs)}` +
           (arm.referenceMs === undefined
             ? `, refused ${refused} of ${draws}`
-            : `; reference ${arm.referenceMs.toFixed(2).padStart(7)} ms, same tokens ${arm.sameTokens}`),
+            : `; reference ${figure(arm.referenceMs)} ms, same tokens ${arm.sameTokens}`),
       );
     }
   }

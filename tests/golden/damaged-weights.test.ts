@@ -1,5 +1,6 @@
-// Shards with a NaN in them, as a failing disk leaves them: the sequence that reads it ends with the cause, and the sequences
-// beside it, and those that take its slot and its KV blocks after it, write what they would have written alone.
+// Shards with a NaN in them, as a failing disk leaves them: the sequence that reads it ends with the cause, and the
+// sequences beside it, and those that take its slot and its KV blocks after it, write what they would have written
+// alone.
 
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,18 +1,19 @@
-// Which ids min-p, top-k and top-p leave to the draw. Pure but for scratch memory that is reused from row to row; knows no
-// noise, no penalty and no sequence. Its input is a row whose largest logit is finite; -Infinity: may not be drawn.
+// Which ids min-p, top-k and top-p leave to the draw. Pure but for scratch memory that is reused from row to row;
+// knows no noise, no penalty and no sequence. Its input is a row whose largest logit is finite; -Infinity: may not be
+// drawn.
 //
-// Ids are ranked by logit, the lower id first at ties. Each rule leaves a prefix of that ranking, so its last member says
-// it all, and each starts from what the one before has left. With weight = exp((logit - top) / temperature):
+// Ids are ranked by logit, the lower id first at ties. Each rule leaves a prefix of that ranking, so its last member
+// says it all, and each starts from what the one before has left. With weight = exp((logit - top) / temperature):
 //   min-p   ids of at least `minP` times the top's weight
 //   top-k   the first k
 //   top-p   the shortest prefix that holds `topP` of the weight
-// INVARIANT: what is left is what sorting everything would leave, with weights added one by one in the order of the ranking
-// and the whole weight in the order of ids, to the last bit.
+// INVARIANT: what is left is what sorting everything would leave, with weights added one by one in the order of the
+// ranking and the whole weight in the order of ids, to the last bit.
 //
-// What makes it cheap: ids far below the top are not looked at where their weight cannot decide; a histogram of the distances
-// from the top says where the prefix ends, and only the ids around its end are sorted. Weights are rough at first; where
-// their error could decide, everything is computed and sorted. Every loop counts ids or bins: the work is bounded by
-// the row's length, whatever it holds. Loops read `length` once: V8 runs them at half the speed else.
+// What makes it cheap: ids far below the top are skipped where their weight cannot decide; a histogram of the distances
+// from the top says where the prefix ends, and only the ids around its end are sorted. Weights are rough at first;
+// where their error could decide, everything is computed and sorted. Every loop counts ids or bins: the work is
+// bounded by the row's length, whatever it holds. Loops read `length` once: V8 runs the others at half the speed.
 
 import type { SequenceSampling } from './engine-api.ts';
 
@@ -45,7 +46,9 @@ const logprobDepth = 34;
 /** Relative; far more than the error of a rough weight and of the order in which 2^18 of them are added. */
 const roughness = 1e-10;
 
-/** Ids are binned by the leading bits of their float32 distance from the top: to a sixteenth of itself, at every scale. */
+/**
+ * Ids are binned by the leading bits of their float32 distance from the top: to a sixteenth of itself, at every scale.
+ */
 const binShift = 19;
 const binWeights = new Float64Array(2 ** (31 - binShift));
 
@@ -54,16 +57,15 @@ let memory = createMemory(0);
 let listed = 0;
 
 /**
- * The ids that are left of a row whose largest logit is `top`, in their order; of those below `lowest`, which cannot win the
- * draw, some or none. The temperature is above 0. Valid until the next call of this module.
+ * The ids that are left of a row whose largest logit is `top`, in their order; of those below `lowest`, which cannot
+ * win the draw, some or none. The temperature is above 0. Valid until the next call of this module.
  */
 export function listLeft(
   row: Float32Array,
   { top, lowest }: { readonly top: number; readonly lowest: number },
   { temperature, topK, topP, minP }: SequenceSampling,
 ): Int32Array {
-  const floor = minP > 0 ? { value: top + temperature * Math.log(minP), lastId: allIds } : everything;
-  let cut = floor;
+  let cut = minP > 0 ? { value: top + temperature * Math.log(minP), lastId: allIds } : everything;
   if (topK > 0) {
     cut = cutByCount(row, cut, { top, count: topK });
   }
@@ -98,8 +100,8 @@ export function wholeWeight(row: Float32Array, scale: Scale): number {
 
 /** The first `count` ids of `cut`. */
 function cutByCount(row: Float32Array, cut: Cut, { top, count }: { top: number; count: number }): Cut {
-  // The k-th best of the row's first ids is no better than that of the row: it spares listing everything. So many, because
-  // then about as many are sorted here as are listed below.
+  // The k-th best of the row's first ids is no better than the row's, so what lies below it need not be listed. With
+  // this many first ids, about as many are sorted here as are listed below.
   const sampleIds = Math.ceil(Math.sqrt(row.length * count));
   let bound: number | undefined;
   if (sampleIds < row.length / 4) {
@@ -156,7 +158,7 @@ function list(row: Float32Array, { value: lowest, lastId }: Cut): void {
   listed = held;
 }
 
-/** Keeps those listed that are in `cut`. */
+/** Takes from the list what is not in `cut`. */
 function keep(row: Float32Array, { value: lowest, lastId }: Cut): void {
   const { ids } = memory;
   const before = listed;
@@ -173,8 +175,8 @@ function keep(row: Float32Array, { value: lowest, lastId }: Cut): void {
 }
 
 /**
- * Lists the ids of `cut` down to `depth` temperatures below the top, with their rough weights. Returns the sum of these, and
- * how many ids of the cut lie deeper, at most.
+ * Lists the ids of `cut` down to `depth` temperatures below the top, with their rough weights. Returns the sum of
+ * these, and how many ids of the cut lie deeper, at most.
  */
 function weighRoughly(
   row: Float32Array,
@@ -220,8 +222,8 @@ function weighExactly(row: Float32Array, cut: Cut, { top, temperature }: Scale):
 }
 
 /**
- * The end of the shortest prefix of those listed that is heavy enough: whose weight reaches a number from `least` to `most`.
- * Undefined where it matters which number it is.
+ * The end of the shortest prefix of those listed that is heavy enough: whose weight reaches a number from `least` to
+ * `most`. Undefined where it matters which number it is.
  */
 function endOf(
   row: Float32Array,
@@ -230,7 +232,7 @@ function endOf(
 ): Cut | undefined {
   const { ids, weights, distances, distanceBits, chosen } = memory;
   const count = listed;
-  // A distance of -0, from a top of -0, has the bits of none.
+  // A top of -0 becomes 0, because a distance of -0 has a sign bit, and the bits name the bin.
   const positiveTop = top + 0;
   binWeights.fill(0);
   for (let place = 0; place < count; place++) {

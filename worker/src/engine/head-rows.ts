@@ -1,5 +1,5 @@
-// What a pass is asked for each of its head rows, and what it returns. Owns the choice of a token from one row of logits
-// on the host, where no device has chosen it; knows no batch and no sequence.
+// What a pass is asked for each of its head rows, and what it returns. Owns the choice of a token from one row of
+// logits on the host, where no device has chosen it; knows no batch and no sequence.
 
 import { argmax, drawToken, type DrawContext, type DrawnToken } from './sampler.ts';
 

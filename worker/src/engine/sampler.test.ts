@@ -180,7 +180,7 @@ describe('drawToken', () => {
     );
   });
 
-  it('ends for any bits and any accepted sampling: with an id that may be drawn, or with what is wrong in the row', () => {
+  it('ends for any bits and any accepted sampling: with an allowed id, or with what is wrong in the row', () => {
     fc.assert(
       fc.property(anyRows, contexts, (row, draw) => {
         const scratch = row.slice();

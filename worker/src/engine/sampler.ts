@@ -1,16 +1,17 @@
 // The choice of one token from one row of logits. Pure but for the row, which is scratch. Owns penalties, the draw and
 // log-probabilities; cut.ts says what min-p, top-k and top-p leave to draw from. Knows no sequence and no batch.
 //
-// Order, as in vLLM: penalties (repetition over prompt and completion; frequency and presence over the completion), then
-// temperature, min-p, top-k, top-p over what is left. Ties go to the lowest id.
+// Order, as in vLLM: penalties (repetition over prompt and completion; frequency and presence over the completion),
+// then temperature, min-p, top-k, top-p over what is left. Ties go to the lowest id.
 //
 // The draw is a Gumbel maximum: argmax of logit / temperature + noise(seed, position, token id). Deliberate difference
 // from inverting a cumulative sum: a token's noise does not depend on its neighbours, so last-bit differences of the
 // logits (another batch, another number of ranks) change the choice only at near-ties.
 // INVARIANT: the result depends on the row, the sampling, the position and the seen tokens, on nothing else; so a
 // preempted, resumed or speculated sequence draws what it would have drawn.
-// INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length. A finite logit
-// stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are the model's faults.
+// INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length. A
+// finite logit stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are
+// the model's faults.
 
 import type { DrawRequest } from '../runtime/runtime.ts';
 import { listLeft, topIds, wholeWeight } from './cut.ts';
@@ -45,8 +46,9 @@ const leastBitsByHalvings = Float64Array.from({ length: 1 + Math.ceil(maxNoise *
 const maxLogit = 2 ** 128 - 2 ** 104;
 
 /**
- * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Where it holds a NaN or an Infinity, or
- * forbids every id, nothing is drawn: it returns the id of that largest logit, and `row` holds what is wrong with it.
+ * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Where it holds a NaN or an
+ * Infinity, or forbids every id, nothing is drawn: it returns the id of that largest logit, and `row` holds what is
+ * wrong with it.
  */
 export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
   const { sampling } = context;
@@ -66,7 +68,10 @@ export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
     : { tokenId, logprob: describeToken(row, { tokenId, best, sampling }) };
 }
 
-/** Index of the largest element, the lowest at ties; a NaN counts as the largest, as in NumPy, so that none is overlooked. */
+/**
+ * Index of the largest element, the lowest at ties; a NaN counts as the largest, as in NumPy, so that none is
+ * overlooked.
+ */
 export function argmax(row: Float32Array): number {
   const { length } = row;
   let best = 0;
@@ -91,7 +96,9 @@ export function hasPenalties(sampling: SequenceSampling): boolean {
   );
 }
 
-/** Uniform in (0, 1), a pure function of its key: PCG3D (Jarzynski and Olano 2020, Hash Functions for GPU Rendering). */
+/**
+ * Uniform in (0, 1), a pure function of its key: PCG3D (Jarzynski and Olano 2020, Hash Functions for GPU Rendering).
+ */
 export function keyedUniform(seed: number, position: number, tokenId: number): number {
   return (keyedBits(seed, position, tokenId) + 0.5) / 4_294_967_296;
 }
@@ -159,8 +166,8 @@ function noiseOf(bits: number): number {
 }
 
 /**
- * The least bits whose noise can make up for being `behind`. It does iff 1 - uniform < 1 - exp(-exp(-behind)), which is less
- * than exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
+ * The least bits whose noise can make up for being `behind`. It does iff 1 - uniform < 1 - exp(-exp(-behind)), which
+ * is less than exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
  */
 function leastWinning(behind: number): number {
   if (behind <= 0) {

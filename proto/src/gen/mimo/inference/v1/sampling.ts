@@ -107,8 +107,8 @@ export interface SamplingParams {
     | undefined;
   /**
    * Ends the completion at the first of these texts, which is left out. At most 16, each of 1 to 256 characters.
-   * In Chat they are looked for in the answer, not in the thinking before it; see stop_in_reasoning. A text that is one of
-   * the model's special tokens, such as "<|im_end|>", ends the completion at that token, wherever it comes.
+   * In Chat they are looked for in the answer, not in the thinking before it; see stop_in_reasoning. A text that is
+   * one of the model's special tokens, such as "<|im_end|>", ends the completion at that token, wherever it comes.
    */
   stop: string[];
   /** Ends the completion at any of these token ids, which is left out of the text. At most 64. */
@@ -129,8 +129,8 @@ export interface SamplingParams {
     | number
     | undefined;
   /**
-   * Draft tokens per step of speculative decoding: a whole number from 0 to 1, at most what the model drafts. 0 turns it
-   * off, 1 is MiMo's MTP layer. Never changes the text.
+   * Draft tokens per step of speculative decoding: a whole number from 0 to 1, at most what the model drafts. 0 turns
+   * it off, 1 is MiMo's MTP layer. Never changes the text.
    */
   draftTokens?:
     | number
@@ -143,7 +143,10 @@ export interface SamplingParams {
   stopInReasoning?: boolean | undefined;
 }
 
-/** TokenLogprob is the log-probability of one token under the model, after temperature and before top-k, top-p and min-p. */
+/**
+ * TokenLogprob is the log-probability of one token under the model, after temperature and before top-k, top-p and
+ * min-p.
+ */
 export interface TokenLogprob {
   tokenId: number;
   logprob: number;
