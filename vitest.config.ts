@@ -1,7 +1,10 @@
 // The layers of `npm test`, fastest first. `servers` and `kubernetes` start real processes, so their files run one after
-// another; `kubernetes` builds its programs before its first test.
+// another.
 
 import { defineConfig } from 'vitest/config';
+
+/** Builds and fetches what the layer needs, outside any time limit. */
+const globalSetup = ['tests/harness/set-up.ts'];
 
 export default defineConfig({
   test: {
@@ -28,6 +31,7 @@ export default defineConfig({
         test: {
           name: 'webgpu',
           include: ['tests/webgpu/**/*.test.ts'],
+          globalSetup,
           fileParallelism: false,
           testTimeout: 180_000,
           hookTimeout: 180_000,
@@ -37,6 +41,7 @@ export default defineConfig({
         test: {
           name: 'servers',
           include: ['tests/{harness,cluster,faults}/**/*.test.ts'],
+          globalSetup,
           fileParallelism: false,
           testTimeout: 180_000,
           hookTimeout: 180_000,
@@ -46,6 +51,7 @@ export default defineConfig({
         test: {
           name: 'hostile',
           include: ['tests/hostile/**/*.test.ts'],
+          globalSetup,
           fileParallelism: false,
           testTimeout: 120_000,
           hookTimeout: 180_000,
@@ -55,7 +61,7 @@ export default defineConfig({
         test: {
           name: 'kubernetes',
           include: ['tests/kubernetes/**/*.test.ts'],
-          globalSetup: ['tests/harness/kubernetes/set-up.ts'],
+          globalSetup,
           fileParallelism: false,
           testTimeout: 300_000,
           hookTimeout: 300_000,

@@ -3,11 +3,11 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { keepDrainingCalls } from './grpc-drain.ts';
+import { keepLivingCalls } from './grpc-keepalive.ts';
 import { withholdGrpcLog } from './grpc-log.ts';
 import { errorFromStatus } from './grpc-status.ts';
 
-keepDrainingCalls();
+keepLivingCalls();
 withholdGrpcLog();
 
 /** What bounds a call. Time counts from the call on; the server hears how much is left. */
@@ -28,7 +28,7 @@ type ServerStreaming<Request, Response> = grpc.MethodDefinition<Request, Respons
 };
 
 /**
- * Options of a channel: pings find a peer that is stopped or cut off within 15 s (off by default), and reconnecting
+ * Options of a channel: pings find a peer that is stopped or cut off within 30 s (off by default), and reconnecting
  * does not slow down to two minutes. `maxReceiveBytes` bounds one message.
  */
 export function channelOptions(maxReceiveBytes: number): grpc.ChannelOptions {
@@ -36,7 +36,6 @@ export function channelOptions(maxReceiveBytes: number): grpc.ChannelOptions {
     'grpc.max_receive_message_length': maxReceiveBytes,
     'grpc.max_send_message_length': -1,
     'grpc.keepalive_time_ms': 10_000,
-    'grpc.keepalive_timeout_ms': 5_000,
     'grpc.keepalive_permit_without_calls': 1,
     'grpc.initial_reconnect_backoff_ms': 100,
     'grpc.max_reconnect_backoff_ms': 2_000,

@@ -25,7 +25,7 @@ import { afterEach, describe, expect, it, vi } from 'vitest';
 
 import { ClusterError } from './errors.ts';
 import { callServerStream, callUnary } from './grpc-client.ts';
-import { keepDrainingCalls } from './grpc-drain.ts';
+import { keepLivingCalls } from './grpc-keepalive.ts';
 import {
   startGrpcServer,
   strictDeserializer,
@@ -240,6 +240,36 @@ describe('startGrpcServer', () => {
   });
 });
 
+describe('keep-alive pings', () => {
+  it('end no call of a process whose turns take longer than an answer may', async () => {
+    const release = Promise.withResolvers<void>();
+    const client = await serve(async (_request, _context, write) => {
+      await write(delta(0));
+      await release.promise;
+      await write(delta(1));
+    });
+    const pinging = new InferenceServiceClient(
+      client.getChannel().getTarget().replace('dns:', ''),
+      grpc.credentials.createInsecure(),
+      { 'grpc.keepalive_time_ms': 100, 'grpc.keepalive_timeout_ms': 50 },
+    );
+    open.push(pinging);
+    const stream = generate(pinging);
+    await stream.next();
+    // Client and server are starved alike: each answer comes a turn later, and the timers of a turn run first.
+    for (let turns = 0; turns < 12; turns += 1) {
+      const untilMs = performance.now() + 150;
+      while (performance.now() < untilMs) {
+        // Busy.
+      }
+      await turn();
+    }
+    release.resolve();
+    expect((await stream.next()).value).toEqual(delta(1));
+    await stream.return(undefined);
+  });
+});
+
 describe('a server that asks its clients to go away', () => {
   it('finishes their calls, whatever pings they send meanwhile, and takes the next ones over new connections', async () => {
     const release = Promise.withResolvers<void>();
@@ -280,7 +310,7 @@ describe('a server that asks its clients to go away', () => {
   });
 
   it('keeps a draining session of its own from failing its pings, on both sides', async () => {
-    keepDrainingCalls();
+    keepLivingCalls();
     const sessions: ServerHttp2Session[] = [];
     const server = createServer();
     server.on('session', (session) => sessions.push(session));

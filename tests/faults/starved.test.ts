@@ -1,0 +1,52 @@
+// Processes that get no processor time for longer than any ping of theirs, or of their peers, is waited for: a client's
+// streams are paused and not lost. SIGSTOP stands for a machine that is busy with something else.
+
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import type { ClusterError } from '@mimo/core/errors';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';
+import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
+
+/** The client's next ping comes 10 s after the last; grpc-js itself gives up 5 s after that where it is asked to. */
+const stoppedMs = 16_000;
+
+describe('a cluster whose gateway is starved', () => {
+  let cluster: TestCluster;
+  beforeAll(async () => {
+    cluster = await startTestCluster();
+  });
+  afterAll(() => cluster.close());
+
+  it(`keeps every stream when it stands still for ${stoppedMs / 1000} s`, async () => {
+    const client = createClient(cluster.parts.gatewayAddress);
+    const expected = await expectStreams(client, 400);
+    const { begun, outcome } = startStreams(client, expected);
+    await begun;
+    const pid = cluster.parts.gateway.children[0]?.pid ?? 0;
+    process.kill(pid, 'SIGSTOP');
+    await sleep(stoppedMs);
+    process.kill(pid, 'SIGCONT');
+    const { same, wrong, longestPauseMs } = await outcome;
+    expect(wrong).toEqual([]);
+    expect(same).toBe(expected.length);
+    expect(longestPauseMs).toBeGreaterThan(stoppedMs / 2);
+    client.close();
+  });
+
+  it('is found to be lost when it never comes back', async () => {
+    const client = createClient(cluster.parts.gatewayAddress);
+    const pid = cluster.parts.gateway.children[0]?.pid ?? 0;
+    const ended = ask(client, {
+      request: chatRequest('Count.', { ignoreEos: true }),
+      onMessage: ({ event }) => event?.$case === 'started' && process.kill(pid, 'SIGSTOP'),
+    }).then(
+      () => 'finished',
+      ({ code }: ClusterError) => code,
+    );
+    expect(await ended).toBe('unavailable');
+    cluster.parts.gateway.children[0]?.kill();
+    client.close();
+  });
+});

@@ -1,0 +1,31 @@
+// What is built or fetched before the first test of a layer, once for a machine, with its progress on standard error: no
+// time limit of a test or a hook counts it, however busy the machine is. Where something cannot be had here the tests that
+// need it say so, with what to do; the programs of Kubernetes are needed by all of theirs.
+
+import type { TestProject } from 'vitest/node';
+
+import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { ensureNodePackages } from './kubernetes/debian-packages.ts';
+import { findTools } from './kubernetes/tools.ts';
+import { findSoftwareVulkan } from './software-vulkan.ts';
+
+const cacheDirectory = cacheDirectoryFrom(process.env);
+const onProgress = (line: string): boolean => process.stderr.write(`mimo: ${line}\n`);
+const signal = new AbortController().signal;
+
+const findNats = (): Promise<unknown> => findNatsServer({ cacheDirectory, onProgress, signal });
+const orNothing = (finding: Promise<unknown>): Promise<unknown> => finding.catch(() => undefined);
+
+/** By layer; one step after another, as each of them takes all processors. */
+const steps: Readonly<Record<string, readonly (() => Promise<unknown>)[]>> = {
+  webgpu: [() => orNothing(findSoftwareVulkan(cacheDirectory))],
+  servers: [findNats],
+  hostile: [findNats],
+  kubernetes: [findTools, findNats, () => orNothing(ensureNodePackages(onProgress))],
+};
+
+export default async function setUp({ name }: TestProject): Promise<void> {
+  for (const step of steps[name] ?? []) {
+    await step();
+  }
+}
