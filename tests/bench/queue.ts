@@ -65,7 +65,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   const gateway = await startGateway(config, createLog({ process: 'bench', level: 'error' }));
   try {
     const wait = async (count: number): Promise<() => Promise<void>> => {
-      const path = join(import.meta.dirname, 'queue/waiting-clients.ts');
+      const path = join(import.meta.dirname, 'waiting-clients.ts');
       const child = spawn(process.execPath, [path, gateway.address, model, String(count), String(bytes)], {
         stdio: ['pipe', 'pipe', 'inherit'],
         signal,
