@@ -10,6 +10,8 @@ import {
   StorageType,
   type JetStreamClient,
   type JetStreamManager,
+  type StreamConfig,
+  type StreamInfo,
 } from '@nats-io/jetstream';
 import { Kvm, type KV } from '@nats-io/kv';
 import { nanos, type NatsConnection } from '@nats-io/transport-node';
@@ -18,13 +20,24 @@ import { beforeAbort, pause } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 import { connectNats, type NatsServers } from './nats-connect.ts';
+import { QueueRefusal } from './queue-refusal.ts';
 import { leaseTtlMs } from './queue.ts';
 import { drainBucket, leaseBucket, requestStream, subjects } from './subjects.ts';
 
-/** What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. */
+/** Bounds of the stream of records. */
+export interface RecordLimits {
+  readonly maxBytes: number;
+  readonly maxRecords: number;
+}
+
+/**
+ * What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. Without
+ * `limits` those that the stream has are left as they are.
+ */
 export interface NatsOptions extends NatsServers {
   readonly replicas: number;
   readonly recordMaxAgeMs: number;
+  readonly limits?: RecordLimits;
   readonly log: Log;
 }
 
@@ -41,6 +54,9 @@ export interface NatsSession {
 const requestTimeoutMs = 5_000;
 const retryMs = 500;
 const streamNotFoundCode = 10059;
+const storageExceededCode = 10047;
+/** A server that has not even this much cannot hold a queue. */
+const minBytes = 2 ** 20;
 
 /** The error while there is no connection, or no answer. */
 export function unavailable(message: string, cause?: unknown): ClusterError {
@@ -56,6 +72,8 @@ export class NatsLink {
   readonly #opened = Promise.withResolvers<NatsSession>();
   #connected = false;
   #storeId = '';
+  #leasesMadeSeconds = 0;
+  #preparing: Promise<unknown> | undefined;
   #store = new AbortController();
   #connection = new AbortController();
 
@@ -81,6 +99,11 @@ export class NatsLink {
     return this.#storeId;
   }
 
+  /** When the bucket of leases was made: another time is another bucket, whose revisions begin anew. */
+  get leasesMadeSeconds(): number {
+    return this.#leasesMadeSeconds;
+  }
+
   /** Fires when the stream is another one: its sequences begin anew, so whoever follows it must too. */
   get storeReplaced(): AbortSignal {
     return this.#store.signal;
@@ -104,9 +127,16 @@ export class NatsLink {
   /** The session if it is connected; else fails with `unavailable`. */
   async session(): Promise<NatsSession> {
     if (!this.#connected) {
-      throw unavailable('the queue is not connected');
+      throw new QueueRefusal('disconnected', 'the queue is not connected');
     }
     return this.#opened.promise;
+  }
+
+  /** Makes what is missing of the stream and the buckets, and takes notice of another stream. Callers share one attempt. */
+  async prepareAgain(): Promise<void> {
+    const { connection } = await this.session();
+    this.#preparing ??= this.#prepare(connection).finally(() => (this.#preparing = undefined));
+    await this.#preparing;
   }
 
   /** Fires `closing`, waits for what is to be done first, and leaves the server. */
@@ -157,10 +187,10 @@ export class NatsLink {
   }
 
   async #prepare(connection: NatsConnection): Promise<NatsSession> {
-    const { replicas, recordMaxAgeMs } = this.#options;
+    const { replicas, recordMaxAgeMs, limits } = this.#options;
     const stream = jetstream(connection, { timeout: requestTimeoutMs });
     const manager = await stream.jetstreamManager();
-    const { created } = await manager.streams.info(requestStream).catch((error: unknown) => {
+    const { created, config } = await manager.streams.info(requestStream).catch((error: unknown) => {
       if (error instanceof JetStreamApiError && error.code === streamNotFoundCode) {
         return manager.streams.add({
           name: requestStream,
@@ -175,6 +205,9 @@ export class NatsLink {
       }
       throw error;
     });
+    if (limits !== undefined) {
+      await this.#bound(manager, { config, limits });
+    }
     if (this.#storeId !== created) {
       this.#storeId = created;
       this.#store.abort();
@@ -182,7 +215,35 @@ export class NatsLink {
     }
     const buckets = new Kvm(stream);
     const leases = await buckets.create(leaseBucket, { ttl: leaseTtlMs, history: 1, replicas });
+    this.#leasesMadeSeconds = secondsOf((await leases.status()).streamInfo);
     const drains = await buckets.create(drainBucket, { history: 1, replicas });
     return { connection, stream, manager, leases, drains };
   }
+
+  /** Bounds the stream; a server with less room than that bounds it to half, or a quarter, ... of the bytes. */
+  async #bound(
+    manager: JetStreamManager,
+    { config, limits }: { readonly config: StreamConfig; readonly limits: RecordLimits },
+  ): Promise<void> {
+    for (let maxBytes = limits.maxBytes; ; maxBytes = Math.floor(maxBytes / 2)) {
+      if (config.max_bytes === maxBytes && config.max_msgs === limits.maxRecords) {
+        return;
+      }
+      try {
+        await manager.streams.update(requestStream, { max_bytes: maxBytes, max_msgs: limits.maxRecords });
+        this.#options.log.info({ maxBytes, maxRecords: limits.maxRecords }, 'queue bounded');
+        return;
+      } catch (error) {
+        const isTooLarge = error instanceof JetStreamApiError && error.code === storageExceededCode;
+        if (!isTooLarge || maxBytes < minBytes) {
+          throw error;
+        }
+      }
+    }
+  }
+}
+
+/** When a stream was made, by the server's clock. */
+export function secondsOf({ created }: StreamInfo): number {
+  return Math.floor(Date.parse(created) / 1_000);
 }

@@ -1,6 +1,6 @@
 // Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
-// back by deleting it. The revision at which it was created is the lease's epoch. Which lease is wanted is the caller's
-// business; time is the process's own clock, which only ever makes a lease shorter.
+// back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket. Which lease
+// is wanted is the caller's business; time is the process's own clock, which only ever makes a lease shorter.
 
 import { JetStreamApiError } from '@nats-io/jetstream';
 import type { KV } from '@nats-io/kv';
@@ -25,6 +25,7 @@ interface Held {
   readonly key: string;
   readonly value: string;
   /** Of the creation. */
+  readonly revision: number;
   readonly epoch: number;
   /** When the creation was asked for: the server counts from no earlier. */
   readonly askedMs: number;
@@ -56,8 +57,9 @@ export class NatsLeases {
         freed = new AbortController();
         const askedMs = performance.now();
         try {
-          const epoch = await this.#create({ leases, key, value }, signal);
-          const lease = hold({ leases, key, value, epoch, askedMs }, (isFree) => {
+          const revision = await this.#create({ leases, key, value }, signal);
+          const epoch = this.#link.leasesMadeSeconds * epochsPerSecond + revision;
+          const lease = hold({ leases, key, value, revision, epoch, askedMs }, (isFree) => {
             this.#held.delete(lease);
             if (isFree && !connection.isClosed()) {
               connection.publish(subject);
@@ -101,15 +103,24 @@ export class NatsLeases {
   }
 }
 
+/**
+ * Revisions grow by less than this in a second, so a bucket that was made later has larger epochs than any before it; a
+ * whole number of 53 bits holds them for 200 years.
+ */
+const epochsPerSecond = 2 ** 20;
+
 /** A lease counts as lost this long after its last renewal was asked for: before the server lets another have it. */
 const holdMs = 0.9 * leaseTtlMs;
 /** After a renewal that failed; one that worked is repeated after `leaseRenewMs`. */
 const retryMs = 250;
 
 /** Renews until the lease is lost or released; `onReleased` hears whether the key is free from here on. */
-function hold({ leases, key, value, epoch, askedMs }: Held, onReleased: (isFree: boolean) => void): Lease {
+function hold(
+  { leases, key, value, epoch, askedMs, ...held }: Held,
+  onReleased: (isFree: boolean) => void,
+): Lease {
   const lost = new AbortController();
-  let revision = epoch;
+  let { revision } = held;
   // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
   const expireFrom = (fromMs: number): NodeJS.Timeout =>
     setTimeout(() => lost.abort(), fromMs + holdMs - performance.now());

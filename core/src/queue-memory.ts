@@ -13,6 +13,7 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { beforeAbort } from './abort.ts';
 import { Channel, channelUntil } from './channel.ts';
 import { ClusterError } from './errors.ts';
+import { QueueRefusal } from './queue-refusal.ts';
 import { ownerSilent, summaryOf } from './queue.ts';
 import type {
   Closeable,
@@ -83,6 +84,7 @@ export function createMemoryQueue(broker: MemoryBroker = new MemoryBroker()): Re
 class MemoryQueue implements RequestQueue {
   readonly kind = 'memory';
   readonly storeId = 'memory';
+  readonly oldest: RecordPlace = { storeId: 'memory', sequence: 0 };
   readonly #broker: MemoryBroker;
   readonly #closing = new AbortController();
   readonly #leases = new Set<Lease>();
@@ -94,6 +96,10 @@ class MemoryQueue implements RequestQueue {
 
   get connected(): boolean {
     return !this.#closing.signal.aborted;
+  }
+
+  get fault(): QueueRefusal | undefined {
+    return this.connected ? undefined : new QueueRefusal('disconnected', 'the queue is closed');
   }
 
   async opened(): Promise<void> {
@@ -291,8 +297,8 @@ class MemoryQueue implements RequestQueue {
   }
 
   #assertOpen(): void {
-    if (!this.connected) {
-      throw new ClusterError('unavailable', 'the queue is closed', { detail: { retryAfterMs: 1_000 } });
+    if (this.fault !== undefined) {
+      throw this.fault;
     }
   }
 }

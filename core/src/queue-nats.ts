@@ -27,6 +27,8 @@ import type { Log } from './log.ts';
 import { NatsLink, unavailable, type NatsOptions } from './nats-connection.ts';
 import { NatsDrains } from './nats-drains.ts';
 import { NatsLeases } from './nats-lease.ts';
+import { NatsStore } from './nats-store.ts';
+import { QueueRefusal } from './queue-refusal.ts';
 import { ownerSilent, ownerTimeoutMs, summaryOf } from './queue.ts';
 import type {
   Closeable,
@@ -38,7 +40,7 @@ import type {
   RecordPlace,
   RequestQueue,
 } from './queue.ts';
-import { requestStream, subjects } from './subjects.ts';
+import { requestStream, subjects, trialSubjects } from './subjects.ts';
 
 /**
  * Opens the queue. Returns at once and connects in the background, for ever; until then `connected` is false. Close it
@@ -53,18 +55,21 @@ const retryMs = 500;
 const replayCheckMs = 250;
 /** A lease that cannot be given back in this time expires by itself. */
 const releaseTimeoutMs = 1_000;
-// The server's codes for a message that is not there.
-const noMessageCodes = new Set([10037, 10043, 10057]);
+// The server's codes for a message that is not there. The last one is also any other trouble with a deletion.
+const noMessageCodes = new Set([10037, 10043]);
+const deletionFailedCode = 10057;
 
 class NatsQueue implements RequestQueue {
   readonly kind = 'nats';
   readonly #link: NatsLink;
+  readonly #store: NatsStore;
   readonly #leases: NatsLeases;
   readonly #drains: NatsDrains;
   readonly #log: Log;
 
   constructor(options: NatsOptions) {
     this.#link = new NatsLink(options);
+    this.#store = new NatsStore(this.#link, options);
     this.#leases = new NatsLeases(this.#link, options.log);
     this.#drains = new NatsDrains(this.#link, options.log);
     this.#log = options.log;
@@ -74,8 +79,16 @@ class NatsQueue implements RequestQueue {
     return this.#link.connected;
   }
 
+  get fault(): QueueRefusal | undefined {
+    return this.#store.fault;
+  }
+
   get storeId(): string {
     return this.#link.storeId;
+  }
+
+  get oldest(): RecordPlace {
+    return this.#store.oldest;
   }
 
   async opened(signal: AbortSignal): Promise<void> {
@@ -83,28 +96,24 @@ class NatsQueue implements RequestQueue {
   }
 
   async publish(record: RequestRecord): Promise<RecordPlace> {
-    const { connection, stream } = await this.#link.session();
-    const { storeId } = this.#link;
+    const { connection } = await this.#link.session();
     const bytes = RequestRecord.encode(record).finish();
     const limitBytes = connection.info?.max_payload ?? Number.POSITIVE_INFINITY;
     if (bytes.length > limitBytes) {
-      throw new ClusterError(
-        'invalid_argument',
-        `the request's record has ${bytes.length} bytes, over the queue's limit of ${limitBytes}`,
-      );
+      const text = `the request's record has ${bytes.length} bytes, over the queue's limit of ${limitBytes}`;
+      throw new QueueRefusal('too_large', text);
     }
-    try {
-      const summary = headers();
-      summary.set(
-        summaryHeader,
-        Buffer.from(RequestSummary.encode(summaryOf(record)).finish()).toString('base64'),
-      );
-      const subject = subjects.request(record.model, record.requestId);
-      const ack = await stream.publish(subject, bytes, { headers: summary });
-      return { storeId, sequence: ack.seq };
-    } catch (error) {
-      throw unavailable('the queue did not store the request', error);
-    }
+    const summary = headers();
+    summary.set(
+      summaryHeader,
+      Buffer.from(RequestSummary.encode(summaryOf(record)).finish()).toString('base64'),
+    );
+    return this.#store.write({
+      subject: subjects.request(record.model, record.requestId),
+      bytes,
+      headers: summary,
+      isRestored: record.storesOutlived > 0,
+    });
   }
 
   async delete({ storeId, sequence }: RecordPlace): Promise<boolean> {
@@ -117,11 +126,12 @@ class NatsQueue implements RequestQueue {
           // Its number is, or will be, that of another request's record.
           return false;
         }
-        return await manager.streams.deleteMessage(requestStream, sequence, false);
+        return await manager.streams.deleteMessage(requestStream, sequence, true);
       } catch (error) {
-        if (error instanceof JetStreamApiError && noMessageCodes.has(error.code)) {
+        if (isNoMessage(error)) {
           return false;
         }
+        this.#store.suspect();
         await pause(retryMs, closing);
       }
     }
@@ -178,8 +188,9 @@ class NatsQueue implements RequestQueue {
 
   async counts(): Promise<{ readonly records: number }> {
     const { manager } = await this.#link.session();
-    const info = await manager.streams.info(requestStream);
-    return { records: info.state.messages };
+    const trial = trialSubjects[requestStream];
+    const { state } = await manager.streams.info(requestStream, { subjects_filter: trial });
+    return { records: state.messages - (state.subjects?.[trial] ?? 0) };
   }
 
   acquireLease(model: string, holder: string, signal: AbortSignal): Promise<Lease> {
@@ -217,7 +228,7 @@ class NatsQueue implements RequestQueue {
     const stored = await manager.streams
       .getMessage(requestStream, { last_by_subj: subject })
       .catch((error: unknown) => {
-        if (error instanceof JetStreamApiError && noMessageCodes.has(error.code)) {
+        if (isNoMessage(error)) {
           return null;
         }
         throw unavailable('the queue did not answer', error);
@@ -289,6 +300,7 @@ class NatsQueue implements RequestQueue {
       const limit = AbortSignal.timeout(releaseTimeoutMs);
       await beforeAbort(this.#leases.releaseAll(), limit).catch(() => undefined);
     });
+    await this.#store.ended();
   }
 
   /** Answers requests on a subject until closed. */
@@ -370,6 +382,14 @@ class NatsQueue implements RequestQueue {
   #until(signal: AbortSignal): AbortSignal {
     return AbortSignal.any([signal, this.#link.closing]);
   }
+}
+
+function isNoMessage(error: unknown): boolean {
+  return (
+    error instanceof JetStreamApiError &&
+    (noMessageCodes.has(error.code) ||
+      (error.code === deletionFailedCode && /no message|store EOF|deleted message/.test(error.message)))
+  );
 }
 
 /** Tells once when what a consumer found at its beginning has been taken. */

@@ -14,6 +14,7 @@ import type {
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { ClusterError } from './errors.ts';
+import type { QueueRefusal } from './queue-refusal.ts';
 
 /** Where a record lies: sequences only grow within a store, so they are also the order of arrival. */
 export interface RecordPlace {
@@ -116,17 +117,25 @@ export interface RequestQueue extends Closeable {
   /** `memory` is not durable and lives in one process; whoever starts it says so. */
   readonly kind: 'nats' | 'memory';
   readonly connected: boolean;
+  /**
+   * Why records are not stored, as the latest writes show, or undefined. A record is tried out every second, so that this is
+   * known without any requests.
+   */
+  readonly fault: QueueRefusal | undefined;
   /** Which store is behind it: another one when a server came back empty. Sequences and lease epochs begin anew then. */
   readonly storeId: string;
   /** Waits for the first connection. Rejects with the signal's reason where that fires first. */
   opened(signal: AbortSignal): Promise<void>;
 
   /**
-   * Writes a record and waits until it is stored. A record too large for the server fails with `invalid_argument`.
+   * Writes a record and waits until it is stored. Fails with a QueueRefusal: before the store is full, unless the record
+   * outlived a store, and where it cannot be written.
    */
   publish(record: RequestRecord): Promise<RecordPlace>;
+  /** Records in another store than this, and records before this one, are not stored any more. */
+  readonly oldest: RecordPlace;
   /**
-   * Deletes a record. True where this call deleted it, false where it was gone, perhaps with its whole store. Waits
+   * Deletes a record, and overwrites it on disk where the server keeps it in plain text. True where this call deleted it, false where it was gone, perhaps with its whole store. Waits
    * through disconnections.
    */
   delete(place: RecordPlace): Promise<boolean>;

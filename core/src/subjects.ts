@@ -6,6 +6,13 @@ export const requestStream = 'REQUESTS';
 export const leaseBucket = 'DISPATCHERS';
 export const drainBucket = 'GROUPS';
 
+/** Where a stream is tried out: subjects that nobody follows and no name of ours is encoded as. */
+export const trialSubjects = {
+  [requestStream]: 'requests.trial',
+  [`KV_${leaseBucket}`]: `$KV.${leaseBucket}.=trial`,
+  [`KV_${drainBucket}`]: `$KV.${drainBucket}.=trial`,
+} as const;
+
 /** The object store of the model catalogue. */
 export const modelBucket = 'MODELS';
 

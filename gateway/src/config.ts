@@ -40,6 +40,13 @@ export const gatewaySettings = {
   natsReplicas: integerSetting('MIMO_GATEWAY_NATS_REPLICAS', { min: 1, max: 5 }, 1),
   /** A record that nobody deleted goes after this; longer than any request lives. */
   recordMaxAgeMs: durationSetting('MIMO_GATEWAY_RECORD_MAX_AGE', '24h'),
+  /**
+   * What the stream of records may hold: some 200,000 waiting prompts of 2 kB. On disk it may take twice that, since blocks
+   * of which half is deleted are not rewritten; keep it below 40 % of the volume. Requests are refused from 90 % of it on.
+   */
+  queueMaxBytes: sizeSetting('MIMO_GATEWAY_QUEUE_MAX_BYTES', '1Gi'),
+  /** The server's memory holds a few hundred bytes for each. */
+  queueMaxRequests: integerSetting('MIMO_GATEWAY_QUEUE_MAX_REQUESTS', { min: 1, max: 10_000_000 }, 200_000),
   /** Addresses of group leaders that are asked for their heartbeats directly, for want of NATS. */
   workers: listSetting('MIMO_GATEWAY_WORKERS', ''),
   /** JSON file with API keys, read again when it changes; empty: everybody is let in as tenant `anonymous`. */

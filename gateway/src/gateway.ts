@@ -56,7 +56,10 @@ export interface Gateway {
   close(): Promise<void>;
 }
 
-const services = ['', 'mimo.inference.v1.InferenceService'];
+/** In health checks: the process, which is alive, and the service, which can take requests. */
+const processName = '';
+const serviceName = 'mimo.inference.v1.InferenceService';
+const readinessMs = 250;
 /** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
 const openQueueMs = 5_000;
 /** To fetch and read the catalogue's models: a gateway that is ready without them would refuse what others serve. */
@@ -116,6 +119,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const resigning = new AbortController();
   const stopping = new AbortController();
   const closing = new AbortController();
+  const leaving = new AbortController();
   const states = new Map<string, ReceivedState>();
   const runModel = async (model: string, signal: AbortSignal): Promise<void> => {
     const followState = async (): Promise<void> => {
@@ -173,6 +177,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   };
   const background = [
     followGroups(),
+    requests.keepRecorded(closing.signal),
     ...config.workers.map((address) => pollHeartbeats(address, queue, closing.signal)),
   ];
   if (keys !== undefined) {
@@ -184,9 +189,11 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
     [requests.counts().requests, {}],
   ]);
-  meters.gauge('gateway_queue_connected', '1 while requests can be recorded', () => [
-    [queue.connected ? 1 : 0, {}],
-  ]);
+  meters.gauge(
+    'gateway_queue_connected',
+    '1 while requests are recorded, as a trial every second shows',
+    () => [[queue.fault === undefined ? 1 : 0, {}]],
+  );
   meters.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
     const { provenConnections = 0, unprovenConnections = 0 } = server.gateCounts() ?? {};
     return [
@@ -220,9 +227,21 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       log.warn({ waitedMs: catchUpMs }, 'serving before the model catalogue was read');
     });
   }
-  for (const service of services) {
-    server.health.set(service, true);
-  }
+  server.health.set(processName, true);
+  const followReadiness = async (): Promise<void> => {
+    const until = AbortSignal.any([closing.signal, leaving.signal]);
+    let ready: boolean | undefined;
+    while (!until.aborted) {
+      // A full queue refuses requests with a delay to try again after, which is an answer.
+      const now = queue.fault === undefined || queue.fault.reason === 'full';
+      if (now !== ready) {
+        ready = now;
+        server.health.set(serviceName, ready);
+      }
+      await pause(readinessMs, until);
+    }
+  };
+  background.push(followReadiness());
   const names = models.all().map(({ name }) => name);
   log.info({ address: server.address, models: names, queue: queue.kind }, 'gateway ready');
 
@@ -237,8 +256,9 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       sequences: sessions.sequenceCount,
     }),
     drain: async (signal) => {
-      for (const service of services) {
-        server.health.set(service, false);
+      leaving.abort();
+      for (const name of [processName, serviceName]) {
+        server.health.set(name, false);
       }
       resigning.abort();
       server.goAway();
@@ -310,6 +330,7 @@ function openQueue(config: GatewayConfig, gatewayId: string, log: Log): RequestQ
     clientName: `mimo-gateway ${gatewayId}`,
     replicas: config.natsReplicas,
     recordMaxAgeMs: config.recordMaxAgeMs,
+    limits: { maxBytes: config.queueMaxBytes, maxRecords: config.queueMaxRequests },
     log,
   });
 }

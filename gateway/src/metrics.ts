@@ -1,6 +1,7 @@
 // The gateway's own metrics, by name. Times are handed over in milliseconds.
 
 import type { Labels, Metrics } from '@mimo/core/metrics';
+import type { RefusalReason } from '@mimo/core/queue-refusal';
 import { queueStateFreshMs, type QueueState } from '@mimo/core/queue';
 
 /** What the gateway measures. */
@@ -17,6 +18,7 @@ export interface GatewayMetrics {
   readonly moves: (labels: { readonly model: string; readonly cause: 'broken' | 'handed over' }) => void;
   readonly stalls: (labels: { readonly model: string }) => void;
   readonly parks: (labels: { readonly model: string }) => void;
+  readonly queueRefusals: (labels: { readonly reason: RefusalReason }) => void;
   readonly orphans: (labels: { readonly model: string }) => void;
   /** From a prompt's arrival to its token ids, or to its refusal. */
   readonly promptTime: (durationMs: number, labels: { readonly model: string }) => void;
@@ -60,6 +62,10 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
     promptFailures: metrics.counter(
       'gateway_prompt_failures_total',
       'Prompts over which a model’s chat template or tokenizer did not end or broke, by cause',
+    ),
+    queueRefusals: metrics.counter(
+      'gateway_queue_refusals_total',
+      'Records that the queue did not store, by reason',
     ),
     orphans: metrics.counter(
       'queue_orphaned_requests_total',

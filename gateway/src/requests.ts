@@ -6,6 +6,7 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError, errorTable } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { RecordPlace, RequestQueue } from '@mimo/core/queue';
+import { QueueRefusal } from '@mimo/core/queue-refusal';
 import { startTimer, type Timer } from '@mimo/core/timer';
 import {
   AssignmentOutcome,
@@ -40,8 +41,13 @@ export interface OpenRequest {
   readonly recorded: Promise<RecordPlace>;
 }
 
-interface HeldRequest extends OpenRequest {
-  readonly record: RequestRecord;
+interface HeldRequest {
+  readonly relay: Relay;
+  /** As it was stored last. */
+  record: RequestRecord;
+  recorded: Promise<RecordPlace>;
+  /** Where that is, once it is. */
+  place: RecordPlace | undefined;
   readonly deadline: Timer | undefined;
   /** By performance.now(), as all times here. */
   readonly acceptedMs: number;
@@ -56,12 +62,36 @@ interface HeldRequest extends OpenRequest {
 
 /** A group that is not heard of for a moment, or is made ready again, is not gone for good. */
 const strandedMs = 5_000;
+/** A lost store is noticed at this pace; one that does not take everything back is tried again at the second. */
+const lookMs = 200;
+const retryMs = 1_000;
+/** Records on their way at once when many are recorded again: in order, since they share a connection. */
+const restoredAtOnce = 256;
 
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** In a full gateway, a client that takes nothing for this long gives way to a new request. */
 const giveWayAfterMs = 2_000;
+interface LostRecord {
+  readonly held: HeldRequest;
+  readonly place: RecordPlace;
+}
+
+/** Which of its stores a record came in, counted backwards, and where. */
+interface Origin {
+  readonly outlived: number;
+  readonly sequence: number;
+}
+
+function originOf({ held: { record }, place }: LostRecord): Origin {
+  const { storesOutlived, firstSequence } = record;
+  return { outlived: storesOutlived, sequence: storesOutlived === 0 ? place.sequence : firstSequence };
+}
+
+function compareOrigins(one: Origin, other: Origin): number {
+  return other.outlived - one.outlived || one.sequence - other.sequence;
+}
 
 /** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
 export class Requests {
@@ -101,11 +131,11 @@ export class Requests {
       },
     );
     const recorded = this.#parts.queue.publish(record);
-    recorded.catch((error: unknown) => relay.fail(ClusterError.from(error)));
     const held: HeldRequest = {
       relay,
       recorded,
       record,
+      place: undefined,
       deadline: timeLeftMs === undefined ? undefined : startTimer(timeLeftMs, () => this.#expire(held)),
       acceptedMs: nowMs,
       waitingSinceMs: nowMs,
@@ -113,9 +143,29 @@ export class Requests {
       strandedSinceMs: undefined,
       isParkingTold: false,
     };
+    recorded.then(
+      (place) => (held.place = place),
+      (error: unknown) => {
+        this.#noteRefusal(error);
+        relay.fail(ClusterError.from(error));
+      },
+    );
     this.#held.set(requestId, held);
     this.#watchWait(held);
     return held;
+  }
+
+  /** Records again, in their old order, what the store has lost while its request goes on; until the signal fires. */
+  async keepRecorded(signal: AbortSignal): Promise<void> {
+    let known: RecordPlace | undefined;
+    while (!signal.aborted) {
+      const { oldest, fault } = this.#parts.queue;
+      const isNew = known?.storeId !== oldest.storeId || known.sequence !== oldest.sequence;
+      if (isNew && (fault === undefined || fault.reason === 'full')) {
+        known = (await this.#recordLost(oldest)) ? oldest : undefined;
+      }
+      await pause(known === undefined ? retryMs : lookMs, signal);
+    }
   }
 
   /** Answers a dispatcher. Begins an attempt where the request waits. */
@@ -251,6 +301,54 @@ export class Requests {
   async settled(signal: AbortSignal): Promise<void> {
     while (!signal.aborted && this.#held.size + this.#deleting.size > 0) {
       await pause(20, signal);
+    }
+  }
+
+  /** False where some of it could not be stored. */
+  async #recordLost(oldest: RecordPlace): Promise<boolean> {
+    const lost = [...this.#held.values()].flatMap((held) => {
+      const { place } = held;
+      const isLost =
+        place !== undefined && (place.storeId !== oldest.storeId || place.sequence < oldest.sequence);
+      return isLost ? [{ held, place }] : [];
+    });
+    lost.sort((one, other) => compareOrigins(originOf(one), originOf(other)));
+    let stored = 0;
+    for (let at = 0; at < lost.length; at += restoredAtOnce) {
+      const results = await Promise.allSettled(
+        lost.slice(at, at + restoredAtOnce).map((each) => this.#recordAgain(each)),
+      );
+      const refused = results.find((result) => result.status === 'rejected');
+      stored += results.filter(({ status }) => status === 'fulfilled').length;
+      if (refused !== undefined) {
+        this.#noteRefusal(refused.reason);
+        break;
+      }
+    }
+    if (lost.length > 0) {
+      this.#parts.log.warn({ lost: lost.length, stored }, 'queue lost records: they were recorded again');
+    }
+    return stored === lost.length;
+  }
+
+  async #recordAgain(lost: LostRecord): Promise<void> {
+    const { held } = lost;
+    const { relay, record } = held;
+    if (relay.ended) {
+      return;
+    }
+    const { outlived, sequence } = originOf(lost);
+    const again = { ...record, storesOutlived: outlived + 1, firstSequence: sequence };
+    // Known at once, so that a request that ends meanwhile waits for it and deletes it.
+    held.recorded = this.#parts.queue.publish(again);
+    held.place = await held.recorded;
+    held.record = again;
+  }
+
+  #noteRefusal(error: unknown): void {
+    if (error instanceof QueueRefusal) {
+      this.#parts.metrics.queueRefusals({ reason: error.reason });
+      this.#parts.log.warn({ reason: error.reason, error }, 'request not recorded');
     }
   }
 

@@ -368,6 +368,22 @@ describe('DispatchState', () => {
     state.add({ storeId: 't', sequence: 2, record: restored, isArrival: true, ageMs: 0 }, at);
     expect(waitingIn(state)).toEqual(['a', 'b', 'c', 'fresh']);
     expect(state.get('b')).toMatchObject({ storeId: 't', sequence: 2 });
+    // What is new gives the older ones time to be recorded again.
+    expect([...state.waiting()].map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0, 0, at + 2_000]);
+  });
+
+  it('takes the first store that it sees for the one that was always there, unless it knows of another', () => {
+    const fresh = RequestSummary.fromPartial({ requestId: 'fresh' });
+    const queued = { storeId: 't', sequence: 1, record: fresh, isArrival: true, ageMs: 0 };
+    const waits = (state: DispatchState): number[] => {
+      state.add(queued, at);
+      return [...state.waiting()].map(({ notBeforeMs }) => notBeforeMs);
+    };
+    expect([
+      waits(new DispatchState()),
+      waits(new DispatchState('t')),
+      waits(new DispatchState('s')),
+    ]).toEqual([[0], [0], [at + 2_000]]);
   });
 
   it('counts the same however requests come, move and go', () => {

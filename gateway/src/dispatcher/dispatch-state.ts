@@ -49,6 +49,8 @@ const suspectMs = 2_000;
 const retryMs = 1_000;
 /** What is parked is offered again after this, in case its owner's word was lost. */
 const parkedRetryMs = 10_000;
+/** Every gateway has noticed a lost store and recorded its requests again by then. */
+const restoreMs = 2_000;
 /** A gateway that does not listen for this long is gone, and with it everybody who waits for its requests. */
 const orphanAfterMs = 15_000;
 
@@ -59,7 +61,9 @@ export class DispatchState {
   #isSorted = true;
   #last: SeenRecord | undefined;
   /** The store of the newest record: what is known from another one was lost with it, and its owner may record it again. */
-  #storeId = '';
+  #storeId: string;
+  /** Until then what came in this store waits for older requests to be recorded again. */
+  #settledMs = 0;
   /** The few of them that are with a group. */
   readonly #placed = new Map<string, Placed>();
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
@@ -80,6 +84,15 @@ export class DispatchState {
   #arrivedTokens = 0;
   #endedTokens = 0;
 
+  /** `storeId` is the store that was known before, empty where there was none. */
+  constructor(storeId = '') {
+    this.#storeId = storeId;
+  }
+
+  get storeId(): string {
+    return this.#storeId;
+  }
+
   /** Takes a record; one that arrived counts among those that came since the beginning. */
   add({ isArrival, ageMs, ...queued }: FollowedRecord, nowMs: number): void {
     const { record, storeId } = queued;
@@ -91,7 +104,10 @@ export class DispatchState {
     this.#requests.set(record.requestId, seen);
     this.#isSorted &&=
       storeId === this.#storeId && (this.#last === undefined || this.#compare(this.#last, seen) < 0);
-    this.#storeId = storeId;
+    if (this.#storeId !== storeId) {
+      this.#settledMs = this.#storeId === '' ? 0 : nowMs + restoreMs;
+      this.#storeId = storeId;
+    }
     this.#last = seen;
     if (known === undefined) {
       this.#countWaiting(record, 1);
@@ -312,7 +328,10 @@ export class DispatchState {
       requestId,
       // What was left at acceptance cannot be more now: late by the record's age, and never early.
       expiredMs: seenMs + (record.timeLeftMs ?? Number.POSITIVE_INFINITY),
-      notBeforeMs: this.#silent.get(record.gatewayId)?.retryMs ?? 0,
+      notBeforeMs: Math.max(
+        this.#silent.get(record.gatewayId)?.retryMs ?? 0,
+        this.#originOf(request).outlived === 0 ? this.#settledMs : 0,
+      ),
       identity: this.#identityOf(record),
       company: needs?.company ?? Company.UNSPECIFIED,
     };

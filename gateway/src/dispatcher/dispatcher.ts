@@ -48,12 +48,17 @@ export async function runDispatcher(
   resigning: AbortSignal,
 ): Promise<void> {
   const log = parts.log.child({ model: parts.model });
+  // Known from before the lease: a store that is lost takes the leases with it.
+  let storeId = '';
   while (!signal.aborted) {
+    storeId ||= parts.queue.storeId;
     const term = resigning.aborted ? signal : AbortSignal.any([signal, resigning]);
     try {
       const lease = await parts.queue.acquireLease(parts.model, parts.gatewayId, term);
       log.info({ dispatcherEpoch: lease.epoch }, 'dispatching');
-      await new Dispatcher({ ...parts, log }, lease, term).run();
+      const state = new DispatchState(storeId);
+      await new Dispatcher({ ...parts, log }, { lease, state }, term).run();
+      ({ storeId } = state);
       await lease.release();
       log.info({ dispatcherEpoch: lease.epoch }, 'dispatching ended');
     } catch (error) {
@@ -74,7 +79,7 @@ class Dispatcher {
   readonly #epoch: number;
   readonly #stop = new AbortController();
   readonly #until: AbortSignal;
-  readonly #state = new DispatchState();
+  readonly #state: DispatchState;
   readonly #beganMs = performance.now();
   #planning = false;
   #lookedMs = 0;
@@ -86,8 +91,13 @@ class Dispatcher {
   #published = '';
   #publishTimer: NodeJS.Timeout | undefined;
 
-  constructor(parts: DispatcherParts, lease: Lease, signal: AbortSignal) {
+  constructor(
+    parts: DispatcherParts,
+    { lease, state }: { readonly lease: Lease; readonly state: DispatchState },
+    signal: AbortSignal,
+  ) {
     this.#parts = parts;
+    this.#state = state;
     this.#epoch = lease.epoch;
     this.#until = AbortSignal.any([signal, lease.lost, this.#stop.signal]);
   }
