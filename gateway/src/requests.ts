@@ -73,6 +73,7 @@ const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** In a full gateway, a client that takes nothing for this long gives way to a new request. */
 const giveWayAfterMs = 2_000;
+
 interface LostRecord {
   readonly held: HeldRequest;
   readonly place: RecordPlace;
