@@ -83,6 +83,9 @@ export function admitRequest(
   const stopTokenIds = stopIdsOf(sampling, facts);
   const promptTokenIds = [...prompt.tokenIds];
   const violations = [...checkSampling(sampling, facts), ...prompt.problems];
+  if (promptTokenIds.length === 0 && prompt.problems.length === 0) {
+    violations.push({ field: promptFields[prompt.kind], description: 'gives no tokens' });
+  }
   if (promptTokenIds.length >= facts.maxContextTokens) {
     violations.push(tooManyTokens(prompt, promptTokenIds.length, facts));
   }

@@ -84,6 +84,8 @@ export async function openWorld(subjects: readonly HostileSubject[]): Promise<Ho
         .map(([name, path]) => `${name}=${path}`)
         .join(','),
       MIMO_GATEWAY_KEYS_FILE: keysFile,
+      // Several inputs last as long as this.
+      MIMO_GATEWAY_PROMPT_TIMEOUT: '4s',
       MIMO_GATEWAY_METRICS_LISTEN: `127.0.0.1:${metricsPort}`,
     },
   });

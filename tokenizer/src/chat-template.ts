@@ -113,7 +113,7 @@ export function encodeChat(
   const strings = collectStrings([normalized, tools]);
   const edges = edgesOf(tokenizer);
   const guard = createGuard(edges, strings);
-  const cut = chooseMark([...strings, ...edges.specials, guard?.mark ?? '']);
+  const cut = continueLast ? chooseMark([...strings, ...edges.specials, guard?.mark ?? '']) : '';
   const guarded = guard === undefined ? normalized : normalized.map(guard.protect);
   const rendered = render(template, continueLast ? markEnd(guarded, cut) : guarded, {
     addGenerationPrompt: !continueLast,

@@ -2,8 +2,17 @@
 
 import type { HostileSubject } from '../hostile-case.ts';
 import { cancel } from './cancel.ts';
+import { modelFiles } from './model-files.ts';
 import { numbers } from './numbers.ts';
 import { requests } from './requests.ts';
 import { stalledReaders } from './stalled-readers.ts';
+import { text } from './text.ts';
 
-export const subjects: readonly HostileSubject[] = [cancel, numbers, requests, stalledReaders];
+export const subjects: readonly HostileSubject[] = [
+  cancel,
+  modelFiles,
+  numbers,
+  requests,
+  stalledReaders,
+  text,
+];
