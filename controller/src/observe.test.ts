@@ -203,6 +203,7 @@ describe('observeLoads', () => {
     revision: '',
     identity: 'i',
     draining: false,
+    slots: 1,
     inFlightRequests: 1,
     inFlightTokens: 9,
   };
@@ -232,6 +233,25 @@ describe('observeLoads', () => {
     expect([[...early.loads.keys()], early.loadsComplete]).toEqual([['reached'], false]);
     const late = observeLoads({ ...sight, dispatcherSinceMs: 0 }, 20_000);
     expect([[...late.loads.keys()], late.loadsComplete]).toEqual([['reached', 'lost'], true]);
+  });
+
+  it('says which groups are waited for: requests wait for their like alone, and those are full', () => {
+    const waitedFor = (more: Partial<QueueState>): (boolean | undefined)[] => {
+      const sight = { state: { ...state, ...more }, receivedMs: 0, dispatcherSinceMs: -10_000 };
+      return [...observeLoads(sight, 0).loads.values()].map((load) => load.waitedFor);
+    };
+    const waitingFor = [{ identity: 'i', requests: 1, tokens: 9 }];
+    const other = { ...group, group: 'other', identity: 'j', routable: true };
+    const groups = [...state.groups, other];
+    expect(waitedFor({ waitingFor: [], groups })).toEqual([false, false, false]);
+    expect(waitedFor({ waitingFor, groups })).toEqual([true, true, false]);
+    const free = { ...group, group: 'free', routable: true, inFlightRequests: 0 };
+    expect(waitedFor({ waitingFor, groups: [...groups, free] })).toEqual([false, false, false, false]);
+    expect(waitedFor({ waitingFor, groups: [{ ...free, draining: true }] })).toEqual([true]);
+    const silent = { ...free, identity: '' };
+    expect(waitedFor({ waitingFor: [{ ...waitingFor[0]!, identity: '' }], groups: [silent] })).toEqual([
+      false,
+    ]);
   });
 
   it('knows nothing from an old state, which is not that nothing is routable', () => {

@@ -290,11 +290,29 @@ export function observeLoads(
   const known = state.groups.filter(({ routable }) => loadsComplete || routable);
   return {
     loads: new Map(
-      known.map(({ group, routable, draining, inFlightRequests, inFlightTokens }) => [
+      known.map(({ group, identity, routable, draining, inFlightRequests, inFlightTokens }) => [
         group,
-        { routable, draining, inFlightRequests, inFlightTokens },
+        {
+          routable,
+          draining,
+          inFlightRequests,
+          inFlightTokens,
+          waitedFor: isWaitedFor(identity, state),
+        },
       ]),
     ),
     loadsComplete,
   };
+}
+
+/** Whether requests wait for groups of an identity that are all full: what comes meanwhile goes to newer ones. */
+function isWaitedFor(identity: string, { waitingFor, groups }: QueueState): boolean {
+  const hasRoom = groups.some(
+    (group) =>
+      group.identity === identity &&
+      group.routable &&
+      !group.draining &&
+      group.inFlightRequests < group.slots,
+  );
+  return identity !== '' && !hasRoom && waitingFor.some((waiting) => waiting.identity === identity);
 }

@@ -110,6 +110,7 @@ describe('QueueWatch', () => {
       identity: '',
       routable: true,
       draining: false,
+      slots: 16,
       inFlightRequests: 0,
       inFlightTokens: 0,
     };

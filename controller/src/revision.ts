@@ -19,9 +19,12 @@ export function revisionOf(spec: ModelServiceSpec, settings: WorkerSettings): st
   return hashOf({ ...shape, worker });
 }
 
-/** Eight hex digits of what is prepared before groups exist: the checkpoint, and how it is compiled. */
-export function modelHashOf({ model, tensorParallel }: ModelServiceSpec): string {
-  return hashOf({ model, tensorParallel });
+/**
+ * Eight hex digits of what is prepared before groups exist: the checkpoint, and how it is compiled; also the variables, which
+ * may say otherwise. What changes it is published anew, so that gateways know what groups to come compute.
+ */
+export function modelHashOf({ model, tensorParallel, template }: ModelServiceSpec): string {
+  return hashOf({ model, tensorParallel, env: template.env });
 }
 
 function hashOf(shape: unknown): string {

@@ -59,6 +59,8 @@ export interface QueueGroupState {
   readonly routable: boolean;
   /** The dispatcher has seen the group's drain mark, or the group says it drains: it is assigned nothing more. */
   readonly draining: boolean;
+  /** Sequences that it can run at once. */
+  readonly slots: number;
   readonly inFlightRequests: number;
   readonly inFlightTokens: number;
 }

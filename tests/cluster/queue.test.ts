@@ -374,6 +374,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
           identity: 'i',
           routable: true,
           draining: false,
+          slots: 9,
           inFlightRequests: 4,
           inFlightTokens: 8,
         },

@@ -413,6 +413,7 @@ class PretendDispatcher {
       identity: '',
       routable: true,
       draining: this.#marks.has(group),
+      slots: 16,
       inFlightRequests: (inFlight[group] ?? 0) > 0 ? 1 : 0,
       inFlightTokens: inFlight[group] ?? 0,
     }));

@@ -247,6 +247,7 @@ class PretendDispatchers {
         identity: '',
         routable: true,
         draining: this.isMarked(model, group),
+        slots: 16,
         inFlightRequests: isBusy ? 1 : 0,
         inFlightTokens,
       })),

@@ -30,6 +30,8 @@ const pureFiles = [
   ...sources('controller/src/decide/*.ts').filter((file) => !file.endsWith('.test.ts')),
   'gateway/src/admission.ts',
   'gateway/src/dispatcher/placement.ts',
+  'gateway/src/suspicion.ts',
+  'gateway/src/version-choice.ts',
   'proto/src/limits.ts',
   'worker/src/engine/kv-cache.ts',
   'worker/src/engine/scheduler.ts',

@@ -41,6 +41,8 @@ export interface GroupLoad {
   readonly draining: boolean;
   readonly inFlightRequests: number;
   readonly inFlightTokens: number;
+  /** Requests wait that only groups which compute what this one does may run, and those are full. */
+  readonly waitedFor?: boolean;
 }
 
 /**

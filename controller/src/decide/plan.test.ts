@@ -67,6 +67,11 @@ function loadsOf(
   );
 }
 
+/** Loads of groups for which requests wait that nothing else may run. */
+function waitedFor(pods: readonly ObservedPod[]): Map<string, GroupLoad> {
+  return new Map([...loadsOf(pods)].map(([name, load]) => [name, { ...load, waitedFor: true }]));
+}
+
 /** Marks that agree with the pods' drains. */
 function marksOf(pods: readonly ObservedPod[]): Map<string, { sinceUnixMs: number }> {
   return new Map(
@@ -377,6 +382,18 @@ describe('planService', () => {
       const pods = [...old(0), ...old(1)];
       const input = inputWith({ service: withRollout(0, 1), wanted: 2, pods });
       expect(shortPlan(input)).toEqual(['drainGroup chat-old-1']);
+    });
+
+    it('keeps an old group while requests wait that it alone may run, once a new one takes what comes', () => {
+      const serving = [...old(0), ...groupOf(0)];
+      const plan = (pods: ObservedPod[], more: Parameters<typeof inputWith>[0] = {}): string[] =>
+        shortPlan(inputWith({ wanted: 1, pods, loads: waitedFor(pods), ...more }));
+      expect(plan(serving)).toEqual([]);
+      expect(shortPlan(inputWith({ wanted: 1, pods: serving }))).toEqual(['drainGroup chat-old-0']);
+      expect(plan([...old(0), ...old(1)], { service: withRollout(0, 1), wanted: 2 })).toEqual([
+        'drainGroup chat-old-1',
+      ]);
+      expect(plan(serving, { wanted: 0 })).toEqual(['drainGroup chat-old-0', 'drainGroup chat-new-0']);
     });
 
     it('that is reverted keeps the groups that serve and takes back the new ones', () => {

@@ -4,7 +4,8 @@
 //   create     min(wanted - current, wanted + surge - active), where surge is maxSurge while there are old ones, else 0;
 //              current groups that drain and still serve are taken back first
 //   drain      old groups that do not serve: all. Old groups that serve: as long as wanted - maxUnavailable serve without
-//              them. Current groups above wanted: the cheapest
+//              them, but once a current one serves not while requests wait that nothing else may run: such a backlog only
+//              gets less. Current groups above wanted: the cheapest
 //
 // While the current revision's model is not found there is nothing to replace the groups with: only what is above wanted goes.
 //
@@ -59,7 +60,9 @@ export function planRollout(groups: readonly ReplicaGroup[], rule: RolloutRule):
 
   const serving = active.filter(({ ready }) => ready).length;
   const spare = Math.max(0, serving - Math.max(0, wanted - maxUnavailable));
-  const oldServing = old.filter(({ ready }) => ready);
+  // Once a current group serves, what comes goes there where the old ones are full.
+  const mayWait = wanted > 0 && current.some(({ ready }) => ready);
+  const oldServing = old.filter(({ ready, load }) => ready && !(mayWait && load?.waitedFor === true));
   const replaced = [...old.filter(({ ready }) => !ready), ...chooseVictims(oldServing, spare)];
   const surplus = chooseVictims(current, current.length - wanted);
   return {

@@ -341,6 +341,7 @@ class Dispatcher {
           identity: heartbeat.identity,
           routable: readyNames.has(heartbeat.group) && sessions.isRoutable(heartbeat),
           draining: drains.has(heartbeat.group) || heartbeat.state === GroupState.DRAINING,
+          slots: heartbeat.maxSequences,
           inFlightRequests: load?.requests ?? 0,
           inFlightTokens: load?.tokens ?? 0,
         };
