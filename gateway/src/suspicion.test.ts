@@ -233,7 +233,16 @@ class World {
     const metrics = new Proxy({}, { get: () => () => undefined }) as GatewayMetrics;
     this.#gateways = Array.from(
       { length: 3 },
-      () => new Requests({ queue, sessions, groups: this.#seen, maxWaitMs: 1e9, metrics, log }),
+      () =>
+        new Requests({
+          queue,
+          sessions,
+          groups: this.#seen,
+          maxWaitMs: 1e9,
+          clientStallMs: 1e9,
+          metrics,
+          log,
+        }),
     );
   }
 
@@ -300,7 +309,7 @@ class World {
       { tokenTable: tokenizer, stop: [], stopInReasoning: false, minTokens: 0, reasoning: undefined },
     );
     relay
-      .deliver(async () => undefined)
+      .deliver({ requestId, model: 'm', promptTokens: 1, seed: 0 }, async () => undefined)
       .then(
         () => this.ends.set(requestId, 'finish'),
         (error: unknown) => this.ends.set(requestId, ClusterError.from(error).code),
