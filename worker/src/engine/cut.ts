@@ -124,14 +124,16 @@ function cutByCount(row: Float32Array, cut: Cut, { top, count }: { top: number; 
 function cutByWeight(row: Float32Array, cut: Cut, { topP, ...scale }: Scale & { topP: number }): Cut {
   for (const depth of [nearDepth, fullDepth]) {
     const { weight, beyond } = weighRoughly(row, cut, { ...scale, depth });
+    const tail = beyond * Math.exp(-depth);
     const end = endOf(row, scale.top, {
       least: topP * weight * (1 - roughness),
-      most: topP * (weight + beyond * Math.exp(-depth)) * (1 + roughness),
+      most: topP * (weight + tail) * (1 + roughness),
     });
     if (end !== undefined) {
       return end;
     }
-    if (beyond === 0) {
+    if (tail < weight * roughness) {
+      // A deeper look is no better.
       break;
     }
   }
