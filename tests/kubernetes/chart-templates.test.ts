@@ -385,6 +385,50 @@ describe('the values reach their objects', () => {
     }
   });
 
+  it('the queue: requests may take 40 % of the volume, and of external servers what the default is', async () => {
+    const maxBytesOf = async (values: Values): Promise<number> => {
+      const objects = await renderChart(helm, values);
+      const [gateway] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-gateway')]);
+      return parseGatewayConfig(environmentOf(gateway?.spec.containers[0] ?? { name: '', image: '' }))
+        .queueMaxBytes;
+    };
+    expect(await maxBytesOf({})).toBe(3_276 * 2 ** 20);
+    expect(await maxBytesOf({ nats: { storage: { size: '500Mi' } } })).toBe(200 * 2 ** 20);
+    expect(await maxBytesOf({ nats: { storage: { size: '2Ti' } } })).toBe(838_860 * 2 ** 20);
+    expect(await maxBytesOf(Object.fromEntries(choices)['external NATS'] ?? {})).toBe(2 ** 30);
+  });
+
+  it('the queue: its disk is encrypted with a key of its own, of a Secret of yours, or not at all', async () => {
+    const encryption = async (
+      values: Values,
+    ): Promise<{ readonly key: string | undefined; readonly secret: unknown; readonly conf: boolean }> => {
+      const objects = await renderChart(helm, { nats: { encryption: values } });
+      const secret = objects.find(
+        ({ kind, metadata }) => kind === 'Secret' && metadata.name === 'mimo-nats-encryption',
+      );
+      const [pod] = podsOf([objectOf(objects, 'StatefulSet', 'mimo-nats')]);
+      const { env } = (pod?.spec.containers[0] ?? {}) as {
+        env?: { name: string; valueFrom?: { secretKeyRef?: unknown } }[];
+      };
+      const config = objectOf(objects, 'ConfigMap', 'mimo-nats')['data'] as Record<string, string>;
+      return {
+        key: (secret?.['data'] as Record<string, string> | undefined)?.['key'],
+        secret: env?.find(({ name }) => name === 'JETSTREAM_KEY')?.valueFrom?.secretKeyRef,
+        conf: config['nats.conf']?.includes('cipher: "chachapoly"') === true,
+      };
+    };
+    const [one, other] = [await encryption({}), await encryption({})];
+    expect(one).toMatchObject({ secret: { name: 'mimo-nats-encryption', key: 'key' }, conf: true });
+    expect(Buffer.from(one.key ?? '', 'base64').toString()).toMatch(/^k[A-Za-z0-9]{47}$/);
+    expect(one.key).not.toBe(other.key);
+    expect(await encryption({ existingSecret: 'mine' })).toEqual({
+      key: undefined,
+      secret: { name: 'mine', key: 'key' },
+      conf: true,
+    });
+    expect(await encryption({ enabled: false })).toEqual({ key: undefined, secret: undefined, conf: false });
+  });
+
   it('tenants: hashes go to Secrets of their own, the shared one stays empty', async () => {
     const objects = await renderChart(helm, Object.fromEntries(choices)['tenants']);
     expect(objectOf(objects, 'Secret', 'mimo-mimo-cluster-tenant-keys')).not.toHaveProperty('data');
@@ -484,9 +528,12 @@ describe('the NATS server', () => {
       const file = join(directory, 'nats.conf');
       await writeFile(file, data['nats.conf'] ?? '');
       // -t: reads and checks, and exits.
-      const { stderr } = await run(binary, ['-t', '--config', file], { env: { POD_NAME: 'mimo-nats-0' } });
+      const { stderr } = await run(binary, ['-t', '--config', file], {
+        env: { POD_NAME: 'mimo-nats-0', JETSTREAM_KEY: 'k'.repeat(48) },
+      });
       expect(stderr).toContain('is valid');
-      expect(data['nats.conf']).toContain('max_file_store: 12GiB');
+      // 80 % of the volume for the server; gateways bound their stream to 40 %.
+      expect(data['nats.conf']).toContain('max_file_store: 9830MiB');
       expect(data['nats.conf']?.match(/nats:\/\/mimo-nats-\d/g) ?? []).toHaveLength(
         replicas === 1 ? 0 : replicas,
       );
