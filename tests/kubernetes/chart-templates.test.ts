@@ -106,6 +106,34 @@ const choices: readonly (readonly [name: string, values: Values])[] = [
   ],
 ];
 
+/** What the stream of requests may hold, by the gateway. */
+async function maxBytesOf(values: Values): Promise<number> {
+  const objects = await renderChart(helm, values);
+  const [gateway] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-gateway')]);
+  return parseGatewayConfig(environmentOf(gateway?.spec.containers[0] ?? { name: '', image: '' }))
+    .queueMaxBytes;
+}
+
+/** How the chart has NATS encrypt its disk. */
+async function encryptionOf(
+  values: Values,
+): Promise<{ readonly key: string | undefined; readonly secret: unknown; readonly conf: boolean }> {
+  const objects = await renderChart(helm, { nats: { encryption: values } });
+  const secret = objects.find(
+    ({ kind, metadata }) => kind === 'Secret' && metadata.name === 'mimo-nats-encryption',
+  );
+  const [pod] = podsOf([objectOf(objects, 'StatefulSet', 'mimo-nats')]);
+  const { env } = (pod?.spec.containers[0] ?? {}) as {
+    env?: { name: string; valueFrom?: { secretKeyRef?: unknown } }[];
+  };
+  const config = objectOf(objects, 'ConfigMap', 'mimo-nats')['data'] as Record<string, string>;
+  return {
+    key: (secret?.['data'] as Record<string, string> | undefined)?.['key'],
+    secret: env?.find(({ name }) => name === 'JETSTREAM_KEY')?.valueFrom?.secretKeyRef,
+    conf: config['nats.conf']?.includes('cipher: "chachapoly"') === true,
+  };
+}
+
 describe('helm lint --strict', () => {
   it.each(choices)('is content with %s', async (_name, values) => {
     expect(await runHelm(helm, ['lint', '--strict', chartDirectory], { values })).toContain(
@@ -386,12 +414,6 @@ describe('the values reach their objects', () => {
   });
 
   it('the queue: requests may take 40 % of the volume, and of external servers what the default is', async () => {
-    const maxBytesOf = async (values: Values): Promise<number> => {
-      const objects = await renderChart(helm, values);
-      const [gateway] = podsOf([objectOf(objects, 'Deployment', 'mimo-mimo-cluster-gateway')]);
-      return parseGatewayConfig(environmentOf(gateway?.spec.containers[0] ?? { name: '', image: '' }))
-        .queueMaxBytes;
-    };
     expect(await maxBytesOf({})).toBe(3_276 * 2 ** 20);
     expect(await maxBytesOf({ nats: { storage: { size: '500Mi' } } })).toBe(200 * 2 ** 20);
     expect(await maxBytesOf({ nats: { storage: { size: '2Ti' } } })).toBe(838_860 * 2 ** 20);
@@ -399,34 +421,20 @@ describe('the values reach their objects', () => {
   });
 
   it('the queue: its disk is encrypted with a key of its own, of a Secret of yours, or not at all', async () => {
-    const encryption = async (
-      values: Values,
-    ): Promise<{ readonly key: string | undefined; readonly secret: unknown; readonly conf: boolean }> => {
-      const objects = await renderChart(helm, { nats: { encryption: values } });
-      const secret = objects.find(
-        ({ kind, metadata }) => kind === 'Secret' && metadata.name === 'mimo-nats-encryption',
-      );
-      const [pod] = podsOf([objectOf(objects, 'StatefulSet', 'mimo-nats')]);
-      const { env } = (pod?.spec.containers[0] ?? {}) as {
-        env?: { name: string; valueFrom?: { secretKeyRef?: unknown } }[];
-      };
-      const config = objectOf(objects, 'ConfigMap', 'mimo-nats')['data'] as Record<string, string>;
-      return {
-        key: (secret?.['data'] as Record<string, string> | undefined)?.['key'],
-        secret: env?.find(({ name }) => name === 'JETSTREAM_KEY')?.valueFrom?.secretKeyRef,
-        conf: config['nats.conf']?.includes('cipher: "chachapoly"') === true,
-      };
-    };
-    const [one, other] = [await encryption({}), await encryption({})];
+    const [one, other] = [await encryptionOf({}), await encryptionOf({})];
     expect(one).toMatchObject({ secret: { name: 'mimo-nats-encryption', key: 'key' }, conf: true });
     expect(Buffer.from(one.key ?? '', 'base64').toString()).toMatch(/^k[A-Za-z0-9]{47}$/);
     expect(one.key).not.toBe(other.key);
-    expect(await encryption({ existingSecret: 'mine' })).toEqual({
+    expect(await encryptionOf({ existingSecret: 'mine' })).toEqual({
       key: undefined,
       secret: { name: 'mine', key: 'key' },
       conf: true,
     });
-    expect(await encryption({ enabled: false })).toEqual({ key: undefined, secret: undefined, conf: false });
+    expect(await encryptionOf({ enabled: false })).toEqual({
+      key: undefined,
+      secret: undefined,
+      conf: false,
+    });
   });
 
   it('tenants: hashes go to Secrets of their own, the shared one stays empty', async () => {
