@@ -1,7 +1,7 @@
 // One model an answer: two checkpoints under one name, with a real gateway, the catalogue, and real groups, while streams run
 // and requests wait. Nothing that began with the one may go on with the other.
 
-import { cp, mkdtemp, open, rm } from 'node:fs/promises';
+import { cp, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -14,7 +14,6 @@ import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import type { InferenceServiceClient } from '@mimo/proto/inference';
 import type { Heartbeat } from '@mimo/proto/worker';
-import { readSafetensorsHeader } from '@mimo/worker/model/safetensors';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startChild, type Child } from '../../deploy/local/child-process.ts';
@@ -23,6 +22,7 @@ import type { NatsServer } from '../../deploy/local/nats-server.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
 import { startTestNats } from '../harness/nats.ts';
+import { writeOtherCheckpoint } from '../harness/other-checkpoint.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const root = join(import.meta.dirname, '../..');
@@ -87,20 +87,6 @@ async function startGroup(group: string, checkpoint: string): Promise<Child> {
 }
 
 const runningIn = (group: string): number => beats.get(group)?.running.length ?? 0;
-
-/** Copies the demonstration model and writes the values of one of its tensors in reverse: the same shapes, another text. */
-async function writeOtherCheckpoint(to: string): Promise<void> {
-  await cp(demo, to, { recursive: true });
-  const path = join(to, 'model.safetensors');
-  const tensors = await readSafetensorsHeader(path);
-  const { offset, shape } = tensors.find(({ name }) => name === 'model.layers.1.mlp.up_proj.weight')!;
-  const bytes = Buffer.alloc(shape.reduce((product, size) => product * size, 2));
-  const file = await open(path, 'r+');
-  await file.read(bytes, 0, bytes.length, offset);
-  new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.length / 2).reverse();
-  await file.write(bytes, 0, bytes.length, offset);
-  await file.close();
-}
 
 beforeAll(async () => {
   directory = await mkdtemp(join(tmpdir(), 'mimo-identity-'));

@@ -28,6 +28,7 @@ import { createClient } from '../harness/cluster.ts';
 import { controlPlaneAddress } from '../harness/kubernetes/addresses.ts';
 import type { RealCluster } from '../harness/kubernetes/cluster.ts';
 import type { BuiltImage, ImageName } from '../harness/kubernetes/images.ts';
+import { writeOtherCheckpoint } from '../harness/other-checkpoint.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const root = resolve(import.meta.dirname, '../..');
@@ -35,6 +36,9 @@ const chart = join(root, 'charts/mimo-cluster');
 const release = 'mimo';
 const apiKey = 'tests-api-key';
 const checkpointClaim = 'checkpoints';
+
+/** Where another checkpoint lies on the volume of the demonstration model. */
+export const otherCheckpointPath = 'other';
 
 /** In which everything is installed; it enforces the strictest Pod Security. */
 export const namespace = 'mimo-e2e';
@@ -267,6 +271,7 @@ async function createVolumes(cluster: RealCluster): Promise<void> {
   };
   const checkpoint = join(cluster.sharedDirectory, 'checkpoint');
   await cp(join(root, 'models/mimo-demo'), checkpoint, { recursive: true });
+  await writeOtherCheckpoint(join(checkpoint, otherCheckpointPath));
   const storage = '1Gi';
   const volume = (name: string, path: string, accessMode: string): unknown => ({
     apiVersion: 'v1',

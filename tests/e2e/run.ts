@@ -13,6 +13,7 @@ import { faults } from './scenarios/faults.ts';
 import { killRank } from './scenarios/kill-rank.ts';
 import { lifecycle } from './scenarios/lifecycle.ts';
 import { policies } from './scenarios/policies.ts';
+import { replaceModel } from './scenarios/replace-model.ts';
 import { revert } from './scenarios/revert.ts';
 import { serve } from './scenarios/serve.ts';
 import { upgrade } from './scenarios/upgrade.ts';
@@ -23,6 +24,7 @@ export const scenarios = {
   policies,
   'kill-rank': killRank,
   revert,
+  'replace-model': replaceModel,
   upgrade,
   lifecycle,
   faults,
