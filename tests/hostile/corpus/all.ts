@@ -3,6 +3,7 @@
 import type { HostileSubject } from '../hostile-case.ts';
 import { cancel } from './cancel.ts';
 import { modelFiles } from './model-files.ts';
+import { deadlines } from './deadlines.ts';
 import { numbers } from './numbers.ts';
 import { requests } from './requests.ts';
 import { stalledReaders } from './stalled-readers.ts';
@@ -10,6 +11,7 @@ import { text } from './text.ts';
 
 export const subjects: readonly HostileSubject[] = [
   cancel,
+  deadlines,
   modelFiles,
   numbers,
   requests,
