@@ -2,7 +2,7 @@
 // decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
 // milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //
-//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part draws,golden,host,sampling,model]
+//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part draws,attention,golden,host,streams,sampling,long,model]
 //                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
 //   npm run bench -- gpu --provider webgpu --precision fp16
 //
@@ -20,8 +20,10 @@ import type { HeadRequest } from '@mimo/worker/engine/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
 import type { PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
 import { compile } from '@mimo/worker/model/compile';
+import type { ModelConfig } from '@mimo/worker/model/model-config';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
 import type { Precision } from '@mimo/worker/model/shard';
+import type { OwnKernel } from '@mimo/worker/runtime/runtime';
 import {
   CompiledFixtures,
   fixtureNames,
@@ -31,6 +33,7 @@ import {
 } from '../golden/fixture.ts';
 import { openLocalGroup, promptLogits, type LocalGroup } from '../harness/local-group.ts';
 import { openProcessGroup } from '../harness/process-group.ts';
+import { greedySampling } from '../harness/greedy-sampling.ts';
 import { measureEngine, median } from './engine-run.ts';
 import { compareDraws } from './gpu-draws.ts';
 
@@ -38,6 +41,11 @@ const contextTokens = 512;
 const repetitions = 20;
 const maxRows = 512;
 const maxHeadRows = 512;
+const longLoads = [
+  [512, [1, 32, 256]],
+  [8064, [1, 8, 32]],
+  [32_256, [1, 8]],
+] as const;
 const kvBlocks = 4096;
 const batches = [1, 8, 32] as const;
 const samplingBatches = [1, 8, 32, 64, 128, 256] as const;
@@ -61,7 +69,7 @@ interface Load {
 interface Device {
   readonly executionProvider: 'cuda' | 'webgpu';
   readonly libraryPath?: string;
-  readonly sampling?: 'host';
+  readonly without?: readonly OwnKernel[];
 }
 
 type Report = (result: Record<string, unknown>) => void;
@@ -75,8 +83,8 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       provider: { type: 'string', default: 'cuda' },
       directory: { type: 'string', default: tmpdir() },
       precision: { type: 'string', default: 'bf16' },
-      /** Those to run; `host`: sampling without the device's sampler, for comparison. */
-      part: { type: 'string', default: 'draws,golden,host,sampling,model' },
+      /** Those to run; `host`: sampling without the device's sampler, for comparison; `long`: decode at long contexts; `streams`: as many as the defaults take, and more. */
+      part: { type: 'string', default: 'draws,attention,golden,host,streams,sampling,long,model' },
       /** Draws to compare with the host's. */
       draws: { type: 'string', default: '1000000' },
       /** Devices that hold the model, one run of everything for each number. */
@@ -105,10 +113,13 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   if (parts.includes('draws') && isCuda) {
     await compareDraws({ libraryPath: values.library!, draws: Number(values.draws) }, report);
   }
+  if (parts.includes('attention') && isCuda) {
+    await compareAttention(device, report, signal);
+  }
   if (parts.includes('golden')) {
     await compareFixtures(device, rankCounts, report);
   }
-  if (!['model', 'sampling', 'host'].some((part) => parts.includes(part))) {
+  if (!['model', 'sampling', 'host', 'long', 'streams'].some((part) => parts.includes(part))) {
     return;
   }
   const directory = await mkdtemp(join(values.directory, 'mimo-bench-gpu-'));
@@ -124,7 +135,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
             outDirectory: join(directory, `shards-${ranks}`),
             precision: values.precision as Precision,
             tensorParallel: ranks,
-            maxPositions: 8192,
+            maxPositions: 32_768,
             threads: Math.min(8, availableParallelism()),
           },
           signal,
@@ -132,14 +143,21 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       );
       if (ranks === 1 && isCuda && parts.includes('host')) {
         const group = await openGroup(rankDirectories, {
-          device: { ...device, sampling: 'host' },
+          device: { ...device, without: ['sampling', 'attention'] },
           sumOnHost: false,
         });
         measureSampling(group, 'host', report);
+        measureLong(group, ['attention'], report);
         await group.close();
+      }
+      if (ranks === 1 && isCuda && parts.includes('streams')) {
+        await measureStreams(rankDirectories, device, report);
       }
       if (ranks === 1 && isCuda && parts.includes('model')) {
         await showBudget(rankDirectories, device, report);
+      }
+      if (!['sampling', 'long', 'model'].some((part) => parts.includes(part))) {
+        continue;
       }
       // Where devices reach one another, also the way over the host, in short.
       for (const sumOnHost of ranks === 1 ? [false] : [false, true]) {
@@ -147,6 +165,9 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
         try {
           if (parts.includes('sampling')) {
             measureSampling(group, 'device', report);
+          }
+          if (parts.includes('long')) {
+            measureLong(group, [], report);
           }
           if (!parts.includes('model')) {
             continue;
@@ -214,6 +235,77 @@ function openGroup(
     sumOnHost,
     environmentOf: (rank) => ({ CUDA_VISIBLE_DEVICES: String(rank) }),
   });
+}
+
+/** Heads of MiMo's size, which the fixtures have not, over few layers. */
+const wideHeads: ModelConfig = {
+  ...mimo7b,
+  hiddenSize: 512,
+  layers: 3,
+  queryHeads: 8,
+  kvHeads: 2,
+  intermediateSize: 768,
+  vocabSize: 2048,
+  maxPositions: 2048,
+  bosTokenId: 2046,
+  eosTokenIds: [2047],
+};
+
+/**
+ * Attention of our own over spans of one row, of two, and of both, beside ONNX Runtime's over the same and whole prompts:
+ * the relative error of the logits, where the reference is float32 on the CPU.
+ */
+async function compareAttention(device: Device, report: Report, signal: AbortSignal): Promise<void> {
+  const directory = await mkdtemp(join(tmpdir(), 'mimo-bench-heads-'));
+  try {
+    await writeRandomCheckpoint({ directory, config: wideHeads, seed: 1 }, signal);
+    const open = async (precision: Precision, on: Device | undefined): Promise<LocalGroup> => {
+      const { rankDirectories } = await compile(
+        { modelDirectory: directory, outDirectory: join(directory, precision), precision, tensorParallel: 1 },
+        signal,
+      );
+      const place = on ?? { ...device, executionProvider: 'cpu' as const };
+      return openLocalGroup({
+        directories: rankDirectories,
+        implementation: 'ort-capi',
+        device: place,
+        maxRows: 1600,
+      });
+    };
+    const prompts = [701, 650].map((length, i) =>
+      Array.from({ length }, (_, at) => (at * (7919 + i)) % wideHeads.vocabSize),
+    );
+    const reference = await open('fp32', undefined);
+    const expected = promptLogits(reference, prompts, 701);
+    await reference.close();
+    for (const precision of ['fp16', 'bf16'] as const) {
+      for (const without of [[], ['attention']] as const) {
+        const group = await open(precision, { ...device, without });
+        const relativeErrors = [701, 7, 2, 1].map((chunkTokens) =>
+          promptLogits(group, prompts, chunkTokens).map((logits, i) =>
+            Math.max(
+              rowsError(logits.backbone, expected[i]!.backbone),
+              rowsError(logits.mtp, expected[i]!.mtp),
+            ),
+          ),
+        );
+        await group.close();
+        report({ step: 'attention', precision, without, chunkTokens: [701, 7, 2, 1], relativeErrors });
+      }
+    }
+  } finally {
+    await rm(directory, { recursive: true, force: true });
+  }
+}
+
+/** The largest difference of any row, relative to the row's largest logit. */
+function rowsError(rows: readonly Float32Array[], expected: readonly Float32Array[]): number {
+  const errors = rows.map((row, i) => {
+    const wanted = expected[i]!;
+    const largest = wanted.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    return row.reduce((most, value, id) => Math.max(most, Math.abs(value - wanted[id]!)), 0) / largest;
+  });
+  return Math.max(...errors);
 }
 
 /** The relative error of the logits, whole prompts and in chunks beside another. */
@@ -345,6 +437,80 @@ function measureAll(
   group.run({ kind: 'forward', heads: [], releasedSlots, spans: [], tokenIds: new Int32Array(0) });
 }
 
+/**
+ * As many streams as the defaults take and as many again, with the KV cache that fits by itself: prompts of 512 tokens,
+ * drawn at temperature 0.6. Tells what failed.
+ */
+async function measureStreams(directories: readonly string[], device: Device, report: Report): Promise<void> {
+  const startedMs = performance.now();
+  const engine = await startEngine({
+    shardDirectories: directories,
+    group: { kind: 'in-process' },
+    executionProvider: device.executionProvider,
+    ...(device.libraryPath === undefined ? {} : { runtimeLibrary: device.libraryPath }),
+  });
+  const readySeconds = (performance.now() - startedMs) / 1000;
+  const { maxSequences } = engine.info;
+  const streams = 2 * maxSequences;
+  for (const round of [1, 2]) {
+    const begunMs = performance.now();
+    const ended = Promise.withResolvers<void>();
+    const failures = new Map<string, number>();
+    let left = streams;
+    let tokens = 0;
+    const stop = engine.onFrame(({ deltas }) => {
+      for (const { tokenIds, finish } of deltas) {
+        tokens += tokenIds.length;
+        if (finish?.kind === 'error' || finish?.kind === 'aborted') {
+          const reason = finish.kind === 'error' ? finish.message : finish.kind;
+          failures.set(reason, (failures.get(reason) ?? 0) + 1);
+        }
+        left -= finish === undefined ? 0 : 1;
+      }
+      if (left === 0) {
+        ended.resolve();
+      }
+    });
+    const sampling = greedySampling({ temperature: 0.6, topP: 0.95, maxTokens: 256, draftTokens: 0 });
+    for (let stream = 0; stream < streams; stream++) {
+      const tokenIds = Array.from({ length: 512 }, (_, at) => ((stream + 1) * 7919 * (at + 1)) % 150_000);
+      const sequenceId = round * streams + stream;
+      const request = { sequenceId, tokenIds, resumedTokens: 0, creditTokens: Infinity };
+      engine.submit({ ...request, sampling: { ...sampling, seed: stream } });
+    }
+    await Promise.race([ended.promise, engine.failed]);
+    stop();
+    const seconds = (performance.now() - begunMs) / 1000;
+    report({
+      step: 'streams',
+      round,
+      streams,
+      maxSequences,
+      kvTokens: engine.info.kvBlocks * kvBlockTokens,
+      readySeconds,
+      seconds,
+      tokensPerSecond: tokens / seconds,
+      unfinished: left,
+      failures: Object.fromEntries(failures),
+    });
+  }
+  await engine.close();
+}
+
+/** Decode passes by context and batch. */
+function measureLong(group: LocalGroup, without: readonly OwnKernel[], report: Report): void {
+  for (const [past, sizes] of longLoads) {
+    for (const batch of sizes) {
+      for (const rows of [1, 2]) {
+        const ms = measurePass(group, { batch, rows, past, wants: 'best' }, 8);
+        report({ step: 'long', without, contextTokens: past, batch, rows, ms });
+        const releasedSlots = Array.from({ length: batch }, (_, slot) => slot);
+        group.run({ kind: 'forward', heads: [], releasedSlots, spans: [], tokenIds: new Int32Array(0) });
+      }
+    }
+  }
+}
+
 /** What a decode pass must read: the weights, and the keys and values of the context. */
 function readBytes(batch: number): number {
   const { hiddenSize, queryHeads, kvHeads, headDim, intermediateSize, vocabSize, layers } = mimo7b;
@@ -366,7 +532,7 @@ function measurePass(
     rows,
     headRows: rows <= 2 ? rows : 1,
     hiddenRow: 0,
-    capacityTokens: past + rows <= 1024 ? 1024 : 8192,
+    capacityTokens: 256 * Math.ceil((past + rows) / 256),
   }));
   const tokenIds = Int32Array.from({ length: batch * rows }, (_, i) => (i * 7919) % mimo7b.vocabSize);
   const heads = spans.flatMap(({ headRows }) =>

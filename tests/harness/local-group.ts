@@ -21,10 +21,7 @@ export interface LocalGroupOptions {
   readonly directories: readonly string[];
   readonly implementation: RuntimeImplementation;
   /** Default: the CPU. */
-  readonly device?: Pick<
-    RuntimeOptions,
-    'executionProvider' | 'libraryPath' | 'kernelDirectory' | 'sampling'
-  >;
+  readonly device?: Pick<RuntimeOptions, 'executionProvider' | 'libraryPath' | 'kernelDirectory' | 'without'>;
   /** Of all ranks together; default: one a rank. */
   readonly threads?: number;
   /** Rows of a pass, and those that may get logits; default 256. */

@@ -23,9 +23,13 @@ import { executionProviders } from './runtime/runtime.ts';
 
 const maxPort = 65_535;
 
-/** The setting's values, and the word `auto`. */
+/** The setting's values, and the word `auto`, which is the default. */
 function autoOr<T>(setting: Setting<T>): Setting<T | 'auto'> {
-  return { ...setting, parse: (text) => (text === 'auto' ? text : setting.parse(text)) };
+  return {
+    ...setting,
+    fallback: 'auto',
+    parse: (text) => (text === 'auto' ? text : setting.parse(text)),
+  };
 }
 
 export const workerSettings = {
@@ -89,13 +93,14 @@ export const workerSettings = {
   adaptiveSpeculation: booleanSetting('MIMO_WORKER_ADAPTIVE_SPECULATION', true),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
-  maxSequences: integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 }, 16),
+  /** This and the two below: a number, or `auto`: what suits the execution provider (engine-options.ts). */
+  maxSequences: autoOr(integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 })),
   /** A size, or `auto`: what the device or the container's limit leaves after the weights. */
-  kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES', 'auto')),
+  kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES')),
   /** A sequence whose client has taken nothing for this long gives its place up when another one comes. */
   parkAfterMs: durationSetting('MIMO_WORKER_PARK_AFTER', '2s'),
-  maxBatchTokens: integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 }, 128),
-  prefillChunkTokens: integerSetting('MIMO_WORKER_PREFILL_CHUNK_TOKENS', { min: 1, max: 65_536 }, 64),
+  maxBatchTokens: autoOr(integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 })),
+  prefillChunkTokens: autoOr(integerSetting('MIMO_WORKER_PREFILL_CHUNK_TOKENS', { min: 1, max: 65_536 })),
 
   /** Kubernetes gives a pod 30 s by default between SIGTERM and SIGKILL. */
   drainGraceMs: durationSetting('MIMO_WORKER_DRAIN_GRACE', '25s'),

@@ -3,7 +3,9 @@
 
 import { ClusterError } from '@mimo/core/errors';
 import { activationType, pageTokens, type ShardManifest } from '../model/shard.ts';
-import type { Runtime, RuntimeMemory, RuntimeTensor, Segment } from '../runtime/runtime.ts';
+import { ropeTables } from '../model/rope.ts';
+import { decodeHalves, encodeHalves } from '../runtime/element-type.ts';
+import type { DecodeAttention, Runtime, RuntimeMemory, RuntimeTensor, Segment } from '../runtime/runtime.ts';
 import { KvBuffers } from './kv-buffers.ts';
 import type { Rows } from './scratch.ts';
 import type { RowSpan } from './step-plan.ts';
@@ -147,7 +149,10 @@ class PagedAttention implements Attention {
   /** Most rows of a span, most positions of one, and no lower bound; read on the host. */
   readonly #bounds = new Int32Array(3);
   readonly #boundsTensor: RuntimeTensor;
-  #placed: { readonly rows: number; readonly tensors: readonly RuntimeTensor[] } = { rows: 0, tensors: [] };
+  /** What the segment runs on; nothing where `#decode` attends. */
+  #placed: { readonly rows: number; readonly tensors: readonly RuntimeTensor[] } | undefined;
+  /** For passes whose spans have few rows, where there is one. */
+  readonly #decode: DecodeAttention | undefined;
 
   constructor({ runtime, segment, manifest, layers, maxSpans, budgetTokens }: AttentionOptions) {
     const { config, tensorParallel, precision, maxPositions } = manifest;
@@ -165,6 +170,16 @@ class PagedAttention implements Attention {
     const slotPages = Math.ceil(maxPositions / pageTokens) + 1;
     this.#places = runtime.allocate('int32', 1 + maxSpans * (2 + slotPages), 'exchanged');
     this.#boundsTensor = runtime.tensor(this.#bounds, [3]);
+    this.#decode = runtime.createDecodeAttention({
+      floatType: activationType(precision),
+      queryHeads: config.queryHeads / tensorParallel,
+      kvHeads: config.kvHeads / tensorParallel,
+      headDim: config.headDim,
+      pageTokens,
+      maxSpans,
+      maxSpanPages: slotPages,
+      ropeTables: () => roundedRopeTables(manifest),
+    });
   }
 
   release(slot: number): void {
@@ -174,6 +189,16 @@ class PagedAttention implements Attention {
 
   place(spans: readonly RowSpan[]): string {
     const tables = spans.map((span) => this.#reserve(span));
+    this.#placed?.tensors.forEach((tensor) => tensor.release());
+    this.#placed = undefined;
+    const decode = this.#decode;
+    if (decode !== undefined && spans.every(({ rows }) => rows > 0 && rows <= decode.mostSpanRows)) {
+      const places = spans.map(({ start, rows }, i) => {
+        const pages = Math.ceil((start + rows) / pageTokens);
+        return { start, rows, pages: tables[i]!.slice(0, pages) };
+      });
+      return `decode ${decode.place(places)}`;
+    }
     const width = Math.max(...tables.map((pages) => pages.length));
     const starts = [0];
     for (const span of spans) {
@@ -186,7 +211,6 @@ class PagedAttention implements Attention {
     // An upper bound; whole pages, so that it is the same for many passes.
     const positions = Math.max(...spans.map((span) => span.start + span.rows));
     this.#bounds[1] = pageTokens * Math.ceil(positions / pageTokens);
-    this.#placed.tensors.forEach((tensor) => tensor.release());
     const count = spans.length;
     this.#placed = {
       rows: starts.at(-1)!,
@@ -201,6 +225,15 @@ class PagedAttention implements Attention {
 
   run(layer: number, qkv: Rows, attended: Rows): void {
     const { keys, values } = this.#pools[layer]!;
+    if (this.#placed === undefined) {
+      this.#decode!.run({
+        qkv: qkv.memory,
+        keys: keys.memory,
+        values: values.memory,
+        attended: attended.memory,
+      });
+      return;
+    }
     const { rows, tensors } = this.#placed;
     this.#runtime.run(
       this.#segment,
@@ -210,7 +243,8 @@ class PagedAttention implements Attention {
   }
 
   close(): void {
-    this.#placed.tensors.forEach((tensor) => tensor.release());
+    this.#placed?.tensors.forEach((tensor) => tensor.release());
+    this.#decode?.release();
     this.#boundsTensor.release();
     this.#places.release();
     for (const { tensor, memory } of this.#pools.flatMap(({ keys, values }) => [keys, values])) {
@@ -234,4 +268,17 @@ class PagedAttention implements Attention {
     }
     return pages;
   }
+}
+
+/** As the segment has them: in the type of the activations. */
+function roundedRopeTables({ config, maxPositions, precision }: ShardManifest): {
+  readonly cos: Float32Array;
+  readonly sin: Float32Array;
+} {
+  const { headDim, ropeTheta } = config;
+  const { cos, sin } = ropeTables({ headDim, ropeTheta, positions: maxPositions });
+  const type = activationType(precision);
+  const round = (table: Float32Array): Float32Array =>
+    type === 'float' ? table : decodeHalves(encodeHalves(table, type), type);
+  return { cos: round(cos), sin: round(sin) };
 }

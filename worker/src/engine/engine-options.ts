@@ -41,8 +41,8 @@ export interface EngineOptions {
   readonly kernelDirectory?: string;
   /** Compute threads per rank. Default 1. */
   readonly threads?: number;
-  /** Sequences that hold KV cache at a time. Default 16. */
-  readonly maxSequences?: number;
+  /** Sequences that hold KV cache at a time. `auto`, the default, by the execution provider: 16, or 256 on `cuda`. */
+  readonly maxSequences?: number | 'auto';
   /**
    * KV cache of one rank in bytes; the leader's value counts. Default `auto`: what every rank's device or container has
    * left after the weights, less a reserve; 1 GiB where no limit is known.
@@ -50,10 +50,10 @@ export interface EngineOptions {
   readonly kvBytes?: number | 'auto';
   /** The same in blocks of 64 positions; wins over kvBytes. */
   readonly kvBlocks?: number;
-  /** Rows of one step, all sequences together. Default 128. */
-  readonly maxBatchTokens?: number;
-  /** Rows of one sequence's prefill in one step. Default 64. */
-  readonly prefillChunkTokens?: number;
+  /** Rows of one step, all sequences together. Default `auto`: 128, or 2048. */
+  readonly maxBatchTokens?: number | 'auto';
+  /** Rows of one sequence's prefill in one step. Default `auto`: 64, or 512. */
+  readonly prefillChunkTokens?: number | 'auto';
   /** Ids at or above this are padding and are never chosen. Default: the model's vocabulary. */
   readonly usableVocab?: number;
   /** Tokens drafted a step; at most one, and none without an MTP layer. Default 1; 0 turns speculation off. */
@@ -75,14 +75,21 @@ export interface CompleteOptions {
   readonly isKvAuto: boolean;
 }
 
-const defaults = {
-  maxSequences: 16,
-  // 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
-  prefillChunkTokens: 64,
-  maxBatchTokens: 128,
-  // A client that pauses for less keeps its place; computing a long prompt again takes about as long.
-  parkAfterMs: 2_000,
-} as const;
+type Size = 'maxSequences' | 'prefillChunkTokens' | 'maxBatchTokens';
+
+// 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
+const forProcessors = { maxSequences: 16, prefillChunkTokens: 64, maxBatchTokens: 128 } as const;
+
+const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>>>> = {
+  cpu: forProcessors,
+  webgpu: forProcessors,
+  // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of one;
+  // chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/gpu.md).
+  cuda: { maxSequences: 256, prefillChunkTokens: 512, maxBatchTokens: 2048 },
+};
+
+/** A client that pauses for less keeps its place; computing a long prompt again takes about as long. */
+const defaultParkAfterMs = 2_000;
 
 /**
  * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
@@ -111,12 +118,12 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
     }
     return value;
   };
-  const maxSequences = count('maxSequences', defaults.maxSequences);
-  const maxBatchTokens = count('maxBatchTokens', Math.max(defaults.maxBatchTokens, 2 * maxSequences));
-  const prefillChunkTokens = count(
-    'prefillChunkTokens',
-    Math.min(defaults.prefillChunkTokens, maxBatchTokens),
-  );
+  const size = (name: Size, fallback: number): number =>
+    options[name] === 'auto' ? fallback : count(name, fallback);
+  const ours = defaults[options.executionProvider ?? 'cpu'];
+  const maxSequences = size('maxSequences', ours.maxSequences);
+  const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
+  const prefillChunkTokens = size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens));
   const threads = count('threads', 1);
   const isKvAuto = options.kvBlocks === undefined && (options.kvBytes ?? 'auto') === 'auto';
   const kvBytes = options.kvBlocks !== undefined || isKvAuto ? Infinity : count('kvBytes', 1);
@@ -175,7 +182,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
       maxSpeculatingSequences:
         options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
-      parkAfterMs: count('parkAfterMs', defaults.parkAfterMs),
+      parkAfterMs: count('parkAfterMs', defaultParkAfterMs),
     },
   };
 }

@@ -93,7 +93,7 @@ export class HeadOutput {
     const logits = this.#logits.first(rows);
     runtime.run(head, [normed, this.#rows.first(rows)], [logits]);
     if (this.#samples) {
-      this.#logits.choose(this.#sampler!);
+      this.#sampler!.run(this.#logits.memory);
     } else if (this.#asksBest && best !== undefined && this.#usableIds > 0) {
       runtime.run(best, [logits, this.#usableEnd], [this.#best.first(rows)]);
     }

@@ -2,16 +2,16 @@
 // ranges. Owns sizes and views; knows no segment and no sequence.
 
 import type { ElementType, FloatType } from '../runtime/element-type.ts';
-import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor, TokenSampler } from '../runtime/runtime.ts';
+import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor } from '../runtime/runtime.ts';
 
 /** A scratch buffer and its views by first row and row count. */
 export class Rows {
   readonly width: number;
-  readonly #memory: RuntimeMemory;
+  readonly memory: RuntimeMemory;
   readonly #views = new Map<number, RuntimeTensor>();
 
   constructor(memory: RuntimeMemory, width: number) {
-    this.#memory = memory;
+    this.memory = memory;
     this.width = width;
   }
 
@@ -27,28 +27,23 @@ export class Rows {
 
   /** Replaces the first rows by their sums over the ranks, where the device does that. */
   sum(rows: number, runtime: Runtime): void {
-    runtime.sum(this.#memory, rows * this.width);
-  }
-
-  /** Has the rows' tokens chosen where they lie. */
-  choose(sampler: TokenSampler): void {
-    sampler.run(this.#memory);
+    runtime.sum(this.memory, rows * this.width);
   }
 
   /** The first rows, or those from `start` on, as float32; see RuntimeMemory. */
   read(rows: number, start = 0): Float32Array {
-    return this.#memory.read(start * this.width, rows * this.width);
+    return this.memory.read(start * this.width, rows * this.width);
   }
 
   /** From the first row on. */
   write(values: Float32Array | Int32Array | BigInt64Array): void {
-    this.#memory.write(0, values);
+    this.memory.write(0, values);
   }
 
   close(): void {
     this.#views.forEach((view) => view.release());
     this.#views.clear();
-    this.#memory.release();
+    this.memory.release();
   }
 
   #view(start: number, rows: number, dims: readonly number[]): RuntimeTensor {
@@ -59,7 +54,7 @@ export class Rows {
         this.#views.forEach((old) => old.release());
         this.#views.clear();
       }
-      view = this.#memory.tensor(start * Math.max(1, this.width), dims);
+      view = this.memory.tensor(start * Math.max(1, this.width), dims);
       this.#views.set(key, view);
     }
     return view;

@@ -33,7 +33,7 @@ interface Memory extends Scratch {
 }
 
 /** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
-const maxReplayedRows = 128;
+const maxReplayedRows = 256;
 
 /** `isFirst`: nothing to add to the residual yet. */
 interface LayerPlace {

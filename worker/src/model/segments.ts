@@ -14,6 +14,7 @@ import {
   type GraphValue,
   type GraphWeight,
 } from './onnx-graph.ts';
+import { ropeTables } from './rope.ts';
 import type { ElementDtype } from './safetensors.ts';
 import { activationType, attentionSegments, pageTokens, type Precision, type SegmentEntry } from './shard.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from './shard-plan.ts';
@@ -360,32 +361,6 @@ function linear(segment: Segment, { input, output, name, parts, bias }: Linear):
     outputs: [output],
     ints: { K: rowBlocks * blockSize, N: rows, bits, block_size: blockSize, accuracy_level: accuracyLevel },
   });
-}
-
-/** RoPE's cos and sin of position * theta^(-2 i / D), angles in fp32 as the reference computes them. */
-function ropeTables(rope: {
-  readonly headDim: number;
-  readonly ropeTheta: number;
-  readonly positions: number;
-}): {
-  cos: Float32Array<ArrayBuffer>;
-  sin: Float32Array<ArrayBuffer>;
-} {
-  const half = rope.headDim / 2;
-  const cos = new Float32Array(rope.positions * half); // [positions, D / 2]
-  const sin = new Float32Array(rope.positions * half); // [positions, D / 2]
-  const frequencies = Float32Array.from({ length: half }, (_, pair) => {
-    const exponent = Math.fround((2 * pair) / rope.headDim);
-    return 1 / Math.fround(rope.ropeTheta ** exponent);
-  });
-  for (let position = 0; position < rope.positions; position++) {
-    frequencies.forEach((frequency, pair) => {
-      const angle = Math.fround(position * frequency);
-      cos[position * half + pair] = Math.cos(angle);
-      sin[position * half + pair] = Math.sin(angle);
-    });
-  }
-  return { cos, sin };
 }
 
 /** One graph under construction. */

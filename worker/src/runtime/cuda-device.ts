@@ -14,6 +14,8 @@ const notReady = 600;
 
 /** cudaDevAttrComputeCapabilityMajor and Minor. */
 const capabilityAttributes = [75, 76] as const;
+/** cudaDevAttrMultiProcessorCount */
+const processorsAttribute = 16;
 
 type Out = [bigint | null];
 
@@ -116,12 +118,20 @@ export class CudaDevice {
 
   /** The kind of device, and its name to a compiler. */
   capability(): { readonly major: number; readonly architecture: string } {
-    const [major = 0, minor = 0] = capabilityAttributes.map((attribute) => {
-      const value: [number] = [0];
-      this.check(this.api.deviceAttribute(value, attribute, 0));
-      return value[0];
-    });
+    const [major = 0, minor = 0] = capabilityAttributes.map((attribute) => this.#attribute(attribute));
     return { major, architecture: `sm_${major}${minor}` };
+  }
+
+  /** Its multiprocessors. */
+  processors(): number {
+    return this.#attribute(processorsAttribute);
+  }
+
+  /** As `allocate`, filled with zeros. */
+  allocateZero(bytes: number): bigint {
+    const address = this.allocate(bytes);
+    this.check(this.api.memset(address, 0, bytes, this.stream));
+    return address;
   }
 
   /** In the stream; the first bytes of both. Pinned memory must not change before the stream has come so far. */
@@ -154,6 +164,12 @@ export class CudaDevice {
   close(): void {
     this.api.streamSynchronize(this.stream);
     this.api.streamDestroy(this.stream);
+  }
+
+  #attribute(attribute: number): number {
+    const value: [number] = [0];
+    this.check(this.api.deviceAttribute(value, attribute, 0));
+    return value[0];
   }
 }
 
@@ -194,9 +210,8 @@ export class DeviceMemory implements RuntimeMemory {
     this.type = shape.type;
     this.#device = device;
     this.#bytes = Math.max(1, shape.length) * elementBytes[shape.type];
-    this.address = device.allocate(this.#bytes);
+    this.address = device.allocateZero(this.#bytes);
     this.#createView = createView;
-    device.check(device.api.memset(this.address, 0, this.#bytes, device.stream));
   }
 
   tensor(start: number, dims: readonly number[]): RuntimeTensor {

@@ -159,6 +159,7 @@ export class CudaKernels {
   readonly #driver = (loadedDriver ??= bindDriver(koffi.load(driverName)));
   readonly #device: CudaDevice;
   readonly #module: bigint;
+  readonly #functions = new Map<string, bigint>();
 
   constructor(device: CudaDevice, code: Uint8Array) {
     this.#device = device;
@@ -175,38 +176,34 @@ export class CudaKernels {
     return this.#device.readInt(out[0]!);
   }
 
-  /** A kernel with its shared memory and the addresses that it is always launched with. */
-  kernel(
+  /** In the stream. Arguments are addresses and integers, each in 8 bytes, of which a kernel reads what it declares. */
+  launch(
     name: string,
-    shape: { readonly threads: number; readonly sharedBytes: number; readonly pointers: readonly bigint[] },
-  ): (blocks: number) => void {
+    shape: { readonly blocks: number; readonly threads: number; readonly sharedBytes: number },
+    args: readonly bigint[],
+  ): void {
+    const { blocks, threads, sharedBytes } = shape;
+    const values = BigUint64Array.from(args);
+    const first = koffi.address(values);
+    const places = BigUint64Array.from(args, (_, i) => first + BigInt(8 * i));
+    const kernel = this.#function(name, sharedBytes);
+    const { stream } = this.#device;
+    this.#check(this.#driver.launch(kernel, blocks, 1, 1, threads, 1, 1, sharedBytes, stream, places, null));
+    // Addresses keep nothing alive; the driver has read the arguments by now.
+    values.fill(0n);
+  }
+
+  #function(name: string, sharedBytes: number): bigint {
+    const known = this.#functions.get(name);
+    if (known !== undefined) {
+      return known;
+    }
     const out: Out = [null];
     this.#check(this.#driver.moduleFunction(out, this.#module, name));
-    const kernel = out[0];
-    this.#check(this.#driver.setAttribute(kernel, sharedBytesAttribute, shape.sharedBytes));
-    const values = BigUint64Array.from(shape.pointers);
-    const first = koffi.address(values);
-    const parameters = BigUint64Array.from(shape.pointers, (_, i) => first + BigInt(8 * i));
-    return (blocks) => {
-      const { launch } = this.#driver;
-      const { threads, sharedBytes } = shape;
-      // `values` lives as long as this function, which names it.
-      this.#check(
-        launch(
-          kernel,
-          blocks,
-          1,
-          1,
-          threads,
-          1,
-          1,
-          sharedBytes,
-          this.#device.stream,
-          values && parameters,
-          null,
-        ),
-      );
-    };
+    const kernel = out[0]!;
+    this.#check(this.#driver.setAttribute(kernel, sharedBytesAttribute, sharedBytes));
+    this.#functions.set(name, kernel);
+    return kernel;
   }
 
   close(): void {

@@ -50,7 +50,6 @@ class CudaSampler implements TokenSampler {
   /** Batch and requests, and answers with their tops: on the device, and page-locked on the host. */
   readonly #requests: { readonly there: bigint; readonly here: PinnedMemory };
   readonly #answers: { readonly there: bigint; readonly here: PinnedMemory };
-  readonly #launches = new Map<RuntimeMemory, (blocks: number) => void>();
   #words: { readonly there: bigint; readonly here: PinnedMemory; readonly length: number } | undefined;
   #asked: readonly (DrawRequest | undefined)[] = [];
 
@@ -89,21 +88,19 @@ class CudaSampler implements TokenSampler {
   }
 
   run(logits: RuntimeMemory): void {
-    let launch = this.#launches.get(logits);
-    if (launch === undefined) {
-      const tops = this.#answers.there + BigInt(answerBytes * this.#shape.maxRows);
-      const { there } = this.#requests;
-      const pointers = [
+    const { there } = this.#requests;
+    const answers = this.#answers.there;
+    this.#kernels.launch(
+      'sample',
+      { blocks: blocksOfRow * this.#asked.length, threads, sharedBytes: this.#sharedBytes },
+      [
         (logits as DeviceMemory).address,
         there,
         there + BigInt(batchBytes),
-        this.#answers.there,
-        tops,
-      ];
-      launch = this.#kernels.kernel('sample', { threads, sharedBytes: this.#sharedBytes, pointers });
-      this.#launches.set(logits, launch);
-    }
-    launch(blocksOfRow * this.#asked.length);
+        answers,
+        answers + BigInt(answerBytes * this.#shape.maxRows),
+      ],
+    );
   }
 
   answers(): readonly SampledToken[] {

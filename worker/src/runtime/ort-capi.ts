@@ -11,10 +11,13 @@ import type { Provider, ProviderParts } from './provider.ts';
 import { elementBytes, type ElementType, type FloatType } from './element-type.ts';
 import { addresses, bundledLibrary, nativeText, ort, OrtApi, tensorElementTypes } from './ort-api.ts';
 import type {
+  DecodeAttention,
+  DecodeShape,
   DeviceGroupMember,
   MemoryInfo,
   MemoryUse,
   OptionalKernels,
+  OwnKernel,
   Runtime,
   RuntimeMemory,
   RuntimeOptions,
@@ -75,7 +78,7 @@ class OrtCapiRuntime implements Runtime {
   readonly #env: bigint;
   readonly #memory: bigint;
   readonly #provider: Provider;
-  readonly #samplesOnHost: boolean;
+  readonly #without: readonly OwnKernel[];
   readonly #segments: CapiSegment[] = [];
   readonly #tensors = new Set<CapiTensor>();
   readonly #releaseTensor = (tensor: CapiTensor): void => {
@@ -88,7 +91,7 @@ class OrtCapiRuntime implements Runtime {
 
   constructor(options: RuntimeOptions) {
     const { executionProvider, intraOpThreads } = options;
-    this.#samplesOnHost = options.sampling === 'host';
+    this.#without = options.without ?? [];
     const file = options.libraryPath ?? bundledLibrary();
     if (executionProvider === 'cuda') {
       assertCudaProvider(file);
@@ -157,7 +160,11 @@ class OrtCapiRuntime implements Runtime {
   }
 
   createSampler(shape: SamplerShape): TokenSampler | undefined {
-    return this.#samplesOnHost ? undefined : this.#provider.createSampler(shape);
+    return this.#without.includes('sampling') ? undefined : this.#provider.createSampler(shape);
+  }
+
+  createDecodeAttention(shape: DecodeShape): DecodeAttention | undefined {
+    return this.#without.includes('attention') ? undefined : this.#provider.createDecodeAttention(shape);
   }
 
   createGroupId(): Int32Array {

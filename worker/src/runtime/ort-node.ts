@@ -124,6 +124,10 @@ class OrtNodeRuntime implements Runtime {
     return undefined;
   }
 
+  createDecodeAttention(): undefined {
+    return undefined;
+  }
+
   createGroupId(): Int32Array {
     return new Int32Array(0);
   }

@@ -15,6 +15,7 @@ export function createCpuProvider({ view }: ProviderParts): Provider {
     memoryInfo: () => hostMemoryInfo(),
     replay: (_key, work) => work(),
     createSampler: () => undefined,
+    createDecodeAttention: () => undefined,
     createGroupId: () => new Int32Array(0),
     joinGroup: () => {
       throw noDeviceGroup();

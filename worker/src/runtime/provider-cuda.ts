@@ -4,10 +4,12 @@
 import { existsSync } from 'node:fs';
 import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/errors';
+import { createCudaAttention } from './cuda-attention.ts';
 import { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
 import { createCudaSampler } from './cuda-sampler.ts';
+import type { ElementType } from './element-type.ts';
 import { NativeOptions, ort } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory } from './runtime.ts';
@@ -23,6 +25,16 @@ export function assertCudaProvider(library: string): void {
       'failed_precondition',
       `executionProvider cuda: needs ${missing.join(', ')} (from onnxruntime-gpu 1.30.0); libraryPath names libonnxruntime`,
     );
+  }
+}
+
+/** What a kernel of our own does faster is done without it where it cannot be had. */
+function orWarn<T>(otherwise: string, create: () => T): T | undefined {
+  try {
+    return create();
+  } catch (error) {
+    process.emitWarning(`cuda: ${otherwise}: ${ClusterError.from(error).message}`);
+    return undefined;
   }
 }
 
@@ -46,6 +58,8 @@ export function createCudaProvider({ api, view, kernelDirectory }: ProviderParts
   const memory = api.create((out) =>
     functions.createMemoryInfo('Cuda', ort.deviceAllocator, 0, ort.memTypeDefault, out),
   );
+  const allocate = (type: ElementType, length: number): RuntimeMemory =>
+    new DeviceMemory(device, { type, length }, view);
   return {
     // GroupQueryAttention has no kernel for float.
     floatTypes: ['float16', 'bfloat16'],
@@ -60,17 +74,15 @@ export function createCudaProvider({ api, view, kernelDirectory }: ProviderParts
         functions.addConfigEntry(sessionOptions, 'session.use_device_allocator_for_initializers', '1'),
       );
     },
-    allocate: (type, length) => new DeviceMemory(device, { type, length }, view),
+    allocate,
     memoryInfo: () => device.memoryInfo(),
     replay: (key, work) => replays.run(key, work),
-    createSampler: (shape) => {
-      try {
-        return createCudaSampler(device, shape, kernelDirectory);
-      } catch (error) {
-        process.emitWarning(`cuda: tokens are drawn on the host: ${ClusterError.from(error).message}`);
-        return undefined;
-      }
-    },
+    createSampler: (shape) =>
+      orWarn('tokens are drawn on the host', () => createCudaSampler(device, shape, kernelDirectory)),
+    createDecodeAttention: (shape) =>
+      orWarn('decode passes use the attention of ONNX Runtime', () =>
+        createCudaAttention(device, shape, { allocate, cacheDirectory: kernelDirectory }),
+      ),
     createGroupId: createCudaGroupId,
     joinGroup: (id, member) => {
       group = new CudaGroup(id, member);

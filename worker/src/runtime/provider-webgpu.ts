@@ -56,6 +56,7 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
     memoryInfo: () => undefined,
     replay: (_key, work) => work(),
     createSampler: () => undefined,
+    createDecodeAttention: () => undefined,
     createGroupId: () => new Int32Array(0),
     joinGroup: () => {
       throw noDeviceGroup();

@@ -19,7 +19,14 @@ export interface ProviderParts {
 /** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
 export interface Provider extends Pick<
   Runtime,
-  'allocate' | 'memoryInfo' | 'replay' | 'createSampler' | 'createGroupId' | 'joinGroup' | 'sum'
+  | 'allocate'
+  | 'memoryInfo'
+  | 'replay'
+  | 'createSampler'
+  | 'createDecodeAttention'
+  | 'createGroupId'
+  | 'joinGroup'
+  | 'sum'
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;

@@ -131,6 +131,47 @@ export interface TokenSampler {
   release(): void;
 }
 
+/** What decode passes attend to, of one rank. */
+export interface DecodeShape {
+  readonly floatType: FloatType;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly pageTokens: number;
+  readonly maxSpans: number;
+  /** Pages that a span may have. */
+  readonly maxSpanPages: number;
+  /** Makes those of the rotation, [positions, headDim / 2] each. */
+  readonly ropeTables: () => { readonly cos: Float32Array; readonly sin: Float32Array };
+}
+
+/** Rows of one sequence after `start` positions, and the pages that hold them. */
+export interface DecodeSpan {
+  readonly start: number;
+  readonly rows: number;
+  readonly pages: readonly number[];
+}
+
+/** Memory of one layer: qkv [rows, W], keys and values [pages, pageTokens, kvHeads, D], attended [rows, Q]. */
+export interface DecodeLayer {
+  readonly qkv: RuntimeMemory;
+  readonly keys: RuntimeMemory;
+  readonly values: RuntimeMemory;
+  readonly attended: RuntimeMemory;
+}
+
+/** Attention over spans of few rows, faster than a segment's. `place` a pass, then `run` each layer. */
+export interface DecodeAttention {
+  readonly mostSpanRows: number;
+  /** Returns a key: passes of equal keys run the same. */
+  place(spans: readonly DecodeSpan[]): string;
+  run(layer: DecodeLayer): void;
+  release(): void;
+}
+
+/** Kernels of our own beside ONNX Runtime's. */
+export type OwnKernel = 'sampling' | 'attention';
+
 /** This rank's place in a group whose devices reach one another. */
 export interface DeviceGroupMember {
   readonly rank: number;
@@ -168,6 +209,8 @@ export interface Runtime {
   replay(key: string, work: () => void): void;
   /** Undefined where tokens are chosen on the host. The first on a machine may take some seconds. */
   createSampler(shape: SamplerShape): TokenSampler | undefined;
+  /** Undefined where segments attend in decode passes too. */
+  createDecodeAttention(shape: DecodeShape): DecodeAttention | undefined;
   /** For rank 0 of a group: what all ranks `joinGroup` with. Empty where devices cannot reach one another. */
   createGroupId(): Int32Array;
   /** Blocks until all ranks have joined. Throws `failed_precondition` naming what is missing. */
@@ -185,8 +228,8 @@ export interface RuntimeOptions {
   readonly executionProvider: ExecutionProvider;
   /** libonnxruntime to load through the C API; default: the one that onnxruntime-node bundles, which has no CUDA. */
   readonly libraryPath?: string;
-  /** Where tokens are drawn that a device could draw. Default: there. */
-  readonly sampling?: 'device' | 'host';
+  /** Kernels of our own that are not used, for comparison. */
+  readonly without?: readonly OwnKernel[];
   /** Where kernels that are compiled at the first use are kept; default: nowhere, they are compiled at every start. */
   readonly kernelDirectory?: string;
   /** Threads that compute one segment, the calling one included. */
