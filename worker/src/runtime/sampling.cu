@@ -29,6 +29,7 @@ typedef unsigned long long u64;
 #define RANKED 512                                          // elements that are ranked directly
 #define LISTED 8192                                         // ids that a block can list; more: it walks its whole slice
 #define WARPS (THREADS / 32)
+#define WORDS 4                                             // of an exchange
 #define MOST_TOP 20                                         // log-probabilities beside the chosen token's
 #define OCTAVES 12.0f                                       // depth of the first look below the maximum
 #define DEEP 70.0f                                          // of the second; what is deeper has no weight (exp(-48))
@@ -135,8 +136,8 @@ struct __align__(16) Shared {
   u32 boundaryMass[RANKED];
   unsigned short list[LISTED];
   u64 bars[CHUNKS];
-  u64 exchanged[2][BLOCKS][3];
-  u64 warpWords[WARPS][3];
+  u64 exchanged[2][BLOCKS][WORDS];
+  u64 warpWords[WARPS][WORDS];
   double scanMass[WARPS];
   u32 scanCount[WARPS];
   unsigned short contender[RANKED];
@@ -215,7 +216,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
     }
     __syncthreads();
     if (exchanges == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); // all blocks have begun
-    u64 (*places)[3] = s.exchanged[exchanges & 1];
+    u64 (*places)[WORDS] = s.exchanged[exchanges & 1];
     if (warp == 0) {
       #pragma unroll
       for (int k = 0; k < n; k++) value[k] = s.warpWords[lane & (WARPS - 1)][k];
@@ -318,6 +319,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   double whole, all;
   u32 firstId;
   bool overflow;
+  u64 listedOfAll; // ids on the lists of all blocks: the row's best
   {
     const float lowest = fmaxf(floorV, cut ? top - OCTAVES / scale * 0.9999f : -INFINITY_F);
     const bool sums = !greedy || (describes && fabsf(top) < INFINITY_F);
@@ -349,13 +351,15 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
       }
     }
     __syncthreads();
-    u64 w[3] = {asWord(sum), asWord(sumAll), (u64)first << 1 | (s.listed > LISTED ? 0 : 1)};
+    u64 w[4] = {asWord(sum), asWord(sumAll), (u64)first << 1 | (s.listed > LISTED ? 0 : 1), t == 0 ? s.listed : 0};
     reduce(w, [&](u64* a, const u64* b) {
       a[0] = asWord(asDouble(a[0]) + asDouble(b[0]));
       a[1] = asWord(asDouble(a[1]) + asDouble(b[1]));
       const u64 bit = a[2] & b[2] & 1;
       a[2] = min(a[2] >> 1, b[2] >> 1) << 1 | bit;
+      a[3] += b[3];
     });
+    listedOfAll = w[3];
     whole = floorV > -INFINITY_F ? asDouble(w[0]) : asDouble(w[1]);
     all = asDouble(w[1]);
     overflow = !(w[2] & 1);
@@ -536,9 +540,25 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   };
   // `last` is right but for the error of float32 masses: moves it to where the float64 masses say.
   auto settle = [&](u64 outer) {
-    const double wanted = p.topP * exactMass(outer);
-    last = neighbour(last == NO_KEY ? last : last + 1, outer, false); // a key of the row
-    double mass = exactMass(last);
+    double outerMass = 0, mass = 0;
+    u64 key = 0; // the last of the row up to `last`
+    walkAll([&](int i, float v) {
+      const u64 k = keyOf(v, base + i);
+      if (k <= outer) {
+        const double weight = depth(v) > -DEEP ? weightOf(v, top, temperature) : 0;
+        outerMass += weight;
+        if (k <= last) { mass += weight; key = max(key, k); }
+      }
+    });
+    u64 w[3] = {asWord(outerMass), asWord(mass), key};
+    reduce(w, [&](u64* a, const u64* b) {
+      a[0] = asWord(asDouble(a[0]) + asDouble(b[0]));
+      a[1] = asWord(asDouble(a[1]) + asDouble(b[1]));
+      a[2] = max(a[2], b[2]);
+    });
+    const double wanted = p.topP * asDouble(w[0]);
+    mass = asDouble(w[1]);
+    last = w[2];
     u64 below = 0, above = outer; // the mass up to `below` is too little, up to `above` enough
     for (int step = 0; step < MOST_STEPS; step++) {
       if (mass >= wanted) {
@@ -638,12 +658,18 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
 
   // 5: the largest few: of every warp, then of the block, then of the cluster
   const u32 want = p.logprobs;
+  const bool hasList = cut && !overflow && listedOfAll >= want;
   u64 mine = NO_KEY, taken = 0;
   auto next = [&](u64 after) { // this thread's first key after another
     u64 least = NO_KEY;
-    for (int i = t; i < SLICE; i += THREADS) {
+    auto look = [&](int i) {
       const u64 k = keyOf(s.row[i], base + i) + 1; // so that 0 comes before every key
       if (k > after && s.row[i] > -INFINITY_F) least = min(least, k);
+    };
+    if (hasList) {
+      for (int k = t; k < (int)s.listed; k += THREADS) look(s.list[k]);
+    } else {
+      for (int i = t; i < SLICE; i += THREADS) look(i);
     }
     return least;
   };
