@@ -263,7 +263,7 @@ describe('Relay', () => {
     expect(rig.ends).toEqual([]);
   });
 
-  it('is given up when three groups in a row break with it before it gets on, and it was alone in the last', () => {
+  it('is given up when three groups in a row break with it before it makes progress, and it was alone in the last', () => {
     const rig = new Rig();
     const broken = new ClusterError('unavailable', 'broke');
     let index = 0;
@@ -275,7 +275,7 @@ describe('Relay', () => {
       }
       listener.onLost(broken, true);
     };
-    // It gets on in every third group: it may be with as many as it takes.
+    // It makes progress in every third group: it may be with as many as it takes.
     for (let round = 0; round < 10; round += 1) {
       for (const tokens of [8, 0, 7]) {
         attempt(tokens);

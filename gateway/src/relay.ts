@@ -45,7 +45,7 @@ export interface AttemptPlace {
 export interface Offer {
   /** What it computes with. */
   readonly identity: string;
-  /** Who is in it, and that nobody joins them before the request has got on; UNSPECIFIED promises nothing. */
+  /** Who is in it, and that nobody joins them before the request makes progress; UNSPECIFIED promises nothing. */
   readonly company: Company;
   /** Whether nobody else is known to be there at this moment. */
   readonly isAlone: () => boolean;
@@ -417,7 +417,7 @@ export class Relay {
     if (isGuilty(this.#suspicion)) {
       const text =
         `given up after ${this.#tokenIds.length} completion tokens, because ${this.#suspicion.breaks} groups in a row ` +
-        `broke with this request before it got on by ${provenTokens} tokens, the last with nothing else in it: ` +
+        `broke with this request before it made progress by ${provenTokens} tokens, the last with nothing else in it: ` +
         error.message;
       this.#finish({ kind: 'error', error: new ClusterError('aborted', text, { cause: error }) });
       return;

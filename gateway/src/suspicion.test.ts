@@ -48,7 +48,7 @@ describe('suspicion', () => {
     expect(isGuilty(breaks(true, true, false))).toBe(false);
   });
 
-  it('is cleared by getting on, and left as it is by a group that refuses or hands over', () => {
+  it('is cleared by progress, and left as it is by a group that refuses or hands over', () => {
     const suspect = breaks(false, false);
     expect(suspicionAfter(suspect, { broke: true, tokens: provenTokens, alone: true })).toEqual(unsuspected);
     expect(suspicionAfter(suspect, { broke: false, tokens: 0, alone: true })).toEqual(suspect);

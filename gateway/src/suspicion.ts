@@ -1,12 +1,12 @@
 // Which requests may be what breaks their groups. Pure.
 //
-// The rule: a break counts against a request that had got less than `provenTokens` from that group; one that gets on is
-// cleared. After two breaks in a row it is tried only among requests that have got on there, and nobody joins them until it
-// has got on or ended; after three it is tried alone. It is guilty when at least three groups in a row broke with it and it
-// was alone in the last. Whoever else was there when a group broke is cleared in the same way.
+// The rule: a break counts against a request that had less than `provenTokens` from that group; more of them clear it. After
+// two breaks in a row it is tried only among requests that made progress there, and none joins them until it does too, or
+// ends; after three it is tried alone. It is guilty when at least three groups in a row broke with it and it was alone in the
+// last.
 //
 // INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it is in,
-// before it gets on, is guilty after at most four breaks.
+// before it makes progress, is guilty after at most four breaks.
 
 import { Company } from '@mimo/proto/queue';
 
@@ -18,7 +18,7 @@ const guiltyBreaks = 3;
 
 /** What is held against a request. */
 export interface Suspicion {
-  /** Groups in a row that broke before it got on. */
+  /** Groups in a row that broke before it made progress. */
   readonly breaks: number;
   /** It was alone in the last of them. */
   readonly alone: boolean;

@@ -10,6 +10,7 @@ import { ClusterError } from '@mimo/core/errors';
 import { callServerStream, callUnary } from '@mimo/core/grpc-client';
 import { createLog } from '@mimo/core/log';
 import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
+import { modelIdentity, textDigestOf } from '@mimo/core/model-identity';
 import type { RequestQueue } from '@mimo/core/queue';
 import { createNatsQueue } from '@mimo/core/queue-nats';
 import {
@@ -19,6 +20,7 @@ import {
   InferenceServiceService,
   type ListModelsResponse,
 } from '@mimo/proto/inference';
+import { GroupState } from '@mimo/proto/worker';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
 import type { NatsServer } from '../../deploy/local/nats-server.ts';
@@ -48,8 +50,8 @@ async function filesOf(changes: Record<string, string> = {}): Promise<Map<string
   return files;
 }
 
-async function publish(changes: Record<string, string> = {}, name = model): Promise<void> {
-  await catalog.publish({ name, files: await filesOf(changes), identity: '' }, AbortSignal.timeout(20_000));
+async function publish(changes: Record<string, string> = {}, name = model, identity = ''): Promise<void> {
+  await catalog.publish({ name, files: await filesOf(changes), identity }, AbortSignal.timeout(20_000));
 }
 
 async function listed(): Promise<ListModelsResponse['models']> {
@@ -167,6 +169,40 @@ describe('a gateway that was started without models', () => {
     expect(text).toBe(prompt);
     expect(await generate()).toBe(prompt);
     await waitFor('the former files to be gone', async () => (await fetched()).length === 1);
+  });
+
+  it('serves a replaced model by its old groups and with its old tokenizer, until a group of the new one is there', async () => {
+    const tokenizer = JSON.parse(await readFile(join(demo, 'tokenizer.json'), 'utf8')) as {
+      model: { merges: unknown[] };
+    };
+    tokenizer.model.merges = [];
+    const changes = { 'tokenizer.json': JSON.stringify(tokenizer) };
+    const oldIdentity = modelIdentity(textDigestOf(await filesOf()), 'old');
+    const newIdentity = modelIdentity(textDigestOf(await filesOf(changes)), 'new');
+    group = await startScriptedGroup({ model, group: 'old', queue: bus, identity: oldIdentity });
+    await publish({}, model, oldIdentity);
+    await waitFor('the model and its group', async () => (await listed())[0]?.readyGroups === 1);
+    const oldTokens = await promptTokens();
+    await publish(changes, model, newIdentity);
+    await waitFor('the new files', async () => (await fetched()).length === 2);
+    // The gateway's tick is over by then: what it has fetched it serves.
+    expect(await generate()).toBe(prompt);
+    expect(await promptTokens()).toBe(oldTokens);
+    const other = await startScriptedGroup({ model, group: 'new', queue: bus, identity: newIdentity });
+    try {
+      await waitFor('some of what comes to be the new one’s', async () => {
+        expect(await generate()).toBe(prompt);
+        return other.begun > 0;
+      });
+      expect(other.prompts.every(({ length }) => length === Buffer.byteLength(prompt))).toBe(true);
+      expect(group.prompts.every(({ length }) => length === oldTokens)).toBe(true);
+      group.become(GroupState.DRAINING);
+      await waitFor('the former files to be gone', async () => (await fetched()).length === 1);
+      expect(await generate()).toBe(prompt);
+      expect(await promptTokens()).toBe(Buffer.byteLength(prompt));
+    } finally {
+      await other.close();
+    }
   });
 
   it('finishes what runs when a model is removed, and refuses what waits and what comes', async () => {

@@ -74,7 +74,7 @@ async function startRank(): Promise<void> {
   });
 }
 
-/** A question whose prompt takes the group a while, so that nobody has got on when it breaks. */
+/** A question whose prompt takes the group a while, so that nobody has made progress when it breaks. */
 function long(question: string, more: Parameters<typeof chatRequest>[1] = {}): ChatRequest {
   return chatRequest(`${'Think about it well. '.repeat(60)}${question}`, {
     maxTokens: 40,

@@ -19,7 +19,7 @@ export interface Place {
 interface Placed extends Place {
   readonly sinceMs: number;
   readonly onTrial: boolean;
-  /** It has got on there, as the group says. */
+  /** It made progress there, as the group says. */
   readonly proven: boolean;
 }
 
@@ -378,7 +378,7 @@ export class DispatchState {
 
   /**
    * Who is in a group: what is believed to be with it, and what it says it runs, though its client may be gone long since.
-   * `closed`: one of them is on trial there and has not got on yet.
+   * `closed`: one of them is on trial there and has made no progress yet.
    */
   #companyIn(
     heartbeat: Heartbeat,

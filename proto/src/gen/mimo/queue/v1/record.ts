@@ -15,7 +15,7 @@ export const protobufFileName = "mimo/queue/v1/record.proto";
  */
 export const Company = {
   UNSPECIFIED: 0,
-  /** PROVEN - Only requests that have got on in this group. */
+  /** PROVEN - Only requests that made progress in this group. */
   PROVEN: 1,
   NONE: 2,
   UNRECOGNIZED: -1,
@@ -206,7 +206,7 @@ export interface Assignment {
   dispatcherEpoch: number;
   /** What the group computes with. */
   identity: string;
-  /** Who is in the group, and that nobody joins before the request has got on or ended; UNSPECIFIED promises nothing. */
+  /** Who is in the group, and that nobody joins before the request makes progress or ends; UNSPECIFIED promises nothing. */
   company: Company;
 }
 

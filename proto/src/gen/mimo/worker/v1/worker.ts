@@ -254,7 +254,7 @@ export interface Submit {
     | undefined;
   /** What alone may compute it: a group of another identity refuses it. Empty: any. */
   identity: string;
-  /** Nobody is to join it in the group before it has got on: said again in heartbeats, for dispatchers to come. */
+  /** Nobody is to join it in the group before it makes progress: said again in heartbeats, for dispatchers to come. */
   onTrial: boolean;
 }
 
