@@ -12,6 +12,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   heldout: () => import('./heldout.ts'),
   informer: () => import('./informer.ts'),
   prefill: () => import('./prefill.ts'),
+  prompts: () => import('./prompts.ts'),
   queue: () => import('./queue.ts'),
   reconcile: () => import('./reconcile.ts'),
   sampler: () => import('./sampler.ts'),
