@@ -67,10 +67,12 @@ export interface RelayListener {
 
 /** Tokens that a sequence may be ahead of its client: enough to hide a round trip, small beside a KV cache. */
 const creditWindowTokens = 256;
-/** Credit is given back in portions, so that it costs a message every so often and not one a token. */
-const creditPortionTokens = 64;
-/** A client that is behind by no more than this is given a group: what it has yet to read covers the wait for one. */
-const resumeBelowTokens = 128;
+/** At first it may be ahead by this many, and by one more for each token that its client takes: one that stops costs little. */
+const firstWindowTokens = 32;
+/** Credit is given back in portions of the window, so that it costs a message every so often and not one a token. */
+const creditPortionRatio = 1 / 4;
+/** A client that is behind by no more than this of its window is given a group: what it has to read covers the wait. */
+const resumeBelowRatio = 1 / 2;
 
 interface Attempt {
   readonly epoch: number;
@@ -199,7 +201,7 @@ export class Relay {
     };
     const firstIndex = this.#tokenIds.length;
     const onTrial = offer.company !== Company.UNSPECIFIED;
-    const creditTokens = creditWindowTokens - this.#unwrittenTokens;
+    const creditTokens = this.#windowTokens - this.#unwrittenTokens;
     const handle = session.submit(
       {
         requestId,
@@ -280,7 +282,7 @@ export class Relay {
 
   /** Goes on where it is parked and the client has caught up. */
   #unpark(): void {
-    if (this.#isParked && this.#end === undefined && this.#unwrittenTokens <= resumeBelowTokens) {
+    if (this.#isParked && this.#end === undefined && !this.#isBehind) {
       this.#isParked = false;
       this.#listener.onUnparked();
     }
@@ -292,6 +294,15 @@ export class Relay {
       : Math.max(0, Math.ceil(this.#deadlineMs - performance.now()));
   }
 
+  get #windowTokens(): number {
+    const takenTokens = this.#tokenIds.length - this.#unwrittenTokens;
+    return Math.min(firstWindowTokens + takenTokens, creditWindowTokens);
+  }
+
+  get #isBehind(): boolean {
+    return this.#unwrittenTokens > resumeBelowRatio * this.#windowTokens;
+  }
+
   /** Tokens that the present attempt has added. */
   get #attemptTokens(): number {
     return this.#attempt === undefined ? 0 : this.#tokenIds.length - this.#attempt.firstIndex;
@@ -301,8 +312,8 @@ export class Relay {
     const attempt = this.#attempt;
     if (attempt !== undefined) {
       const comingTokens = attempt.creditTokens - this.#attemptTokens;
-      const owedTokens = creditWindowTokens - this.#unwrittenTokens - comingTokens;
-      if (owedTokens >= creditPortionTokens) {
+      const owedTokens = this.#windowTokens - this.#unwrittenTokens - comingTokens;
+      if (owedTokens >= creditPortionRatio * this.#windowTokens) {
         attempt.creditTokens += owedTokens;
         attempt.handle.grant(owedTokens);
       }
@@ -423,7 +434,7 @@ export class Relay {
       return;
     }
     this.#endAttempt();
-    this.#isParked = this.#unwrittenTokens > resumeBelowTokens;
+    this.#isParked = this.#isBehind;
     this.#listener.onRequeued(lost);
   }
 

@@ -1,6 +1,7 @@
 // A client that does not read as it should: an HTTP/2 connection whose streams have a window of the test's choice. Owns its
 // streams, their bytes and how they ended; knows gRPC's framing and nothing of grpc-js, which reads as fast as it can.
 
+import { connect as connectSocket, type Socket } from 'node:net';
 import {
   connect,
   constants,
@@ -9,6 +10,7 @@ import {
   type IncomingHttpHeaders,
   type OutgoingHttpHeaders,
 } from 'node:http2';
+import { Duplex } from 'node:stream';
 
 import { ChatRequest, ChatResponse } from '@mimo/proto/inference';
 
@@ -54,7 +56,12 @@ export function openSlowReader(
   address: string,
   { windowBytes, reads = false, headers = {} }: SlowReaderOptions,
 ): SlowReader {
-  const session = connect(`http://${address}`, { settings: { initialWindowSize: windowBytes } });
+  const { hostname, port } = new URL(`http://${address}`);
+  const line = new Line(connectSocket(Number(port), hostname));
+  const session = connect(`http://${address}`, {
+    settings: { initialWindowSize: windowBytes },
+    createConnection: () => line,
+  });
   session.on('error', () => undefined);
   const streams: ClientHttp2Stream[] = [];
   let isReading = reads;
@@ -70,7 +77,7 @@ export function openSlowReader(
       }
       return slow;
     },
-    freeze: () => void session.socket?.pause(),
+    freeze: () => line.freeze(),
     leave: (how) => {
       if (how === 'goaway') {
         session.goaway();
@@ -82,8 +89,53 @@ export function openSlowReader(
       session.settings({ initialWindowSize: bytes });
       streams.forEach((stream) => stream.resume());
     },
-    close: () => session.destroy(),
+    close: () => {
+      session.destroy();
+      line.destroy();
+    },
   };
+}
+
+/** A socket that can be frozen: what comes is left to pile up in the kernel, what goes is lost. */
+class Line extends Duplex {
+  readonly #socket: Socket;
+  #isFrozen = false;
+
+  constructor(socket: Socket) {
+    super();
+    this.#socket = socket;
+    socket.on('data', (chunk) => {
+      if (!this.push(chunk)) {
+        socket.pause();
+      }
+    });
+    socket.on('end', () => this.push(null));
+    socket.on('error', () => this.destroy());
+  }
+
+  freeze(): void {
+    this.#isFrozen = true;
+    this.#socket.pause();
+  }
+
+  override _read(): void {
+    if (!this.#isFrozen) {
+      this.#socket.resume();
+    }
+  }
+
+  override _write(chunk: Buffer, _encoding: BufferEncoding, done: (error?: Error | null) => void): void {
+    if (this.#isFrozen) {
+      done();
+    } else {
+      this.#socket.write(chunk, done);
+    }
+  }
+
+  override _destroy(error: Error | null, done: (error: Error | null) => void): void {
+    this.#socket.destroy();
+    done(error);
+  }
 }
 
 function openCall(

@@ -260,6 +260,7 @@ class Dispatcher {
         this.#planSoon();
       } else if (reply.outcome === AssignmentOutcome.PARKED) {
         this.#state.park(requestId, performance.now());
+        this.#planSoon();
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
         log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
         this.#stop.abort();
