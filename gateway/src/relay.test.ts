@@ -203,7 +203,7 @@ describe('Relay', () => {
       tokenIds: [...prompt, ...one],
       resumedTokens: one.length,
       // What the client has not taken yet is still in the window.
-      creditTokens: 256 - one.length,
+      creditTokens: 32 - one.length,
     });
     first.listener.onDelta(delta(one.length, 'late'));
     second.listener.onDelta(delta(one.length, '終 🙂'));
