@@ -33,15 +33,22 @@ const long = chatRequest('What is 47 + 85?', {
 });
 const short = chatRequest('What is 47 + 85?', { maxTokens: 20 });
 
+const readers: SlowReader[] = [];
+
+function openTo(cluster: TestCluster, options: Parameters<typeof openSlowReader>[1]): SlowReader {
+  const reader = openSlowReader(cluster.parts.gatewayAddress, options);
+  readers.push(reader);
+  return reader;
+}
+
+function closeReaders(): void {
+  readers.splice(0).forEach((reader) => reader.close());
+}
+
 describe('clients that do not read', () => {
   let cluster: TestCluster;
   let expected: readonly number[];
-  const readers: SlowReader[] = [];
-  const open = (options: Parameters<typeof openSlowReader>[1]): SlowReader => {
-    const reader = openSlowReader(cluster.parts.gatewayAddress, options);
-    readers.push(reader);
-    return reader;
-  };
+  const open = (options: Parameters<typeof openSlowReader>[1]): SlowReader => openTo(cluster, options);
   beforeAll(async () => {
     cluster = await startTestCluster({
       workerEnv: { MIMO_WORKER_MAX_SEQUENCES: String(slots), MIMO_WORKER_PARK_AFTER: '300ms' },
@@ -50,7 +57,7 @@ describe('clients that do not read', () => {
     ({ tokenIds: expected } = await ask(cluster.client, { request: long }));
   });
   afterEach(async () => {
-    readers.splice(0).forEach((reader) => reader.close());
+    closeReaders();
     await waitFor(
       'everything to be let go of',
       async () => Object.values(await cluster.held()).every((count) => count === 0),
@@ -122,11 +129,12 @@ describe('clients that never read again', () => {
       gatewayEnv: { MIMO_GATEWAY_CLIENT_STALL: '2s', MIMO_GATEWAY_MAX_REQUESTS: '20' },
     });
   });
+  afterEach(closeReaders);
   afterAll(() => cluster.close());
 
   it('lose their streams with a status that says why, or with a reset where they do not take that either', async () => {
-    const never = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 0 });
-    const late = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 600 });
+    const never = openTo(cluster, { windowBytes: 0 });
+    const late = openTo(cluster, { windowBytes: 600 });
     const [first, second] = [never.chat(long), late.chat(long)];
     await waitFor('both to be recorded', async () => (await cluster.held()).records === 2);
     await waitFor('both to be given up', async () => (await cluster.held()).records === 0);
@@ -140,12 +148,10 @@ describe('clients that never read again', () => {
       status: undefined,
       resetCode: constants.NGHTTP2_ENHANCE_YOUR_CALM,
     });
-    never.close();
-    late.close();
   });
 
   it('lose them also where their connection is half open: nothing comes back from it, not even a reset', async () => {
-    const reader = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 1_000_000 });
+    const reader = openTo(cluster, { windowBytes: 1_000_000 });
     const wordy = { ...long, sampling: SamplingParams.fromPartial({ ...long.sampling, logprobs: 20 }) };
     Array.from({ length: 16 }, () => reader.chat(wordy));
     await waitFor('all to be recorded', async () => (await cluster.held()).records === 16);
@@ -153,11 +159,10 @@ describe('clients that never read again', () => {
     const { tokenIds } = await ask(cluster.client, { request: short });
     expect(tokenIds.length).toBeGreaterThan(0);
     await waitFor('all to be given up', async () => (await cluster.held()).records === 0, 60_000);
-    reader.close();
   });
 
   it('give way to new requests in a full gateway', async () => {
-    const reader = openSlowReader(cluster.parts.gatewayAddress, { windowBytes: 0 });
+    const reader = openTo(cluster, { windowBytes: 0 });
     const client = createClient(cluster.parts.gatewayAddress);
     Array.from({ length: 20 }, () => reader.chat(long));
     await waitFor('the gateway to be full', async () => (await cluster.held()).records === 20);
@@ -173,6 +178,5 @@ describe('clients that never read again', () => {
     });
     expect(answers[0]?.tokenIds.length).toBeGreaterThan(0);
     client.close();
-    reader.close();
   });
 });
