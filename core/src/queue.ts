@@ -100,6 +100,7 @@ export interface QueueState {
 
 /** A group's drain mark: nothing more is assigned to it. */
 export interface DrainMark {
+  /** For people: nobody decides by it. */
   readonly sinceUnixMs: number;
 }
 
