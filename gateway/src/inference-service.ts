@@ -25,6 +25,7 @@ import {
   type CountTokensResponse,
   type GenerateResponse,
   type ListModelsResponse,
+  type Started,
 } from '@mimo/proto/inference';
 import { requestLimits } from '@mimo/proto/limits';
 import type { SamplingParams } from '@mimo/proto/sampling';
@@ -45,7 +46,7 @@ import type { Groups } from './groups.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import { factsOf, type ServedModel } from './models.ts';
 import type { EncodeFor } from './prompt-encoder.ts';
-import type { Requests } from './requests.ts';
+import type { OpenRequest, Requests } from './requests.ts';
 import type { ServedModels } from './served-models.ts';
 import { chooseVersion } from './version-choice.ts';
 
@@ -153,6 +154,44 @@ async function complete(
   write: (event: StreamEvent) => Promise<void>,
 ): Promise<void> {
   const receivedMs = performance.now();
+  const { open, started } = await accept(parts, completion, context);
+  const { relay, recorded } = open;
+  const leave = (): void => relay.fail(ClusterError.from(context.signal.reason));
+  context.signal.addEventListener('abort', leave, { once: true });
+  if (context.signal.aborted) {
+    leave();
+  }
+  try {
+    await recorded;
+    const labels = { model: started.model };
+    let lastWriteMs: number | undefined;
+    await relay.deliver(started, async (event) => {
+      await write(event);
+      if (event.$case === 'delta' && event.value.tokenIds.length > 0) {
+        const nowMs = performance.now();
+        if (lastWriteMs === undefined) {
+          parts.metrics.timeToFirstToken(nowMs - receivedMs, labels);
+        } else {
+          parts.metrics.interTokenLatency(nowMs - lastWriteMs, labels);
+        }
+        lastWriteMs = nowMs;
+        parts.metrics.completionTokens(labels, event.value.tokenIds.length);
+      }
+    });
+  } catch (error) {
+    relay.fail(ClusterError.from(error));
+    throw error;
+  } finally {
+    context.signal.removeEventListener('abort', leave);
+  }
+}
+
+/** Admits a request and has it recorded. Apart from its relay, so that what it was made from is not held while it waits. */
+async function accept(
+  parts: InferenceServiceParts,
+  completion: Completion,
+  context: CallContext,
+): Promise<{ readonly open: OpenRequest; readonly started: Started }> {
   const caller = callerOf(parts, context.metadata);
   if (parts.stopping.aborted) {
     throw new ClusterError('unavailable', 'this gateway is stopping', { detail: { retryAfterMs: 500 } });
@@ -178,48 +217,16 @@ async function complete(
     seed: randomInt(2 ** 32),
     timeLeftMs: timeLeftMs(context),
   });
-  const { relay, recorded } = parts.requests.open(record, {
+  const open = parts.requests.open(record, {
     tokenTable: model.tokenTable,
     stop: record.sampling?.stop ?? [],
     stopInReasoning: record.sampling?.stopInReasoning ?? false,
     minTokens: record.sampling?.minTokens ?? 0,
     reasoning: completion.input.kind === 'chat' ? { begun: prompt.begun } : undefined,
   });
-  const leave = (): void => relay.fail(ClusterError.from(context.signal.reason));
-  context.signal.addEventListener('abort', leave, { once: true });
-  if (context.signal.aborted) {
-    leave();
-  }
-  try {
-    await recorded;
-    const { requestId, promptTokenIds, sampling } = record;
-    const started = {
-      requestId,
-      model: model.name,
-      promptTokens: promptTokenIds.length,
-      seed: sampling?.seed ?? 0,
-    };
-    const labels = { model: model.name };
-    let lastWriteMs: number | undefined;
-    await relay.deliver(started, async (event) => {
-      await write(event);
-      if (event.$case === 'delta' && event.value.tokenIds.length > 0) {
-        const nowMs = performance.now();
-        if (lastWriteMs === undefined) {
-          parts.metrics.timeToFirstToken(nowMs - receivedMs, labels);
-        } else {
-          parts.metrics.interTokenLatency(nowMs - lastWriteMs, labels);
-        }
-        lastWriteMs = nowMs;
-        parts.metrics.completionTokens(labels, event.value.tokenIds.length);
-      }
-    });
-  } catch (error) {
-    relay.fail(ClusterError.from(error));
-    throw error;
-  } finally {
-    context.signal.removeEventListener('abort', leave);
-  }
+  const { requestId, promptTokenIds, sampling } = record;
+  const promptTokens = promptTokenIds.length;
+  return { open, started: { requestId, model: model.name, promptTokens, seed: sampling?.seed ?? 0 } };
 }
 
 /** Checks a prompt and, where it is sound, tokenises it. */

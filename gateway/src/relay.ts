@@ -95,9 +95,14 @@ export interface RelayOptions {
   readonly stallLimitMs: number;
 }
 
+/** A record as it is held while its request lives: its prompt is in whatever form takes the least memory. */
+export type HeldRecord = Omit<RequestRecord, 'promptTokenIds'> & {
+  readonly promptTokenIds: Iterable<number> & { readonly length: number };
+};
+
 /** One request, parked until its client has taken the first message. Its owner begins attempts, cancels it, and relays with `deliver`. */
 export class Relay {
-  readonly record: RequestRecord;
+  readonly record: HeldRecord;
   readonly #listener: RelayListener;
   readonly #text: CompletionText;
   /** By performance.now(); undefined: none. */
@@ -126,7 +131,7 @@ export class Relay {
   readonly #stalled = Promise.withResolvers<never>();
   readonly #stallLimitMs: number;
 
-  constructor(record: RequestRecord, options: RelayOptions, listener: RelayListener) {
+  constructor(record: HeldRecord, options: RelayOptions, listener: RelayListener) {
     this.record = record;
     this.#identity = record.identity;
     this.#stallLimitMs = options.stallLimitMs;

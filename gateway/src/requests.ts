@@ -19,7 +19,7 @@ import {
 import type { CompletionTextOptions } from './completion-text.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import type { Groups } from './groups.ts';
-import { Relay, type RelayEnd } from './relay.ts';
+import { Relay, type HeldRecord, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
 import type { LostAttempt } from './suspicion.ts';
 
@@ -44,7 +44,7 @@ export interface OpenRequest {
 interface HeldRequest {
   readonly relay: Relay;
   /** As it was stored last. */
-  record: RequestRecord;
+  record: HeldRecord;
   recorded: Promise<RecordPlace>;
   /** Where that is, once it is. */
   place: RecordPlace | undefined;
@@ -116,7 +116,9 @@ export class Requests {
   }
 
   /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
-  open(record: RequestRecord, text: CompletionTextOptions): OpenRequest {
+  open(admitted: RequestRecord, text: CompletionTextOptions): OpenRequest {
+    // Half of what an array takes: a request may wait for long.
+    const record = { ...admitted, promptTokenIds: Uint32Array.from(admitted.promptTokenIds) };
     const { requestId, timeLeftMs } = record;
     const nowMs = performance.now();
     const { clientStallMs: stallLimitMs } = this.#parts;
@@ -131,7 +133,7 @@ export class Requests {
         onEnded: (end) => this.#ended(requestId, end),
       },
     );
-    const recorded = this.#parts.queue.publish(record);
+    const recorded = this.#parts.queue.publish(admitted);
     const held: HeldRequest = {
       relay,
       recorded,
@@ -341,7 +343,7 @@ export class Requests {
     const { outlived, sequence } = originOf(lost);
     const again = { ...record, storesOutlived: outlived + 1, firstSequence: sequence };
     // Known at once, so that a request that ends meanwhile waits for it and deletes it.
-    held.recorded = this.#parts.queue.publish(again);
+    held.recorded = this.#parts.queue.publish({ ...again, promptTokenIds: [...again.promptTokenIds] });
     held.place = await held.recorded;
     held.record = again;
   }
