@@ -323,7 +323,8 @@ const serviceFields = z.object({
   drainSeconds: seconds(0, 86_400)
     .default(120)
     .describe(
-      'How long a group that is taken away may finish what it holds; the rest moves to other groups.',
+      'How long a group that is taken away may finish what it holds; the rest moves to other groups that compute the same, ' +
+        'and ends with ABORTED where a change of model or precision leaves none.',
     ),
   template: template.prefault({}),
 });
