@@ -6,6 +6,7 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import type { ServerHttp2Stream } from 'node:http2';
 
 import { ClusterError } from './errors.ts';
+import { maxUnzippedBytes } from './grpc-unzip.ts';
 
 export interface BodyLimits {
   readonly maxUnansweredBytes: number;
@@ -22,16 +23,27 @@ export interface BodyRule {
 
 /** Of the flag and the length before each message. */
 const prefixBytes = 5;
-/** Bytes that deflate can make of one. */
-const inflation = 1_032;
+/** A body larger than this waits for its turn: in each tick, so many bytes of all such bodies are read. */
+const smallBytes = 256 * 2 ** 10;
+const tickMs = 10;
+const tickBytes = 320 * 2 ** 10;
+/** What a client may have sent when it is read on. */
+const windowBytes = 65_535;
 const retryAfterMs = 1_000;
 /** Node publishes here when a stream's answer begins. */
 const answeredChannel = 'http2.server.stream.finish';
 
+/** What is done about a stream. */
+export interface BodyHooks {
+  readonly receive: (bytes: number) => void;
+  /** Ends the stream with an error; called at most once, before its answer begins. */
+  readonly refuse: (error: ClusterError) => void;
+}
+
 interface Body {
   readonly stream: ServerHttp2Stream;
   readonly rule: BodyRule;
-  readonly refuse: (error: ClusterError) => void;
+  readonly hooks: BodyHooks;
   readonly timeout: NodeJS.Timeout;
   /** Held for this stream, compressed messages at the size that they may grow to. */
   bytes: number;
@@ -47,8 +59,17 @@ export class Bodies {
   readonly #limits: BodyLimits;
   readonly #open = new Map<ServerHttp2Stream, Body>();
   readonly #refused = new WeakSet<ServerHttp2Stream>();
-  readonly #answered = (message: unknown): void =>
-    this.#release((message as { readonly stream: ServerHttp2Stream }).stream);
+  readonly #answered = (message: unknown): void => {
+    const { stream } = message as { readonly stream: ServerHttp2Stream };
+    // Of a stream of requests, the next ones are still to come.
+    if (this.#open.get(stream)?.rule.requestStream === false) {
+      this.#release(stream);
+    }
+  };
+  /** Large bodies that wait for a turn, in order. */
+  readonly #waiting = new Set<Body>();
+  #tick: NodeJS.Timeout | undefined;
+  #tickBytes = 0;
   #bytes = 0;
 
   constructor(limits: BodyLimits) {
@@ -61,11 +82,12 @@ export class Bodies {
   }
 
   close(): void {
+    clearTimeout(this.#tick);
     unsubscribe(answeredChannel, this.#answered);
   }
 
-  /** Counts what a stream receives. `refuse` ends the stream with an error; it may be called at any time until its answer. */
-  watch(stream: ServerHttp2Stream, rule: BodyRule, refuse: (error: ClusterError) => void): void {
+  /** Counts what a stream receives. */
+  watch(stream: ServerHttp2Stream, rule: BodyRule, hooks: BodyHooks): void {
     const { bodyTimeoutMs } = this.#limits;
     const late = (): void =>
       this.#end(
@@ -75,7 +97,7 @@ export class Bodies {
     const body: Body = {
       stream,
       rule,
-      refuse,
+      hooks,
       timeout: setTimeout(late, bodyTimeoutMs).unref(),
       bytes: 0,
       prefix: Buffer.alloc(prefixBytes),
@@ -88,7 +110,11 @@ export class Bodies {
     const emit = stream.emit.bind(stream) as (event: string, ...args: unknown[]) => boolean;
     const emitReceived = (event: string, ...args: unknown[]): boolean => {
       if (event === 'data') {
-        this.#receive(body, args[0] as Buffer);
+        const chunk = args[0] as Buffer;
+        hooks.receive(chunk.length);
+        if (this.#open.has(stream)) {
+          this.#receive(body, chunk);
+        }
         return this.#refused.has(stream) ? false : emit(event, ...args);
       }
       return emit(event, ...args);
@@ -118,6 +144,39 @@ export class Bodies {
         this.#complete(body);
       }
     }
+    if (this.#open.has(body.stream)) {
+      this.#pace(body, chunk.length);
+    }
+  }
+
+  /** Stops reading a large body where this tick's share is used up. */
+  #pace(body: Body, bytes: number): void {
+    if (body.bytes <= smallBytes) {
+      return;
+    }
+    this.#tickBytes += bytes;
+    this.#tick ??= setTimeout(() => this.#nextTick(), tickMs).unref();
+    if (this.#tickBytes >= tickBytes && body.leftBytes > 0) {
+      body.stream.pause();
+      this.#waiting.add(body);
+    }
+  }
+
+  #nextTick(): void {
+    this.#tick = undefined;
+    this.#tickBytes = 0;
+    let expectedBytes = 0;
+    for (const body of this.#waiting) {
+      if (expectedBytes >= tickBytes) {
+        break;
+      }
+      this.#waiting.delete(body);
+      body.stream.resume();
+      expectedBytes += windowBytes;
+    }
+    if (this.#waiting.size > 0) {
+      this.#tick = setTimeout(() => this.#nextTick(), tickMs).unref();
+    }
   }
 
   #begin(body: Body): void {
@@ -140,7 +199,7 @@ export class Bodies {
       const text = `the flag before the request must be 0 or 1, not ${body.prefix[0]}`;
       this.#end(body, new ClusterError('invalid_argument', text));
     } else if (isCompressed) {
-      this.#hold(body, Math.min(maxMessageBytes, length * inflation));
+      this.#hold(body, maxUnzippedBytes(length, maxMessageBytes));
     }
   }
 
@@ -171,13 +230,14 @@ export class Bodies {
   #end(body: Body, error: ClusterError): void {
     this.#release(body.stream);
     this.#refused.add(body.stream);
-    body.refuse(error);
+    body.hooks.refuse(error);
   }
 
   #release(stream: ServerHttp2Stream): void {
     const body = this.#open.get(stream);
     if (body !== undefined) {
       this.#open.delete(stream);
+      this.#waiting.delete(body);
       clearTimeout(body.timeout);
       this.#bytes -= body.bytes;
       body.bytes = 0;

@@ -1,10 +1,14 @@
 // The connections of a server that anybody may reach. Owns how many there may be, in all and of one peer, and the end of
-// those that only cost: no handshake, no call, floods of frames that node:http2 answers for ever. A connection is proven
-// once a stream was admitted on it; what is unproven makes room for newer ones and has little patience.
+// those that only cost: no handshake, no call, floods of frames. A connection is proven once a stream was admitted on it;
+// what is unproven makes room for newer ones and has little patience. Knows no stream: grpc-gate.ts says what they did.
+//
+// Most floods never reach JavaScript: HTTP/2 answers pings and settings, unpacks headers that it then ignores, and drops
+// empty frames. So bytes are compared: those that came over the socket, less those of headers and bodies that were seen.
 
 import { constants, type ServerHttp2Session, type ServerHttp2Stream } from 'node:http2';
+import type { Socket } from 'node:net';
 
-import { Allowance, peerOf, type Rate } from './peers.ts';
+import { Allowance, PeerAllowances, peerOf, type Rate } from './peers.ts';
 
 export interface ConnectionLimits {
   readonly maxConnections: number;
@@ -18,18 +22,37 @@ const handshakeMs = 10_000;
 const unprovenIdleMs = 60_000;
 const unprovenStreams = 64;
 const unprovenRefusals = 100;
+/** New connections of one peer beyond its limit's worth. */
+const connectsPerSecond = 50;
+/** Connections that ended for what they did; a peer that has spent these gets no new ones. */
+const abuseRate: Rate = { burst: 20, perSecond: 1 };
+const maxPeers = 4_096;
 /** Clients that measure their bandwidth ping about ten times a second; a flood has thousands. */
 const pingRate: Rate = { burst: 500, perSecond: 20 };
 const settingsRate: Rate = { burst: 50, perSecond: 1 };
+/** Bytes that brought nothing. A reader of 80,000 tokens a second sends less than 1 MB/s of window updates. */
+const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
+const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
+/** The unproven are looked at each time, since half a second of some floods stops a process for longer. */
+const lookMs = 50;
+const looksPerProven = 20;
 
-/** All connections of a server. */
+/** All connections of a server. Close it. */
 export class Connections {
   readonly #limits: ConnectionLimits;
   readonly #all = new Map<ServerHttp2Session, Connection>();
   readonly #byPeer = new Map<string, Set<Connection>>();
+  readonly #connects: PeerAllowances;
+  readonly #abuses = new PeerAllowances(abuseRate, maxPeers);
+  readonly #looking: NodeJS.Timeout;
+  #looks = 0;
 
   constructor(limits: ConnectionLimits) {
     this.#limits = limits;
+    // Twice: a peer whose connections all broke makes them anew at once.
+    const rate = { burst: 2 * limits.maxConnectionsPerPeer, perSecond: connectsPerSecond };
+    this.#connects = new PeerAllowances(rate, maxPeers);
+    this.#looking = setInterval(() => this.#look(), lookMs).unref();
   }
 
   get size(): number {
@@ -40,24 +63,39 @@ export class Connections {
     return [...this.#all.values()].filter(({ proven }) => proven).length;
   }
 
-  /** The connection of a stream; undefined where it was refused or is gone. */
+  close(): void {
+    clearInterval(this.#looking);
+  }
+
+  /** The connection of a stream; undefined where it is gone. */
   of(stream: ServerHttp2Stream): Connection | undefined {
     return stream.session === undefined ? undefined : this.#all.get(stream.session as ServerHttp2Session);
   }
 
-  /** Takes a new connection or, where there is no room and nobody to make some, ends it. */
-  take(session: ServerHttp2Session): void {
-    const peer = peerOf(session.socket.remoteAddress);
+  /** Whether a new connection is taken; where there is no room, the oldest that proved nothing makes some. */
+  mayConnect(socket: Socket): boolean {
+    const nowMs = performance.now();
+    const peer = peerOf(socket.remoteAddress);
     const siblings = this.#byPeer.get(peer) ?? new Set();
     const { maxConnections, maxConnectionsPerPeer } = this.#limits;
-    const isFull =
-      (siblings.size >= maxConnectionsPerPeer && !makeRoom(siblings)) ||
-      (this.#all.size >= maxConnections && !makeRoom(this.#all.values()));
-    if (isFull) {
-      session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM);
-      return;
-    }
-    const connection = new Connection(session, peer);
+    return (
+      !this.#abuses.isSpent(peer, nowMs) &&
+      this.#connects.take(peer, nowMs) &&
+      (siblings.size < maxConnectionsPerPeer || makeRoom(siblings)) &&
+      (this.#all.size < maxConnections || makeRoom(this.#all.values()))
+    );
+  }
+
+  /** Begins with a connection that may connect. */
+  take(session: ServerHttp2Session, socket: Socket): void {
+    const peer = peerOf(socket.remoteAddress);
+    const connection = new Connection({
+      session,
+      socket,
+      peer,
+      onAbuse: () => this.#abuses.take(peer, performance.now()),
+    });
+    const siblings = this.#byPeer.get(peer) ?? new Set();
     this.#all.set(session, connection);
     siblings.add(connection);
     this.#byPeer.set(peer, siblings);
@@ -69,6 +107,16 @@ export class Connections {
         this.#byPeer.delete(peer);
       }
     });
+  }
+
+  #look(): void {
+    this.#looks += 1;
+    const nowMs = performance.now();
+    for (const connection of this.#all.values()) {
+      if (!connection.proven || this.#looks % looksPerProven === 0) {
+        connection.look(nowMs);
+      }
+    }
   }
 }
 
@@ -87,20 +135,34 @@ function makeRoom(connections: Iterable<Connection>): boolean {
 export class Connection {
   readonly peer: string;
   readonly #session: ServerHttp2Session;
+  readonly #socket: Socket;
+  readonly #onAbuse: () => void;
   readonly #pings = new Allowance(pingRate, performance.now());
   readonly #settings = new Allowance(settingsRate, performance.now());
+  #bytes = new Allowance(unprovenBytes, performance.now());
   #patience: NodeJS.Timeout;
   #proven = false;
   #openStreams = 0;
   #refusals = 0;
+  /** Of headers and bodies. */
+  #seenBytes = 0;
+  /** Of nothing, as far as they were charged. */
+  #chargedBytes = 0;
 
-  constructor(session: ServerHttp2Session, peer: string) {
-    this.#session = session;
-    this.peer = peer;
+  constructor(parts: {
+    readonly session: ServerHttp2Session;
+    readonly socket: Socket;
+    readonly peer: string;
+    readonly onAbuse: () => void;
+  }) {
+    this.#session = parts.session;
+    this.#socket = parts.socket;
+    this.peer = parts.peer;
+    this.#onAbuse = parts.onAbuse;
     this.#patience = setTimeout(() => this.end(), handshakeMs).unref();
-    session.once('remoteSettings', () => this.#awaitCall());
-    session.on('remoteSettings', () => this.#spend(this.#settings));
-    session.on('ping', () => this.#spend(this.#pings));
+    this.#session.once('remoteSettings', () => this.#awaitCall());
+    this.#session.on('remoteSettings', () => this.#spend(this.#settings));
+    this.#session.on('ping', () => this.#spend(this.#pings));
   }
 
   get proven(): boolean {
@@ -109,8 +171,11 @@ export class Connection {
 
   /** A stream was admitted. */
   prove(): void {
-    this.#proven = true;
-    clearTimeout(this.#patience);
+    if (!this.#proven) {
+      this.#proven = true;
+      this.#bytes = new Allowance(provenBytes, performance.now());
+      clearTimeout(this.#patience);
+    }
   }
 
   /** Counts a stream while it is open; false where an unproven connection has too many. */
@@ -122,11 +187,27 @@ export class Connection {
     return this.#proven || this.#openStreams <= unprovenStreams;
   }
 
+  /** Bytes that came for something. */
+  see(bytes: number): void {
+    this.#seenBytes += bytes;
+  }
+
   /** A stream was refused, or reset before it was looked at: a connection that does nothing else ends. */
   refuse(): void {
     this.#refusals += 1;
     if (!this.#proven && this.#refusals > unprovenRefusals) {
-      this.end();
+      this.#endAbuse();
+    }
+  }
+
+  /** Charges what came for nothing since the last look. */
+  look(nowMs: number): void {
+    const idleBytes = this.#socket.bytesRead - this.#seenBytes - this.#chargedBytes;
+    if (idleBytes > 0) {
+      this.#chargedBytes += idleBytes;
+      if (!this.#bytes.take(nowMs, idleBytes)) {
+        this.#endAbuse();
+      }
     }
   }
 
@@ -139,9 +220,16 @@ export class Connection {
     clearTimeout(this.#patience);
   }
 
+  #endAbuse(): void {
+    if (!this.#session.destroyed) {
+      this.#onAbuse();
+      this.end();
+    }
+  }
+
   #spend(allowance: Allowance): void {
     if (!allowance.take(performance.now())) {
-      this.end();
+      this.#endAbuse();
     }
   }
 
@@ -152,7 +240,6 @@ export class Connection {
     }
     const look = (): void => {
       if (this.#openStreams === 0) {
-        this.#session.close();
         this.end();
       } else {
         this.#patience.refresh();

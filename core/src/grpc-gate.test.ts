@@ -1,5 +1,6 @@
 // Over real sockets on loopback: what anybody who connects may cost, and what he may not.
 
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import {
   connect,
@@ -9,7 +10,7 @@ import {
   type IncomingHttpHeaders,
 } from 'node:http2';
 import { connect as connectSocket, type Socket } from 'node:net';
-import { gzipSync } from 'node:zlib';
+import { deflateSync, gzipSync } from 'node:zlib';
 
 import * as grpc from '@grpc/grpc-js';
 import { HealthClient, HealthService } from '@mimo/proto/health';
@@ -222,9 +223,39 @@ describe('a body', () => {
     );
   });
 
+  it.each([
+    ['gzip', gzipSync(GenerateRequest.encode(GenerateRequest.fromPartial({ model: 'm' })).finish()), '0'],
+    ['deflate', deflateSync(Buffer.alloc(0)), '0'],
+    ['gzip', Buffer.from('not gzip'), String(grpc.status.INVALID_ARGUMENT)],
+    ['gzip', gzipSync(Buffer.alloc(maxReceiveBytes)), exhausted],
+    ['gzip', gzipSync(randomBytes(maxReceiveBytes + 1)).subarray(0, -1), exhausted],
+  ])('in %s ends as it must (%#)', async (encoding, bytes, end) => {
+    const server = await serve();
+    unanswered.resolve();
+    const stream = begin(open(server), { 'grpc-encoding': encoding });
+    stream.end(Buffer.concat([message(bytes.length, { flag: 1, sent: 0 }), bytes]));
+    expect(await endOf(stream)).toBe(end);
+    await vi.waitFor(() => expect(server.gateCounts()?.unansweredBytes).toBe(0), patience);
+  });
+
+  it('of a megabyte and many like it arrive whole, in turns', async () => {
+    const server = await serve({ maxUnansweredBytes: 100 * maxReceiveBytes });
+    const request = GenerateRequest.fromPartial({ input: { $case: 'prompt', value: 'x'.repeat(1_000_000) } });
+    const body = GenerateRequest.encode(request).finish();
+    const session = open(server);
+    const ends = Array.from({ length: 20 }, () => {
+      const stream = begin(session);
+      stream.end(Buffer.concat([message(body.length, { sent: 0 }), body]));
+      return endOf(stream);
+    });
+    await vi.waitFor(() => expect(handled).toBe(20), patience);
+    unanswered.resolve();
+    expect(new Set(await Promise.all(ends))).toEqual(new Set(['0']));
+  });
+
   it('that is compressed counts as what it may become', async () => {
     const server = await serve({ maxUnansweredBytes: maxReceiveBytes + 10_000 });
-    const bomb = gzipSync(Buffer.alloc(maxReceiveBytes));
+    const bomb = gzipSync(Buffer.concat([Buffer.alloc(maxReceiveBytes / 2), randomBytes(20_000)]));
     const session = open(server);
     const ends = [1, 2].map(() => {
       const stream = begin(session, { 'grpc-encoding': 'gzip' });

@@ -3,6 +3,7 @@
 // grpc-connections.ts's, bodies grpc-bodies.ts's. Knows no key: `admit` is given.
 
 import { constants, type Http2Server, type IncomingHttpHeaders, type ServerHttp2Stream } from 'node:http2';
+import type { Socket } from 'node:net';
 
 import { ClusterError, type ErrorCode } from './errors.ts';
 import { Bodies, type BodyLimits, type BodyRule } from './grpc-bodies.ts';
@@ -53,6 +54,8 @@ const maxSlowed = 256;
 /** Calls of one peer that need no key. Probes and load balancers ask every few seconds. */
 const openRate: Rate = { burst: 200, perSecond: 20 };
 const maxPeers = 4_096;
+/** That a client may send before it hears anything. */
+const windowBytes = 65_535;
 /** HTTP/2 counts 32 bytes for each header besides its texts. */
 const headerBytes = 16;
 const encodings = new Set([undefined, 'identity', 'gzip', 'deflate']);
@@ -74,7 +77,7 @@ export class Gate {
 
   /** Stands before a server: its streams reach `serve` once they have passed. */
   guard(server: Http2Server, serve: ServeStream): void {
-    server.on('session', (session) => this.#connections.take(session));
+    this.#judgeConnections(server);
     const judge: ServeStream = (stream, ...rest) => {
       // Resets and lost connections; whoever reads or writes hears of it otherwise.
       stream.on('error', () => undefined);
@@ -83,6 +86,22 @@ export class Gate {
       }
     };
     server.on('stream', judge);
+  }
+
+  /** Before node:http2 begins a session, which costs more than all else about a connection that is refused. */
+  #judgeConnections(server: Http2Server): void {
+    const listeners = server.listeners('connection');
+    let connecting: Socket | undefined;
+    server.removeAllListeners('connection');
+    server.on('connection', (socket: Socket) => {
+      if (!this.#connections.mayConnect(socket)) {
+        socket.destroy();
+        return;
+      }
+      connecting = socket;
+      listeners.forEach((listener) => Reflect.apply(listener, server, [socket]));
+    });
+    server.on('session', (session) => this.#connections.take(session, connecting!));
   }
 
   counts(): GateCounts {
@@ -95,6 +114,7 @@ export class Gate {
   }
 
   close(): void {
+    this.#connections.close();
     this.#bodies.close();
   }
 
@@ -111,10 +131,12 @@ export class Gate {
       stream.close(constants.NGHTTP2_REFUSED_STREAM);
       return false;
     }
+    const bytes = rawHeaders.reduce((sum, text) => sum + text.length + headerBytes, 0);
+    connection.see(bytes);
     const path = headers[':path'] ?? '';
     const method = this.#options.methods.get(path);
     try {
-      this.#assertSmall(rawHeaders);
+      this.#assertSmall(bytes);
       assertGrpc(headers);
       if (method === undefined) {
         throw new ClusterError('unimplemented', 'the server does not implement this method');
@@ -125,9 +147,12 @@ export class Gate {
         this.#options.admit(headers);
         connection.prove();
       }
-      this.#bodies.watch(stream, method, (error) => {
-        this.#options.onRefused(path, error.code);
-        answer(stream, error);
+      this.#bodies.watch(stream, method, {
+        receive: (received) => connection.see(received),
+        refuse: (error) => {
+          this.#options.onRefused(path, error.code);
+          answer(stream, error);
+        },
       });
       return true;
     } catch (error) {
@@ -141,8 +166,7 @@ export class Gate {
   }
 
   /** The setting that HTTP/2 has for it binds a client only once it has acknowledged it. */
-  #assertSmall(rawHeaders: readonly string[]): void {
-    const bytes = rawHeaders.reduce((sum, text) => sum + text.length + headerBytes, 0);
+  #assertSmall(bytes: number): void {
     const { maxHeaderBytes } = this.#options.limits;
     if (bytes > maxHeaderBytes) {
       throw new ClusterError(
@@ -161,6 +185,8 @@ export class Gate {
 
   #refuse(stream: ServerHttp2Stream, connection: Connection, error: ClusterError): void {
     connection.refuse();
+    // What the client had sent already, as it may: nobody reads it.
+    connection.see(windowBytes);
     if (error.code !== 'unauthenticated' || this.#wrongKeys.take(connection.peer, performance.now())) {
       answer(stream, error);
     } else if (this.#slowed < maxSlowed) {

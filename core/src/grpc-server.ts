@@ -30,6 +30,7 @@ import { Health } from './grpc-health.ts';
 import { withholdGrpcLog } from './grpc-log.ts';
 import { createReflection } from './grpc-reflection.ts';
 import { statusFromError } from './grpc-status.ts';
+import { boundUnzipping } from './grpc-unzip.ts';
 import { assertWithinLimits } from './wire-limits.ts';
 
 /** One service and its handlers. */
@@ -75,6 +76,9 @@ const guardedResets = { streamResetBurst: 20_000, streamResetRate: 1_000 };
 /** One connection's headers, streams and unread answers; each stream that is not read may hold 64 kB of these. */
 const maxSessionMegabytes = 256;
 
+/** Headers of a stream: a client's own and those of tracing are about twenty. */
+const maxHeaderListPairs = 64;
+
 /** Questions to health and reflection are names. */
 const openMaxMessageBytes = 4_096;
 
@@ -101,6 +105,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   keepLivingCalls();
   withholdGrpcLog();
   keepLongDeadlines();
+  boundUnzipping();
   const health = new Health();
   const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
   const definitions = [...options.services.map(({ definition }) => definition), ...openServices];
@@ -160,7 +165,7 @@ function setHttp2Options(server: grpc.Server, limits: GateLimits | undefined): v
     ...(http2Options as ServerOptions).settings,
     maxHeaderListSize: limits.maxHeaderBytes,
   };
-  Object.assign(http2Options, guardedResets, { settings });
+  Object.assign(http2Options, guardedResets, { settings, maxHeaderListPairs });
 }
 
 /** Puts a gate between the server's HTTP/2 servers and grpc-js's handler of streams. */

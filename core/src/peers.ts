@@ -19,16 +19,18 @@ export class Allowance {
     this.#atMs = nowMs;
   }
 
-  /** Takes a token; false where there is none. */
-  take(nowMs: number): boolean {
+  /** Takes tokens; false where there are not that many. */
+  take(nowMs: number, tokens = 1): boolean {
+    const isThere = this.has(nowMs, tokens);
+    this.#tokens -= isThere ? tokens : 0;
+    return isThere;
+  }
+
+  has(nowMs: number, tokens = 1): boolean {
     const gained = (Math.max(0, nowMs - this.#atMs) / 1_000) * this.#rate.perSecond;
     this.#tokens = Math.min(this.#rate.burst, this.#tokens + gained);
     this.#atMs = nowMs;
-    if (this.#tokens < 1) {
-      return false;
-    }
-    this.#tokens -= 1;
-    return true;
+    return this.#tokens >= tokens;
   }
 }
 
@@ -58,6 +60,11 @@ export class PeerAllowances {
       this.#allowances.delete(oldest);
     }
     return allowance.take(nowMs);
+  }
+
+  /** Whether the peer has no token left. */
+  isSpent(peer: string, nowMs: number): boolean {
+    return this.#allowances.get(peer)?.has(nowMs) === false;
   }
 }
 

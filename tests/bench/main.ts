@@ -8,6 +8,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   autoscale: () => import('./autoscale.ts'),
   compile: () => import('./compile.ts'),
   engine: () => import('./engine.ts'),
+  floods: () => import('./floods.ts'),
   gpu: () => import('./gpu.ts'),
   heldout: () => import('./heldout.ts'),
   informer: () => import('./informer.ts'),
