@@ -24,8 +24,11 @@ const unprovenStreams = 64;
 const unprovenRefusals = 100;
 /** New connections of one peer beyond its limit's worth. */
 const connectsPerSecond = 50;
-/** Connections that ended for what they did; a peer that has spent these gets no new ones. */
-const abuseRate: Rate = { burst: 20, perSecond: 1 };
+/** Connections that ended for what they did; a peer that has spent these makes new ones slowly, its neighbours with it. */
+const abuseRate: Rate = { burst: 10, perSecond: 0.5 };
+const suspectRate: Rate = { burst: 5, perSecond: 2 };
+/** Streams of a peer that it reset itself: all users of a proxy may leave at once. */
+const resetRate: Rate = { burst: 10_000, perSecond: 1_000 };
 const maxPeers = 4_096;
 /** Clients that measure their bandwidth ping about ten times a second; a flood has thousands. */
 const pingRate: Rate = { burst: 500, perSecond: 20 };
@@ -44,6 +47,8 @@ export class Connections {
   readonly #byPeer = new Map<string, Set<Connection>>();
   readonly #connects: PeerAllowances;
   readonly #abuses = new PeerAllowances(abuseRate, maxPeers);
+  readonly #suspects = new PeerAllowances(suspectRate, maxPeers);
+  readonly #resets = new PeerAllowances(resetRate, maxPeers);
   readonly #looking: NodeJS.Timeout;
   #looks = 0;
 
@@ -79,8 +84,7 @@ export class Connections {
     const siblings = this.#byPeer.get(peer) ?? new Set();
     const { maxConnections, maxConnectionsPerPeer } = this.#limits;
     return (
-      !this.#abuses.isSpent(peer, nowMs) &&
-      this.#connects.take(peer, nowMs) &&
+      (this.#abuses.isSpent(peer, nowMs) ? this.#suspects : this.#connects).take(peer, nowMs) &&
       (siblings.size < maxConnectionsPerPeer || makeRoom(siblings)) &&
       (this.#all.size < maxConnections || makeRoom(this.#all.values()))
     );
@@ -93,6 +97,7 @@ export class Connections {
       session,
       socket,
       peer,
+      takeReset: () => this.#resets.take(peer, performance.now()),
       onAbuse: () => this.#abuses.take(peer, performance.now()),
     });
     const siblings = this.#byPeer.get(peer) ?? new Set();
@@ -136,6 +141,7 @@ export class Connection {
   readonly peer: string;
   readonly #session: ServerHttp2Session;
   readonly #socket: Socket;
+  readonly #takeReset: () => boolean;
   readonly #onAbuse: () => void;
   readonly #pings = new Allowance(pingRate, performance.now());
   readonly #settings = new Allowance(settingsRate, performance.now());
@@ -153,16 +159,25 @@ export class Connection {
     readonly session: ServerHttp2Session;
     readonly socket: Socket;
     readonly peer: string;
+    /** False: the peer has reset too many streams. */
+    readonly takeReset: () => boolean;
     readonly onAbuse: () => void;
   }) {
     this.#session = parts.session;
     this.#socket = parts.socket;
     this.peer = parts.peer;
+    this.#takeReset = parts.takeReset;
     this.#onAbuse = parts.onAbuse;
     this.#patience = setTimeout(() => this.end(), handshakeMs).unref();
     this.#session.once('remoteSettings', () => this.#awaitCall());
     this.#session.on('remoteSettings', () => this.#spend(this.#settings));
     this.#session.on('ping', () => this.#spend(this.#pings));
+    this.#session.on('error', (error: NodeJS.ErrnoException) => {
+      // What is no HTTP/2; lost connections have the system's codes.
+      if (error.code?.startsWith('ERR_HTTP2') === true) {
+        this.#onAbuse();
+      }
+    });
   }
 
   get proven(): boolean {
@@ -184,12 +199,20 @@ export class Connection {
     stream.once('close', () => {
       this.#openStreams -= 1;
     });
+    stream.once('aborted', () => this.reset());
     return this.#proven || this.#openStreams <= unprovenStreams;
   }
 
   /** Bytes that came for something. */
   see(bytes: number): void {
     this.#seenBytes += bytes;
+  }
+
+  /** A stream was reset by the peer. */
+  reset(): void {
+    if (!this.#takeReset()) {
+      this.#endAbuse();
+    }
   }
 
   /** A stream was refused, or reset before it was looked at: a connection that does nothing else ends. */

@@ -122,6 +122,7 @@ export class Gate {
     const connection = this.#connections.of(stream);
     if (connection === undefined || stream.closed || stream.destroyed) {
       // Reset before it was looked at, or on a connection that was refused.
+      connection?.reset();
       connection?.refuse();
       stream.destroy();
       return false;

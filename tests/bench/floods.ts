@@ -1,4 +1,4 @@
-// `npm run bench -- floods [--seconds S] [--scale X] [--only NAME]`: what floods do to others. A gateway process with keys
+// `npm run bench -- floods [--seconds S] [--scale X] [--only NAME] [--from ADDRESS]`: what floods do to others. A gateway process with keys
 // serves an honest tenant, whose time to first token is measured while a second process floods; prints a table with the
 // gateway's memory, and last one JSON line. The flooder runs at the lowest priority, since both share this machine.
 
@@ -40,6 +40,8 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       seconds: { type: 'string', default: '8' },
       scale: { type: 'string', default: '1' },
       only: { type: 'string' },
+      // Another peer than the honest client's, which is 127.0.0.1.
+      from: { type: 'string', default: '127.0.0.2' },
     },
   });
   const seconds = Number(values.seconds);
@@ -64,7 +66,14 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
           ? undefined
           : spawn(
               process.execPath,
-              [join(import.meta.dirname, 'floods/flooder.ts'), flood, address, keys.hostile, values.scale],
+              [
+                join(import.meta.dirname, 'floods/flooder.ts'),
+                flood,
+                address,
+                keys.hostile,
+                values.scale,
+                values.from,
+              ],
               { stdio: ['ignore', 'pipe', 'inherit'] },
             );
       if (child !== undefined) {

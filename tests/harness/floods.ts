@@ -16,6 +16,7 @@ import {
   frameTypes,
   headerBlock,
   http2Frame,
+  openSocket,
   writeAll,
 } from './raw-http2.ts';
 
@@ -26,6 +27,8 @@ export interface FloodTarget {
   readonly apiKey: string;
   /** Connections or streams at once; each flood has its own idea of many. */
   readonly scale: number;
+  /** Which of this machine's addresses it comes from: another than the honest clients', or theirs. */
+  readonly localAddress?: string;
 }
 
 type Flood = (target: FloodTarget, signal: AbortSignal) => Promise<void>;
@@ -43,12 +46,16 @@ function count(many: number, { scale }: FloodTarget): number {
 /** Runs `talk` on so many connections, again and again: whoever is hung up on connects anew, ten times a second at most. */
 async function onConnections(
   connections: number,
-  { target, signal, settings }: { target: FloodTarget; signal: AbortSignal; settings?: Buffer },
+  { target, signal, ...settings }: { target: FloodTarget; signal: AbortSignal; settings?: Buffer },
   talk: (socket: Socket) => Promise<void>,
 ): Promise<void> {
   const one = async (): Promise<void> => {
     while (!signal.aborted) {
-      const socket = connectRaw(target.address, settings);
+      const { address, localAddress } = target;
+      const socket = connectRaw(address, {
+        ...settings,
+        ...(localAddress === undefined ? {} : { localAddress }),
+      });
       const hangUp = (): void => void socket.destroy();
       signal.addEventListener('abort', hangUp, { once: true });
       await talk(socket);
@@ -139,7 +146,9 @@ async function callNicely(
   const { connect } = await import('node:http2');
   const one = async (): Promise<void> => {
     while (!signal.aborted) {
-      const session = connect(`http://${target.address}`);
+      const { address, localAddress } = target;
+      const createConnection = (): Socket => openSocket(address, localAddress);
+      const session = connect(`http://${address}`, { createConnection });
       session.on('error', () => undefined);
       const stream = session.request({
         ...callHeaders(chatPath, authorization),

@@ -77,11 +77,21 @@ export function callHeaders(path: string, authorization: string): Record<string,
   };
 }
 
-/** A connection that has sent the preface and its SETTINGS, and reads and forgets what comes. */
-export function connectRaw(address: string, settings: Buffer = Buffer.alloc(0)): Socket {
+/** A socket to host:port, from one of this machine's addresses. */
+export function openSocket(address: string, localAddress?: string): Socket {
   const colon = address.lastIndexOf(':');
-  const socket = connect(Number(address.slice(colon + 1)), address.slice(0, colon));
+  const [host, port] = [address.slice(0, colon), Number(address.slice(colon + 1))];
+  const socket = connect({ host, port, ...(localAddress === undefined ? {} : { localAddress }) });
   socket.on('error', () => undefined);
+  return socket;
+}
+
+/** A connection that has sent the preface and its SETTINGS, and reads and forgets what comes. */
+export function connectRaw(
+  address: string,
+  { settings = Buffer.alloc(0), localAddress }: { settings?: Buffer; localAddress?: string } = {},
+): Socket {
+  const socket = openSocket(address, localAddress);
   socket.resume();
   socket.write(preface);
   socket.write(http2Frame(frameTypes.settings, { payload: settings }));
