@@ -115,9 +115,9 @@ export class Bodies {
         if (this.#open.has(stream)) {
           this.#receive(body, chunk);
         }
-        return this.#refused.has(stream) ? false : emit(event, ...args);
       }
-      return emit(event, ...args);
+      const isBody = event === 'data' || event === 'end';
+      return isBody && this.#refused.has(stream) ? false : emit(event, ...args);
     };
     Object.assign(stream, { emit: emitReceived });
     stream.once('close', () => this.#release(stream));

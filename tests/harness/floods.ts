@@ -21,7 +21,7 @@ import {
 } from './raw-http2.ts';
 
 /** Where to, and with which keys. */
-export interface FloodTarget {
+interface FloodTarget {
   readonly address: string;
   /** A key that is let in. */
   readonly apiKey: string;

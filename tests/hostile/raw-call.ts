@@ -4,6 +4,7 @@ import { connect, constants, type ClientHttp2Session, type OutgoingHttpHeaders }
 
 import { errorTable, type ErrorCode } from '@mimo/core/errors';
 
+import { openSocket } from '../harness/raw-http2.ts';
 import type { CallEnd } from './hostile-case.ts';
 
 /** What is sent. Bytes go as they are: `frame` makes a well-formed message of them. */
@@ -14,6 +15,8 @@ export interface RawCall {
   /** False: the stream stays open after the body, until the server ends it or `timeoutMs` has passed. */
   readonly end?: boolean;
   readonly timeoutMs?: number;
+  /** An address of this machine, as 127.0.2.1: the server takes it for another peer. */
+  readonly from?: string;
 }
 
 const defaultTimeoutMs = 30_000;
@@ -32,7 +35,8 @@ export function frame(message: Uint8Array, flag = 0): Buffer {
 
 /** Makes the call on a connection of its own and reads it to its end. */
 export async function rawCall(address: string, call: RawCall): Promise<CallEnd> {
-  const session = connect(`http://${address}`);
+  const { from } = call;
+  const session = connect(`http://${address}`, { createConnection: () => openSocket(address, from) });
   try {
     return await callOn(session, call);
   } finally {

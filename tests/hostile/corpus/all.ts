@@ -8,6 +8,7 @@ import { numbers } from './numbers.ts';
 import { requests } from './requests.ts';
 import { stalledReaders } from './stalled-readers.ts';
 import { text } from './text.ts';
+import { wire } from './wire.ts';
 
 export const subjects: readonly HostileSubject[] = [
   cancel,
@@ -17,4 +18,5 @@ export const subjects: readonly HostileSubject[] = [
   requests,
   stalledReaders,
   text,
+  wire,
 ];
