@@ -37,6 +37,8 @@ export interface HostileWorld {
   /** The key of the tenant that sends the corpus. */
   readonly apiKey: string;
   readonly bystanderKey: string;
+  /** Where the gateway reads its keys, and again when it changes. */
+  readonly keysFile: string;
   /** Sends any value as a ChatRequest: fields that are left out are absent on the wire. */
   chat(request: Parameters<typeof ChatRequest.fromPartial>[0], options?: CallOptions): Promise<CallEnd>;
   generate(
@@ -47,6 +49,8 @@ export interface HostileWorld {
   cancel(request: Parameters<typeof CancelRequest.fromPartial>[0]): Promise<CallEnd>;
   /** Any bytes on any path, on a connection of its own; the tenant's key unless `headers` say otherwise. */
   raw(call: RawCall): Promise<CallEnd>;
+  /** Every file that the processes keep, by its path: logs, the queue's store, whatever else. */
+  readFiles(): Promise<ReadonlyMap<string, string>>;
   /** The text of everything that the processes logged, by file name. */
   readLogs(): Promise<ReadonlyMap<string, string>>;
   /** The gateway's metrics page. */
@@ -96,6 +100,7 @@ class RunningWorld implements HostileWorld {
   readonly cluster: TestCluster;
   readonly apiKey = keys.hostile;
   readonly bystanderKey = keys.bystander;
+  readonly keysFile: string;
   readonly #directory: string;
   readonly #metricsPort: number;
   readonly #client: ReturnType<typeof createClient>;
@@ -103,6 +108,7 @@ class RunningWorld implements HostileWorld {
   constructor(cluster: TestCluster, directory: string, metricsPort: number) {
     this.cluster = cluster;
     this.#directory = directory;
+    this.keysFile = join(directory, 'keys.json');
     this.#metricsPort = metricsPort;
     this.#client = createClient(cluster.parts.gatewayAddress);
   }
@@ -166,6 +172,17 @@ class RunningWorld implements HostileWorld {
         files.map(async (file) => [file, await readFile(join(directory, file), 'utf8')] as const),
       ),
     );
+  }
+
+  async readFiles(): Promise<ReadonlyMap<string, string>> {
+    const entries = await readdir(this.cluster.dataDirectory, { recursive: true, withFileTypes: true });
+    const paths = entries
+      .filter((entry) => entry.isFile())
+      .map((entry) => join(entry.parentPath, entry.name));
+    const texts = await Promise.all(
+      paths.map(async (path) => [path, await readFile(path, 'latin1').catch(() => '')] as const),
+    );
+    return new Map(texts);
   }
 
   async readMetrics(): Promise<string> {
