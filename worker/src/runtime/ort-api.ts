@@ -79,6 +79,15 @@ function loadApi(file: string) {
     createCudaOptions: status(205, ['_Out_ void **']),
     updateCudaOptions: status(206, ['void *', 'void *', 'void *', 'size_t']),
     releaseCudaOptions: slot(208, 'void', ['void *']),
+    registerProviderAllocator: status(259, [
+      'void *',
+      'str',
+      'void *',
+      'void *',
+      'void *',
+      'void *',
+      'size_t',
+    ]),
     appendProvider: status(216, ['void *', 'str', 'void *', 'void *', 'size_t']),
   };
 }
@@ -106,6 +115,17 @@ export class OrtApi {
       throw new ClusterError('internal', 'onnxruntime created nothing and reported no error');
     }
     return out[0];
+  }
+
+  /** As `check`; the environment is one per process, and another rank's thread may have registered it. */
+  registerOnce(register: () => Pointer): void {
+    try {
+      this.check(register());
+    } catch (error) {
+      if (!/already been registered|already registered/.test(ClusterError.from(error).message)) {
+        throw error;
+      }
+    }
   }
 
   /** Throws `internal` with ONNX Runtime's message. */

@@ -113,6 +113,7 @@ class OrtCapiRuntime implements Runtime {
     this.#registerSharedArena();
     const parts: ProviderParts = {
       api,
+      env: this.#env,
       view: (at, dims, type) => this.#view(at, dims, type),
       anySession: () => this.#segments[0]?.session,
       kernelDirectory: options.kernelDirectory,
@@ -240,14 +241,9 @@ class OrtCapiRuntime implements Runtime {
 
   /** One arena for all sessions: an arena per session keeps the peak of every one of a hundred of them. */
   #registerSharedArena(): void {
-    try {
-      this.#api.check(this.#api.functions.createAndRegisterAllocator(this.#env, this.#memory, null));
-    } catch (error) {
-      // The environment is one per process: another rank's thread has registered it.
-      if (!/already been registered|already registered/.test(ClusterError.from(error).message)) {
-        throw error;
-      }
-    }
+    this.#api.registerOnce(() =>
+      this.#api.functions.createAndRegisterAllocator(this.#env, this.#memory, null),
+    );
   }
 }
 

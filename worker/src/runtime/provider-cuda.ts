@@ -39,7 +39,7 @@ function orWarn<T>(otherwise: string, create: () => T): T | undefined {
 }
 
 /** See `Provider`. Throws `failed_precondition` naming what is missing. */
-export function createCudaProvider({ api, view, kernelDirectory }: ProviderParts): Provider {
+export function createCudaProvider({ api, env, view, kernelDirectory }: ProviderParts): Provider {
   const { functions } = api;
   const device = new CudaDevice();
   const replays = new CudaReplays(device);
@@ -57,6 +57,19 @@ export function createCudaProvider({ api, view, kernelDirectory }: ProviderParts
   api.check(functions.addRunConfigEntry(runOptions, 'disable_synchronize_execution_providers', '1'));
   const memory = api.create((out) =>
     functions.createMemoryInfo('Cuda', ort.deviceAllocator, 0, ort.memTypeDefault, out),
+  );
+  // One arena for all sessions: they run one after another, and each would keep the most that it ever took.
+  const arena = new NativeOptions({ device_id: '0', arena_extend_strategy: 'kSameAsRequested' });
+  api.registerOnce(() =>
+    functions.registerProviderAllocator(
+      env,
+      'CUDAExecutionProvider',
+      memory,
+      null,
+      arena.keys,
+      arena.values,
+      arena.count,
+    ),
   );
   const allocate = (type: ElementType, length: number): RuntimeMemory =>
     new DeviceMemory(device, { type, length }, view);

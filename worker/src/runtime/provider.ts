@@ -8,6 +8,7 @@ import type { OptionalKernels, Runtime, RuntimeTensor, TensorData } from './runt
 /** What a provider is made from. */
 export interface ProviderParts {
   readonly api: OrtApi;
+  readonly env: bigint;
   /** A native view of JavaScript memory or, by an address, of the device's. */
   readonly view: (at: TensorData | bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
   /** See RuntimeOptions. */
