@@ -74,6 +74,8 @@ function loadApi(file: string) {
     setGlobalIntraOpThreads: status(147, ['void *', 'int']),
     setGlobalInterOpThreads: status(148, ['void *', 'int']),
     setGlobalSpinControl: status(149, ['void *', 'int']),
+    createArenaConfig: status(156, ['size_t', 'int', 'int', 'int', '_Out_ void **']),
+    releaseArenaConfig: slot(157, 'void', ['void *']),
     addRunConfigEntry: status(165, ['void *', 'str', 'str']),
     appendCuda: status(204, ['void *', 'void *']),
     createCudaOptions: status(205, ['_Out_ void **']),

@@ -10,7 +10,7 @@ import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
 import { createCudaSampler } from './cuda-sampler.ts';
 import type { ElementType } from './element-type.ts';
-import { NativeOptions, ort } from './ort-api.ts';
+import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory } from './runtime.ts';
 
@@ -26,6 +26,28 @@ export function assertCudaProvider(library: string): void {
       `executionProvider cuda: needs ${missing.join(', ')} (from onnxruntime-gpu 1.30.0); libraryPath names libonnxruntime`,
     );
   }
+}
+
+/** One arena for all sessions: they run one after another, and each would keep the most that it ever took. */
+function shareArena(api: OrtApi, env: bigint, memory: bigint): void {
+  const { functions } = api;
+  const [noLimit, sameAsRequested, byDefault] = [0, 1, -1];
+  const config = api.create((out) =>
+    functions.createArenaConfig(noLimit, sameAsRequested, byDefault, byDefault, out),
+  );
+  const options = new NativeOptions({ device_id: '0' });
+  api.registerOnce(() =>
+    functions.registerProviderAllocator(
+      env,
+      'CUDAExecutionProvider',
+      memory,
+      config,
+      options.keys,
+      options.values,
+      options.count,
+    ),
+  );
+  functions.releaseArenaConfig(config);
 }
 
 /** What a kernel of our own does faster is done without it where it cannot be had. */
@@ -58,19 +80,7 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
   const memory = api.create((out) =>
     functions.createMemoryInfo('Cuda', ort.deviceAllocator, 0, ort.memTypeDefault, out),
   );
-  // One arena for all sessions: they run one after another, and each would keep the most that it ever took.
-  const arena = new NativeOptions({ device_id: '0', arena_extend_strategy: 'kSameAsRequested' });
-  api.registerOnce(() =>
-    functions.registerProviderAllocator(
-      env,
-      'CUDAExecutionProvider',
-      memory,
-      null,
-      arena.keys,
-      arena.values,
-      arena.count,
-    ),
-  );
+  shareArena(api, env, memory);
   const allocate = (type: ElementType, length: number): RuntimeMemory =>
     new DeviceMemory(device, { type, length }, view);
   return {
