@@ -189,8 +189,14 @@ export class NatsStore {
       this.#failedTrials > 0 || this.#round % bucketsEveryRounds === 0 ? streamNames : [requestStream];
     this.#round += 1;
     let refusal = await this.#firstRefusal(names);
-    if (refusal?.reason === 'missing' || !(await this.#takeStock())) {
-      refusal = await this.#link.prepareAgain().then(() => this.#firstRefusal(names), refusalOf);
+    try {
+      if (refusal?.reason === 'missing' || !(await this.#takeStock())) {
+        await this.#link.prepareAgain();
+        refusal = await this.#firstRefusal(names);
+      }
+    } catch (error) {
+      // A server that does not answer, or cannot make the stream.
+      refusal = refusal === undefined || refusal.reason === 'missing' ? refusalOf(error) : refusal;
     }
     const isBroken = refusal !== undefined && refusal.reason !== 'full';
     this.#failedTrials = isBroken ? this.#failedTrials + 1 : 0;
@@ -205,6 +211,7 @@ export class NatsStore {
   #note(refusal: QueueRefusal | undefined): void {
     if (refusal?.reason !== this.#fault?.reason) {
       if (refusal === undefined) {
+        this.#remakePauseMs = remakePauseMs.first;
         this.#log.info('queue stores records again');
       } else {
         this.#log.error({ reason: refusal.reason, error: refusal }, 'queue stores no records');

@@ -312,6 +312,23 @@ describe('a queue whose stream is deleted', () => {
   });
 });
 
+describe('a queue whose server stands still', () => {
+  it('is not ready until it goes on, and loses nothing', async () => {
+    await startServer({ storeDirectory: join(directory, 'nats') });
+    const queue = openQueue();
+    const door = await openDoor();
+    const waiting = ask(door, [60]);
+    await waiting.started;
+    process.kill(server.child.pid, 'SIGSTOP');
+    await waitFor('the gateway to be unready', async () => !(await isServing(door)));
+    expect(await metricsOf(door)).toMatch(/gateway_queue_connected(\{[^}]*\})? 0\b/);
+    process.kill(server.child.pid, 'SIGCONT');
+    await waitFor('the gateway to be ready', () => isServing(door));
+    await openGroup(queue);
+    expect(await waiting.end).toEqual([60]);
+  });
+});
+
 describe('a queue near its limits', () => {
   it.each([
     ['bytes', { MIMO_GATEWAY_QUEUE_MAX_BYTES: '65536' }, /the queue is full: it holds \d+ bytes of 65536/],
