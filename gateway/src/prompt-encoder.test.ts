@@ -128,6 +128,16 @@ describe('PromptEncoder', () => {
     await expect(ask(encoder, text('x'), { signal: stop.signal })).rejects.toThrow('gone');
   });
 
+  it('retires once those who wait have their prompts', async () => {
+    const encoder = await openEncoder(demo);
+    const asked = ['a', 'b', 'c'].map((tenant) => ask(encoder, text(long), { tenant }));
+    await encoder.retire();
+    for (const { tokenIds } of await Promise.all(asked)) {
+      expect(tokenIds.length).toBeGreaterThan(1_000);
+    }
+    await expect(ask(encoder, text('x'))).rejects.toMatchObject({ code: 'unavailable' });
+  });
+
   it('refuses more than may wait, and serves other tenants meanwhile', async () => {
     const encoder = await openEncoder(demo);
     const block = 'x '.repeat(2 ** 19);

@@ -32,6 +32,7 @@ export interface EncodeFor {
 
 interface Waiting {
   readonly message: ReadPromptMessage;
+  readonly promise: Promise<EncodedPrompt>;
   readonly resolve: (prompt: EncodedPrompt) => void;
   readonly reject: (error: unknown) => void;
 }
@@ -62,7 +63,6 @@ export class PromptEncoder {
   readonly #queue: PromptQueue<Waiting>;
   readonly #idle: PromptReader[] = [];
   readonly #readers = new Set<PromptReader>();
-  readonly #running = new Set<Promise<void>>();
   readonly #waiting = new Set<Waiting>();
   #starting: Promise<void> | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
@@ -98,7 +98,7 @@ export class PromptEncoder {
     const cost = promptCost(input);
     this.#assertRoom(tenant, cost);
     const { promise, resolve, reject } = Promise.withResolvers<EncodedPrompt>();
-    const waiting: Waiting = { message: { input, maxTokens }, resolve, reject };
+    const waiting: Waiting = { message: { input, maxTokens }, promise, resolve, reject };
     const leave = this.#queue.add({ tenant, cost }, waiting);
     this.#waiting.add(waiting);
     const beganMs = performance.now();
@@ -114,8 +114,8 @@ export class PromptEncoder {
 
   /** Ends the readers once the prompts that wait have been read. */
   async retire(): Promise<void> {
-    while (this.#waiting.size > 0 && !this.#closed) {
-      await Promise.race([...this.#running, this.#starting].filter((each) => each !== undefined));
+    while (this.#waiting.size > 0) {
+      await Promise.allSettled([...this.#waiting].map(({ promise }) => promise));
     }
     await this.close();
   }
@@ -152,12 +152,10 @@ export class PromptEncoder {
       if (taken === undefined || reader === undefined) {
         break;
       }
-      const running = this.#read(reader, taken.item).finally(() => {
+      void this.#read(reader, taken.item).finally(() => {
         taken.done();
-        this.#running.delete(running);
         this.#pump();
       });
-      this.#running.add(running);
       if (taken.isLong && this.#idle.length === 0) {
         // So that a short prompt that comes meanwhile finds one.
         this.#start();
