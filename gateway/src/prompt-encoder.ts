@@ -43,7 +43,7 @@ const waitingMax = {
   all: { prompts: 16_384, cost: 128 * 2 ** 20 },
 } as const;
 /** A reader beyond the first that had nothing to do for so long goes, with its memory. */
-const idleMs = 60_000;
+const idleMs = 600_000;
 /** Starts the first reader of a model, whose files are in the directory; fails as `startPromptReader` does. */
 export async function loadPromptEncoder(
   model: string,
@@ -147,7 +147,7 @@ export class PromptEncoder {
   /** Gives waiting prompts to readers that are free, and starts one more where a prompt could go and none is. */
   #pump(): void {
     while (this.#idle.length > 0) {
-      const taken = this.#queue.take();
+      const taken = this.#queue.take(this.#readers.size);
       const reader = taken === undefined ? undefined : this.#idle.pop();
       if (taken === undefined || reader === undefined) {
         break;
@@ -156,12 +156,8 @@ export class PromptEncoder {
         taken.done();
         this.#pump();
       });
-      if (taken.isLong && this.#idle.length === 0) {
-        // So that a short prompt that comes meanwhile finds one.
-        this.#start();
-      }
     }
-    if (this.#idle.length === 0 && this.#queue.hasTurn) {
+    if (this.#queue.hasTurn(this.#readers.size + 1)) {
       this.#start();
     }
     this.#watchIdle();
@@ -252,16 +248,13 @@ export class PromptEncoder {
     });
   }
 
-  /** With no other reader, those who wait are told; the next prompt tries again. */
+  /** Those who wait are refused, since a long prompt could wait for this reader without end; the next prompt tries again. */
   #startFailed(cause: unknown): void {
     const model = this.#model;
     this.#options.log.error({ error: ClusterError.from(cause), model }, 'a prompt reader cannot be started');
-    if (this.#readers.size === 0) {
-      const text = `model ${model} cannot read prompts at this moment`;
-      const detail = { retryAfterMs: 1_000 };
-      for (const { reject } of this.#waiting) {
-        reject(new ClusterError('unavailable', text, { cause, detail }));
-      }
+    const text = `model ${model} cannot read prompts at this moment`;
+    for (const { reject } of this.#waiting) {
+      reject(new ClusterError('unavailable', text, { cause, detail: { retryAfterMs: 1_000 } }));
     }
   }
 

@@ -7,9 +7,9 @@ const short = 1_000;
 const long = 1_000_000;
 
 /** Takes until nothing may go, one after another: the next once the one before is done. */
-function drain(queue: PromptQueue<string>): string[] {
+function drain(queue: PromptQueue<string>, readers: number): string[] {
   const order: string[] = [];
-  for (let taken = queue.take(); taken !== undefined; taken = queue.take()) {
+  for (let taken = queue.take(readers); taken !== undefined; taken = queue.take(readers)) {
     order.push(taken.item);
     taken.done();
   }
@@ -23,7 +23,7 @@ describe('PromptQueue', () => {
       queue.add({ tenant: 'a', cost: short }, item);
     }
     queue.add({ tenant: 'b', cost: short }, 'b1');
-    expect(drain(queue)).toEqual(['a1', 'b1', 'a2', 'a3']);
+    expect(drain(queue, 2)).toEqual(['a1', 'b1', 'a2', 'a3']);
   });
 
   it('counts what a prompt costs: a tenant of long ones gets fewer turns', () => {
@@ -34,22 +34,25 @@ describe('PromptQueue', () => {
     for (const item of ['b1', 'b2', 'b3']) {
       queue.add({ tenant: 'b', cost: short }, item);
     }
-    expect(drain(queue)).toEqual(['A1', 'b1', 'b2', 'b3', 'A2', 'A3']);
+    expect(drain(queue, 1)).toEqual(['A1', 'b1', 'b2', 'b3', 'A2', 'A3']);
   });
 
   it('keeps one reader of several from long prompts, and each lane to one prompt at a time', () => {
     const queue = new PromptQueue<string>(2);
     queue.add({ tenant: 'a', cost: long }, 'A1');
     queue.add({ tenant: 'b', cost: long }, 'B1');
-    const first = queue.take();
-    expect(first).toMatchObject({ item: 'A1', isLong: true });
-    expect(queue.hasTurn).toBe(false);
+    // The second reader has yet to start.
+    expect(queue.take(1)).toBeUndefined();
+    expect(queue.hasTurn(2)).toBe(true);
+    const first = queue.take(2);
+    expect(first?.item).toBe('A1');
+    expect(queue.hasTurn(2)).toBe(false);
     queue.add({ tenant: 'a', cost: short }, 'a1');
     queue.add({ tenant: 'a', cost: short }, 'a2');
-    expect(queue.take()?.item).toBe('a1');
-    expect(queue.take()).toBeUndefined();
+    expect(queue.take(2)?.item).toBe('a1');
+    expect(queue.take(2)).toBeUndefined();
     first?.done();
-    expect(queue.take()?.item).toBe('B1');
+    expect(queue.take(2)?.item).toBe('B1');
   });
 
   it('forgets a prompt that leaves', () => {
@@ -62,7 +65,7 @@ describe('PromptQueue', () => {
     expect(queue.waiting('a')).toEqual({ prompts: 1, cost: long });
     expect(queue.waiting('b')).toEqual({ prompts: 0, cost: 0 });
     expect(queue.waiting()).toEqual({ prompts: 1, cost: long });
-    expect(drain(queue)).toEqual(['A1']);
+    expect(drain(queue, 1)).toEqual(['A1']);
   });
 
   it('shares by cost between tenants that always wait, and gives every prompt once', () => {
@@ -81,7 +84,7 @@ describe('PromptQueue', () => {
           const served = tenants.map(() => 0);
           const total = tenants.flat().length;
           let taken = 0;
-          for (let next = queue.take(); next !== undefined; next = queue.take()) {
+          for (let next = queue.take(readers); next !== undefined; next = queue.take(readers)) {
             const { tenant, cost } = next.item;
             served[tenant] = (served[tenant] ?? 0) + cost;
             next.done();

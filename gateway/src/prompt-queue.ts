@@ -2,7 +2,7 @@
 //
 // The rule. Prompts wait in lanes, one for a tenant's short prompts and one for its long ones, each first come first served.
 //   1. A lane has at most one prompt being read.
-//   2. All but one reader may read long prompts, where there are several: a short prompt waits for no long one.
+//   2. One reader never reads long prompts, where there may be several: a short prompt waits for no long one.
 //   3. Of the lanes that may go, the one with the earliest tag does (start-time fair queueing): a lane's tag grows by what
 //      its prompts cost, and begins at the present one when the lane has had nothing to do.
 // So a tenant waits for its own prompts and for about as much of any other tenant's as it asks for itself.
@@ -17,7 +17,6 @@ export interface PromptTurn {
 /** A prompt that was taken; say `done` when it has been read. */
 export interface TakenPrompt<T> {
   readonly item: T;
-  readonly isLong: boolean;
   done(this: void): void;
 }
 
@@ -40,18 +39,18 @@ interface Lane<T> {
   isReading: boolean;
 }
 
-/** Shorter prompts take milliseconds. */
-const shortMaxCost = 32_768;
+/** Shorter prompts take some tens of milliseconds; 32,768 tokens of prose are about as long. */
+const shortMaxCost = 131_072;
 
 /** The prompts that wait for one model. */
 export class PromptQueue<T> {
-  readonly #readers: number;
+  readonly #maxReaders: number;
   readonly #lanes = new Map<string, Lane<T>>();
   #tag = 0;
   #longReading = 0;
 
-  constructor(readers: number) {
-    this.#readers = readers;
+  constructor(maxReaders: number) {
+    this.#maxReaders = maxReaders;
   }
 
   /** What waits, of a tenant or of all. */
@@ -93,15 +92,15 @@ export class PromptQueue<T> {
     };
   }
 
-  /** Whether a prompt may go, if a reader is free. */
-  get hasTurn(): boolean {
-    return this.#next() !== undefined;
+  /** Whether a prompt may go, if one of so many readers is free. */
+  hasTurn(readers: number): boolean {
+    return this.#next(readers) !== undefined;
   }
 
-  /** The next prompt, for a reader that is free; undefined where none may go. */
-  take(): TakenPrompt<T> | undefined {
+  /** The next prompt, for one of so many readers, which is free; undefined where none may go. */
+  take(readers: number): TakenPrompt<T> | undefined {
     this.#forgetIdle();
-    const lane = this.#next();
+    const lane = this.#next(readers);
     const [entry] = lane?.waiting ?? [];
     if (lane === undefined || entry === undefined) {
       return undefined;
@@ -114,7 +113,6 @@ export class PromptQueue<T> {
     this.#longReading += lane.isLong ? 1 : 0;
     return {
       item: entry.item,
-      isLong: lane.isLong,
       done: () => {
         lane.isReading = false;
         this.#longReading -= lane.isLong ? 1 : 0;
@@ -122,8 +120,8 @@ export class PromptQueue<T> {
     };
   }
 
-  #next(): Lane<T> | undefined {
-    const longMax = Math.max(1, this.#readers - 1);
+  #next(readers: number): Lane<T> | undefined {
+    const longMax = this.#maxReaders === 1 ? 1 : readers - 1;
     let next: Lane<T> | undefined;
     for (const lane of this.#lanes.values()) {
       const mayGo = lane.waiting.size > 0 && !lane.isReading && (!lane.isLong || this.#longReading < longMax);

@@ -27,7 +27,7 @@ const kinds: Readonly<Record<string, () => string>> = {
   letters: () => scatter(Array.from('abcdefghijklmnopqrstuvwxyz'), megabyte),
   spaces: () => ' '.repeat(megabyte),
   marks: () => `a${scatter(['\u0301', '\u0327', '\u0345', '\u0334'], megabyte / 2 - 1)}`,
-  han: () => scatter(Array.from('你好世界小米的模型'), Math.floor(megabyte / 3)),
+  han: () => scatter(Array.from('龘靐齉爩鱻麤龗灪'), Math.floor(megabyte / 3)),
 };
 
 /** Prints a line for each kind and, last, one JSON line. */
