@@ -104,7 +104,9 @@ export class Connections {
     this.#all.set(session, connection);
     siblings.add(connection);
     this.#byPeer.set(peer, siblings);
-    session.once('close', () => {
+    // Of the socket: a session whose peer left with streams unread may outlive it.
+    socket.once('close', () => {
+      session.destroy();
       connection.forget();
       this.#all.delete(session);
       siblings.delete(connection);

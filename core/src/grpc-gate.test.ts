@@ -307,6 +307,26 @@ describe('wrong keys', () => {
 });
 
 describe('connections', () => {
+  it('are forgotten once they are gone, whatever was left unread', async () => {
+    const server = await serve();
+    for (const headers of [{}, { authorization: 'bad' }, { ':path': HealthService.watch.path }]) {
+      const session = open(server);
+      const stream = begin(session, headers);
+      stream.write(message(maxReceiveBytes, { sent: 900_000 }));
+      await once(session, 'remoteSettings');
+      session.destroy();
+    }
+    await vi.waitFor(
+      () =>
+        expect(server.gateCounts()).toEqual({
+          provenConnections: 0,
+          unprovenConnections: 0,
+          unansweredBytes: 0,
+        }),
+      patience,
+    );
+  });
+
   it('beyond the limit of a peer take the place of the oldest that proved nothing', async () => {
     const server = await serve();
     const proven = open(server);
