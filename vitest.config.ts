@@ -43,8 +43,9 @@ export default defineConfig({
           include: ['tests/{harness,cluster,faults}/**/*.test.ts'],
           globalSetup,
           fileParallelism: false,
-          testTimeout: 180_000,
-          hookTimeout: 180_000,
+          // Only what hangs is to be ended: the storms of thousands take minutes beside forty busy processes.
+          testTimeout: 600_000,
+          hookTimeout: 600_000,
         },
       },
       {
