@@ -74,7 +74,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       for (let round = 0; round < Number(values.asks); round += 1) {
         signal.throwIfAborted();
         const sentMs = performance.now();
-        const asked = Array.from({ length: Number(values.count) }, () => refuse(cluster, model, long));
+        const asked = Array.from({ length: Number(values.count) }, () => sendLong(cluster, model, long));
         await sleep(300);
         behindMs.push(await measure(cluster, model, fiveKilobytes));
         await Promise.all(asked);
@@ -84,7 +84,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       results.push({ kind, aloneMs, behindMs, longMs });
       process.stdout.write(
         `${kind}: 5 kB behind ${values.count} of 1 MB ${behindMs.map((ms) => ms.toFixed(0)).join(', ')} ms; ` +
-          `all refused within ${Math.max(...longMs).toFixed(0)} ms\n`,
+          `all read or refused within ${Math.max(...longMs).toFixed(0)} ms\n`,
       );
       results.at(-1)!['worstRatio'] = worstMs / aloneMs;
     }
@@ -127,13 +127,14 @@ async function timeToCount(cluster: TestCluster, model: string, text: string): P
   return performance.now() - sentMs;
 }
 
-/** Sends a chat that cannot fit, on a connection of its own. */
-async function refuse(cluster: TestCluster, model: string, text: string): Promise<void> {
+/** Sends a long chat on a connection of its own, and waits until it was read or refused. */
+async function sendLong(cluster: TestCluster, model: string, text: string): Promise<void> {
   const client = createClient(cluster.parts.gatewayAddress);
   const request = ChatRequest.fromPartial({ model, messages: [{ role: Role.USER, content: text }] });
   try {
     for await (const _ of callServerStream(client, InferenceServiceService.chat, { request })) {
-      throw new Error('a prompt of a megabyte was accepted');
+      // A large vocabulary has tokens of 128 spaces: a megabyte of them fits, and was read by now.
+      break;
     }
   } catch (error) {
     if (!String(error).includes('limit')) {
