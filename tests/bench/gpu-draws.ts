@@ -15,7 +15,7 @@ import type { DrawCheck, DrawVerdict } from './gpu-draws-thread.ts';
 import { mimo7b } from '@mimo/worker/model/random-checkpoint';
 
 const saltsOfSet = 8;
-const drawsOfRow = 256;
+const drawsOfRow = 512;
 const setsOfReport = 10;
 /** As the tokenizer leaves it: what follows is padding. */
 const usable = 151_669;

@@ -188,7 +188,35 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     await runPeer(values.peer, report, signal);
   }
   const { provider, precision } = values;
-  process.stdout.write(`${JSON.stringify({ bench: 'gpu', provider, precision, results })}\n`);
+  const goals = goalsOf(results);
+  process.stdout.write(`${JSON.stringify({ bench: 'gpu', provider, precision, goals, results })}\n`);
+}
+
+/** What the results must show, where they were measured. */
+function goalsOf(results: readonly Record<string, unknown>[]) {
+  const least: Readonly<Record<string, number>> = { sampled: 0.97, penalties: 0.9, logprobs: 0.9 };
+  return results.flatMap(({ step, on, asked, batch, ofGreedy, kind, different, unfinished, failures }) => {
+    if (step === 'sampling' && on === 'device' && asked !== 'greedy') {
+      const goal = least[asked as string]!;
+      const value = ofGreedy as number;
+      return [
+        {
+          name: `${asked as string} at batch ${batch as number}, of greedy`,
+          goal,
+          value,
+          met: value >= goal,
+        },
+      ];
+    }
+    if (step === 'draws' && kind === 'all') {
+      return [{ name: 'draws unlike the host', goal: 0, value: different, met: different === 0 }];
+    }
+    if (step === 'streams') {
+      const value = (unfinished as number) + Object.keys(failures as object).length;
+      return [{ name: 'streams that failed', goal: 0, value, met: value === 0 }];
+    }
+    return [];
+  });
 }
 
 /** What the engine makes of the device's memory: the KV cache that fits, and the answer to one that does not. */
