@@ -37,7 +37,11 @@ describe('a storm of client cancels', () => {
   let expected: readonly number[];
   const request = chatRequest('What is 47 + 85?', { ignoreEos: true, maxTokens: 200 });
   beforeAll(async () => {
-    cluster = await startTestCluster({ workerEnv: { MIMO_WORKER_MAX_SEQUENCES: String(streamCount + 10) } });
+    cluster = await startTestCluster({
+      workerEnv: { MIMO_WORKER_MAX_SEQUENCES: String(streamCount + 10) },
+      // The whole burst is open at once, on one connection.
+      gatewayEnv: { MIMO_GATEWAY_MAX_STREAMS_PER_CONNECTION: String(burstCancels + 2 * streamCount) },
+    });
     client = createClient(cluster.parts.gatewayAddress);
     ({ tokenIds: expected } = await ask(client, { request }));
   });
