@@ -13,7 +13,7 @@ for wheel in "$wheels"/*.whl; do
   python3 -m zipfile --extract "$wheel" "$wheels/content"
 done
 for library in libonnxruntime.so libonnxruntime_providers_shared.so libonnxruntime_providers_cuda.so \
-  libcudart.so libcublas.so libcublasLt.so libcurand.so libnccl.so; do
+  libcudart.so libnvrtc.so libnvrtc-builtins.so libcublas.so libcublasLt.so libcurand.so libnccl.so; do
   find "$wheels/content" -name "$library*" -exec mv {} "$folder" \;
 done
 chmod 644 "$folder"/*
