@@ -54,6 +54,16 @@ describe('generated code', () => {
       rmSync(directory, { recursive: true });
     }
   });
+
+  it('of docs/reference is what the sources give', () => {
+    const directory = mkdtempSync(join(tmpdir(), 'mimo-reference-'));
+    try {
+      execFileSync(process.execPath, [join(root, 'docs/generate.ts'), directory], { stdio: 'pipe' });
+      expect(contentsOf(join(root, 'docs/reference'))).toEqual(contentsOf(directory));
+    } finally {
+      rmSync(directory, { recursive: true });
+    }
+  });
 });
 
 describe('the glossary', () => {
