@@ -1,5 +1,7 @@
 // The CRDs against a real API server: what it takes and refuses, the defaults that it fills in, columns, scale, immutability.
 
+import { join } from 'node:path';
+
 import { crdDirectory } from '@mimo/controller/crd-generate';
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
@@ -50,6 +52,12 @@ describe('a ModelService at the API server', () => {
       code: 'invalid_argument',
       message: expect.stringContaining(words),
     });
+  });
+
+  it('as docs/getting-started has it is taken', async () => {
+    const manifests = join(import.meta.dirname, '../../docs/getting-started');
+    await plane.kubectl(['apply', '--filename', manifests]);
+    await expect(client.get(modelServices, 'mimo-7b-rl', never)).resolves.toBeDefined();
   });
 
   it('with a name that pods could not be named after is refused', async () => {
