@@ -1,25 +1,33 @@
-// How many replica groups a model needs. Pure: time and memory are arguments. Reads the queue in tokens (prompt plus
-// permitted completion), because requests differ a thousandfold; knows no pods. Its result explains itself (status.ts).
+// How many replica groups a model needs. Pure: time and memory are arguments. It reads the queue in tokens (prompt plus
+// permitted completion), because requests differ a thousandfold. It knows no pods. The result explains itself (status.ts).
 //
-//   speed    tokens that a full group retires a second, measured while at least half the slots run (arrival-load.ts)
-//   T        targetWaitSeconds;  D  start-up time, measured;  M  memory: 120 s + 3 D, what starts slowly is kept longer
-//   reserve  5 % of the speed, and 4 % for each minute of D: nobody helps out sooner
+//   speed    tokens per second of a full group, measured while at least half of its slots run (arrival-load.ts)
+//   T        targetWaitSeconds
+//   D        start-up time, measured
+//   M        memory: 120 s + 3 D, because groups that start slowly are kept longer
+//   reserve  5 % of the speed, plus 4 % for each minute of D: the longer a start-up, the later help arrives
 //
 // wanted is the largest of
-//   recent   the count that, held through the arrivals of the last M, replayed with help on backlogs as below, would have made
-//            the smallest bill with 19 of 20 tokens waiting at most T, at `speed` less `reserve`; smoothed over M / 3 (replay.ts)
-//   backlog  once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))), where `rate` is what is
-//            expected over the next D - T (arrival-load.ts: how moments as busy as this one went on; whoever comes later may
-//            wait for what is ordered at present), and `left` is what waits after D at that rate, starting groups helping from
-//            when they are ready. Until a first group serves no more than waiting / (speed T), all at once
-//   oldest   one group more than exist, while the oldest has waited longer than 2 T and nothing starts
-// clamped to [min, max]. Up: in one step, also from zero. Down: in one step, those that still start first, but not below
-// recent / 0.95, smoothed or not, nor below 3 waiting / (speed T), nor below what has slots for all that runs, nor in the first
-// M below what the controller found, and not while the oldest waits longer than 2 T. The last group stays until
-// scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
+//   recent   Replay the arrivals of the last M against each constant count, with extra groups ordered on a backlog as below.
+//            Take the count that would have cost the fewest replica-seconds with 19 of 20 tokens waiting at most T, at
+//            `speed` less `reserve`. Smoothed over M / 3 (replay.ts).
+//   backlog  Once more than T / 2 of work waits: rate / speed + left / (speed (T + min(D, 2 T))). `rate` is the arrival
+//            rate expected over the next D - T, from how similar moments continued (arrival-load.ts); later arrivals can wait
+//            for what is ordered now. `left` is the work waiting after D at that rate, with starting groups helping once
+//            they are ready. Until a first group serves: at least waiting / (speed T), in one step.
+//   oldest   One more group than exist, while the oldest request has waited longer than 2 T and nothing is starting.
+// clamped to [min, max].
 //
-// The plain rule (waiting + in flight) / (speed T) is an arm of tests/bench/autoscale.ts, which shows what each term buys.
-// INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue never changes the count but to keep it in its limits.
+// Up: in one step, also from zero. Down: in one step, starting groups first, but never
+//   - below recent / 0.95, smoothed or not;
+//   - below 3 waiting / (speed T);
+//   - below the slots that all running requests need;
+//   - in the first M, below the count that the controller found;
+//   - while the oldest request has waited longer than 2 T.
+// The last group stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
+//
+// The plain rule (waiting + in flight) / (speed T) is a peer in tests/bench/autoscale.ts, which shows what each term gains.
+// INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue changes the count only to keep it within its limits.
 
 import type { ScalingSpec } from '../resources.ts';
 import type { ScaleDecision, ScaleReason } from '../status.ts';
