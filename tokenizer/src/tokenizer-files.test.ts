@@ -2,7 +2,10 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, it, onTestFinished } from 'vitest';
+import { ClusterError } from '@mimo/core/errors';
+import { createLog } from '@mimo/core/log';
 import { characterFromByte } from './byte-level.ts';
+import { parseChatTemplate } from './chat-template.ts';
 import { parseTokenizerFiles, readTokenizerFiles, type TokenizerFiles } from './tokenizer-files.ts';
 import { createTokenizer, loadTokenizer } from './tokenizer.ts';
 
@@ -100,11 +103,64 @@ describe('parseTokenizerFiles', () => {
   it.each([
     [
       { model: { ...smallest.model, merges: ['b a'] } },
-      'tokenizer.json is malformed: model.vocab "ba": no such entry',
+      'tokenizer.json is malformed: model.vocab (of type object): no entry for merge 0',
     ],
-    [{ normalizer: { type: 'NFKC' } }, 'tokenizer.json is not supported: normalizer.type "NFKC": '],
-  ])('names the place and what is there', (changes, message) => {
+    [
+      { normalizer: { type: 'NFKC' } },
+      'tokenizer.json is not supported: normalizer.type (of type string): Invalid input: expected "NFC"',
+    ],
+    [{ added_tokens: [{ id: 257 }] }, 'tokenizer.json is malformed: added_tokens.0.content (absent): '],
+  ])('names the place and what is wrong there', (changes, message) => {
     expect(() => parseTokenizerFiles(withTokenizer(changes))).toThrow(message);
+  });
+
+  const marker = 'markerInTokenizer4bd0';
+  it.each<[string, TokenizerFiles]>([
+    ['text that is not JSON', { ...none, tokenizerJson: marker }],
+    ['JSON that breaks off', { ...none, tokenizerJson: `{"model": "${marker}` }],
+    ['a text', { ...none, tokenizerJson: JSON.stringify(marker) }],
+    ['a kind of model', withTokenizer({ model: { type: marker } })],
+    ['a kind of normalizer', withTokenizer({ normalizer: { type: marker } })],
+    ['a vocabulary', withTokenizer({ model: { ...smallest.model, vocab: { ...bytes, [marker]: marker } } })],
+    [
+      'a long spelling',
+      withTokenizer({ model: { ...smallest.model, vocab: { ...bytes, [marker.repeat(1_000)]: 256 } } }),
+    ],
+    ['a merge', withTokenizer({ model: { ...smallest.model, merges: [`${marker} x`] } })],
+    ['a merge of three', withTokenizer({ model: { ...smallest.model, merges: [`a ${marker} x`] } })],
+    ['a pattern', withTokenizer(withSplit({ pattern: { Regex: `${marker}(` } }))],
+    ['an added token', withTokenizer({ added_tokens: [{ id: marker, content: marker }] })],
+    ['an added token that is a text', withTokenizer({ added_tokens: [marker] })],
+    [
+      'an added token of the configuration',
+      {
+        ...withTokenizer({}),
+        tokenizerConfigJson: JSON.stringify({ added_tokens_decoder: { [marker]: { content: marker } } }),
+      },
+    ],
+    ['a configuration', { ...withTokenizer({}), tokenizerConfigJson: marker }],
+    ['merges as lines', { ...none, vocabJson: JSON.stringify(bytes), mergesTxt: `${marker} x` }],
+    ['a template', { ...withTokenizer({}), chatTemplateJinja: `{% ${marker} %}` }],
+    ['a template that breaks off', { ...withTokenizer({}), chatTemplateJinja: `{{ "${marker}" ~` }],
+    ['a template of one letter wrong', { ...withTokenizer({}), chatTemplateJinja: `{{ ${marker} # }}` }],
+  ])('quotes no word of %s', (_, files) => {
+    const lines: string[] = [];
+    const log = createLog({
+      process: 'test',
+      level: 'info',
+      destination: { write: (line) => void lines.push(line) },
+    });
+    let error: unknown;
+    try {
+      const description = parseTokenizerFiles(files);
+      createTokenizer(description);
+      parseChatTemplate(description.chatTemplate ?? '');
+    } catch (thrown) {
+      error = thrown;
+    }
+    log.error({ error }, 'the files are not usable');
+    expect(error).toBeInstanceOf(ClusterError);
+    expect(`${String(error)} ${lines.join('')}`).not.toContain(marker);
   });
 
   it('takes a known word whole when merges are ignored', () => {

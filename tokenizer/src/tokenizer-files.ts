@@ -62,11 +62,13 @@ const bytePairSchema = z.object({
       byte_fallback: notUsed,
     })
     .superRefine(({ vocab, merges }, context) => {
-      const spellings = [...characterFromByte, ...merges.map((halves) => halves.join(''))];
-      const missing = spellings.find((spelling) => !Object.hasOwn(vocab, spelling));
-      if (missing !== undefined) {
+      const isMissing = (spelling: string): boolean => !Object.hasOwn(vocab, spelling);
+      const byte = characterFromByte.findIndex(isMissing);
+      const merge = merges.findIndex((halves) => isMissing(halves.join('')));
+      if (byte >= 0 || merge >= 0) {
         // Text would be dropped in silence.
-        context.addIssue({ code: 'custom', path: ['vocab'], message: 'no such entry', input: missing });
+        const message = `no entry for ${byte >= 0 ? `byte ${byte}` : `merge ${merge}`}`;
+        context.addIssue({ code: 'custom', path: ['vocab'], message, input: vocab });
       }
     }),
   normalizer: z.object({ type: z.literal('NFC') }).nullable(),
@@ -223,6 +225,7 @@ function parseJson(json: string, file: string): unknown {
   }
 }
 
+/** Says where and what kind of value is wrong. The file may be no tokenizer at all, so nothing of it is quoted. */
 function check<Schema extends z.ZodType>(schema: Schema, value: unknown, file: string): z.output<Schema> {
   const result = schema.safeParse(value, { reportInput: true });
   if (result.success) {
@@ -230,13 +233,28 @@ function check<Schema extends z.ZodType>(schema: Schema, value: unknown, file: s
   }
   const { issues } = result.error;
   const unsupported = issues.find(({ code }) => code === 'invalid_value');
-  const problem = unsupported ?? issues[0];
-  const place = problem?.path.join('.') || 'top level';
-  const found = JSON.stringify(problem?.input)?.slice(0, 80) ?? 'absent';
+  const problem = unsupported ?? issues[0]!;
+  const place = placeOf(problem.path);
+  const text = `${place} (${kindOf(problem.input)}): ${problem.message}`;
   throw unsupported === undefined
-    ? new ClusterError('data_loss', `${file} is malformed: ${place} ${found}: ${problem?.message}`)
-    : new ClusterError(
-        'failed_precondition',
-        `${file} is not supported: ${place} ${found}: ${problem?.message}`,
-      );
+    ? new ClusterError('data_loss', `${file} is malformed: ${text}`)
+    : new ClusterError('failed_precondition', `${file} is not supported: ${text}`);
+}
+
+/** Fields whose keys are the file's own. */
+const records = new Set<PropertyKey | undefined>(['vocab', 'added_tokens_decoder']);
+
+function placeOf(path: readonly PropertyKey[]): string {
+  const names = path.map((name, index) => (records.has(path[index - 1]) ? '*' : String(name)));
+  return names.join('.') || 'top level';
+}
+
+function kindOf(value: unknown): string {
+  if (value === undefined) {
+    return 'absent';
+  }
+  if (value === null) {
+    return 'null';
+  }
+  return Array.isArray(value) ? 'a list' : `of type ${typeof value}`;
 }
