@@ -1,7 +1,7 @@
 // A whole cluster of real processes for a test: nats-server, gateway and groups of ranks on the demonstration model, on
 // free ports and in a directory of its own. Owns its start, its end, and the counters that show a leak. Asserts nothing.
 
-import { mkdtemp, readdir, readlink, rm } from 'node:fs/promises';
+import { mkdtemp, readFile, readdir, readlink, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -294,11 +294,17 @@ export async function ask(client: InferenceServiceClient, options: AskOptions): 
   return { ...answer, started, tokenIds, logprobs, finish };
 }
 
-/** Sockets that a process holds open. */
+/** Sockets that a process holds open, besides its channel to each process that it started when there was work for it. */
 export async function socketCount(pid: number): Promise<number> {
   const directory = `/proc/${pid}/fd`;
   const targets = await Promise.all(
     (await readdir(directory)).map((name) => readlink(join(directory, name)).catch(() => '')),
   );
-  return targets.filter((target) => target.startsWith('socket:')).length;
+  return targets.filter((target) => target.startsWith('socket:')).length - (await childCount(pid));
+}
+
+/** Processes that a process has started and that live. */
+export async function childCount(pid: number): Promise<number> {
+  const children = await readFile(`/proc/${pid}/task/${pid}/children`, 'utf8');
+  return children.split(' ').filter((child) => child.trim() !== '').length;
 }

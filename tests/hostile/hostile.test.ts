@@ -16,6 +16,9 @@ import { openWorld, type Footprint, type HostileWorld } from './world.ts';
 /** What a process may keep of the corpus: heaps and caches that grew once. Leaks of a case's input are larger. */
 const keptBytes = 192 * 2 ** 20;
 
+/** The gateway's default. */
+const maxReadersPerModel = 2;
+
 /** In the keys file, in a prompt, in headers: found nowhere else. */
 const markers = ['marker-in-keys-file-5e1d', 'marker in prompt 7c02', 'marker-in-header-91fa'];
 
@@ -73,6 +76,7 @@ describe('afterwards', () => {
     expect(report.harmed).toEqual([]);
     expect(report.streams).toBeGreaterThan(0);
     expect(after.gatewayBytes - before.gatewayBytes).toBeLessThan(keptBytes);
+    expect(after.promptReaders).toBeLessThanOrEqual(maxReadersPerModel * world.models);
     expect(after.workerBytes - before.workerBytes).toBeLessThan(keptBytes);
     const lives = [...world.cluster.parts.groups, world.cluster.parts.gateway].map(({ life }) => life);
     expect(lives).toEqual([1, 1]);

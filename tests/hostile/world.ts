@@ -18,7 +18,13 @@ import {
 } from '@mimo/proto/inference';
 
 import { freePorts } from '../../deploy/local/local-cluster.ts';
-import { createClient, socketCount, startTestCluster, type TestCluster } from '../harness/cluster.ts';
+import {
+  childCount,
+  createClient,
+  socketCount,
+  startTestCluster,
+  type TestCluster,
+} from '../harness/cluster.ts';
 import type { CallEnd, HostileSubject } from './hostile-case.ts';
 import { frame, rawCall, type RawCall } from './raw-call.ts';
 
@@ -27,11 +33,15 @@ export interface Footprint {
   readonly gatewayBytes: number;
   readonly workerBytes: number;
   readonly gatewaySockets: number;
+  /** Processes that read prompts. */
+  readonly promptReaders: number;
   readonly held: Readonly<Record<string, number>>;
 }
 
 export interface HostileWorld {
   readonly cluster: TestCluster;
+  /** How many models the gateway serves. */
+  readonly models: number;
   /** host:port of the gateway's gRPC door. */
   readonly address: string;
   /** The key of the tenant that sends the corpus. */
@@ -93,11 +103,12 @@ export async function openWorld(subjects: readonly HostileSubject[]): Promise<Ho
       MIMO_GATEWAY_METRICS_LISTEN: `127.0.0.1:${metricsPort}`,
     },
   });
-  return new RunningWorld(cluster, directory, metricsPort);
+  return new RunningWorld({ cluster, directory, metricsPort, models: Object.keys(models).length });
 }
 
 class RunningWorld implements HostileWorld {
   readonly cluster: TestCluster;
+  readonly models: number;
   readonly apiKey = keys.hostile;
   readonly bystanderKey = keys.bystander;
   readonly keysFile: string;
@@ -105,8 +116,19 @@ class RunningWorld implements HostileWorld {
   readonly #metricsPort: number;
   readonly #client: ReturnType<typeof createClient>;
 
-  constructor(cluster: TestCluster, directory: string, metricsPort: number) {
+  constructor({
+    cluster,
+    directory,
+    metricsPort,
+    models,
+  }: {
+    readonly cluster: TestCluster;
+    readonly directory: string;
+    readonly metricsPort: number;
+    readonly models: number;
+  }) {
     this.cluster = cluster;
+    this.models = models;
     this.#directory = directory;
     this.keysFile = join(directory, 'keys.json');
     this.#metricsPort = metricsPort;
@@ -196,6 +218,7 @@ class RunningWorld implements HostileWorld {
       gatewayBytes: await residentBytes(gatewayPid),
       workerBytes: await residentBytes(groups[0]?.children[0]?.pid ?? 0),
       gatewaySockets: await socketCount(gatewayPid),
+      promptReaders: await childCount(gatewayPid),
       held: { ...(await this.cluster.held()) },
     };
   }
