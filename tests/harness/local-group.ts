@@ -67,6 +67,7 @@ export async function openLocalGroup({
           isKvAuto: false,
           pingMs: 1000,
           leaving: new Int32Array(1),
+          turns: new Int32Array(1),
         },
       }),
   );

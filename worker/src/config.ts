@@ -69,6 +69,12 @@ export const workerSettings = {
   peerConnectTimeoutMs: durationSetting('MIMO_WORKER_PEER_CONNECT_TIMEOUT', '10m'),
   peerTimeoutMs: durationSetting('MIMO_WORKER_PEER_TIMEOUT', '10s'),
 
+  /**
+   * A step that takes longer, peers waited for included, hangs: its group ends. The largest step takes seconds on two busy
+   * cores, and a device may compile in its first ones.
+   */
+  stepTimeoutMs: durationSetting('MIMO_WORKER_STEP_TIMEOUT', '2m'),
+
   /** The WorkerService on a leader, health on every rank. */
   listen: addressSetting('MIMO_WORKER_LISTEN', '0.0.0.0:50052'),
   /** What gateways dial, `host:port`; default: the address listened on. */

@@ -180,7 +180,7 @@ class GroupView {
       group: config.group,
       address: config.advertise || (this.#serving?.boundAddress ?? config.listen),
       revision: config.revision,
-      state: this.#state,
+      state: this.#isStalled() ? GroupState.STALLED : this.#state,
       sequenceNumber: this.#sequenceNumber,
       incarnation: this.#incarnation,
       worldSize: config.tensorParallel,
@@ -198,6 +198,10 @@ class GroupView {
       precision: config.precision,
       identity: this.#serving?.identity ?? '',
     };
+  }
+
+  #isStalled(): boolean {
+    return this.#state === GroupState.READY && this.#serving?.engine.isStalled === true;
   }
 
   stats(): StatsResponse {

@@ -91,6 +91,7 @@ export function engineOptionsFrom(config: WorkerConfig, shardDirectory: string):
     kvBytes: config.kvBytes,
     maxBatchTokens: config.maxBatchTokens,
     parkAfterMs: config.parkAfterMs,
+    stepTimeoutMs: config.stepTimeoutMs,
     prefillChunkTokens: config.prefillChunkTokens,
   };
 }

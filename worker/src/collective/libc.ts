@@ -1,5 +1,5 @@
-// The few system calls on a connected socket that must not go through the event loop, since the step thread has none
-// while it computes. Owns the binding to libc; descriptors are non-blocking, as libuv leaves them. Knows no protocol.
+// The few system calls that must not go through the event loop: on a connected socket, since the step thread has none
+// while it computes, and the end of a process whose step thread cannot be ended. Owns the binding to libc; descriptors are non-blocking, as libuv leaves them. Knows no protocol.
 // Node ignores SIGPIPE, so writing to a closed connection is an error code.
 
 import { constants } from 'node:os';
@@ -24,6 +24,7 @@ const pollCall: (entries: Int32Array, count: number, timeoutMs: number) => numbe
 ]);
 const dupCall: (fd: number) => number = libc.func('dup', 'int', ['int']);
 const closeCall: (fd: number) => number = libc.func('close', 'int', ['int']);
+const exitCall: (code: number) => void = libc.func('_exit', 'void', ['int']);
 
 const readable = 1;
 const writable = 4;
@@ -73,6 +74,11 @@ export function duplicate(fd: number): number {
 /** Closes the descriptor; the peer sees the end of the connection when it was the last. */
 export function closeDescriptor(fd: number): void {
   closeCall(fd);
+}
+
+/** Ends the process at once. Node's own exit waits for its threads, and one that hangs in native code never ends. */
+export function exitAtOnce(code: number): void {
+  exitCall(code);
 }
 
 function throwUnlessLater(call: string): 0 {

@@ -4,6 +4,7 @@
 
 import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/errors';
+import { exitAtOnce } from '../collective/libc.ts';
 import type { ModelConfig } from '../model/model-config.ts';
 import type { Precision } from '../model/shard.ts';
 import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
@@ -12,6 +13,7 @@ import { completeOptions, type CompleteOptions, type EngineOptions } from './eng
 import { kvBlockTokens } from './kv-cache.ts';
 import { openGroup, type LocalRanks } from './local-ranks.ts';
 import type { StepThreadOptions, StepThreadRequest, StepThreadResponse } from './step-thread.ts';
+import { createTurns, looksPerLimit, StepWatch } from './step-watch.ts';
 
 export type * from './engine-api.ts';
 export type { EngineOptions, GroupOptions } from './engine-options.ts';
@@ -47,6 +49,8 @@ export interface EngineHost {
   readonly failed: Promise<ClusterError>;
   /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
   readonly leaving: Promise<void>;
+  /** A step has taken so long that nothing should be submitted until it ends. */
+  readonly isStalled: boolean;
   /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
   leave(): void;
   /** Throws `unavailable` while draining or closed. A request that cannot run ends with an `error` delta instead. */
@@ -61,7 +65,10 @@ export interface EngineHost {
   stats(): EngineStats;
   /** Takes nothing new and resolves when the last sequence has ended, or rejects with the signal's reason. */
   drain(signal?: AbortSignal): Promise<void>;
-  /** Ends live sequences with `aborted`, stops the threads, frees the model. Idempotent. */
+  /**
+   * Ends live sequences with `aborted`, stops the threads, frees the model. Idempotent. Where a step hangs its thread
+   * stays, and the process ends with it.
+   */
   close(): Promise<void>;
 }
 
@@ -97,6 +104,11 @@ class RunningEngine implements EngineHost {
   readonly #ranks: LocalRanks;
   readonly #threads: readonly Worker[];
   readonly #exits: readonly Promise<void>[];
+  readonly #watches: StepWatch[] = [];
+  readonly #looking: NodeJS.Timeout;
+  #isStalled = false;
+  /** Resolves when a step hangs, whose thread cannot be waited for. */
+  readonly #hung = Promise.withResolvers<void>();
   readonly #listeners = new Set<(frame: EngineFrame) => void>();
   /** Live sequences, with the completion tokens that each has delivered. */
   readonly #live = new Map<number, number>();
@@ -121,6 +133,7 @@ class RunningEngine implements EngineHost {
     this.#threads = complete.manifests.map((_, i) => this.#startThread(i));
     this.#exits = this.#threads.map((thread) => new Promise((done) => thread.once('exit', () => done())));
     this.#ready.promise.catch(() => undefined);
+    this.#looking = setInterval(() => this.#look(), complete.stepTimeoutMs / looksPerLimit).unref();
   }
 
   get info(): EngineInfo {
@@ -153,6 +166,10 @@ class RunningEngine implements EngineHost {
     } finally {
       signal?.removeEventListener('abort', onAbort);
     }
+  }
+
+  get isStalled(): boolean {
+    return this.#isStalled;
   }
 
   leave(): void {
@@ -225,12 +242,30 @@ class RunningEngine implements EngineHost {
       this.#ranks.stop();
     }
     const timer = setTimeout(() => this.#ranks.stop(), closeGraceMs);
-    await Promise.all(this.#exits);
+    await Promise.race([Promise.all(this.#exits), this.#hung.promise]);
     clearTimeout(timer);
+    clearInterval(this.#looking);
+  }
+
+  /** Ends the group where one of its steps does not end by itself. */
+  #look(): void {
+    const health = this.#watches.map((watch) => watch.look());
+    this.#isStalled = health.some((each) => each !== 'turning');
+    const index = health.indexOf('hung');
+    if (index >= 0) {
+      clearInterval(this.#looking);
+      const { manifests, stepTimeoutMs } = this.#complete;
+      const text = `rank ${manifests[index]!.rank} has been in one step for ${stepTimeoutMs / 1000} s`;
+      process.once('exit', exitAtOnce);
+      this.#fail(new ClusterError('deadline_exceeded', text));
+      this.#hung.resolve();
+    }
   }
 
   #startThread(index: number): Worker {
     const { manifests, directories, runtime, threads, limits, isKvAuto } = this.#complete;
+    const turns = createTurns();
+    this.#watches.push(new StepWatch(turns));
     const workerData: StepThreadOptions = {
       directory: directories[index]!,
       manifest: manifests[index]!,
@@ -241,6 +276,7 @@ class RunningEngine implements EngineHost {
       isKvAuto,
       pingMs: this.#ranks.pingMs,
       leaving: this.#ranks.leaving,
+      turns,
     };
     const thread = new Worker(new URL('step-thread.ts', import.meta.url), {
       workerData,

@@ -62,6 +62,8 @@ export interface EngineOptions {
   readonly adaptiveSpeculation?: boolean;
   /** A sequence without credit for this long is parked when others can use what it holds. Default 2 s. */
   readonly parkAfterMs?: number;
+  /** A step that takes longer hangs: the group is over. Default 2 min. */
+  readonly stepTimeoutMs?: number;
 }
 
 /** Options in full, with the manifests of the ranks that live in this process. */
@@ -73,6 +75,7 @@ export interface CompleteOptions {
   /** With `isKvAuto`, `kvBlocks` and `maxContextTokens` are those that can ever be used. */
   readonly limits: EngineLimits;
   readonly isKvAuto: boolean;
+  readonly stepTimeoutMs: number;
 }
 
 type Size = 'maxSequences' | 'prefillChunkTokens' | 'maxBatchTokens';
@@ -90,6 +93,9 @@ const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>
 
 /** A client that pauses for less keeps its place; computing a long prompt again takes about as long. */
 const defaultParkAfterMs = 2_000;
+
+/** The largest step of a 7B model takes seconds on two busy cores; a device may compile in its first ones. */
+const defaultStepTimeoutMs = 120_000;
 
 /**
  * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
@@ -125,6 +131,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
   const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
   const prefillChunkTokens = size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens));
   const threads = count('threads', 1);
+  const stepTimeoutMs = count('stepTimeoutMs', defaultStepTimeoutMs);
   const isKvAuto = options.kvBlocks === undefined && (options.kvBytes ?? 'auto') === 'auto';
   const kvBytes = options.kvBlocks !== undefined || isKvAuto ? Infinity : count('kvBytes', 1);
   if (maxBatchTokens < 2 * maxSequences) {
@@ -170,6 +177,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
     },
     threads,
     isKvAuto,
+    stepTimeoutMs,
     limits: {
       maxSequences,
       maxBatchTokens,

@@ -18,6 +18,7 @@ import { kvBlockTokens } from './kv-cache.ts';
 import { assertWeightsFit, fitKvBlocks, gatherMemories } from './memory-budget.ts';
 import { ShardRunner } from './shard-runner.ts';
 import { decodeStepPlan, encodeStepPlan, type PassPlan } from './step-plan.ts';
+import { beginTurn, endTurn } from './step-watch.ts';
 
 /** How this rank reaches the others. */
 export type CollectiveSource =
@@ -39,6 +40,8 @@ export interface StepThreadOptions {
   readonly pingMs: number;
   /** Shared: not zero once this rank has been asked to end. */
   readonly leaving: Int32Array;
+  /** Shared: counted while it steps (step-watch.ts). */
+  readonly turns: Int32Array;
 }
 
 /** From the main thread. */
@@ -79,7 +82,7 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     // Connections are taken over first: whatever fails below closes them, and the peers know at once.
     collective = openCollective(options.collective);
     runtime = await createRuntime(options.runtime);
-    const { directory, manifest, pingMs, leaving } = options;
+    const { directory, manifest, pingMs, leaving, turns } = options;
     const { implementation } = runtime;
     const weightBytes = Object.values(manifest.files).reduce((sum, bytes) => sum + bytes, 0);
     assertWeightsFit(weightBytes, runtime.memoryInfo());
@@ -88,10 +91,10 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     if (collective.rank === 0) {
       const limits = fitLimits(options, { memories, runtime });
       const onReady = (): void => respond({ kind: 'ready', runtime: implementation, limits });
-      await lead({ runtime, limits, pingMs, runner, collective, port, onReady });
+      await lead({ runtime, limits, pingMs, runner, collective, port, turns, onReady });
     } else {
       const onReady = (): void => respond({ kind: 'ready', runtime: implementation });
-      follow({ runner, collective, leaving, onReady });
+      follow({ runner, collective, leaving, turns, onReady });
       respond({ kind: 'ended' });
     }
     runner.close();
@@ -140,11 +143,21 @@ interface Leading {
   readonly runner: ShardRunner;
   readonly collective: Collective;
   readonly port: MessagePort;
+  readonly turns: Int32Array;
   readonly onReady: () => void;
 }
 
 /** Returns when asked to close, after telling the others. */
-async function lead({ runtime, runner, collective, port, limits, pingMs, onReady }: Leading): Promise<void> {
+async function lead({
+  runtime,
+  runner,
+  collective,
+  port,
+  limits,
+  pingMs,
+  turns,
+  onReady,
+}: Leading): Promise<void> {
   const configure = {
     kind: 'configure',
     kvBlocks: limits.kvBlocks,
@@ -168,6 +181,7 @@ async function lead({ runtime, runner, collective, port, limits, pingMs, onReady
   const inbox = new Inbox(port);
   let metMs = performance.now();
   for (;;) {
+    beginTurn(turns);
     for (let request = inbox.next(); request !== undefined; request = inbox.next()) {
       if (request.kind === 'close') {
         collective.broadcast(encodeStepPlan({ kind: 'stop' }));
@@ -181,7 +195,9 @@ async function lead({ runtime, runner, collective, port, limits, pingMs, onReady
       const stepMs = performance.now() - startedMs;
       port.postMessage({ kind: 'frame', frame: { ...frame, stepMs } } satisfies StepThreadResponse);
     } else {
+      endTurn(turns);
       await inbox.wait(Math.min(metMs + pingMs - performance.now(), engine.idleMs));
+      beginTurn(turns);
     }
     if (performance.now() - metMs >= pingMs) {
       metMs = performance.now();
@@ -198,10 +214,13 @@ function follow({
   runner,
   collective,
   leaving,
+  turns,
   onReady,
-}: Pick<Leading, 'runner' | 'collective' | 'onReady'> & Pick<StepThreadOptions, 'leaving'>): void {
+}: Pick<Leading, 'runner' | 'collective' | 'turns' | 'onReady'> & Pick<StepThreadOptions, 'leaving'>): void {
   for (;;) {
+    endTurn(turns);
     const plan = decodeStepPlan(collective.receive());
+    beginTurn(turns);
     switch (plan.kind) {
       case 'configure':
         runner.configure(plan, kvBlockTokens);

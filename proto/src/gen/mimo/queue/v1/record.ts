@@ -208,6 +208,11 @@ export interface Assignment {
   identity: string;
   /** Who is in the group, and that nobody joins before the request makes progress or ends; UNSPECIFIED promises nothing. */
   company: Company;
+  /**
+   * Of a request on trial, the breaks that the dispatcher knows of. Where they are those of its needs, PROVEN may stand in for
+   * NONE, because it has waited for that long enough.
+   */
+  breaks: number;
 }
 
 /** Needs of a request that waits. */
@@ -215,6 +220,8 @@ export interface Needs {
   /** What alone may compute the rest of its text; empty: anything. */
   identity: string;
   company: Company;
+  /** Groups in a row that broke with it before it made progress. */
+  breaks: number;
 }
 
 export interface AssignmentReply {
@@ -747,6 +754,7 @@ function createBaseAssignment(): Assignment {
     dispatcherEpoch: 0,
     identity: "",
     company: 0,
+    breaks: 0,
   };
 }
 
@@ -775,6 +783,9 @@ export const Assignment: MessageFns<Assignment> = {
     }
     if (message.company !== 0) {
       writer.uint32(64).int32(message.company);
+    }
+    if (message.breaks !== 0) {
+      writer.uint32(72).uint32(message.breaks);
     }
     return writer;
   },
@@ -856,6 +867,14 @@ export const Assignment: MessageFns<Assignment> = {
             message.company = reader.int32() as any;
             continue;
           }
+          case 9: {
+            if (tag !== 72) {
+              break;
+            }
+
+            message.breaks = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -886,6 +905,7 @@ export const Assignment: MessageFns<Assignment> = {
         : 0,
       identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
       company: isSet(object.company) ? companyFromJSON(object.company) : 0,
+      breaks: isSet(object.breaks) ? globalThis.Number(object.breaks) : 0,
     };
   },
 
@@ -915,6 +935,9 @@ export const Assignment: MessageFns<Assignment> = {
     if (message.company !== 0) {
       obj.company = companyToJSON(message.company);
     }
+    if (message.breaks !== 0) {
+      obj.breaks = Math.round(message.breaks);
+    }
     return obj;
   },
 
@@ -931,12 +954,13 @@ export const Assignment: MessageFns<Assignment> = {
     message.dispatcherEpoch = object.dispatcherEpoch ?? 0;
     message.identity = object.identity ?? "";
     message.company = object.company ?? 0;
+    message.breaks = object.breaks ?? 0;
     return message;
   },
 };
 
 function createBaseNeeds(): Needs {
-  return { identity: "", company: 0 };
+  return { identity: "", company: 0, breaks: 0 };
 }
 
 export const Needs: MessageFns<Needs> = {
@@ -946,6 +970,9 @@ export const Needs: MessageFns<Needs> = {
     }
     if (message.company !== 0) {
       writer.uint32(16).int32(message.company);
+    }
+    if (message.breaks !== 0) {
+      writer.uint32(24).uint32(message.breaks);
     }
     return writer;
   },
@@ -979,6 +1006,14 @@ export const Needs: MessageFns<Needs> = {
             message.company = reader.int32() as any;
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.breaks = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -995,6 +1030,7 @@ export const Needs: MessageFns<Needs> = {
     return {
       identity: isSet(object.identity) ? globalThis.String(object.identity) : "",
       company: isSet(object.company) ? companyFromJSON(object.company) : 0,
+      breaks: isSet(object.breaks) ? globalThis.Number(object.breaks) : 0,
     };
   },
 
@@ -1006,6 +1042,9 @@ export const Needs: MessageFns<Needs> = {
     if (message.company !== 0) {
       obj.company = companyToJSON(message.company);
     }
+    if (message.breaks !== 0) {
+      obj.breaks = Math.round(message.breaks);
+    }
     return obj;
   },
 
@@ -1016,6 +1055,7 @@ export const Needs: MessageFns<Needs> = {
     const message = createBaseNeeds();
     message.identity = object.identity ?? "";
     message.company = object.company ?? 0;
+    message.breaks = object.breaks ?? 0;
     return message;
   },
 };

@@ -141,7 +141,16 @@ export function parkReasonToJSON(object: ParkReason): string {
   }
 }
 
-export const GroupState = { UNSPECIFIED: 0, STARTING: 1, READY: 2, DRAINING: 3, FAILED: 4, UNRECOGNIZED: -1 } as const;
+export const GroupState = {
+  UNSPECIFIED: 0,
+  STARTING: 1,
+  READY: 2,
+  DRAINING: 3,
+  FAILED: 4,
+  /** STALLED - A step takes long: READY again when it ends, FAILED when it does not. Until then nothing new is given to the group. */
+  STALLED: 5,
+  UNRECOGNIZED: -1,
+} as const;
 
 export type GroupState = typeof GroupState[keyof typeof GroupState];
 
@@ -151,6 +160,7 @@ export namespace GroupState {
   export type READY = typeof GroupState.READY;
   export type DRAINING = typeof GroupState.DRAINING;
   export type FAILED = typeof GroupState.FAILED;
+  export type STALLED = typeof GroupState.STALLED;
   export type UNRECOGNIZED = typeof GroupState.UNRECOGNIZED;
 }
 
@@ -171,6 +181,9 @@ export function groupStateFromJSON(object: any): GroupState {
     case 4:
     case "GROUP_STATE_FAILED":
       return GroupState.FAILED;
+    case 5:
+    case "GROUP_STATE_STALLED":
+      return GroupState.STALLED;
     case -1:
     case "UNRECOGNIZED":
     default:
@@ -190,6 +203,8 @@ export function groupStateToJSON(object: GroupState): string {
       return "GROUP_STATE_DRAINING";
     case GroupState.FAILED:
       return "GROUP_STATE_FAILED";
+    case GroupState.STALLED:
+      return "GROUP_STATE_STALLED";
     case GroupState.UNRECOGNIZED:
     default:
       return "UNRECOGNIZED";

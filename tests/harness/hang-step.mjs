@@ -1,0 +1,48 @@
+// Loaded into a rank's process before all else (`node --import`), this makes a step that never ends: once the file
+// MIMO_TEST_HANG exists, the rank that it names blocks within its step, in a system call or in JavaScript, and no other
+// thread of the process does. The file is gone then, so that the next life of the group steps.
+
+import { readFileSync, unlinkSync } from 'node:fs';
+import { parentPort, threadName } from 'node:worker_threads';
+
+import koffi from 'koffi';
+
+const file = process.env.MIMO_TEST_HANG ?? '';
+const seconds = 1_000_000;
+
+function hangWhereAsked() {
+  let where = '';
+  try {
+    where = readFileSync(file, 'utf8');
+  } catch {
+    return;
+  }
+  const [rank, kind] = where.split(' ');
+  if (rank !== threadName) {
+    return;
+  }
+  unlinkSync(file);
+  if (kind === 'native') {
+    koffi.load('libc.so.6').func('unsigned int sleep(unsigned int)')(seconds);
+  } else {
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0);
+  }
+}
+
+if (file !== '' && threadName.startsWith('rank-')) {
+  // What a leader does at the end of each step, and a follower at each ping.
+  const post = parentPort.postMessage.bind(parentPort);
+  parentPort.postMessage = (message, transfer) => {
+    if (message.kind === 'frame') {
+      hangWhereAsked();
+    }
+    post(message, transfer);
+  };
+  const load = Atomics.load;
+  Atomics.load = (array, index) => {
+    if (threadName !== 'rank-0') {
+      hangWhereAsked();
+    }
+    return load(array, index);
+  };
+}
