@@ -157,7 +157,8 @@ export class Relay {
 
   /** Which groups may be offered to it. */
   get needs(): Needs {
-    return { identity: this.#identity, company: companyFor(this.#suspicion) };
+    const { breaks } = this.#suspicion;
+    return { identity: this.#identity, company: companyFor(this.#suspicion), breaks };
   }
 
   /** No group can have it: it was in none, or the last one said that it let go of it. */

@@ -21,7 +21,7 @@ import type { GatewayMetrics } from './metrics.ts';
 import type { Groups } from './groups.ts';
 import { Relay, type HeldRecord, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
-import type { LostAttempt } from './suspicion.ts';
+import { leastCompany, type LostAttempt } from './suspicion.ts';
 
 /** What the table works with. */
 export interface RequestsParts {
@@ -194,8 +194,9 @@ export class Requests {
       return { ...nowhere, outcome: AssignmentOutcome.PARKED };
     }
     const { needs } = relay;
-    const { group, incarnation, identity, company } = assignment;
-    if ((needs.identity !== '' && needs.identity !== identity) || company < needs.company) {
+    const { group, incarnation, identity, company, breaks } = assignment;
+    const isOther = needs.identity !== '' && needs.identity !== identity;
+    if (isOther || company < leastCompany(needs, breaks)) {
       return { outcome: AssignmentOutcome.UNFIT, ...nowhere, needs };
     }
     held.wait?.clear();

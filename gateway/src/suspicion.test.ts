@@ -21,6 +21,7 @@ import type { SequenceListener, Session, Sessions } from './session.ts';
 import {
   companyFor,
   isGuilty,
+  patienceMs,
   provenTokens,
   suspicionAfter,
   unsuspected,
@@ -87,10 +88,14 @@ interface Schedule {
   readonly awayFor: number;
   /** Every so many ticks another gateway dispatches; 0: never. */
   readonly termTicks: number;
+  /** Innocent requests that come for ever. */
+  readonly traffic?: { readonly everyTicks: number; readonly tokens: number };
 }
 
 const tickMs = 50;
 const beatTicks = 5;
+/** For the dispatcher to be sure of a group. */
+const settleTicks = 2_000 / tickMs;
 const maxTicks = 40_000;
 
 /** A group as its ranks and its leader are: a step gives each sequence a token, or breaks it. */
@@ -192,6 +197,11 @@ class Group {
   }
 }
 
+function patienceTicks(breaksKnown: number): number {
+  const company = companyFor({ breaks: breaksKnown, alone: false });
+  return patienceMs({ company, breaks: breaksKnown }) / tickMs;
+}
+
 /** Gateways, groups and one dispatcher, all in one thread of time. */
 class World {
   readonly schedule: Schedule;
@@ -200,6 +210,10 @@ class World {
   readonly ends = new Map<string, string>();
   /** How many groups each request broke. */
   readonly broke = new Map<string, number>();
+  /** On trial and waiting: since when. */
+  readonly #waitsSince = new Map<string, number>();
+  /** The longest wait of one on trial for a group, beyond the patience of those that wait. */
+  longestWaitTicks = 0;
   readonly #gateways: Requests[];
   readonly #seen = new Groups();
   readonly #records = new Map<number, RequestRecord>();
@@ -248,8 +262,12 @@ class World {
 
   /** Runs to the end of every request; false where that does not come. */
   async run(): Promise<boolean> {
-    const { requests, termTicks } = this.schedule;
-    for (; this.tick < maxTicks && this.ends.size < requests.length; this.tick += 1) {
+    const { requests, termTicks, traffic } = this.schedule;
+    const isOver = (): boolean => requests.every((_, index) => this.ends.has(`r${index}`));
+    for (; this.tick < maxTicks && !isOver(); this.tick += 1) {
+      if (traffic !== undefined && this.tick % traffic.everyTicks === 0) {
+        this.#arrive(`t${this.tick}`, this.scheduled('t'));
+      }
       for (const [index, request] of requests.entries()) {
         if (request.arrivesAt === this.tick) {
           this.#arrive(`r${index}`, request);
@@ -270,11 +288,19 @@ class World {
       }
     }
     this.#gateways.forEach((gateway) => gateway.failAll(new ClusterError('canceled', 'over')));
-    return this.ends.size === requests.length;
+    return isOver();
   }
 
   scheduled(requestId: string): Scheduled {
-    return this.schedule.requests[Number(requestId.slice(1))]!;
+    const { requests, traffic } = this.schedule;
+    const innocent = {
+      kind: 'innocent',
+      gateway: 0,
+      arrivesAt: 0,
+      tokens: traffic?.tokens ?? 0,
+      leavesAfter: 0,
+    } as const;
+    return requestId.startsWith('t') ? innocent : requests[Number(requestId.slice(1))]!;
   }
 
   totalTokens(requestId: string): number {
@@ -352,8 +378,26 @@ class World {
   #takeOver(): void {
     this.#epoch += 1;
     this.#state = new DispatchState();
+    this.#waitsSince.clear();
     for (const [sequence, record] of this.#records) {
       this.#follow(sequence, record);
+    }
+  }
+
+  #measureWaits(): void {
+    const waiting = new Map(
+      [...this.#state.onTrial(this.#nowMs)].map((each) => [each.requestId, each.breaks]),
+    );
+    for (const requestId of this.#waitsSince.keys()) {
+      if (!waiting.has(requestId)) {
+        this.#waitsSince.delete(requestId);
+      }
+    }
+    const patience = Math.max(...waiting.values().map(patienceTicks));
+    for (const requestId of waiting.keys()) {
+      const since = this.#waitsSince.get(requestId) ?? this.tick;
+      this.#waitsSince.set(requestId, since);
+      this.longestWaitTicks = Math.max(this.longestWaitTicks, this.tick - since - patience);
     }
   }
 
@@ -368,11 +412,12 @@ class World {
     this.#state.reconcile(this.#seen.alive('m', nowMs), nowMs);
     const ready = this.#seen.ready('m', nowMs);
     const groups = this.#state.openGroups(ready, new Map(), nowMs);
+    this.#measureWaits();
     const plan = planAssignments(
-      { onTrial: this.#state.onTrial(), waiting: this.#state.waiting(), groups },
+      { onTrial: this.#state.onTrial(nowMs), waiting: this.#state.waiting(), groups },
       nowMs,
     );
-    for (const { requestId, group: name, company } of plan) {
+    for (const { requestId, group: name, company, breaks } of plan) {
       const { group, incarnation, address, identity } = ready.find((each) => each.group === name)!;
       const record = this.#state.get(requestId)?.record;
       if (record === undefined) {
@@ -380,13 +425,13 @@ class World {
         continue;
       }
       this.#state.place(requestId, { group, incarnation }, nowMs);
-      const target = { requestId, model: 'm', group, incarnation, address, identity, company };
+      const target = { requestId, model: 'm', group, incarnation, address, identity, company, breaks };
       const reply = this.#gateways[Number(record.gatewayId)]!.assign({
         ...target,
         dispatcherEpoch: this.#epoch,
       });
       if (reply.outcome === AssignmentOutcome.UNFIT) {
-        this.#state.refuse(requestId, reply.needs);
+        this.#state.refuse(requestId, reply.needs, nowMs);
       } else if (reply.outcome === AssignmentOutcome.UNKNOWN_REQUEST) {
         this.#state.remove(requestId, false, nowMs);
       } else {
@@ -443,6 +488,41 @@ describe('suspicion at work', () => {
         expect(wrong).toEqual([]);
       }),
       { numRuns: Number(process.env['SUSPICION_RUNS'] ?? 300) },
+    );
+  });
+
+  it('places one on trial in time, whatever comes and however long that runs', async () => {
+    const busy = fc.record({
+      requests: fc
+        .record({ kind: fc.constantFrom<Kind>('crashes', 'hangs'), tokens: fc.nat(provenTokens - 1) })
+        .map((poison) => [{ ...poison, gateway: 1, arrivesAt: 60, leavesAfter: 0 }]),
+      groups: fc.integer({ min: 1, max: 3 }),
+      slots: fc.integer({ min: 2, max: 6 }),
+      lostWords: fc.nat(3),
+      hangsFor: fc.integer({ min: 1, max: 100 }),
+      awayFor: fc.integer({ min: 1, max: 400 }),
+      // A new dispatcher begins to count anew.
+      termTicks: fc.constantFrom(0, 0, 3_000),
+      traffic: fc.record({
+        everyTicks: fc.integer({ min: 3, max: 20 }),
+        tokens: fc.constantFrom(1, 20, 200, 600),
+      }),
+    });
+    await fc.assert(
+      fc.asyncProperty(busy, async (schedule) => {
+        const world = new World(schedule);
+        expect(await world.run()).toBe(true);
+        expect(world.ends.get('r0')).toBe('aborted');
+        expect([...world.ends].filter(([id, end]) => id !== 'r0' && end === 'aborted')).toEqual([]);
+        // One that runs leaves its slot; the groups that break come back; others on trial go first, each until it makes progress.
+        const { groups, slots, hangsFor, awayFor, traffic } = schedule;
+        const aBreak = hangsFor + awayFor + 2 * settleTicks;
+        const aTrial = provenTokens + settleTicks + 2 * beatTicks;
+        const breaksMade = world.broke.get('r0') ?? 0;
+        const bound = traffic.tokens + breaksMade * aBreak + groups * slots * aTrial;
+        expect(world.longestWaitTicks).toBeLessThanOrEqual(bound);
+      }),
+      { numRuns: Number(process.env['SUSPICION_RUNS'] ?? 50) },
     );
   });
 });

@@ -5,16 +5,23 @@
 // ends; after three it is tried alone. It is guilty when at least three groups in a row broke with it and it was alone in the
 // last.
 //
+// Where it does not get to be alone, since what else is in its group runs for long, it is tried among requests that made
+// progress after all, for which it waits longer after each break: an innocent one goes on so, and a guilty one breaks few groups
+// more until it is alone, which is mostly at once: a group that has just broken is empty.
+//
 // INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it is in,
-// before it makes progress, is guilty after at most four breaks.
+// before it makes progress, and is alone where it waits for that, is guilty after at most four breaks.
 
-import { Company } from '@mimo/proto/queue';
+import { Company, type Needs } from '@mimo/proto/queue';
 
 /** A sequence that has got so many tokens from a group is not what breaks it at its first step. */
 export const provenTokens = 8;
 
 const sharedBreaks = 2;
 const guiltyBreaks = 3;
+
+/** Most answers end within it. */
+const aloneWaitMs = 15_000;
 
 /** What is held against a request. */
 export interface Suspicion {
@@ -51,6 +58,16 @@ export function companyFor({ breaks }: Suspicion): Company {
     : breaks === sharedBreaks
       ? Company.PROVEN
       : Company.NONE;
+}
+
+/** How long a request waits, after so many breaks, for a group to itself before it is tried among proven ones. */
+export function patienceMs({ company, breaks }: Pick<Needs, 'company' | 'breaks'>): number {
+  return company === Company.NONE ? aloneWaitMs * 2 ** Math.max(0, breaks - guiltyBreaks) : 0;
+}
+
+/** What its owner takes, from a dispatcher that knows of so many breaks: that one has waited for as long as it should. */
+export function leastCompany(needs: Pick<Needs, 'company' | 'breaks'>, knownBreaks: number): Company {
+  return needs.company === Company.NONE && needs.breaks === knownBreaks ? Company.PROVEN : needs.company;
 }
 
 /** Whether it is given to no further group. */

@@ -115,14 +115,14 @@ describe('DispatchState', () => {
       ['b', { company: Company.NONE }],
     ] as const) {
       state.place(requestId, beat('g'), at);
-      state.refuse(requestId, Needs.fromPartial(needs));
+      state.refuse(requestId, Needs.fromPartial(needs), at);
     }
     expect([...state.waiting()]).toMatchObject([
       { requestId: 'a', identity: 'x', company: Company.UNSPECIFIED },
       { requestId: 'b', identity: '', company: Company.NONE },
       { requestId: 'c', identity: '', company: Company.UNSPECIFIED },
     ]);
-    expect([...state.onTrial()]).toMatchObject([{ requestId: 'b' }]);
+    expect([...state.onTrial(at)]).toMatchObject([{ requestId: 'b', company: Company.NONE }]);
     expect([...state.waiting(new Set(['y']))].map(({ requestId }) => requestId)).toEqual(['b', 'c']);
     expect(state.summary(at).waitingFor).toEqual([
       { identity: '', requests: 2, tokens: 26 },
@@ -130,7 +130,22 @@ describe('DispatchState', () => {
     ]);
     state.place('b', beat('g'), at);
     state.requeue(lost('b', 1), at);
-    expect([...state.onTrial()]).toEqual([]);
+    expect([...state.onTrial(at)]).toEqual([]);
+  });
+
+  it('lets one be tried among proven requests once it has waited for a group to itself, longer after each break', () => {
+    const state = stateOf('a');
+    const companiesOf = (...times: readonly number[]): Company[] =>
+      times.flatMap((nowMs) => [...state.onTrial(nowMs)].map(({ company }) => company));
+    const broken = (epoch: number, breaks: number): ReturnType<typeof lost> =>
+      lost('a', epoch, { needs: { company: Company.NONE, breaks } });
+    state.requeue(broken(1, 3), at);
+    expect(companiesOf(at, at + 14_999, at + 15_000)).toEqual([Company.NONE, Company.NONE, Company.PROVEN]);
+    // A group that refuses it changes nothing.
+    state.requeue(broken(2, 3), at + 10_000);
+    expect(companiesOf(at + 15_000)).toEqual([Company.PROVEN]);
+    state.requeue(broken(3, 4), at + 20_000);
+    expect(companiesOf(at + 49_999, at + 50_000)).toEqual([Company.NONE, Company.PROVEN]);
   });
 
   it('says who is in a group as the group says it, and nothing before that is sure', () => {
@@ -413,6 +428,7 @@ describe('DispatchState', () => {
             state.refuse(
               requestId,
               Needs.fromPartial({ identity: `i${group}`, company: companies[group] ?? Company.NONE }),
+              nowMs,
             );
           } else if (act === 'unanswered') {
             state.unanswered(requestId, false, nowMs);

@@ -7,8 +7,8 @@ import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo
 import { Company, type Needs, type RequestEnded, type RequestSummary } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
-import { provenTokens } from '../suspicion.ts';
-import type { OpenGroup, WaitingRequest } from './placement.ts';
+import { patienceMs, provenTokens } from '../suspicion.ts';
+import type { OpenGroup, TrialRequest, WaitingRequest } from './placement.ts';
 
 /** Which life of which group. */
 export interface Place {
@@ -69,7 +69,7 @@ export class DispatchState {
   /** The earliest attempt of a request that may still run: who speaks of an earlier one speaks of the past. */
   readonly #epochs = new Map<string, number>();
   /** Of those whose needs are not the record's any more. */
-  readonly #needs = new Map<string, Needs>();
+  readonly #needs = new Map<string, Needs & { readonly sinceMs: number }>();
   /** What waits, by the identity that it needs. */
   readonly #waitingFor = new Map<string, PlacedLoad>();
   /** Of those whose clients take nothing: until when they are not offered, in case their owner's next word is lost. */
@@ -188,7 +188,7 @@ export class DispatchState {
       }
       this.#unplace(requestId, released ? undefined : nowMs);
     }
-    this.#need(requestId, needs);
+    this.#need(requestId, needs, nowMs);
     if (parked) {
       this.park(requestId, nowMs);
     }
@@ -207,9 +207,9 @@ export class DispatchState {
   }
 
   /** Its owner does not want it in the group that it was offered: it waits again, for one that it needs. */
-  refuse(requestId: string, needs: Needs | undefined): void {
+  refuse(requestId: string, needs: Needs | undefined, nowMs: number): void {
     this.#unplace(requestId);
-    this.#need(requestId, needs);
+    this.#need(requestId, needs, nowMs);
   }
 
   /** A gateway answered: its requests need not wait for it. */
@@ -303,12 +303,14 @@ export class DispatchState {
     }
   }
 
-  /** Those of them that may not be in any company. */
-  *onTrial(): Generator<WaitingRequest, void, undefined> {
-    for (const [requestId, { company }] of this.#needs) {
+  /** Those of them that may not be in any company; in one that is not quite what they need, once they have waited for it. */
+  *onTrial(nowMs: number): Generator<TrialRequest, void, undefined> {
+    for (const [requestId, needs] of this.#needs) {
       const request = this.#isWaiting(requestId) ? this.#waiting(requestId) : undefined;
-      if (request !== undefined && company !== Company.UNSPECIFIED) {
-        yield request;
+      if (request !== undefined && needs.company !== Company.UNSPECIFIED) {
+        const { breaks } = needs;
+        const hasWaited = nowMs - needs.sinceMs >= patienceMs(needs);
+        yield { ...request, breaks, company: hasWaited ? Company.PROVEN : needs.company };
       }
     }
   }
@@ -501,12 +503,14 @@ export class DispatchState {
   }
 
   /** Only of one that waits. */
-  #need(requestId: string, needs: Needs | undefined): void {
+  #need(requestId: string, needs: Needs | undefined, nowMs: number): void {
     const record = this.#requests.get(requestId)?.record;
     if (record !== undefined && needs !== undefined && !this.#placed.has(requestId)) {
       const isCounted = !this.#parked.has(requestId);
       this.#countWaiting(record, isCounted ? -1 : 0);
-      this.#needs.set(requestId, needs);
+      const known = this.#needs.get(requestId);
+      const isKnown = known?.company === needs.company && known.breaks === needs.breaks;
+      this.#needs.set(requestId, { ...needs, sinceMs: isKnown ? known.sinceMs : nowMs });
       this.#countWaiting(record, isCounted ? 1 : 0);
     }
   }

@@ -7,14 +7,14 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 import type { Log } from '@mimo/core/log';
 import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/queue';
-import { AssignmentOutcome, type Company } from '@mimo/proto/queue';
+import { AssignmentOutcome } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
 import { heartbeatQuietMs, type Groups } from '../groups.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { Sessions } from '../session.ts';
 import { DispatchState, placeKey } from './dispatch-state.ts';
-import { planAbandoned, planAssignments } from './placement.ts';
+import { planAbandoned, planAssignments, type Placement } from './placement.ts';
 
 /** What a dispatcher works with. */
 export interface DispatcherParts {
@@ -214,23 +214,27 @@ class Dispatcher {
     const open = this.#state.openGroups(groups, drains, nowMs);
     const plan = planAssignments(
       {
-        onTrial: this.#state.onTrial(),
+        onTrial: this.#state.onTrial(nowMs),
         waiting: this.#state.waiting(new Set(open.map(({ identity }) => identity))),
         groups: open,
       },
       nowMs,
     );
-    for (const { requestId, group, company } of plan) {
+    for (const { requestId, group, company, breaks } of plan) {
       const target = groups.find((each) => each.group === group);
       if (target !== undefined) {
         // Believed at once, so that the next plan does not place it again.
         this.#state.place(requestId, target, nowMs);
-        void this.#assign(requestId, target, company);
+        void this.#assign(requestId, target, { company, breaks });
       }
     }
   }
 
-  async #assign(requestId: string, target: Heartbeat, company: Company): Promise<void> {
+  async #assign(
+    requestId: string,
+    target: Heartbeat,
+    trial: Pick<Placement, 'company' | 'breaks'>,
+  ): Promise<void> {
     const { model, queue, log } = this.#parts;
     const queued = this.#state.get(requestId);
     if (queued === undefined) {
@@ -247,7 +251,7 @@ class Dispatcher {
         address,
         dispatcherEpoch: this.#epoch,
         identity,
-        company,
+        ...trial,
       });
       this.#state.heard(gatewayId);
       if (
@@ -256,7 +260,7 @@ class Dispatcher {
       ) {
         this.#state.confirm(requestId, reply, performance.now());
       } else if (reply.outcome === AssignmentOutcome.UNFIT) {
-        this.#state.refuse(requestId, reply.needs);
+        this.#state.refuse(requestId, reply.needs, performance.now());
         this.#planSoon();
       } else if (reply.outcome === AssignmentOutcome.PARKED) {
         this.#state.park(requestId, performance.now());

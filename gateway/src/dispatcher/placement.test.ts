@@ -8,18 +8,20 @@ import {
   planAssignments,
   type OpenGroup,
   type Placement,
+  type TrialRequest,
   type WaitingRequest,
 } from './placement.ts';
 
 const now = 1_000_000;
 
-function waiting(requestId: string, more: Partial<WaitingRequest> = {}): WaitingRequest {
+function waiting(requestId: string, more: Partial<TrialRequest> = {}): TrialRequest {
   return {
     requestId,
     expiredMs: Number.POSITIVE_INFINITY,
     notBeforeMs: 0,
     identity: '',
     company: Company.UNSPECIFIED,
+    breaks: 0,
     ...more,
   };
 }
@@ -29,14 +31,13 @@ function group(name: string, slots: number, usedSlots = 0, more: Partial<OpenGro
   return { group: name, identity: 'i', slots, usedSlots, notBeforeMs: 0, company, ...more };
 }
 
-/** A view as a dispatcher gives it: those on trial apart. */
-function plan(requests: readonly WaitingRequest[], groups: readonly OpenGroup[]): Placement[] {
+/** A view as a dispatcher gives it: those on trial also apart. */
+function plan(requests: readonly TrialRequest[], groups: readonly OpenGroup[]): Placement[] {
   const onTrial = requests.filter(({ company }) => company !== Company.UNSPECIFIED);
-  const others = requests.filter(({ company }) => company === Company.UNSPECIFIED);
-  return planAssignments({ onTrial, waiting: others, groups }, now);
+  return planAssignments({ onTrial, waiting: requests, groups }, now);
 }
 
-function places(requests: readonly WaitingRequest[], groups: readonly OpenGroup[]): string[] {
+function places(requests: readonly TrialRequest[], groups: readonly OpenGroup[]): string[] {
   return plan(requests, groups).map(({ requestId, group: target }) => `${requestId}>${target}`);
 }
 
@@ -136,18 +137,29 @@ describe('planAssignments', () => {
       group('empty', 8, 0),
     ];
     expect(plan([waiting('a'), alone, tried], groups)).toEqual([
-      { requestId: 'alone', group: 'empty', company: Company.NONE },
-      { requestId: 'tried', group: 'proven', company: Company.PROVEN },
-      { requestId: 'a', group: 'busy', company: Company.UNSPECIFIED },
+      { requestId: 'alone', group: 'empty', company: Company.NONE, breaks: 0 },
+      { requestId: 'tried', group: 'proven', company: Company.PROVEN, breaks: 0 },
+      { requestId: 'a', group: 'busy', company: Company.UNSPECIFIED, breaks: 0 },
     ]);
     // An empty group is better company than it needs, and the promise says so.
     expect(plan([tried], [group('empty', 8, 0)])).toMatchObject([{ company: Company.NONE }]);
   });
 
-  it('keeps a group free for one on trial where none has its company, unless it is the only one that works', () => {
+  it('tries first what broke the most groups', () => {
+    const requests = [3, 5, 4].map((breaks) => waiting(`r${breaks}`, { company: Company.NONE, breaks }));
+    expect(places(requests, [group('a', 8), group('b', 8)])).toEqual(['r5>a', 'r4>b']);
+  });
+
+  it('clears the group with the fewest requests for one on trial where none has its company', () => {
     const alone = waiting('alone', { company: Company.NONE });
     expect(places([alone, waiting('a')], [group('g', 8, 3), group('h', 8, 4)])).toEqual(['a>h']);
-    expect(places([alone, waiting('a')], [group('g', 8, 3)])).toEqual(['a>g']);
+    expect(places([alone, waiting('a')], [group('g', 8, 3)])).toEqual([]);
+    // Also one that is full, or one that is closed because another is tried there.
+    expect(places([alone, waiting('a')], [group('g', 4, 4), group('h', 8, 5)])).toEqual(['a>h']);
+    expect(places([alone, waiting('a')], [group('g', 0, 1), group('h', 8, 5)])).toEqual(['a>h']);
+    // One for all of an identity.
+    const other = waiting('other', { company: Company.PROVEN });
+    expect(places([alone, other, waiting('a')], [group('g', 8, 3), group('h', 8, 4)])).toEqual(['a>h']);
     // One that has just begun and is not known to be empty yet will be in a moment.
     const unsure = group('g', 8, 0, { company: Company.UNSPECIFIED });
     expect(places([alone, waiting('a')], [unsure])).toEqual([]);
@@ -163,6 +175,7 @@ describe('planAssignments', () => {
       notBeforeMs: fc.constantFrom(0, now, now + 1),
       identity: fc.constantFrom('', 'x', 'y'),
       company: fc.oneof({ weight: 4, arbitrary: fc.constant(Company.UNSPECIFIED) }, companies),
+      breaks: fc.nat(6),
     }),
     { selector: ({ requestId }) => requestId, maxLength: 40 },
   );

@@ -6,12 +6,15 @@
 // not happen the record is abandoned.
 //
 // Requests on trial, which may be what broke their last groups (suspicion.ts), come first, since a group has the company that
-// they need mostly when it has just begun another life: each goes to a group with no other company, which is then closed to
-// all others. Where there is none, one more group is given nothing for the time being, so that it gets such company, unless
-// no other would be left.
+// they need mostly when it has just begun another life, and of them those that broke the most: each goes to a group with no
+// other company, which is then closed to all others. Where there is none, one group is cleared: given nothing, also where it is
+// the only one, until it has such company. It is the one with the fewest requests in it, of equals the first by name. As that one
+// gets fewer and fewer, the choice changes only to one with fewer still, or as few: so with ever new requests one
+// on trial waits for what runs in a group and not for what comes.
 //
 // INVARIANT: no group is given more than its free slots, nor a request of another identity; a request is placed at most once;
-// with a request on trial a group is given no other; of two requests of one identity that are not on trial and may both be placed,
+// with a request on trial a group is given no other; at most one
+// group is cleared for requests of one identity; of two requests of one identity that are not on trial and may both be placed,
 // the earlier one is.
 
 import { Company } from '@mimo/proto/queue';
@@ -28,6 +31,12 @@ export interface WaitingRequest {
   readonly company: Company;
 }
 
+/** One whose company matters: the least that it may have. */
+export interface TrialRequest extends WaitingRequest {
+  /** Groups in a row that broke with it. */
+  readonly breaks: number;
+}
+
 /** A group that takes requests. */
 export interface OpenGroup {
   readonly group: string;
@@ -42,9 +51,8 @@ export interface OpenGroup {
 
 /** What is decided upon. */
 export interface DispatchView {
-  /** Those on trial, in order of arrival. */
-  readonly onTrial: Iterable<WaitingRequest>;
-  /** The others, in order of arrival; read no further than there are free slots. */
+  readonly onTrial: Iterable<TrialRequest>;
+  /** In order of arrival, those on trial or not; read no further than there are free slots. */
   readonly waiting: Iterable<WaitingRequest>;
   readonly groups: readonly OpenGroup[];
 }
@@ -54,6 +62,8 @@ export interface Placement {
   readonly requestId: string;
   readonly group: string;
   readonly company: Company;
+  /** Of the request, as far as is known. */
+  readonly breaks: number;
 }
 
 /** Plans by the rule above. */
@@ -62,24 +72,27 @@ export function planAssignments({ onTrial, waiting, groups }: DispatchView, nowM
   let open = groups
     .filter((group) => group.notBeforeMs <= nowMs && group.usedSlots < group.slots)
     .map((group) => ({ ...group }));
-  const close = (closed: OpenGroup): void => {
-    open = open.filter((group) => group !== closed);
+  const close = (name: string): void => {
+    open = open.filter(({ group }) => group !== name);
   };
   const isDue = (request: WaitingRequest): boolean =>
     !isExpired(request, nowMs) && request.notBeforeMs <= nowMs;
 
-  const reserved: OpenGroup[] = [];
-  for (const request of onTrial) {
-    const fitting = open.filter((group) => fits(request, group));
-    const target = leastLoaded(fitting.filter(({ company }) => company >= request.company));
-    if (isDue(request) && target !== undefined) {
-      plan.push({ requestId: request.requestId, group: target.group, company: target.company });
-      close(target);
-    } else if (isDue(request) && !reserved.some((group) => fits(request, group))) {
-      const next = leastLoaded(fitting);
-      if (next !== undefined && (next.usedSlots === 0 || fitting.length > 1)) {
-        reserved.push(next);
-        close(next);
+  const taken = new Set<string>();
+  const cleared: OpenGroup[] = [];
+  const trials = [...onTrial].filter(isDue).toSorted((one, other) => other.breaks - one.breaks);
+  for (const request of trials) {
+    const { requestId, company, breaks } = request;
+    const target = leastLoaded(open.filter((group) => fits(request, group) && group.company >= company));
+    if (target !== undefined) {
+      plan.push({ requestId, group: target.group, company: target.company, breaks });
+      taken.add(target.group);
+      close(target.group);
+    } else if (!cleared.some((group) => fits(request, group))) {
+      const next = emptiest(groups.filter((group) => fits(request, group) && !taken.has(group.group)));
+      if (next !== undefined) {
+        cleared.push(next);
+        close(next.group);
       }
     }
   }
@@ -87,12 +100,19 @@ export function planAssignments({ onTrial, waiting, groups }: DispatchView, nowM
     return plan;
   }
   for (const request of waiting) {
-    const target = isDue(request) ? leastLoaded(open.filter((group) => fits(request, group))) : undefined;
+    const isOrdinary = request.company === Company.UNSPECIFIED;
+    const target =
+      isOrdinary && isDue(request) ? leastLoaded(open.filter((group) => fits(request, group))) : undefined;
     if (target !== undefined) {
-      plan.push({ requestId: request.requestId, group: target.group, company: Company.UNSPECIFIED });
+      plan.push({
+        requestId: request.requestId,
+        group: target.group,
+        company: Company.UNSPECIFIED,
+        breaks: 0,
+      });
       target.usedSlots += 1;
       if (target.usedSlots === target.slots) {
-        close(target);
+        close(target.group);
         if (open.length === 0) {
           break;
         }
@@ -134,6 +154,10 @@ function leastLoaded<Group extends Pick<OpenGroup, 'group' | 'slots' | 'usedSlot
     }
   }
   return best;
+}
+
+function emptiest(groups: readonly OpenGroup[]): OpenGroup | undefined {
+  return groups.toSorted((a, b) => a.usedSlots - b.usedSlots || (a.group < b.group ? -1 : 1))[0];
 }
 
 function isBefore(a: Pick<OpenGroup, 'group' | 'slots' | 'usedSlots'>, b: typeof a): boolean {
