@@ -31,7 +31,7 @@ import {
 const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
 const log = createLog({ process: 'test', level: 'silent' });
 
-function breaks(...alone: readonly boolean[]): Suspicion {
+function broken(...alone: readonly boolean[]): Suspicion {
   return alone.reduce(
     (before, each) => suspicionAfter(before, { broke: true, tokens: 7, alone: each }),
     unsuspected,
@@ -41,16 +41,16 @@ function breaks(...alone: readonly boolean[]): Suspicion {
 describe('suspicion', () => {
   it('asks for better company with each break, and says guilty of one that was alone in the third or later', () => {
     expect(
-      [breaks(), breaks(false), breaks(false, false), breaks(false, false, false)].map(companyFor),
+      [broken(), broken(false), broken(false, false), broken(false, false, false)].map(companyFor),
     ).toEqual([Company.UNSPECIFIED, Company.UNSPECIFIED, Company.PROVEN, Company.NONE]);
-    expect(isGuilty(breaks(false, false, true))).toBe(true);
-    expect(isGuilty(breaks(false, false, false, true))).toBe(true);
-    expect(isGuilty(breaks(true, true))).toBe(false);
-    expect(isGuilty(breaks(true, true, false))).toBe(false);
+    expect(isGuilty(broken(false, false, true))).toBe(true);
+    expect(isGuilty(broken(false, false, false, true))).toBe(true);
+    expect(isGuilty(broken(true, true))).toBe(false);
+    expect(isGuilty(broken(true, true, false))).toBe(false);
   });
 
   it('is cleared by progress, and left as it is by a group that refuses or hands over', () => {
-    const suspect = breaks(false, false);
+    const suspect = broken(false, false);
     expect(suspicionAfter(suspect, { broke: true, tokens: provenTokens, alone: true })).toEqual(unsuspected);
     expect(suspicionAfter(suspect, { broke: false, tokens: 0, alone: true })).toEqual(suspect);
   });

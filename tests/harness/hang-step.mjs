@@ -5,10 +5,9 @@
 import { readFileSync, unlinkSync } from 'node:fs';
 import { parentPort, threadName } from 'node:worker_threads';
 
-import koffi from 'koffi';
+import { waitReady } from '@mimo/worker/collective/libc';
 
 const file = process.env.MIMO_TEST_HANG ?? '';
-const seconds = 1_000_000;
 
 function hangWhereAsked() {
   let where = '';
@@ -23,10 +22,11 @@ function hangWhereAsked() {
   }
   unlinkSync(file);
   if (kind === 'native') {
-    koffi.load('libc.so.6').func('unsigned int sleep(unsigned int)')(seconds);
-  } else {
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0);
+    for (;;) {
+      waitReady([], -1);
+    }
   }
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0);
 }
 
 if (file !== '' && threadName.startsWith('rank-')) {

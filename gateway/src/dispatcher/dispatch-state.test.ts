@@ -137,14 +137,12 @@ describe('DispatchState', () => {
     const state = stateOf('a');
     const companiesOf = (...times: readonly number[]): Company[] =>
       times.flatMap((nowMs) => [...state.onTrial(nowMs)].map(({ company }) => company));
-    const broken = (epoch: number, breaks: number): ReturnType<typeof lost> =>
-      lost('a', epoch, { needs: { company: Company.NONE, breaks } });
-    state.requeue(broken(1, 3), at);
+    state.requeue(lost('a', 1, { needs: { company: Company.NONE, breaks: 3 } }), at);
     expect(companiesOf(at, at + 14_999, at + 15_000)).toEqual([Company.NONE, Company.NONE, Company.PROVEN]);
     // A group that refuses it changes nothing.
-    state.requeue(broken(2, 3), at + 10_000);
+    state.requeue(lost('a', 2, { needs: { company: Company.NONE, breaks: 3 } }), at + 10_000);
     expect(companiesOf(at + 15_000)).toEqual([Company.PROVEN]);
-    state.requeue(broken(3, 4), at + 20_000);
+    state.requeue(lost('a', 3, { needs: { company: Company.NONE, breaks: 4 } }), at + 20_000);
     expect(companiesOf(at + 49_999, at + 50_000)).toEqual([Company.NONE, Company.PROVEN]);
   });
 
