@@ -24,7 +24,7 @@ describe('a short prompt behind long ones', () => {
     const readLong = async (): Promise<void> => {
       const request = {
         model: 'mimo-demo',
-        input: { $case: 'tokenIds' as const, value: { ids: Array<number>(3_000).fill(17) } },
+        input: { $case: 'tokenIds' as const, value: { ids: Array<number>(2_000).fill(17) } },
         sampling: SamplingParams.fromPartial({ temperature: 0, maxTokens: 1 }),
       };
       for await (const { event } of callServerStream(cluster.client, InferenceServiceService.generate, {

@@ -3,8 +3,8 @@
 // 1. Running sequences that decode (one pending token), oldest first: one row, or two with a draft.
 // 2. Prefill shares the rows that are left, B. The oldest prompt may take half of them, every other prompt then takes what
 //    it can use, shortest remaining first, and what is left over goes to the oldest. No prompt gets more than a chunk.
-// 3. A step that can finish all short prompts (of at most a chunk) with half of B is *quick*: longer ones get no rows, so that
-//    short ones do not wait while theirs are computed. No two quick steps follow one another.
+// 3. Where short prompts (of at most a chunk) stand beside longer ones, every other step is *quick*: longer ones get no rows
+//    in it, so that short ones do not wait while theirs are computed.
 // 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. In
 //    `maxOvertakes` steps later ones may be admitted though there is no room for it; then it is the next.
 // 5. A sequence without credit gets no rows. One that has been without for `parkAfterMs` is *parked* when its slot or its
@@ -111,8 +111,8 @@ export function planStep(state: SchedulerState, limits: SchedulerLimits): StepDe
   }
   const unread = ready.filter(({ blocks, pendingTokens }) => blocks === 0 || pendingTokens > 1);
   const next = step.nextToAdmit;
-  const short = state.afterQuick || next !== undefined ? [] : quickPrompts(unread, step, limits);
-  const isQuick = short.length > 0;
+  const short = state.afterQuick || next !== undefined ? [] : shortPrompts(unread, step, limits);
+  const isQuick = short.length > 0 && short.length < unread.length;
   const prompts = isQuick ? short : unread;
   const give = (sequence: SchedulerSequence, most: number): boolean => {
     const rows = Math.min(sequence.pendingTokens, chunk, most, step.budget);
@@ -134,18 +134,15 @@ export function planStep(state: SchedulerState, limits: SchedulerLimits): StepDe
   return step.decision(isQuick);
 }
 
-/** The prompts that a quick step finishes: all that can run and are short, if longer ones are there and these are few. */
-function quickPrompts(
+/** The short prompts that can run. The last chunk of a long one is none: nobody waits for it alone. */
+function shortPrompts(
   prompts: readonly SchedulerSequence[],
   step: Step,
   { prefillChunkTokens }: SchedulerLimits,
 ): readonly SchedulerSequence[] {
-  // The last chunk of a long prompt does not count: nobody waits for it alone.
-  const short = prompts.filter(
+  return prompts.filter(
     (sequence) => sequence.kvTokens + sequence.pendingTokens <= prefillChunkTokens && step.canRun(sequence),
   );
-  const rows = short.reduce((sum, { pendingTokens }) => sum + pendingTokens, 0);
-  return short.length < prompts.length && 2 * rows <= step.budget ? short : [];
 }
 
 /** A step as it is put together: what is left, and what was given to whom. */
