@@ -148,7 +148,7 @@ describe('planStep', () => {
       overtaken: [6],
     });
     expect(decision.rows[0]).toEqual({ sequenceId: 5, pendingRows: 5, withDraft: false, blocks: 1 });
-    expect(plan(prompts, { freeBlocks: 6 })).toMatchObject({
+    expect(plan(prompts, { freeBlocks: 6, afterQuick: true })).toMatchObject({
       admitted: [5, 7, 6],
       blocked: [],
       overtaken: [],
