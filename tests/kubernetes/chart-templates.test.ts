@@ -1,17 +1,11 @@
 // The chart as the real helm renders it: what is refused and by which field, what our processes make of the environment
 // they get, what the NATS server makes of its configuration. No cluster.
 
-import { execFile } from 'node:child_process';
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { promisify } from 'node:util';
 
 import { parseControllerConfig, workerSettingsOf } from '@mimo/controller/config';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { beforeAll, describe, expect, it } from 'vitest';
 
-import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
 import {
   chartDirectory,
   environmentOf,
@@ -24,8 +18,8 @@ import {
   type Values,
 } from '../harness/kubernetes/helm.ts';
 import { findTools } from '../harness/kubernetes/tools.ts';
+import { checkNatsConfig } from '../harness/nats.ts';
 
-const run = promisify(execFile);
 const sha256 = 'a'.repeat(64);
 let helm: string;
 
@@ -523,30 +517,15 @@ describe('the NATS server', () => {
   it.each([1, 3, 5])('accepts the configuration of %d replicas', async (replicas) => {
     const objects = await renderChart(helm, { nats: { replicas, storage: { size: '12Gi' } } });
     const data = objectOf(objects, 'ConfigMap', 'mimo-nats')['data'] as Record<string, string>;
-    const binary = await findNatsServer({
-      cacheDirectory: cacheDirectoryFrom(process.env),
-      onProgress: () => undefined,
-      signal: AbortSignal.timeout(170_000),
+    const said = await checkNatsConfig(data['nats.conf'] ?? '', {
+      POD_NAME: 'mimo-nats-0',
+      JETSTREAM_KEY: 'k'.repeat(48),
     });
-    if (binary === null) {
-      throw new Error('this test needs a nats-server: on the PATH, or a Go toolchain to build one');
-    }
-    const directory = await mkdtemp(join(tmpdir(), 'mimo-nats-conf-'));
-    try {
-      const file = join(directory, 'nats.conf');
-      await writeFile(file, data['nats.conf'] ?? '');
-      // -t: reads and checks, and exits.
-      const { stderr } = await run(binary, ['-t', '--config', file], {
-        env: { POD_NAME: 'mimo-nats-0', JETSTREAM_KEY: 'k'.repeat(48) },
-      });
-      expect(stderr).toContain('is valid');
-      // 80 % of the volume for the server; gateways bound their stream to 40 %.
-      expect(data['nats.conf']).toContain('max_file_store: 9830MiB');
-      expect(data['nats.conf']?.match(/nats:\/\/mimo-nats-\d/g) ?? []).toHaveLength(
-        replicas === 1 ? 0 : replicas,
-      );
-    } finally {
-      await rm(directory, { recursive: true });
-    }
+    expect(said).toContain('is valid');
+    // 80 % of the volume for the server; gateways bound their stream to 40 %.
+    expect(data['nats.conf']).toContain('max_file_store: 9830MiB');
+    expect(data['nats.conf']?.match(/nats:\/\/mimo-nats-\d/g) ?? []).toHaveLength(
+      replicas === 1 ? 0 : replicas,
+    );
   });
 });

@@ -17,6 +17,7 @@ import {
   type Values,
 } from '../harness/kubernetes/helm.ts';
 import { findTools } from '../harness/kubernetes/tools.ts';
+import { checkNatsConfig } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const sha256 = 'a'.repeat(64);
@@ -207,6 +208,33 @@ function rights(verbs: string, what: string, where: Partial<Right> = {}): readon
 function words({ verb, group = '', resource, subresource, name = '', namespace = '' }: Right): string {
   return [verb, [group, resource, subresource].filter(Boolean).join('/'), name, namespace].join(' ').trim();
 }
+
+describe("the key of NATS' disk", () => {
+  it('is made once: upgrades leave the Secret as it is, and servers start with it', async () => {
+    const namespace = 'key';
+    const readKey = async (): Promise<unknown> => {
+      const secrets = await list(namespace, 'secrets');
+      const secret = secrets.find(({ metadata }) => metadata.name === 'mimo-nats-encryption');
+      return secret?.['data'];
+    };
+    await install(namespace, {});
+    const key = await readKey();
+    expect(key).toEqual({ key: expect.stringMatching(/^\S{64}$/) as string });
+    // A change of NATS itself, another one, and none.
+    for (const values of [{ nats: { maxPayloadBytes: 2 ** 21 } }, { gateway: { replicas: 3 } }, {}]) {
+      await helmIn(namespace, ['upgrade', 'mimo', chartDirectory], values);
+      expect(await readKey()).toEqual(key);
+      const config = (await list(namespace, 'configmaps')).find(
+        ({ metadata }) => metadata.name === 'mimo-nats',
+      );
+      const { 'nats.conf': text = '' } = config?.['data'] as Record<string, string>;
+      expect(text).toContain('key: $JETSTREAM_KEY');
+      const { key: encoded } = key as { readonly key: string };
+      const env = { POD_NAME: 'mimo-nats-0', JETSTREAM_KEY: Buffer.from(encoded, 'base64').toString() };
+      expect(await checkNatsConfig(text, env)).toContain('is valid');
+    }
+  });
+});
 
 describe("the controller's rights", () => {
   const namespace = 'rights';
