@@ -33,7 +33,10 @@ function stateWith(fields: Partial<QueueState>): QueueState {
 /** A catalogue that holds one model. */
 const catalog = {
   async *follow(signal: AbortSignal): AsyncGenerator<readonly CatalogModel[]> {
-    yield [{ name: model, digest: '', identity: '' }];
+    yield [
+      { name: model, digest: '', identity: '', isStored: true },
+      { name: 'lost', digest: '', identity: '', isStored: false },
+    ];
     await sleep(60_000, undefined, { signal }).catch(() => undefined);
   },
 };
@@ -139,6 +142,7 @@ describe('QueueWatch', () => {
     expect(seen.marks).toEqual(new Map([['chat-new-0', { sinceUnixMs: 5 }]]));
     expect(seen.published).toBe(true);
     expect(watch.observe('other', performance.now()).published).toBe(false);
+    expect(watch.observe('lost', performance.now()).published).toBe(false);
     watch.follow([]);
     expect(watch.observe(model, performance.now()).marks).toBe('unknown');
   });

@@ -29,8 +29,6 @@ export interface QueueObservation extends ObservedLoads {
 
 /** From the first sign of a burst to the decision; a dispatcher publishes within 100 ms. */
 const burstMs = 300;
-/** A catalogue that lost its store is looked at from the start this often: see ModelCatalog.follow. */
-const catalogueRoundMs = 60_000;
 const retryMs = 1_000;
 
 /** Follows the queue for a changing set of models. Close it to end every iteration. */
@@ -83,15 +81,12 @@ export class QueueWatch {
   }
 
   async #followCatalogue(): Promise<void> {
-    const { signal } = this.#closing;
-    while (!signal.aborted) {
-      const round = AbortSignal.any([signal, AbortSignal.timeout(catalogueRoundMs)]);
-      for await (const models of this.#options.catalog.follow(round)) {
-        const before = this.#published ?? new Set();
-        this.#published = new Set(models.map(({ name }) => name));
-        for (const model of before.symmetricDifference(this.#published)) {
-          this.#options.onChange(model);
-        }
+    for await (const models of this.#options.catalog.follow(this.#closing.signal)) {
+      const before = this.#published ?? new Set();
+      const stored = models.filter(({ isStored }) => isStored);
+      this.#published = new Set(stored.map(({ name }) => name));
+      for (const model of before.symmetricDifference(this.#published)) {
+        this.#options.onChange(model);
       }
     }
   }

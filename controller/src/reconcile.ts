@@ -153,7 +153,8 @@ export class Reconciler {
       loadsComplete: queue.loadsComplete,
       marks: queue.marks,
       preparation,
-      ownsCatalogueEntry: sharers.length > 0 ? false : queue.published,
+      // Also what the catalogue has lost: gateways may still have it, and would publish it again.
+      ownsCatalogueEntry: sharers.length === 0 && (queue.published === 'unknown' ? 'unknown' : true),
       settled,
       decision,
       queue: queue.queue,

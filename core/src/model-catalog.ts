@@ -3,7 +3,7 @@
 // an object only once all of it is there, so a reader never sees half a model. Does not know what the files mean.
 
 import { createHash, randomUUID } from 'node:crypto';
-import { mkdir, rename, rm, stat, writeFile } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 
 import {
@@ -19,11 +19,17 @@ import { beforeAbort, pause } from './abort.ts';
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 import { connectNats, type NatsServers } from './nats-connect.ts';
-import { modelBucket } from './subjects.ts';
+import { boundStream } from './nats-connection.ts';
+import { refusalOf, type QueueRefusal } from './queue-refusal.ts';
+import { modelBucket, modelTrialSubject, trialModelBucket } from './subjects.ts';
 
-/** What a catalogue needs. `replicas` of the store: whoever asks for more raises it, so a writer may say 1. */
+/**
+ * What a catalogue needs. `replicas` of the store: whoever asks for more raises it, so a writer may say 1. Who follows with
+ * `maxBytes` bounds the store.
+ */
 export interface ModelCatalogOptions extends NatsServers {
   readonly replicas: number;
+  readonly maxBytes?: number;
   readonly log: Log;
 }
 
@@ -41,6 +47,8 @@ export interface CatalogModel {
   /** SHA-256 of the files' names, sizes and digests, and of the identity; hex. */
   readonly digest: string;
   readonly identity: string;
+  /** False: known from before the store lost it, and neither published again nor removed since. */
+  readonly isStored: boolean;
 }
 
 /**
@@ -50,15 +58,21 @@ export interface CatalogModel {
 export interface ModelCatalog {
   /**
    * Puts a model in, or its new files in place of the old ones, in one act; equal files are left as they are. Fails with
-   * `invalid_argument` where names or sizes are out of bounds, `aborted` where other writers of the model kept winning.
+   * `invalid_argument` where names or sizes are out of bounds, `aborted` where other writers of the model kept winning,
+   * `resource_exhausted` where the store has no room for it.
    */
   publish(model: ModelFiles, signal: AbortSignal): Promise<CatalogModel>;
+  /**
+   * Publishes what `fetch` brought into a directory once more, the same in all. Where the store has any word of the model,
+   * that stands. Fails with `data_loss` where the files are not what the digest says.
+   */
+  restore(model: CatalogModel, directory: string, signal: AbortSignal): Promise<void>;
   /** Takes a model out; one that is not there is taken out too, for those who knew it from a store that was lost. */
   remove(name: string, signal: AbortSignal): Promise<void>;
   /**
-   * The whole set, ordered by name, first as it is and again within about a second of a change. A server that comes back
-   * empty takes nothing away: what was known stays until it is published again or removed. To publish it again is
-   * the writer's business, since whoever begins to follow then knows nothing of it.
+   * The whole set, ordered by name, first as it is and again within about a second of a change. A store that is deleted,
+   * emptied or lost takes nothing away: what was known stays, as not stored, until it is published again or removed. To
+   * publish it again is for those who have its files: who begins to follow then knows nothing of it.
    */
   follow(signal: AbortSignal): AsyncIterable<readonly CatalogModel[]>;
   /**
@@ -104,6 +118,8 @@ class NatsModelCatalog implements ModelCatalog {
   readonly #closing = new AbortController();
   readonly #connecting: ReturnType<typeof connectNats>;
   #connected = false;
+  /** When the store that was bounded last was made. */
+  #boundStore = '';
   #opened: Promise<{ readonly objects: ObjectStore; readonly manager: JetStreamManager }> | undefined;
 
   constructor(options: ModelCatalogOptions) {
@@ -116,40 +132,15 @@ class NatsModelCatalog implements ModelCatalog {
   }
 
   async publish({ name, files, identity }: ModelFiles, signal: AbortSignal): Promise<CatalogModel> {
-    const sorted = [...files].toSorted(([a], [b]) => (a < b ? -1 : 1));
-    const described = sorted.map(([file, bytes]) => ({
-      name: file,
-      sha256: sha256Of(bytes),
-      bytes: bytes.length,
-    }));
-    const problem = problemWith(name, described);
-    if (problem !== undefined) {
-      throw new ClusterError(
-        'invalid_argument',
-        `model ${JSON.stringify(name)} cannot be published: ${problem}`,
-      );
-    }
-    const digest = digestOf(described, identity);
-    const metadata = { digest, identity, files: JSON.stringify(described) };
-    const content = Buffer.concat(sorted.map(([, bytes]) => bytes));
+    const entry = entryOf({ name, files, identity });
     const put = async (objects: ObjectStore): Promise<boolean> => {
       const last = await objects.info(name);
-      if (last?.deleted === false && last.metadata?.['digest'] === digest) {
-        return true;
-      }
-      try {
-        await objects.putBlob({ name, metadata }, content, { previousRevision: last?.revision ?? 0 });
-        return true;
-      } catch (error) {
-        if (error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code)) {
-          return false;
-        }
-        throw error;
-      }
+      const isThere = last?.deleted === false && last.metadata?.['digest'] === entry.digest;
+      return isThere || (await putEntry(objects, entry, last?.revision ?? 0));
     };
     for (let attempt = 0; attempt < publishAttempts; attempt++) {
-      if (await this.#ask(put, signal)) {
-        return { name, digest, identity };
+      if (await this.#write(put, entry, signal)) {
+        return { name, digest: entry.digest, identity, isStored: true };
       }
     }
     throw new ClusterError(
@@ -158,39 +149,53 @@ class NatsModelCatalog implements ModelCatalog {
     );
   }
 
+  async restore(
+    { name, digest, identity }: CatalogModel,
+    directory: string,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const files = new Map<string, Uint8Array>();
+    for (const file of await readdir(directory)) {
+      files.set(file, await readFile(join(directory, file)));
+    }
+    const entry = entryOf({ name, files, identity });
+    if (entry.digest !== digest) {
+      throw new ClusterError('data_loss', `model ${name}: its files are not what their digest says any more`);
+    }
+    const put = async (objects: ObjectStore): Promise<boolean> =>
+      (await objects.info(name)) !== null || putEntry(objects, entry, 0);
+    await this.#write(put, entry, signal);
+  }
+
   remove(name: string, signal: AbortSignal): Promise<void> {
-    return this.#ask(async (objects) => {
+    const mark = { name, metadata: {}, content: new Uint8Array() };
+    const take = async (objects: ObjectStore): Promise<void> => {
       const info = await objects.info(name);
       if (info === null) {
-        await objects.putBlob({ name }, null);
+        await objects.putBlob({ name }, mark.content);
       }
       if (info?.deleted !== true) {
         await objects.delete(name);
       }
-    }, signal);
+    };
+    return this.#write(take, mark, signal);
   }
 
   async *follow(signal: AbortSignal): AsyncGenerator<readonly CatalogModel[], void, undefined> {
     const until = AbortSignal.any([signal, this.#closing.signal]);
-    let seen: { readonly storeId: string; readonly sequence: number } | undefined;
+    let seen: string | undefined;
     let known: Models = new Map();
-    /** Known from a store that was lost, while the present one has no word of them. */
-    let carried: Models = new Map();
     while (!until.aborted) {
       try {
-        const { created: storeId, state } = await this.#look(until);
-        if (seen?.storeId !== storeId || seen.sequence !== state.last_seq) {
-          const lost = seen !== undefined && seen.storeId !== storeId ? known : carried;
-          const present = await this.#ask(listModels, until);
-          carried = await this.#ask((objects) => withoutWord(objects, lost, present), until);
-          const models = new Map([...carried, ...present]);
+        const { created, state } = await this.#look(until);
+        const present = [created, state.last_seq, state.messages].join();
+        if (seen !== present) {
+          const models = await this.#ask((objects) => readModels(objects, known), until);
           const changed = seen === undefined || !isEqual(known, models);
-          seen = { storeId, sequence: state.last_seq };
+          seen = present;
           known = models;
           if (changed) {
-            yield [...models]
-              .map(([name, model]) => ({ name, ...model }))
-              .toSorted((a, b) => (a.name < b.name ? -1 : 1));
+            yield [...models.values()].toSorted((a, b) => (a.name < b.name ? -1 : 1));
           }
         }
       } catch (error) {
@@ -234,15 +239,68 @@ class NatsModelCatalog implements ModelCatalog {
     await (this.#connected ? leaving : undefined);
   }
 
-  /** The store as it is, with as many copies as this side asks for. */
+  /** The store as it is, with as many copies as this side asks for, and bounded once it is known to be another one. */
   #look(signal: AbortSignal): Promise<StreamInfo> {
     return this.#ask(async (objects, manager) => {
       const { streamInfo } = await objects.status();
-      const { config } = streamInfo;
-      return config.num_replicas < this.#options.replicas
-        ? manager.streams.update(config.name, { num_replicas: this.#options.replicas })
+      const { config, created } = streamInfo;
+      const { replicas, maxBytes, log } = this.#options;
+      if (maxBytes !== undefined && this.#boundStore !== created) {
+        await boundStream(manager, config, { limits: { maxBytes, maxRecords: -1 }, log });
+        this.#boundStore = created;
+      }
+      return config.num_replicas < replicas
+        ? manager.streams.update(config.name, { num_replicas: replicas })
         : streamInfo;
     }, signal);
+  }
+
+  /** Runs an act that writes an entry, on a store that can write. */
+  async #write<Result>(
+    act: (objects: ObjectStore) => Promise<Result>,
+    entry: Entry,
+    signal: AbortSignal,
+  ): Promise<Result> {
+    const text = `the model catalogue did not store ${entry.name}`;
+    const failure = await this.#ask((...store) => diskFailureOf(store, text), signal);
+    if (failure !== undefined) {
+      await this.#ask((_objects, manager) => this.#remake(manager, entry), signal).catch((error: unknown) => {
+        this.#options.log.debug({ error: ClusterError.from(error) }, 'model catalogue not made anew');
+        signal.throwIfAborted();
+        throw failure;
+      });
+    }
+    try {
+      return await this.#ask(act, signal);
+    } catch (error) {
+      const { cause } = ClusterError.from(error);
+      const refusal = cause === undefined ? undefined : refusalOf(cause, text);
+      throw refusal?.reason === 'full' || refusal?.reason === 'disk_failed' ? refusal : error;
+    }
+  }
+
+  /**
+   * A store whose server could not write for a moment never will again, until the server is restarted. It is made anew where
+   * a store beside it takes the entry; what else it held is published again by those who have it.
+   */
+  async #remake(manager: JetStreamManager, { name, metadata, content }: Entry): Promise<void> {
+    const stream = jetstream(await this.#connecting, { timeout: requestTimeoutMs });
+    const beside = await new Objm(stream).create(trialModelBucket, {
+      replicas: 1,
+      storage: StorageType.File,
+    });
+    try {
+      await beside.putBlob({ name, metadata }, content);
+    } finally {
+      await beside.destroy();
+    }
+    const { objects } = await this.#open();
+    // Somebody else may have made it anew meanwhile.
+    if ((await diskFailureOf([objects, manager])) !== undefined) {
+      this.#options.log.error('model catalogue stores nothing: it is made anew');
+      await objects.destroy();
+      this.#opened = undefined;
+    }
   }
 
   /** Runs an act on the store; once more where the store was not there any more, as on a server that came back empty. */
@@ -291,28 +349,92 @@ class NatsModelCatalog implements ModelCatalog {
   }
 }
 
-/** A store's models by name. */
-type Models = ReadonlyMap<string, Omit<CatalogModel, 'name'>>;
-
-async function listModels(objects: ObjectStore): Promise<Models> {
-  const infos = await objects.list();
-  return new Map(
-    infos.flatMap(({ name, metadata }) => {
-      const { digest, identity = '' } = metadata ?? {};
-      return digest ? [[name, { digest, identity }]] : [];
-    }),
-  );
+/** A model as it is written. */
+interface Entry {
+  readonly name: string;
+  readonly metadata: Record<string, string>;
+  readonly content: Uint8Array;
 }
 
-/** Those of a lost store's models that the present store neither has nor has removed. */
-async function withoutWord(objects: ObjectStore, lost: Models, present: Models): Promise<Models> {
-  const kept = new Map<string, Omit<CatalogModel, 'name'>>();
-  for (const [name, model] of lost) {
-    if (!present.has(name) && (await objects.info(name)) === null) {
-      kept.set(name, model);
+/** Fails with `invalid_argument` where names or sizes are out of bounds. */
+function entryOf({ name, files, identity }: ModelFiles): Entry & { readonly digest: string } {
+  const sorted = [...files].toSorted(([a], [b]) => (a < b ? -1 : 1));
+  const described = sorted.map(([file, bytes]) => ({
+    name: file,
+    sha256: sha256Of(bytes),
+    bytes: bytes.length,
+  }));
+  const problem = problemWith(name, described);
+  if (problem !== undefined) {
+    throw new ClusterError(
+      'invalid_argument',
+      `model ${JSON.stringify(name)} cannot be published: ${problem}`,
+    );
+  }
+  const digest = digestOf(described, identity);
+  const metadata = { digest, identity, files: JSON.stringify(described) };
+  return { name, digest, metadata, content: Buffer.concat(sorted.map(([, bytes]) => bytes)) };
+}
+
+/** False where somebody else wrote the model after `previousRevision`. */
+async function putEntry(
+  objects: ObjectStore,
+  { name, metadata, content }: Entry,
+  previousRevision: number,
+): Promise<boolean> {
+  try {
+    await objects.putBlob({ name, metadata }, content, { previousRevision });
+    return true;
+  } catch (error) {
+    if (error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code)) {
+      return false;
+    }
+    throw error;
+  }
+}
+
+/** Why a store on one server cannot write, though it answers; undefined where it can. Those on several repair themselves. */
+async function diskFailureOf(
+  [objects, manager]: readonly [ObjectStore, JetStreamManager],
+  text?: string,
+): Promise<QueueRefusal | undefined> {
+  const { streamInfo } = await objects.status();
+  const { name, num_replicas: replicas } = streamInfo.config;
+  try {
+    // Purging nothing fails like all that writes, and at once.
+    await manager.streams.purge(name, { filter: modelTrialSubject });
+    return undefined;
+  } catch (error) {
+    const refusal = refusalOf(error, text);
+    return replicas === 1 && refusal.reason === 'disk_failed' ? refusal : undefined;
+  }
+}
+
+/** Models by name. */
+type Models = ReadonlyMap<string, CatalogModel>;
+
+/** A store's models, and those of the known ones that it neither has nor has removed. */
+async function readModels(objects: ObjectStore, known: Models): Promise<Models> {
+  const models = new Map<string, CatalogModel>();
+  const add = ({ name, metadata, deleted }: ObjectInfo): void => {
+    const { digest, identity = '' } = metadata ?? {};
+    if (digest && !deleted) {
+      models.set(name, { name, digest, identity, isStored: true });
+    }
+  };
+  (await objects.list()).forEach(add);
+  for (const [name, model] of known) {
+    if (!models.has(name)) {
+      // A list that was read while a model was replaced may lack it.
+      const info = await objects.info(name);
+      if (info === null) {
+        models.set(name, { ...model, isStored: false });
+      } else {
+        add(info);
+      }
     }
   }
-  return kept;
+  return models;
 }
 
 /** The files of a model, each checked. */
@@ -414,7 +536,13 @@ function sha256Of(bytes: Uint8Array): string {
 }
 
 function isEqual(a: Models, b: Models): boolean {
-  return a.size === b.size && [...a].every(([name, { digest }]) => b.get(name)?.digest === digest);
+  return (
+    a.size === b.size &&
+    [...a].every(([name, { digest, isStored }]) => {
+      const other = b.get(name);
+      return other?.digest === digest && other.isStored === isStored;
+    })
+  );
 }
 
 function messageOf(error: unknown): string {

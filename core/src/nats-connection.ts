@@ -206,7 +206,7 @@ export class NatsLink {
       throw error;
     });
     if (limits !== undefined) {
-      await this.#bound(manager, { config, limits });
+      await boundStream(manager, config, { limits, log: this.#options.log });
     }
     if (this.#storeId !== created) {
       this.#storeId = created;
@@ -219,25 +219,26 @@ export class NatsLink {
     const drains = await buckets.create(drainBucket, { history: 1, replicas });
     return { connection, stream, manager, leases, drains };
   }
+}
 
-  /** Bounds the stream; a server with less room than that bounds it to half, or a quarter, ... of the bytes. */
-  async #bound(
-    manager: JetStreamManager,
-    { config, limits }: { readonly config: StreamConfig; readonly limits: RecordLimits },
-  ): Promise<void> {
-    for (let maxBytes = limits.maxBytes; ; maxBytes = Math.floor(maxBytes / 2)) {
-      if (config.max_bytes === maxBytes && config.max_msgs === limits.maxRecords) {
-        return;
-      }
-      try {
-        await manager.streams.update(requestStream, { max_bytes: maxBytes, max_msgs: limits.maxRecords });
-        this.#options.log.info({ maxBytes, maxRecords: limits.maxRecords }, 'queue bounded');
-        return;
-      } catch (error) {
-        const isTooLarge = error instanceof JetStreamApiError && error.code === storageExceededCode;
-        if (!isTooLarge || maxBytes < minBytes) {
-          throw error;
-        }
+/** Bounds a stream; a server with less room than that bounds it to half, or a quarter, ... of the bytes. */
+export async function boundStream(
+  manager: JetStreamManager,
+  { name, max_bytes: boundBytes, max_msgs: boundRecords }: StreamConfig,
+  { limits, log }: { readonly limits: RecordLimits; readonly log: Log },
+): Promise<void> {
+  for (let maxBytes = limits.maxBytes; ; maxBytes = Math.floor(maxBytes / 2)) {
+    if (boundBytes === maxBytes && boundRecords === limits.maxRecords) {
+      return;
+    }
+    try {
+      await manager.streams.update(name, { max_bytes: maxBytes, max_msgs: limits.maxRecords });
+      log.info({ stream: name, maxBytes, maxRecords: limits.maxRecords }, 'stream bounded');
+      return;
+    } catch (error) {
+      const isTooLarge = error instanceof JetStreamApiError && error.code === storageExceededCode;
+      if (!isTooLarge || maxBytes < minBytes) {
+        throw error;
       }
     }
   }

@@ -52,12 +52,11 @@ const storeFailedCode = 10077;
 /** What operating systems say; the paths around it are the operator's business. */
 const diskFailures = /no space left on device|disk quota exceeded|read-only file system|input\/output error/;
 
-/** Reads what a publish failed with. */
-export function refusalOf(error: unknown): QueueRefusal {
+/** Reads what a publish failed with; `text` says what was not done. */
+export function refusalOf(error: unknown, text = 'the queue did not store the request'): QueueRefusal {
   if (error instanceof QueueRefusal) {
     return error;
   }
-  const text = 'the queue did not store the request';
   const { message } = ClusterError.from(error);
   if (error instanceof Error && error.cause instanceof errors.RequestError && error.cause.isNoResponders()) {
     return new QueueRefusal('missing', `${text}: its stream is missing`, error);

@@ -13,8 +13,12 @@ export const trialSubjects = {
   [`KV_${drainBucket}`]: `$KV.${drainBucket}.=trial`,
 } as const;
 
-/** The object store of the model catalogue. */
+/** The object store of the model catalogue, and the one beside it where a model is tried out. */
 export const modelBucket = 'MODELS';
+export const trialModelBucket = 'MODELS_TRIAL';
+
+/** Where the store of models is tried out: no part of any model. */
+export const modelTrialSubject = `$O.${modelBucket}.C.=trial`;
 
 /** Writes a name as one subject token; `nameFromToken` reads it back. Injective; empty names throw a RangeError. */
 export function tokenFromName(name: string): string {

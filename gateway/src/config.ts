@@ -43,6 +43,7 @@ export const gatewaySettings = {
   /**
    * What the stream of records may hold: some 200,000 waiting prompts of 2 kB. On disk it may take twice that, since blocks
    * of which half is deleted are not rewritten; keep it below 40 % of the volume. Requests are refused from 90 % of it on.
+   * The model catalogue may hold an eighth of it, beside it.
    */
   queueMaxBytes: sizeSetting('MIMO_GATEWAY_QUEUE_MAX_BYTES', '1Gi'),
   /** The server's memory holds a few hundred bytes for each. */

@@ -62,6 +62,13 @@ const serviceName = 'mimo.inference.v1.InferenceService';
 const readinessMs = 250;
 /** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
 const openQueueMs = 5_000;
+/**
+ * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice that on
+ * disk, 5 % and at most 10 %.
+ */
+const catalogShare = 1 / 8;
+/** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
+const minCatalogBytes = 32 * 2 ** 20;
 /** To fetch and read the catalogue's models: a gateway that is ready without them would refuse what others serve. */
 const catchUpMs = 30_000;
 /** A call takes no longer from a client's hand to here; a tenth of it on most networks. */
@@ -313,6 +320,7 @@ function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): ModelC
         credentialsFile: config.natsCredentialsFile,
         clientName: `mimo-gateway ${gatewayId} models`,
         replicas: config.natsReplicas,
+        maxBytes: Math.max(minCatalogBytes, Math.floor(config.queueMaxBytes * catalogShare)),
         log,
       });
 }

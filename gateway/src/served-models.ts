@@ -139,6 +139,8 @@ export class ServedModels {
       const isDue = performance.now() >= (this.#retryAtMs.get(model.name) ?? 0);
       if (!isServed && isDue && !signal.aborted) {
         await this.#load(catalog, model, { directory, signal });
+      } else if (!model.isStored && isDue && !signal.aborted) {
+        await this.#restore(catalog, model, signal);
       }
     }
     for (const [name, served] of this.#fetched) {
@@ -187,6 +189,26 @@ export class ServedModels {
       if (!to.signal.aborted) {
         this.#retryAtMs.set(name, performance.now() + retryMs);
         log.error({ error: ClusterError.from(error), model: name, digest }, 'model cannot be served');
+      }
+    }
+  }
+
+  /** Publishes a model that the catalogue has lost once more, of the files that are here. */
+  async #restore(catalog: ModelCatalog, model: CatalogModel, signal: AbortSignal): Promise<void> {
+    const { log } = this.#parts;
+    const { name, digest } = model;
+    const here = this.#fetched.get(name);
+    if (here?.digest !== digest) {
+      return;
+    }
+    // It is seen to be stored within a second or two.
+    this.#retryAtMs.set(name, performance.now() + retryMs);
+    try {
+      await catalog.restore(model, here.directory, signal);
+      log.warn({ model: name, digest }, 'the catalogue had lost the model: published again');
+    } catch (error) {
+      if (!signal.aborted) {
+        log.error({ error: ClusterError.from(error), model: name, digest }, 'model not published again');
       }
     }
   }

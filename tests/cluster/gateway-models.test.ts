@@ -9,10 +9,11 @@ import * as grpc from '@grpc/grpc-js';
 import { ClusterError } from '@mimo/core/errors';
 import { callServerStream, callUnary } from '@mimo/core/grpc-client';
 import { createLog } from '@mimo/core/log';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
+import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/model-catalog';
 import { modelIdentity, textDigestOf } from '@mimo/core/model-identity';
 import type { RequestQueue } from '@mimo/core/queue';
 import { createNatsQueue } from '@mimo/core/queue-nats';
+import { modelBucket } from '@mimo/core/subjects';
 import {
   CountTokensRequest,
   GenerateRequest,
@@ -21,6 +22,8 @@ import {
   type ListModelsResponse,
 } from '@mimo/proto/inference';
 import { GroupState } from '@mimo/proto/worker';
+import { jetstreamManager } from '@nats-io/jetstream';
+import { connect } from '@nats-io/transport-node';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
 import type { NatsServer } from '../../deploy/local/nats-server.ts';
@@ -248,19 +251,63 @@ describe('a gateway that was started without models', () => {
     await catalog.remove(broken, AbortSignal.timeout(20_000));
   });
 
-  it('keeps serving what it has when the server comes back empty', async () => {
-    await publish();
-    await waitFor('the model', isListed);
-    const { port } = server;
-    server.child.kill();
-    await server.child.exited;
-    await rm(join(directory, 'nats'), { recursive: true });
-    server = await startTestNats({ storeDirectory: join(directory, 'nats'), port });
-    group = await startScriptedGroup({ model, group: 'g', queue: bus, stepMs: 1 });
-    await waitFor('the queue', async () => (await generate()) === prompt, 60_000);
-    expect(await isListed()).toBe(true);
-  });
+  it.each([
+    [
+      'server comes back empty',
+      async (): Promise<void> => {
+        const { port } = server;
+        server.child.kill();
+        await server.child.exited;
+        await rm(join(directory, 'nats'), { recursive: true });
+        server = await startTestNats({ storeDirectory: join(directory, 'nats'), port });
+      },
+    ],
+    [
+      'catalogue is deleted',
+      async (): Promise<void> => {
+        const connection = await connect({ servers: server.url });
+        await (await jetstreamManager(connection)).streams.delete(`OBJ_${modelBucket}`);
+        await connection.close();
+      },
+    ],
+  ])(
+    'keeps serving what it has when the %s, and gives it back for those that start then',
+    async (_what, lose) => {
+      const identity = modelIdentity(textDigestOf(await filesOf()), 'weights');
+      await publish({}, model, identity);
+      const before = await catalogued();
+      await waitFor('the model', isListed);
+      await lose();
+      group = await startScriptedGroup({ model, group: 'g', queue: bus, stepMs: 1, identity });
+      await waitFor(
+        'the queue',
+        () =>
+          generate().then(
+            (text) => text === prompt,
+            () => false,
+          ),
+        60_000,
+      );
+      expect(await isListed()).toBe(true);
+      await waitFor('the model to be stored', async () => (await catalogued()).length === 1);
+      expect(await catalogued()).toEqual(before);
+      // The same in all: nobody loads it again.
+      expect(gateway.lines.filter((line) => line.includes('"model added"'))).toHaveLength(1);
+      expect(gateway.lines.some((line) => line.includes('"model changed"'))).toBe(false);
+      await catalog.remove(model, AbortSignal.timeout(20_000));
+      await waitFor('the model to be gone', async () => !(await isListed()));
+      expect(await catalogued()).toEqual([]);
+    },
+  );
 });
+
+/** What a follower sees that begins now: what the catalogue holds, and nothing of what it has lost. */
+async function catalogued(): Promise<readonly CatalogModel[]> {
+  for await (const models of catalog.follow(AbortSignal.timeout(20_000))) {
+    return models;
+  }
+  throw new Error('the catalogue does not answer');
+}
 
 /** The directories of the models that the gateway holds. */
 async function fetched(): Promise<string[]> {

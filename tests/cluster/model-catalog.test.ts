@@ -1,11 +1,11 @@
 // The promises of the model catalogue, on a real nats-server that is killed, restarted and emptied.
 
 import { randomBytes } from 'node:crypto';
-import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { jetstream } from '@nats-io/jetstream';
+import { jetstream, jetstreamManager, type StreamAPI } from '@nats-io/jetstream';
 import { Objm } from '@nats-io/obj';
 import { connect } from '@nats-io/transport-node';
 
@@ -22,6 +22,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest
 
 import type { NatsServer } from '../../deploy/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
+import { mountSmall } from '../harness/small-volume.ts';
 
 const name = 'XiaomiMiMo/MiMo-7B-RL.v2';
 const log = createLog({ process: 'test', level: 'silent' });
@@ -33,8 +34,15 @@ let server: NatsServer;
 const opened: ModelCatalog[] = [];
 const stops: AbortController[] = [];
 
-function open(): ModelCatalog {
-  const catalog = createModelCatalog({ servers: [server.url], clientName: 'test', replicas: 1, log });
+function open(options: { readonly server?: NatsServer; readonly maxBytes?: number } = {}): ModelCatalog {
+  const { maxBytes } = options;
+  const catalog = createModelCatalog({
+    servers: [(options.server ?? server).url],
+    clientName: 'test',
+    replicas: 1,
+    ...(maxBytes === undefined ? {} : { maxBytes }),
+    log,
+  });
   opened.push(catalog);
   return catalog;
 }
@@ -96,8 +104,7 @@ beforeAll(async () => {
 
 afterEach(async () => {
   stops.splice(0).forEach((stop) => stop.abort());
-  const last = opened[0];
-  await last?.remove(name, within(20_000));
+  await open().remove(name, within(20_000));
   await Promise.all(opened.splice(0).map((catalog) => catalog.close()));
 });
 
@@ -232,25 +239,139 @@ describe('the model catalogue', () => {
     await reader.fetch(next, join(directory, 'after'), within(20_000));
   });
 
-  it('keeps what it knew when the server comes back empty, until it is published again or removed', async () => {
-    const [writer, reader] = [open(), open()];
-    const other = { ...modelOf({ 'config.json': 'other' }), name: 'other' };
-    const seen = follow(reader);
-    const model = await writer.publish(modelOf({ 'config.json': '1' }), within(20_000));
-    const second = await writer.publish(other, within(20_000));
-    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model, second]), patience);
-    await restart({ emptied: true });
-    const late = follow(open());
-    await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([]), patience);
-    expect(seen.sets.at(-1)).toEqual([model, second]);
+  const losses: Readonly<Record<string, () => Promise<unknown>>> = {
+    'comes back empty': () => restart({ emptied: true }),
+    'is deleted': () => withStreams((streams) => streams.delete(`OBJ_${modelBucket}`)),
+    'is emptied': () => withStreams((streams) => streams.purge(`OBJ_${modelBucket}`)),
+  };
 
-    await writer.remove('other', within(20_000));
+  it.each(Object.entries(losses))(
+    'keeps what it knew when the store %s, until it is published again or removed',
+    async (_what, lose) => {
+      const [writer, reader] = [open(), open()];
+      const other = { ...modelOf({ 'config.json': 'other' }), name: 'other' };
+      const seen = follow(reader);
+      const model = await writer.publish(modelOf({ 'config.json': '1' }), within(20_000));
+      const second = await writer.publish(other, within(20_000));
+      await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model, second]), patience);
+      await lose();
+      const [lost, lostSecond] = [model, second].map((each) => ({ ...each, isStored: false }));
+      await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([lost, lostSecond]), patience);
+      const late = follow(open());
+      await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([]), patience);
+
+      await writer.remove('other', within(20_000));
+      await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([lost]), patience);
+      expect(await writer.publish(modelOf({ 'config.json': '1' }), within(20_000))).toEqual(model);
+      await vi.waitFor(
+        () => expect([seen.sets.at(-1), late.sets.at(-1)]).toEqual([[model], [model]]),
+        patience,
+      );
+      await reader.fetch(model, join(directory, 'again'), within(20_000));
+      await rm(join(directory, 'again'), { recursive: true });
+      await writer.remove(name, within(20_000));
+      await vi.waitFor(() => expect([seen.sets.at(-1), late.sets.at(-1)]).toEqual([[], []]), patience);
+    },
+  );
+
+  it('restores a lost model from its fetched files, the same in all, and lets whatever came since stand', async () => {
+    const [writer, ...readers] = [open(), open(), open(), open()];
+    const files = modelOf({ 'config.json': '1', 'tokenizer.json': Buffer.alloc(1_000_000, 'x') });
+    const model = await writer.publish(files, within(20_000));
+    const place = join(directory, 'kept-files');
+    await writer.fetch(model, place, within(20_000));
+    const seen = follow(writer);
     await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([model]), patience);
-    expect(await writer.publish(modelOf({ 'config.json': '1' }), within(20_000))).toEqual(model);
+
+    await losses['is deleted']?.();
+    // Every reader has the files, and all of them act at once.
+    await Promise.all(readers.map((reader) => reader.restore(model, place, within(20_000))));
+    const late = follow(open());
     await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([model]), patience);
-    await reader.fetch(model, join(directory, 'again'), within(20_000));
+    await writer.fetch(model, join(directory, 'restored'), within(20_000));
+    expect(await readAll(join(directory, 'restored'))).toEqual(await readAll(place));
+    expect(await storedBytes()).toBeLessThan(1_100_000);
+
+    await losses['is deleted']?.();
+    const newer = await writer.publish(modelOf({ 'config.json': '2' }), within(20_000));
+    await writer.restore(model, place, within(20_000));
+    await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([newer]), patience);
+    await losses['is deleted']?.();
     await writer.remove(name, within(20_000));
-    await vi.waitFor(() => expect([seen.sets.at(-1), late.sets.at(-1)]).toEqual([[], []]), patience);
+    await writer.restore(model, place, within(20_000));
+    await vi.waitFor(() => expect(late.sets.at(-1)).toEqual([]), patience);
+
+    await losses['is deleted']?.();
+    await writeFile(join(place, 'config.json'), '3');
+    await expect(writer.restore(model, place, within(20_000))).rejects.toMatchObject({ code: 'data_loss' });
+  });
+
+  it('is bounded by who follows it with a bound, and names what had no room', async () => {
+    await losses['is deleted']?.();
+    const bounded = open({ maxBytes: 4 * 2 ** 20 });
+    const seen = follow(bounded);
+    await vi.waitFor(() => expect(seen.sets).toEqual([[]]), patience);
+    const model = await bounded.publish(modelOf({ 'a.json': randomBytes(2 ** 20) }), within(20_000));
+    const large = { ...modelOf({ 'a.json': randomBytes(6 * 2 ** 20) }), name: 'large' };
+    await expect(open().publish(large, within(20_000))).rejects.toMatchObject({
+      code: 'resource_exhausted',
+      message: 'the model catalogue did not store large: maximum bytes exceeded',
+    });
+    // What had come of it is gone again.
+    expect(await storedBytes()).toBeLessThan(1.2 * 2 ** 20);
+    const next = await open().publish(modelOf({ 'a.json': randomBytes(2 ** 20) }), within(20_000));
+    await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([next]), patience);
+    expect(next).not.toEqual(model);
+    await losses['is deleted']?.();
+    await vi.waitFor(async () => expect(await boundOfStore()).toBe(4 * 2 ** 20), patience);
+    await losses['is deleted']?.();
+  });
+
+  it('stores again after its disk was full, without a restart, and gives back what it has meanwhile', async (context) => {
+    const volume = await mountSmall(join(directory, 'volume'));
+    if (volume === undefined) {
+      context.skip('needs the right to mount a small filesystem');
+      return;
+    }
+    const small = await startTestNats({ storeDirectory: join(volume.path, 'nats'), port: 0 });
+    try {
+      const writer = open({ server: small });
+      const seen = follow(writer);
+      const first = await writer.publish({ ...filesOfRound(1), name: 'first' }, within(60_000));
+      const place = join(directory, 'first-of-full');
+      await writer.fetch(first, place, within(20_000));
+      await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([first]), patience);
+
+      await writeFile(volume.ballast, Buffer.alloc(64 * 2 ** 20)).catch(() => undefined);
+      for (const _attempt of [1, 2]) {
+        await expect(writer.publish(filesOfRound(2), within(60_000))).rejects.toMatchObject({
+          code: 'unavailable',
+          message: `the model catalogue did not store ${name}: its server cannot write, no space left on device`,
+        });
+      }
+      await rm(volume.ballast);
+      // Nothing was given up while there was no room, and readers need no more than room.
+      await writer.fetch(first, join(directory, 'after-full'), within(20_000));
+      expect(seen.sets).toEqual([[], [first]]);
+
+      const second = await writer.publish(filesOfRound(2), within(60_000));
+      await vi.waitFor(
+        () => expect(seen.sets.at(-1)).toEqual([second, { ...first, isStored: false }]),
+        patience,
+      );
+      await writer.restore(first, place, within(60_000));
+      await vi.waitFor(() => expect(seen.sets.at(-1)).toEqual([second, first]), patience);
+
+      // A removal needs to be written too.
+      await writeFile(volume.ballast, Buffer.alloc(64 * 2 ** 20)).catch(() => undefined);
+      await writer.publish(filesOfRound(3), within(60_000)).catch(() => undefined);
+      await rm(volume.ballast);
+      await writer.remove('first', within(60_000));
+      await vi.waitFor(() => expect(seen.sets.at(-1)?.map((each) => each.name)).toEqual([name]), patience);
+    } finally {
+      await small.close();
+      await volume.unmount();
+    }
   });
 
   it('ends its iterations when it is closed, and gives up when a signal fires', async () => {
@@ -286,6 +407,20 @@ async function tamper(
   const info = await objects.info(name);
   await objects.putBlob({ name, metadata: change(info?.metadata ?? {}) }, Buffer.from(content));
   await connection.close();
+}
+
+/** Acts on the streams as an operator may. */
+async function withStreams<Result>(act: (streams: StreamAPI) => Promise<Result>): Promise<Result> {
+  const connection = await connect({ servers: server.url });
+  try {
+    return await act((await jetstreamManager(connection)).streams);
+  } finally {
+    await connection.close();
+  }
+}
+
+async function boundOfStore(): Promise<number> {
+  return withStreams(async (streams) => (await streams.info(`OBJ_${modelBucket}`)).config.max_bytes);
 }
 
 /** What the store holds at this moment. */

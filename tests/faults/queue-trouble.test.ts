@@ -1,11 +1,9 @@
 // The queue's own troubles, on a real nats-server: its disk is lost or full, its streams are deleted or at their limits.
 // Gateways are whole, groups follow a script. What is asserted is what clients, operators and the disk see; nothing is timed.
 
-import { execFile } from 'node:child_process';
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { promisify } from 'node:util';
 
 import * as grpc from '@grpc/grpc-js';
 import { jetstream, type JetStreamManager } from '@nats-io/jetstream';
@@ -25,13 +23,13 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import type { NatsServer } from '../../deploy/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
+import { mountSmall } from '../harness/small-volume.ts';
 import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const model = 'mimo-demo';
 const modelDirectory = join(import.meta.dirname, '../../models/mimo-demo');
 const log = createLog({ process: 'test', level: 'silent' });
-const run = promisify(execFile);
 
 let directory: string;
 let closes: (() => Promise<unknown> | void)[] = [];
@@ -373,21 +371,19 @@ describe('a queue near its limits', () => {
 
 describe('a queue whose disk was full', () => {
   it('says so, and stores again once there is room, without a restart and without losing a request', async (context) => {
-    const volume = join(directory, 'volume');
-    await mkdir(volume);
-    const mounted = await run('mount', ['-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', volume]).catch(() => null);
-    if (mounted === null) {
+    const volume = await mountSmall(join(directory, 'volume'));
+    if (volume === undefined) {
       context.skip('needs the right to mount a small filesystem');
+      return;
     }
-    closes.push(() => run('umount', ['--lazy', volume]));
-    await startServer({ storeDirectory: join(volume, 'nats') });
+    closes.push(volume.unmount);
+    await startServer({ storeDirectory: join(volume.path, 'nats') });
     const queue = openQueue();
     const door = await openDoor();
     const waiting = Array.from({ length: 3 }, (_, index) => ask(door, [40 + index]));
     await Promise.all(waiting.map((each) => each.started));
 
-    const ballast = join(volume, 'ballast');
-    await writeFile(ballast, Buffer.alloc(32 * 2 ** 20)).catch(() => undefined);
+    await writeFile(volume.ballast, Buffer.alloc(32 * 2 ** 20)).catch(() => undefined);
     const prompt = Array.from({ length: 1_900 }, () => 400);
     const more: Asked[] = [];
     await waitFor('a refusal that names the disk', async () => {
@@ -403,7 +399,7 @@ describe('a queue whose disk was full', () => {
     expect(metrics).toMatch(/gateway_queue_connected(\{[^}]*\})? 0\b/);
     more.forEach((each) => each.leave());
 
-    await rm(ballast);
+    await rm(volume.ballast);
     const group = await openGroup(queue);
     expect(await Promise.all(waiting.map((each) => each.end))).toEqual([[40], [41], [42]]);
     expect(await (await askUntilTaken(door, [50])).end).toEqual([50]);

@@ -1,7 +1,6 @@
 // The chart as the real helm renders it: what is refused and by which field, what our processes make of the environment
 // they get, what the NATS server makes of its configuration. No cluster.
 
-
 import { parseControllerConfig, workerSettingsOf } from '@mimo/controller/config';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { beforeAll, describe, expect, it } from 'vitest';

@@ -227,7 +227,7 @@ describe("the key of NATS' disk", () => {
       const config = (await list(namespace, 'configmaps')).find(
         ({ metadata }) => metadata.name === 'mimo-nats',
       );
-      const { 'nats.conf': text = '' } = config?.['data'] as Record<string, string>;
+      const { 'nats.conf': text = '' } = (config?.['data'] ?? {}) as Record<string, string>;
       expect(text).toContain('key: $JETSTREAM_KEY');
       const { key: encoded } = key as { readonly key: string };
       const env = { POD_NAME: 'mimo-nats-0', JETSTREAM_KEY: Buffer.from(encoded, 'base64').toString() };

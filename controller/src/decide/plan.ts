@@ -77,7 +77,7 @@ export interface PlanInput extends Pick<StatusInput, 'decision' | 'queue' | 'pre
   /** The drain marks as the dispatcher sees them. */
   readonly marks: DrainMarks | 'unknown';
   readonly preparation: Preparation;
-  /** The catalogue has the model, and no other service serves it: it goes with this one. */
+  /** No other service serves the model: its entry of the catalogue goes with this one. Unknown: no answer from there. */
   readonly ownsCatalogueEntry: boolean | 'unknown';
   /** False while writes of ours have not been observed yet. */
   readonly settled: boolean;
