@@ -256,6 +256,7 @@ class RunningEngine implements EngineHost {
       clearInterval(this.#looking);
       const { manifests, stepTimeoutMs } = this.#complete;
       const text = `rank ${manifests[index]!.rank} has been in one step for ${stepTimeoutMs / 1000} s`;
+      // Node's exit would wait for the thread.
       process.once('exit', exitAtOnce);
       this.#fail(new ClusterError('deadline_exceeded', text));
       this.#hung.resolve();

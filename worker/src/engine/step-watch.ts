@@ -3,7 +3,7 @@
 // looks at the count. Looks are what is counted and not time, so that a process which is stopped or starved, and does not look
 // either, does not blame its step. Knows no timer and no engine.
 
-/** Looks within the limit for a step. A step that is this long over the pace of one look is not known to hang yet. */
+/** So many looks within the limit for a step, at an even pace: a step is found to hang a look late at most. */
 export const looksPerLimit = 24;
 /** After so many looks at the same step the group takes nothing new: an eighth of the limit. */
 const stalledLooks = 3;
