@@ -116,6 +116,7 @@ describe('prepare', () => {
         name: 'demo',
         digest: expect.stringMatching(/^[0-9a-f]{64}$/) as string,
         identity: expect.stringMatching(/^[0-9a-f]{16}\.[0-9a-f]{16}$/) as string,
+        isStored: true,
       },
     ]);
     const reads = hub.reads.length;
