@@ -18,6 +18,8 @@ export interface ConnectionLimits {
 
 /** Without the peer's SETTINGS by then, it does not speak HTTP/2. */
 const handshakeMs = 10_000;
+/** For the headers of an unproven connection's call, which fit into a few packets. */
+const headersMs = 10_000;
 /** Clients that connect before their first call are given this long to make it; they connect again by themselves. */
 const unprovenIdleMs = 60_000;
 const unprovenStreams = 64;
@@ -25,8 +27,8 @@ const unprovenRefusals = 100;
 /** New connections of one peer beyond its limit's worth. */
 const connectsPerSecond = 50;
 /** Connections that ended for what they did; a peer that has spent these makes new ones slowly, its neighbours with it. */
-const abuseRate: Rate = { burst: 10, perSecond: 0.5 };
-const suspectRate: Rate = { burst: 5, perSecond: 2 };
+const abuseRate: Rate = { burst: 5, perSecond: 0.5 };
+const suspectRate: Rate = { burst: 2, perSecond: 1 };
 /** Streams of a peer that it reset itself: all users of a proxy may leave at once. */
 const resetRate: Rate = { burst: 10_000, perSecond: 1_000 };
 const maxPeers = 4_096;
@@ -38,7 +40,8 @@ const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
 const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
 /** The unproven are looked at each time, since half a second of some floods stops a process for longer. */
 const lookMs = 50;
-const looksPerProven = 20;
+/** The others, and headers that do not end, are looked at once a second. */
+const looksPerSecond = 20;
 
 /** All connections of a server. Close it. */
 export class Connections {
@@ -119,9 +122,13 @@ export class Connections {
   #look(): void {
     this.#looks += 1;
     const nowMs = performance.now();
+    const isSecond = this.#looks % looksPerSecond === 0;
     for (const connection of this.#all.values()) {
-      if (!connection.proven || this.#looks % looksPerProven === 0) {
+      if (!connection.proven || isSecond) {
         connection.look(nowMs);
+      }
+      if (!connection.proven && isSecond) {
+        connection.lookAtHeaders(nowMs);
       }
     }
   }
@@ -151,6 +158,9 @@ export class Connection {
   #patience: NodeJS.Timeout;
   #proven = false;
   #openStreams = 0;
+  /** The last whose headers were whole. */
+  #lastStream = 0;
+  #headersBeganMs: number | undefined;
   #refusals = 0;
   /** Of headers and bodies. */
   #seenBytes = 0;
@@ -198,11 +208,21 @@ export class Connection {
   /** Counts a stream while it is open; false where an unproven connection has too many. */
   open(stream: ServerHttp2Stream): boolean {
     this.#openStreams += 1;
+    this.#lastStream = stream.id ?? this.#lastStream;
     stream.once('close', () => {
       this.#openStreams -= 1;
     });
     stream.once('aborted', () => this.reset());
     return this.#proven || this.#openStreams <= unprovenStreams;
+  }
+
+  /** Ends the connection where headers have begun and do not end: HTTP/2 shows them only once they are whole. */
+  lookAtHeaders(nowMs: number): void {
+    const begun = this.#session.state.lastProcStreamID ?? 0;
+    this.#headersBeganMs = begun <= this.#lastStream ? undefined : (this.#headersBeganMs ?? nowMs);
+    if (this.#headersBeganMs !== undefined && nowMs - this.#headersBeganMs > headersMs) {
+      this.end();
+    }
   }
 
   /** Bytes that came for something. */
@@ -249,6 +269,8 @@ export class Connection {
     if (!this.#session.destroyed) {
       this.#onAbuse();
       this.end();
+      // At once: what came with it would be read on until the end of this turn.
+      this.#socket.destroy();
     }
   }
 

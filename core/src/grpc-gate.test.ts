@@ -357,7 +357,7 @@ async function flood({ port }: GrpcServer, frame: Buffer): Promise<Socket> {
   const frames = Buffer.concat(Array.from({ length: 1_000 }, () => frame));
   for (let burst = 0; burst < 100 && !socket.closed; burst += 1) {
     if (!socket.write(frames)) {
-      await Promise.race([once(socket, 'drain'), once(socket, 'close')]);
+      await new Promise((resolve) => socket.once('drain', resolve).once('close', resolve));
     }
   }
   return socket;
@@ -382,7 +382,7 @@ describe('a flood', () => {
     const server = await serve();
     const socket = await flood(server, frame);
     if (!socket.closed) {
-      await once(socket, 'close');
+      await new Promise((resolve) => socket.once('close', resolve));
     }
     await vi.waitFor(() => expect(server.gateCounts()?.unprovenConnections).toBe(0), patience);
   });
