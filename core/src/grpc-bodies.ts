@@ -117,7 +117,14 @@ export class Bodies {
         }
       }
       const isBody = event === 'data' || event === 'end';
-      return isBody && this.#refused.has(stream) ? false : emit(event, ...args);
+      if (!isBody || !this.#refused.has(stream)) {
+        return emit(event, ...args);
+      }
+      if (event === 'end' && stream.closed) {
+        // What Node does on this event, or the stream would keep its session, and that its socket, for ever.
+        stream.destroy();
+      }
+      return false;
     };
     Object.assign(stream, { emit: emitReceived });
     stream.once('close', () => this.#release(stream));

@@ -309,6 +309,13 @@ describe('wrong keys', () => {
 describe('connections', () => {
   it('are forgotten once they are gone, whatever was left unread', async () => {
     const server = await serve();
+    for (let time = 0; time < 4; time += 1) {
+      const session = open(server);
+      const stream = begin(session);
+      stream.write(Buffer.from([0, 255, 255, 255, 255]));
+      expect(await endOf(stream)).toBe(String(grpc.status.RESOURCE_EXHAUSTED));
+      session.destroy();
+    }
     for (const headers of [{}, { authorization: 'bad' }, { ':path': HealthService.watch.path }]) {
       const session = open(server);
       const stream = begin(session, headers);

@@ -66,11 +66,15 @@ describe.each(subjects.map((subject) => [subject.name, subject] as const))('%s',
 describe('afterwards', () => {
   it('has harmed nobody, and holds nothing', async () => {
     const report = await bystander.stop();
-    await waitFor('everything to be released', async () => {
-      const { held, gatewaySockets } = await world.footprint();
+    let after = before;
+    const isReleased = async (): Promise<boolean> => {
+      after = await world.footprint();
+      const { held, gatewaySockets } = after;
       return Object.values(held).every((count) => count === 0) && gatewaySockets <= before.gatewaySockets;
+    };
+    await waitFor('everything to be released', isReleased).catch((error: unknown) => {
+      throw new Error(`before ${JSON.stringify(before)}, after ${JSON.stringify(after)}`, { cause: error });
     });
-    const after = await world.footprint();
     const inputs = subjects.reduce((sum, { cases }) => sum + cases.length, 0);
     console.log(JSON.stringify({ inputs, bystander: report, before, after }));
     expect(report.harmed).toEqual([]);
