@@ -1,3 +1,5 @@
+import { spawnSync } from 'node:child_process';
+
 import { describe, expect, it, vi } from 'vitest';
 
 import { ClusterError } from './errors.ts';
@@ -65,5 +67,26 @@ describe('createLog', () => {
       error: { message: 'call failed', code: 'ERR_CALL', cause: { type: 'SyntaxError' } },
     });
     expect(lines.join('')).toContain('log.test.ts');
+  });
+});
+
+describe('logCrashes', () => {
+  it.each([
+    ['an error', `new Error('marker\\n    at marker')`],
+    ['an error of the engine', `new TypeError('cannot read marker')`],
+    ['an error with a cause', `new Error('marker', { cause: new Error('marker') })`],
+    ['an error with fields', `Object.assign(new Error('x'), { prompt: 'marker', code: 'ERR_X' })`],
+    ['a text', `'marker'`],
+    ['an object', `{ prompt: 'marker' }`],
+  ])('ends the process over %s, and says where it was thrown and none of its words', (_, thrown) => {
+    const script = `
+      import { createLog, logCrashes } from ${JSON.stringify(new URL('./log.ts', import.meta.url).href)};
+      logCrashes(createLog({ process: 'test', level: 'info' }));
+      setImmediate(() => { throw ${thrown}; });`;
+    const args = ['--input-type=module', '--eval', script];
+    const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' });
+    expect(status).toBe(1);
+    expect(JSON.parse(stdout)).toMatchObject({ level: 'fatal', msg: 'uncaught error' });
+    expect(stdout + stderr).not.toContain('marker');
   });
 });

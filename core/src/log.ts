@@ -5,7 +5,7 @@
 
 import { pino, type DestinationStream, type LogFn, type Logger } from 'pino';
 
-import { ClusterError, textOf } from './errors.ts';
+import { textOf } from './errors.ts';
 
 export type Log = Logger;
 
@@ -89,13 +89,25 @@ function describeError(error: unknown, depth = 0): DescribedError | undefined {
     type: error.name,
     ...(typeof code === 'string' || typeof code === 'number' ? { code } : {}),
     message: textOf(error).slice(0, maxTextCharacters),
-    stack: (error.stack ?? '')
-      .split('\n')
-      .filter((line) => /^ +at /.test(line))
-      .join('\n')
-      .slice(0, maxTextCharacters),
+    stack: stackOf(error).slice(0, maxTextCharacters),
     ...(cause === undefined ? {} : { cause }),
   };
+}
+
+/** What broke and where, without the message: of an error that nobody expected, nobody knows what it quotes. */
+function wordless(error: unknown): Error {
+  const text = new Error('withheld, it may quote what was being served');
+  const { name, stack } = error instanceof Error ? { name: error.name, stack: stackOf(error) } : {};
+  return Object.assign(text, { name: name ?? typeof error, stack: stack ?? '' });
+}
+
+/** The places in a stack; its first lines repeat the message, which may look like places. */
+function stackOf({ stack = '', message }: Error): string {
+  const at = stack.indexOf(message);
+  return (at < 0 ? stack : stack.slice(at + message.length))
+    .split('\n')
+    .filter((line) => /^ +at /.test(line))
+    .join('\n');
 }
 
 /**
@@ -104,7 +116,7 @@ function describeError(error: unknown, depth = 0): DescribedError | undefined {
  */
 export function logCrashes(log: Log): void {
   process.on('uncaughtException', (error) => {
-    log.fatal({ error: ClusterError.from(error) }, 'uncaught error');
+    log.fatal({ error: wordless(error) }, 'uncaught error');
     process.exit(1);
   });
   process.removeAllListeners('warning');
