@@ -109,6 +109,29 @@ describe('a NATS server that asks who connects', () => {
     expect(await isLetIn(open({ servers, credentialsFile: await write(credentials) }))).toBe(true);
   });
 
+  it.each([
+    ['a password that is refused', 'mimo:marker'],
+    ['a token that is refused', 'marker'],
+    [
+      'signed credentials that are broken',
+      '-----BEGIN NATS USER JWT-----\nmarker\n------END NATS USER JWT------\n',
+    ],
+    ['two lines', 'mimo:marker\nmarker'],
+  ])('logs no word of %s', async (_what, text) => {
+    const address = await start(userConfig);
+    const gateway = startGatewayProcess({
+      MIMO_GATEWAY_LISTEN: '127.0.0.1:0',
+      MIMO_GATEWAY_NATS: address,
+      MIMO_GATEWAY_NATS_CREDENTIALS_FILE: await write(text),
+      MIMO_GATEWAY_LOG_LEVEL: 'debug',
+    });
+    await waitFor('a word of the gateway', () => gateway.lines.length > 0);
+    await new Promise((resolve) => setTimeout(resolve, 1_000));
+    gateway.child.kill('SIGTERM');
+    await gateway.exited;
+    expect(gateway.lines.join('\n')).not.toContain('marker');
+  });
+
   it('is tried again until the credentials are right, also by who sends heartbeats', async () => {
     const servers = [await start(userConfig)];
     const credentialsFile = await write('mimo:wrong');

@@ -250,13 +250,26 @@ describe('prepare', () => {
     expect(await stopped.ended).toEqual({ code: 1, last: 'prepare: stopped by SIGTERM' });
   });
 
+  it.each([
+    ['a token with a control character', { HF_TOKEN: 'hf_marker\u0001' }],
+    ['a token with a line break', { HF_TOKEN: 'hf_mar\nhf_marker' }],
+    ['a token of another kind', { HF_TOKEN: 'marker' }],
+    ['a password in the address', { MIMO_WORKER_HUB_ENDPOINT: 'http://user:marker@127.0.0.1:9' }],
+    ['an address that is none', { MIMO_WORKER_HUB_ENDPOINT: 'marker' }],
+  ])('quotes no word of %s', async (_, env) => {
+    const run = prepare([], fromHub(env));
+    const { code, last } = await run.ended;
+    expect(code).not.toBe(0);
+    expect(`${last} ${run.lines.join('')}`).not.toContain('marker');
+  });
+
   it('ends with 2, saying all that is wrong, where its settings or arguments are', async () => {
     const run = prepare([], { MIMO_WORKER_HUB_REPOSITORY: 'a/b/c', MIMO_WORKER_HUB_ENDPOINT: 'hub' });
     expect(await run.ended).toEqual({
       code: 2,
       last:
         'prepare: the configuration has problems:; MIMO_WORKER_HUB_REPOSITORY must be organisation/name, not "a/b/c"; ' +
-        'MIMO_WORKER_HUB_ENDPOINT must be a URL, not "hub"',
+        'MIMO_WORKER_HUB_ENDPOINT must be a URL such as https://huggingface.co',
     });
     expect(await prepare(['--comple']).ended).toMatchObject({ code: 2 });
     expect(await prepare(['--publish'], { MIMO_WORKER_NATS_URL: '' }).ended).toEqual({

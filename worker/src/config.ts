@@ -137,7 +137,8 @@ function checkModel(config: WorkerConfig): string[] {
     );
   }
   if (config.hubEndpoint !== '' && !/^https?:\/\/./.test(config.hubEndpoint)) {
-    problems.push(`MIMO_WORKER_HUB_ENDPOINT must be a URL, not ${JSON.stringify(config.hubEndpoint)}`);
+    // Not its text, which may have a password in it.
+    problems.push('MIMO_WORKER_HUB_ENDPOINT must be a URL such as https://huggingface.co');
   }
   return problems;
 }

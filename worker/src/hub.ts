@@ -292,18 +292,28 @@ class Fetching {
     }
     if (error instanceof HubApiError && [401, 403, 404].includes(error.statusCode)) {
       const text = `the hub has no model ${repository} of revision ${revision}, or HF_TOKEN may not read it`;
-      return new ClusterError('not_found', `${text} (status ${error.statusCode})`, { cause: error });
+      return new ClusterError('not_found', `${text} (status ${error.statusCode})`);
     }
     if (error instanceof Error && 'code' in error && error.code === 'ENOSPC') {
       return new ClusterError('resource_exhausted', `${this.#request.directory}: the disk is full`, {
         cause: error,
       });
     }
-    const text = error instanceof Error ? error.message : String(error);
-    return new ClusterError('unavailable', `the hub did not answer for ${repository}: ${text}`, {
-      cause: error,
-    });
+    return new ClusterError('unavailable', `the hub did not answer for ${repository}: ${reasonOf(error)}`);
   }
+}
+
+/** Not its message: fetch quotes a header or a URL that it does not like, with the token or the password in it. */
+function reasonOf(error: unknown): string {
+  if (error instanceof HubApiError) {
+    return `status ${error.statusCode}`;
+  }
+  if (!(error instanceof Error)) {
+    return 'not an error';
+  }
+  const text = error.message === 'fetch failed' ? error.message : error.name;
+  const { cause } = error;
+  return cause instanceof Error && 'code' in cause ? `${text} (${String(cause.code)})` : text;
 }
 
 function isWeights({ path }: Expected): boolean {
