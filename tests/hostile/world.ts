@@ -1,7 +1,7 @@
 // The real processes that the hostile corpus is tried on: nats-server, a gateway with API keys and metrics, a group of one
 // rank of models/mimo-demo. Owns their start and end, the calls a case makes, and what the processes hold and wrote.
 
-import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -59,7 +59,7 @@ export interface HostileWorld {
   cancel(request: Parameters<typeof CancelRequest.fromPartial>[0]): Promise<CallEnd>;
   /** Any bytes on any path, on a connection of its own; the tenant's key unless `headers` say otherwise. */
   raw(call: RawCall): Promise<CallEnd>;
-  /** Every file that the processes keep, by its path: logs, the queue's store, whatever else. */
+  /** Every file that the processes keep, by its path: logs, the queue's store, temporary files. */
   readFiles(): Promise<ReadonlyMap<string, string>>;
   /** The text of everything that the processes logged, by file name. */
   readLogs(): Promise<ReadonlyMap<string, string>>;
@@ -76,6 +76,8 @@ interface CallOptions {
 
 const demoModel = join(import.meta.dirname, '../../models/mimo-demo');
 const service = '/mimo.inference.v1.InferenceService';
+/** Where the processes make their temporary files. */
+const temporaryName = 'temporary';
 /** Recognisable, so that a search of the logs finds it wherever it goes. */
 const keys = { hostile: 'hostile-key-0f3a9c57', bystander: 'bystander-key-7bd2e641' };
 
@@ -89,11 +91,15 @@ export async function openWorld(subjects: readonly HostileSubject[]): Promise<Ho
   const keysFile = join(directory, 'keys.json');
   const entries = Object.entries(keys).map(([tenant, key]) => ({ key, tenant }));
   await writeFile(keysFile, JSON.stringify({ keys: entries }), { mode: 0o600 });
+  const temporary = join(directory, temporaryName);
+  await mkdir(temporary);
   const [metricsPort = 0] = await freePorts(1);
   const cluster = await startTestCluster({
     tensorParallel: 1,
     apiKey: keys.bystander,
+    workerEnv: { TMPDIR: temporary },
     gatewayEnv: {
+      TMPDIR: temporary,
       MIMO_GATEWAY_MODELS: Object.entries(models)
         .map(([name, path]) => `${name}=${path}`)
         .join(','),
@@ -197,8 +203,12 @@ class RunningWorld implements HostileWorld {
   }
 
   async readFiles(): Promise<ReadonlyMap<string, string>> {
-    const entries = await readdir(this.cluster.dataDirectory, { recursive: true, withFileTypes: true });
+    const directories = [this.cluster.dataDirectory, join(this.#directory, temporaryName)];
+    const entries = await Promise.all(
+      directories.map((directory) => readdir(directory, { recursive: true, withFileTypes: true })),
+    );
     const paths = entries
+      .flat()
       .filter((entry) => entry.isFile())
       .map((entry) => join(entry.parentPath, entry.name));
     const texts = await Promise.all(
