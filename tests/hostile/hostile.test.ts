@@ -14,7 +14,7 @@ import { frame } from './raw-call.ts';
 import { openWorld, type Footprint, type HostileWorld } from './world.ts';
 
 /** What a process may keep of the corpus: heaps and caches that grew once. Leaks of a case's input are larger. */
-const keptBytes = 256 * 2 ** 20;
+const keptBytes = 192 * 2 ** 20;
 
 /** The gateway's default. */
 const maxReadersPerModel = 2;
