@@ -1,4 +1,4 @@
-// Over real sockets: what a handler hears of its caller's deadline, whatever its length, and what a malformed one is told.
+// Over real sockets: which deadline a handler sees, for any length, and which error a malformed one gets.
 
 import { connect, type IncomingHttpHeaders } from 'node:http2';
 

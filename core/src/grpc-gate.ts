@@ -79,7 +79,7 @@ export class Gate {
   guard(server: Http2Server, serve: ServeStream): void {
     this.#judgeConnections(server);
     const judge: ServeStream = (stream, ...rest) => {
-      // Resets and lost connections; whoever reads or writes hears of it otherwise.
+      // Resets and lost connections: the code that reads or writes gets its own error.
       stream.on('error', () => undefined);
       if (this.#judge(stream, rest[0], rest[2])) {
         serve(stream, ...rest);

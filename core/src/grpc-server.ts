@@ -85,7 +85,7 @@ const openMaxMessageBytes = 4_096;
 // setTimeout's longest delay: connections that drain are closed by `close` and not by a timer of grpc-js.
 const noDrainLimitMs = 2 ** 31 - 1;
 
-/** What every server has, for whoever asks. */
+/** Services that every server has, without a key. */
 const openServices = [HealthService, ServerReflectionService, ServerReflectionServiceV1Alpha];
 
 /** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */

@@ -12,7 +12,7 @@ export const unusableExitCode = 78;
 
 const unusableCodes = new Set(['invalid_argument', 'failed_precondition', 'not_found', 'permission_denied']);
 
-/** The exit code of a process that could not start: whoever supervises it need not try again where it is 78. */
+/** The exit code of a process that could not start: a supervisor should not restart it after 78. */
 export function exitCodeOf({ code }: ClusterError): number {
   return unusableCodes.has(code) ? unusableExitCode : 1;
 }

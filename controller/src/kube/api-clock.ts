@@ -1,4 +1,4 @@
-// The API server's time. It stamps the objects, so whatever is compared with a stamp, or becomes one, is told in its time:
+// The API server's time. The API server stamps the objects, so any time that is compared with a stamp uses this clock:
 // this machine's clock may be minutes off, and may be set. Measured from the `Date` of its answers and kept up by our
 // monotonic clock. Stamps of kubelets are by other clocks again, and are compared with nothing.
 
