@@ -1,6 +1,6 @@
 // One process that reads a model's prompts, one at a time, and can be ended whatever it is at. Owns the process and its two
 // time limits: the reader's own, and a kill where it does not even answer to that one. Why a process and not a thread:
-// docs/decisions/0018.
+// docs/explanation/decisions/0018.
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';

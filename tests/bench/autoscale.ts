@@ -1,6 +1,6 @@
 // `npm run bench -- autoscale [--seed N] [--target-wait S] [--max N] [--trace NAME] [--plot FILE]`: the production scaling
 // rule (with at most --max groups) and other rules in a discrete-event cluster, against a clairvoyant. Prints a table, draws
-// docs/autoscale.svg, and prints one JSON line last. Owns the goals; the traces, the cluster, the arms and the drawing are in
+// docs/explanation/autoscale.svg, and prints one JSON line last. Owns the goals; the traces, the cluster, the arms and the drawing are in
 // autoscale/.
 
 import { writeFileSync } from 'node:fs';
@@ -59,7 +59,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       'target-wait': { type: 'string', default: '30' },
       max: { type: 'string', default: String(maxGroups) },
       trace: { type: 'string' },
-      plot: { type: 'string', default: join(import.meta.dirname, '../../docs/autoscale.svg') },
+      plot: { type: 'string', default: join(import.meta.dirname, '../../docs/explanation/autoscale.svg') },
     },
   });
   const targetWaitMs = readNumber('target-wait', values['target-wait']) * 1000;

@@ -6,7 +6,7 @@
 //                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
 //   npm run bench -- gpu --provider webgpu --precision fp16
 //
-// CUDA needs its provider beside the library and its own libraries on the library path (docs/gpu.md). A pass is the
+// CUDA needs its provider beside the library and its own libraries on the library path (docs/lab/gpu.md). A pass is the
 // engine's: token ids in, the best token of each row out, or its logits; an engine step is everything but the network.
 
 import { spawn } from 'node:child_process';

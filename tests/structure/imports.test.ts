@@ -7,7 +7,7 @@ import { describe, expect, it } from 'vitest';
 
 const root = join(import.meta.dirname, '../..');
 
-/** What each package may import of ours; the arrows of docs/architecture.md. */
+/** What each package may import of ours; the arrows of docs/explanation/architecture.md. */
 const allowed: Readonly<Record<string, readonly string[]>> = {
   proto: [],
   core: ['proto'],

@@ -87,7 +87,7 @@ const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>
   cpu: forProcessors,
   webgpu: forProcessors,
   // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of one;
-  // chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/gpu.md).
+  // chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/lab/gpu.md).
   cuda: { maxSequences: 256, prefillChunkTokens: 512, maxBatchTokens: 2048 },
 };
 
