@@ -3,14 +3,11 @@
 // model first and asks the gateway when it is ready.
 
 import { randomUUID } from 'node:crypto';
-import { once } from 'node:events';
 import { mkdir, rm } from 'node:fs/promises';
-import { createServer, type AddressInfo } from 'node:net';
 import { join, resolve } from 'node:path';
 
-import { ClusterError } from '@mimo/core/errors';
-
 import { startChild } from './child-process.ts';
+import { assertPortFree, freeAddresses, freePorts } from './free-ports.ts';
 import { startNatsServer } from './nats-server.ts';
 import { Supervisor } from './supervisor.ts';
 
@@ -63,38 +60,6 @@ export interface LocalCluster extends LocalAddresses {
   close(): Promise<void>;
 }
 
-/** Ports that nobody listens on now. */
-export async function freePorts(count: number): Promise<readonly number[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer().listen(0, '127.0.0.1');
-      await once(server, 'listening');
-      return server;
-    }),
-  );
-  const ports = servers.map((server) => (server.address() as AddressInfo).port);
-  await Promise.all(
-    servers.map(async (server) => {
-      server.close();
-      await once(server, 'close');
-    }),
-  );
-  return ports;
-}
-
-/** Fails with `unavailable` where somebody listens on the port. */
-async function assertPortFree(port: number): Promise<void> {
-  const server = createServer().listen(port, '127.0.0.1');
-  try {
-    await once(server, 'listening');
-  } catch (error) {
-    const text = `port ${port} of 127.0.0.1 is taken: stop what listens there, or give another with --port`;
-    throw new ClusterError('unavailable', text, { cause: error });
-  }
-  server.close();
-  await once(server, 'close');
-}
-
 /** Starts everything; returns when the processes are started, before the model is loaded. */
 export async function startLocalCluster(options: LocalClusterOptions): Promise<LocalCluster> {
   if (options.gatewayPort !== 0) {
@@ -103,14 +68,14 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
   const logs = join(options.dataDirectory, 'logs');
   await rm(logs, { recursive: true, force: true });
   await mkdir(logs, { recursive: true });
-  const ports = await freePorts(options.groups + 2);
-  const [natsPort = 0, freePort = 0, ...leaderPorts] = ports;
+  const [natsPort = 0] = await freePorts(1);
+  const [freeAddress = '', ...leaderAddresses] = await freeAddresses(options.groups + 1);
   const shared: SharedParts = {
     options,
     logs,
     natsUrl: options.natsServerBinary === null ? undefined : `nats://127.0.0.1:${natsPort}`,
-    gatewayAddress: `127.0.0.1:${options.gatewayPort === 0 ? freePort : options.gatewayPort}`,
-    leaderAddresses: leaderPorts.map((port) => `127.0.0.1:${port}`),
+    gatewayAddress: options.gatewayPort === 0 ? freeAddress : `127.0.0.1:${options.gatewayPort}`,
+    leaderAddresses,
   };
   // In the order of starting; the end goes the other way, so that what is asked for last is let go of first.
   const stages: Supervisor[][] = [];
@@ -125,7 +90,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
         ? undefined
         : await startNats(shared, { binary: options.natsServerBinary, port: natsPort });
     stages.push(nats === undefined ? [] : [nats]);
-    const groups = await Promise.all(leaderPorts.map(async (_, index) => startGroup(shared, index)));
+    const groups = await Promise.all(leaderAddresses.map(async (_, index) => startGroup(shared, index)));
     stages.push(groups);
     const gateway = await startGateway(shared);
     stages.push([gateway]);
@@ -165,9 +130,8 @@ async function startGroup(shared: SharedParts, index: number): Promise<Superviso
     onEvent: options.onEvent,
     stopGraceMs,
     start: async () => {
-      const ports = await freePorts(2 * ranks.length);
-      const addresses = ports.map((port) => `127.0.0.1:${port}`);
-      const peers = addresses.splice(0, ranks.length).join(',');
+      const addresses = await freeAddresses(2 * ranks.length);
+      const peers = addresses.slice(ranks.length).join(',');
       const groupToken = randomUUID();
       return Promise.all(
         ranks.map((rank) =>

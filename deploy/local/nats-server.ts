@@ -12,6 +12,7 @@ import { ClusterError } from '@mimo/core/errors';
 import { withFileLock } from '@mimo/core/file-lock';
 
 import { startChild, type Child } from './child-process.ts';
+import { freePorts } from './free-ports.ts';
 
 /** The Go module's version that is built. */
 export const natsServerVersion = '2.15.1';
@@ -129,6 +130,9 @@ export interface NatsServer {
 export async function startNatsServer(options: StartOptions): Promise<NatsServer> {
   await mkdir(options.storeDirectory, { recursive: true });
   const portsDirectory = await mkdtemp(join(options.storeDirectory, 'ports-'));
+  // Not one that the server picks: after a restart it listens on the same port, which must stay free in between.
+  const [freePort = 0] = options.port === 0 ? await freePorts(1) : [];
+  const port = options.port === 0 ? freePort : options.port;
   const child = await startChild({
     name: 'nats-server',
     command: [
@@ -136,7 +140,7 @@ export async function startNatsServer(options: StartOptions): Promise<NatsServer
       '--jetstream',
       `--store_dir=${options.storeDirectory}`,
       '--addr=127.0.0.1',
-      `--port=${options.port === 0 ? -1 : options.port}`,
+      `--port=${port}`,
       `--ports_file_dir=${portsDirectory}`,
       ...(options.configFile === undefined ? [] : [`--config=${options.configFile}`]),
     ],

@@ -14,7 +14,7 @@ import {
   type SequenceRequest,
 } from '@mimo/worker/engine/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
-import { freeAddresses } from '../harness/engine-ranks.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 import { waitFor } from '../harness/wait-for.ts';
 

@@ -17,7 +17,7 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
 import type { NatsServer } from '../../deploy/local/nats-server.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
@@ -75,11 +75,11 @@ async function publish(checkpoint: string): Promise<void> {
 
 /** A group of one rank, once it is heard of. */
 async function startGroup(group: string, checkpoint: string): Promise<Child> {
-  const [port = 0] = await freePorts(1);
+  const [address = ''] = await freeAddresses(1);
   const child = await startWorker(group, {
     ...variables(checkpoint),
     MIMO_WORKER_GROUP: group,
-    MIMO_WORKER_LISTEN: `127.0.0.1:${port}`,
+    MIMO_WORKER_LISTEN: address,
     MIMO_WORKER_MAX_SEQUENCES: String(streamCount),
     MIMO_WORKER_DRAIN_FINISH: '100ms',
   });

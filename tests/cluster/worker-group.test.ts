@@ -28,7 +28,7 @@ import { compile } from '@mimo/worker/model/compile';
 import { shardDirectoryIn } from '@mimo/worker/shards';
 
 import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freePorts } from '../../deploy/local/free-ports.ts';
 import {
   cacheDirectoryFrom,
   findNatsServer,

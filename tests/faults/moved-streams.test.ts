@@ -7,7 +7,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { QueueState } from '@mimo/core/queue';
 import { afterEach, describe, expect, it } from 'vitest';
 
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
 import { ask, chatRequest, startTestCluster, type TestCluster } from '../harness/cluster.ts';
 import { expectStreams, keepStreaming, startStreams } from '../harness/disturbed-streams.ts';
 import { waitFor } from '../harness/wait-for.ts';
@@ -28,10 +28,10 @@ afterEach(async () => {
 
 /** Starts a cluster, and follows the state of its queue. */
 async function start(options: Parameters<typeof startTestCluster>[0]): Promise<void> {
-  const [metricsPort = 0] = await freePorts(1);
+  const [metricsAddress = ''] = await freeAddresses(1);
   cluster = await startTestCluster({
     ...options,
-    gatewayEnv: { MIMO_GATEWAY_METRICS_LISTEN: `127.0.0.1:${metricsPort}` },
+    gatewayEnv: { MIMO_GATEWAY_METRICS_LISTEN: metricsAddress },
   });
   following.stop = new AbortController();
   following.states.length = 0;
@@ -41,7 +41,7 @@ async function start(options: Parameters<typeof startTestCluster>[0]): Promise<v
     }
   })();
   movesOf = async () => {
-    const page = await (await fetch(`http://127.0.0.1:${metricsPort}/metrics`)).text();
+    const page = await (await fetch(`http://${metricsAddress}/metrics`)).text();
     const lines = page.split('\n').filter((line) => line.startsWith('gateway_moves_total{'));
     const sum = (cause: string): number =>
       lines

@@ -4,7 +4,8 @@
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engine/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
-import { freeAddresses, RankProcess } from '../harness/engine-ranks.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { RankProcess } from '../harness/engine-ranks.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 
 const name = 'two-to-one-sharded';

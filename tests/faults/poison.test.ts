@@ -22,7 +22,7 @@ import { shardDirectoryIn } from '@mimo/worker/shards';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
 import { cacheDirectoryFrom, type NatsServer } from '../../deploy/local/nats-server.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { startTestNats } from '../harness/nats.ts';
@@ -54,7 +54,7 @@ async function startRank(): Promise<void> {
   } as const;
   const shardDirectory = await shardDirectoryIn(set);
   await compile({ ...set, modelDirectory: demo, outDirectory: shardDirectory }, new AbortController().signal);
-  const [port = 0] = await freePorts(1);
+  const [address = ''] = await freeAddresses(1);
   rank = await startChild({
     name: 'rank',
     command: [process.execPath, join(root, 'worker/src/main.ts')],
@@ -64,7 +64,7 @@ async function startRank(): Promise<void> {
       MIMO_WORKER_MODEL: model,
       MIMO_WORKER_GROUP: 'g',
       MIMO_WORKER_SHARD_DIRECTORY: shardDirectory,
-      MIMO_WORKER_LISTEN: `127.0.0.1:${port}`,
+      MIMO_WORKER_LISTEN: address,
       MIMO_WORKER_NATS_URL: server.url,
       // To see a request before its prompt has been read.
       MIMO_WORKER_HEARTBEAT_INTERVAL: '20ms',

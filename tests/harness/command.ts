@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
 
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freePorts } from '../../deploy/local/free-ports.ts';
 import { cacheDirectoryFrom, findNatsServer, natsServerVersion } from '../../deploy/local/nats-server.ts';
 import { isAlive, waitFor } from './wait-for.ts';
 

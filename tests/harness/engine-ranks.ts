@@ -2,7 +2,6 @@
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import * as net from 'node:net';
 import type { EngineOptions, SequenceDelta, SequenceRequest } from '@mimo/worker/engine/engine-host';
 import type { RankRequest, RankResponse } from './engine-rank.ts';
 
@@ -63,13 +62,4 @@ export class RankProcess {
       await exit;
     }
   }
-}
-
-/** `count` loopback addresses whose ports were free a moment ago. */
-export async function freeAddresses(count: number): Promise<string[]> {
-  const servers = Array.from({ length: count }, () => net.createServer().listen(0, '127.0.0.1'));
-  await Promise.all(servers.map((server) => once(server, 'listening')));
-  const addresses = servers.map((server) => `127.0.0.1:${(server.address() as net.AddressInfo).port}`);
-  await Promise.all(servers.map((server) => once(server.close(), 'close')));
-  return addresses;
 }

@@ -11,7 +11,8 @@ import { ShardRunner } from '@mimo/worker/engine/shard-runner';
 import { encodeStepPlan, type PassPlan } from '@mimo/worker/engine/step-plan';
 import { readShardManifest } from '@mimo/worker/model/shard';
 import { createRuntime, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
-import { freeAddresses, RankProcess } from './engine-ranks.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { RankProcess } from './engine-ranks.ts';
 import type { LocalGroup } from './local-group.ts';
 
 export interface ProcessGroupOptions {

@@ -17,7 +17,7 @@ import {
   InferenceServiceService,
 } from '@mimo/proto/inference';
 
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freePorts } from '../../deploy/local/free-ports.ts';
 import {
   childCount,
   createClient,

@@ -13,7 +13,7 @@ import type { ModelServiceStatus } from '@mimo/controller/status';
 import { pause } from '@mimo/core/abort';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freeAddresses } from '../../deploy/local/free-ports.ts';
 import { createTestClock, type TestClock } from '../harness/set-clock.ts';
 import { waitFor } from '../harness/wait-for.ts';
 import { namespace, startStage, type Pod, type Stage } from './controller-stage.ts';
@@ -528,8 +528,7 @@ describe('two controllers whose clocks are ten minutes apart', () => {
 
   /** Starts one as a process and waits until it leads. */
   async function lead(clock: TestClock): Promise<ChildProcess> {
-    const [port = 0] = await freePorts(1);
-    const address = `127.0.0.1:${port}`;
+    const [address = ''] = await freeAddresses(1);
     const env = { ...(await stage.controllerEnvironment()), ...clock.env, MIMO_CONTROLLER_LISTEN: address };
     const child = spawn(process.execPath, [main], { env, stdio: 'ignore' });
     children.push(child);

@@ -20,7 +20,7 @@ import { createNatsQueue } from '@mimo/core/queue-nats';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
 import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/local-cluster.ts';
+import { freePorts } from '../../deploy/local/free-ports.ts';
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
 import {
   startPretendNodes,

@@ -14,7 +14,7 @@ import { pause } from '@mimo/core/abort';
 import { ClusterError } from '@mimo/core/errors';
 
 import { startChild, type Child } from '../../../deploy/local/child-process.ts';
-import { freePorts } from '../../../deploy/local/local-cluster.ts';
+import { freePorts } from '../../../deploy/local/free-ports.ts';
 import { createAuthority, type Authority, type KeyPair } from './certificates.ts';
 import type { KubernetesTools } from './tools.ts';
 
