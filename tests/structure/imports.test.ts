@@ -17,7 +17,7 @@ const allowed: Readonly<Record<string, readonly string[]>> = {
   controller: ['core', 'proto'],
   deploy: ['core'],
   cli: ['core', 'deploy', 'gateway', 'proto', 'tokenizer', 'worker'],
-  tests: ['cli', 'controller', 'core', 'deploy', 'gateway', 'proto', 'tokenizer', 'worker'],
+  tests: ['cli', 'controller', 'core', 'deploy', 'docs', 'gateway', 'proto', 'tokenizer', 'worker'],
 };
 
 /** Below these folders only the packages named may be imported: the engine knows no text, queue, HTTP or Kubernetes. */
