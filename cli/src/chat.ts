@@ -5,7 +5,7 @@ import { createInterface } from 'node:readline/promises';
 import { text } from 'node:stream/consumers';
 import { parseArgs } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { Role, type Finish, type Message } from '@mimo/proto/inference';
 import { SamplingParams } from '@mimo/proto/sampling';
 

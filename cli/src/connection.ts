@@ -3,8 +3,8 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { ClusterError } from '@mimo/core/errors';
-import { callServerStream, callUnary, channelOptions } from '@mimo/core/grpc-client';
+import { ClusterError } from '@mimo/core/process/errors';
+import { callServerStream, callUnary, channelOptions } from '@mimo/core/grpc/client';
 import {
   InferenceServiceClient,
   InferenceServiceService,

@@ -1,7 +1,7 @@
 // The `mimo` command: `npm run mimo -- COMMAND`, `npm run up`, `npm run chat`. Owns the choice of the command, signals and
 // the exit code: 0, 1 where it failed, 2 where it was called wrongly, 130 after Ctrl-C.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { note, noteError } from './terminal.ts';
 
@@ -17,7 +17,7 @@ const commands: Readonly<Record<string, () => Promise<Command>>> = {
   models: async () =>
     import('./models.ts').then(({ runModels, modelsHelp }) => ({ run: runModels, help: modelsHelp })),
   compile: async () =>
-    import('@mimo/worker/model/compile-command').then(({ runCompile, compileUsage }) => ({
+    import('@mimo/worker/compiler/compile-command').then(({ runCompile, compileUsage }) => ({
       run: (argv, signal) => runCompile(argv, signal).then(() => 0),
       help: compileUsage,
     })),

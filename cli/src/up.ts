@@ -1,20 +1,20 @@
 // `mimo up`: a whole cluster on this machine, from a checkpoint to a door that answers. Owns what is said to the user and
-// the order of preparations (compile, nats-server); the processes are deploy/local's.
+// the order of preparations (compile, nats-server); the processes are cli/src/local's.
 
 import { access } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 
-import { beforeAbort } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import { compile } from '@mimo/worker/model/compile';
-import { createProgressPrinter } from '@mimo/worker/model/compile-command';
-import { precisions } from '@mimo/worker/model/shard';
-import { shardDirectoryIn } from '@mimo/worker/shards';
+import { beforeAbort } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import { compile } from '@mimo/worker/compiler/compile';
+import { createProgressPrinter } from '@mimo/worker/compiler/compile-command';
+import { precisions } from '@mimo/worker/shards/shard';
+import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
-import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
-import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { startLocalCluster, type LocalCluster } from './local/local-cluster.ts';
+import { cacheDirectoryFrom, findNatsServer } from './local/nats-server.ts';
 import { Connection } from './connection.ts';
 import { note, printable, styled } from './terminal.ts';
 

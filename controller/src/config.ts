@@ -12,8 +12,8 @@ import {
   textSetting,
   type ConfigOf,
   type Environment,
-} from '@mimo/core/config';
-import { logLevels } from '@mimo/core/log';
+} from '@mimo/core/process/config';
+import { logLevels } from '@mimo/core/process/log';
 
 import type { Toleration, WorkerSettings } from './decide/containers.ts';
 

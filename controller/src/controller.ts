@@ -4,14 +4,14 @@
 
 import { hostname } from 'node:os';
 
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import { startMetrics, type Metrics } from '@mimo/core/metrics';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
-import type { RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import { startMetrics, type Metrics } from '@mimo/core/process/metrics';
+import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 
-import { Actor } from './act.ts';
+import { Actor } from './act/act.ts';
 import { workerSettingsOf, type ControllerConfig } from './config.ts';
 import { managedBy, serviceOfPodName } from './decide/labels.ts';
 import { KubeClient, loadKubeConfig } from './kube/client.ts';
@@ -20,10 +20,10 @@ import { startInformer, type Informer } from './kube/informer.ts';
 import { runLeading } from './kube/leader-election.ts';
 import { resourceTypes, type KubeObject, type ResourceType } from './kube/resource.ts';
 import { WorkQueue } from './kube/work-queue.ts';
-import { QueueWatch } from './queue-watch.ts';
+import { QueueWatch } from './observe/queue-watch.ts';
 import { Reconciler, type Caches } from './reconcile.ts';
-import { readPod, readService, readSupport, readTenant, type TenantRecord } from './records.ts';
-import { keepTenantKeys } from './tenants.ts';
+import { readPod, readService, readSupport, readTenant, type TenantRecord } from './observe/records.ts';
+import { keepTenantKeys } from './observe/tenants.ts';
 
 /** Between two looks at a service that nothing was heard of: drains end and rules of time apply. */
 const roundMs = 2_000;

@@ -1,10 +1,10 @@
 // The controller as a process: environment -> configuration -> running controller; SIGTERM gives its lease back. Nothing
 // else of the controller reads the environment or ends the process.
 
-import { printableConfig } from '@mimo/core/config';
-import { ClusterError } from '@mimo/core/errors';
-import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog, logCrashes } from '@mimo/core/log';
+import { printableConfig } from '@mimo/core/process/config';
+import { ClusterError } from '@mimo/core/process/errors';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/process/lifecycle';
+import { createLog, logCrashes } from '@mimo/core/process/log';
 
 import { controllerSettings, parseControllerConfig } from './config.ts';
 import { startController } from './controller.ts';

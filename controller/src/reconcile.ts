@@ -2,11 +2,11 @@
 // writes), which is kept in memory only: after a restart it begins with what the status and the pods say. Everything that
 // is decided is decided by decide/; everything that is done is done by act.ts.
 
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import type { Metrics } from '@mimo/core/metrics';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import type { Metrics } from '@mimo/core/process/metrics';
 
-import type { Actor, ActOn } from './act.ts';
+import type { Actor, ActOn } from './act/act.ts';
 import { createScaleMemory, decideScale, type ScaleMemory } from './decide/autoscale.ts';
 import type { WorkerSettings } from './decide/containers.ts';
 import { noDisruption, planDisruption, type DisruptionMemory } from './decide/disruption.ts';
@@ -16,16 +16,16 @@ import { disruptionBudgetName, drainFinalizer, rankServiceName } from './decide/
 import { planService, type Action } from './decide/plan.ts';
 import { noPreparation, planPrepare, type Preparation, type PrepareMemory } from './decide/prepare.ts';
 import { noStartUp, observeStartUps, readyInMs, type StartUpMemory } from './decide/start-up.ts';
-import { Expectations, isAtLeast } from './expectations.ts';
+import { Expectations, isAtLeast } from './act/expectations.ts';
 import type { ApiClock } from './kube/api-clock.ts';
 import type { EventRecorder } from './kube/events.ts';
 import type { Informer } from './kube/informer.ts';
 import { resourceTypes, type ObjectMetadata } from './kube/resource.ts';
-import type { QueueObservation, QueueWatch } from './queue-watch.ts';
-import { podAt, type PodRecord, type ServiceRecord, type SupportRecord } from './records.ts';
-import type { ModelService } from './resources.ts';
-import { modelHashOf, revisionOf } from './revision.ts';
-import type { Condition, ModelServiceStatus, ScaleDecision } from './status.ts';
+import type { QueueObservation, QueueWatch } from './observe/queue-watch.ts';
+import { podAt, type PodRecord, type ServiceRecord, type SupportRecord } from './observe/records.ts';
+import type { ModelService } from './resources/resources.ts';
+import { modelHashOf, revisionOf } from './decide/revision.ts';
+import type { Condition, ModelServiceStatus, ScaleDecision } from './resources/status.ts';
 
 /** What the API server says, kept up by watches. Pods are indexed by their service, services by their model. */
 export interface Caches {

@@ -2,7 +2,7 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { errorTable } from '@mimo/core/errors';
+import { errorTable } from '@mimo/core/process/errors';
 
 import { code, pageOf, tableOf } from './markdown.ts';
 

@@ -2,7 +2,7 @@
 
 import { parse } from 'yaml';
 
-import { generateCrds } from '@mimo/controller/crd-generate';
+import { generateCrds } from '@mimo/controller/resources/crd-generate';
 
 import { code, pageOf, tableOf } from './markdown.ts';
 

@@ -4,7 +4,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
-import type { Settings } from '@mimo/core/config';
+import type { Settings } from '@mimo/core/process/config';
 import { controllerSettings } from '@mimo/controller/config';
 import { gatewaySettings } from '@mimo/gateway/config';
 import { workerSettings } from '@mimo/worker/config';

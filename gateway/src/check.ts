@@ -4,9 +4,9 @@
 import { parseArgs } from 'node:util';
 
 import * as grpc from '@grpc/grpc-js';
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import { callUnary, channelOptions } from '@mimo/core/grpc-client';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import { callUnary, channelOptions } from '@mimo/core/grpc/client';
 import {
   HealthCheckResponse_ServingStatus as ServingStatus,
   HealthClient,

@@ -15,8 +15,8 @@ import {
   textSetting,
   type ConfigOf,
   type Environment,
-} from '@mimo/core/config';
-import { logLevels } from '@mimo/core/log';
+} from '@mimo/core/process/config';
+import { logLevels } from '@mimo/core/process/log';
 
 /** The gateway's settings by their variables. */
 export const gatewaySettings = {

@@ -6,24 +6,24 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import { startGrpcServer } from '@mimo/core/grpc-server';
-import type { Log } from '@mimo/core/log';
-import { startMetrics } from '@mimo/core/metrics';
-import type { RequestQueue } from '@mimo/core/queue';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
-import { createMemoryQueue } from '@mimo/core/queue-memory';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import { startGrpcServer } from '@mimo/core/grpc/server';
+import type { Log } from '@mimo/core/process/log';
+import { startMetrics } from '@mimo/core/process/metrics';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createMemoryQueue } from '@mimo/core/bus/queue-memory';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 
 import type { Heartbeat } from '@mimo/proto/worker';
 
-import { authenticateNobody } from './auth.ts';
+import { authenticateNobody } from './admission/auth.ts';
 import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
-import { Groups } from './groups.ts';
-import { createInferenceService } from './inference-service.ts';
-import { openKeysFile } from './keys-file.ts';
+import { Groups } from './dispatcher/groups.ts';
+import { createInferenceService } from './doors/grpc.ts';
+import { openKeysFile } from './admission/keys-file.ts';
 import { createGatewayMetrics, observeQueues, type ReceivedState } from './metrics.ts';
 import { loadModels } from './models.ts';
 import { pollHeartbeats } from './polled-heartbeats.ts';

@@ -1,11 +1,11 @@
 // The gateway as a process: environment -> configuration -> running gateway; SIGTERM drains it. Nothing else of the
 // gateway reads the environment or ends the process.
 
-import { printableConfig } from '@mimo/core/config';
-import { ClusterError } from '@mimo/core/errors';
-import { reportGrpcTo } from '@mimo/core/grpc-log';
-import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog, logCrashes } from '@mimo/core/log';
+import { printableConfig } from '@mimo/core/process/config';
+import { ClusterError } from '@mimo/core/process/errors';
+import { reportGrpcTo } from '@mimo/core/grpc/log';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/process/lifecycle';
+import { createLog, logCrashes } from '@mimo/core/process/log';
 
 import { gatewaySettings, parseGatewayConfig } from './config.ts';
 import { startGateway } from './gateway.ts';

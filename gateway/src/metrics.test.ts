@@ -1,5 +1,5 @@
-import { startMetrics } from '@mimo/core/metrics';
-import { queueStateFreshMs } from '@mimo/core/queue';
+import { startMetrics } from '@mimo/core/process/metrics';
+import { queueStateFreshMs } from '@mimo/core/bus/queue';
 import { expect, it } from 'vitest';
 
 import { observeQueues, type ReceivedState } from './metrics.ts';

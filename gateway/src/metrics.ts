@@ -1,8 +1,8 @@
 // The gateway's own metrics, by name. Times are handed over in milliseconds.
 
-import type { Labels, Metrics } from '@mimo/core/metrics';
-import type { RefusalReason } from '@mimo/core/queue-refusal';
-import { queueStateFreshMs, type QueueState } from '@mimo/core/queue';
+import type { Labels, Metrics } from '@mimo/core/process/metrics';
+import type { RefusalReason } from '@mimo/core/bus/queue-refusal';
+import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/queue';
 
 /** What the gateway measures. */
 export interface GatewayMetrics {

@@ -6,13 +6,17 @@ import { join } from 'node:path';
 
 import { z } from 'zod';
 
-import { ClusterError } from '@mimo/core/errors';
-import { readTextFiles, textDigestOf } from '@mimo/core/model-identity';
+import { ClusterError } from '@mimo/core/process/errors';
+import { readTextFiles, textDigestOf } from '@mimo/core/bus/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 import type { TokenTable } from '@mimo/tokenizer';
 
-import type { ModelFacts } from './admission.ts';
-import { loadPromptEncoder, type PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts';
+import type { ModelFacts } from './admission/admission.ts';
+import {
+  loadPromptEncoder,
+  type PromptEncoder,
+  type PromptEncoderOptions,
+} from './prompts/prompt-encoder.ts';
 import type { ModelVersion } from './version-choice.ts';
 
 /** A model that prompts can be read for. Close its encoder. */

@@ -3,9 +3,9 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { pause } from '@mimo/core/abort';
-import { callUnary, channelOptions } from '@mimo/core/grpc-client';
-import type { RequestQueue } from '@mimo/core/queue';
+import { pause } from '@mimo/core/process/abort';
+import { callUnary, channelOptions } from '@mimo/core/grpc/client';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { WorkerServiceClient, WorkerServiceService } from '@mimo/proto/worker';
 
 const pollMs = 250;

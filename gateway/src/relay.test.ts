@@ -11,11 +11,11 @@ import { loadTokenizer } from '@mimo/tokenizer';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { Relay, type Offer, type RelayEnd, type RelayEvent } from './relay.ts';
 import type { SequenceListener, Session } from './session.ts';
-import type { LostAttempt } from './suspicion.ts';
+import type { LostAttempt } from './dispatcher/suspicion.ts';
 
 const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
 

@@ -6,8 +6,8 @@
 // INVARIANT: the indices of the deltas written are contiguous from 0; what was written never changes; after the end nothing
 // is written.
 
-import { ClusterError, isErrorCode } from '@mimo/core/errors';
-import { startTimer } from '@mimo/core/timer';
+import { ClusterError, isErrorCode } from '@mimo/core/process/errors';
+import { startTimer } from '@mimo/core/process/timer';
 import type { Delta, Finish, Started, Usage } from '@mimo/proto/inference';
 import { Company, type Needs, type RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
@@ -22,7 +22,7 @@ import {
   suspicionAfter,
   unsuspected,
   type LostAttempt,
-} from './suspicion.ts';
+} from './dispatcher/suspicion.ts';
 
 /** One message to the client. */
 export type RelayEvent =

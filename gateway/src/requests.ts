@@ -2,12 +2,12 @@
 // deletion (exactly once, however the request ends), deadlines, the longest wait, and the answers to dispatchers. Knows no
 // gRPC server; what happens to tokens is relay.ts's business.
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError, errorTable } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import type { RecordPlace, RequestQueue } from '@mimo/core/queue';
-import { QueueRefusal } from '@mimo/core/queue-refusal';
-import { startTimer, type Timer } from '@mimo/core/timer';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError, errorTable } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import type { RecordPlace, RequestQueue } from '@mimo/core/bus/queue';
+import { QueueRefusal } from '@mimo/core/bus/queue-refusal';
+import { startTimer, type Timer } from '@mimo/core/process/timer';
 import {
   AssignmentOutcome,
   type Assignment,
@@ -18,10 +18,10 @@ import {
 
 import type { CompletionTextOptions } from './completion-text.ts';
 import type { GatewayMetrics } from './metrics.ts';
-import type { Groups } from './groups.ts';
+import type { Groups } from './dispatcher/groups.ts';
 import { Relay, type HeldRecord, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
-import { leastCompany, type LostAttempt } from './suspicion.ts';
+import { leastCompany, type LostAttempt } from './dispatcher/suspicion.ts';
 
 /** What the table works with. */
 export interface RequestsParts {

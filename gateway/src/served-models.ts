@@ -5,15 +5,15 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 
-import { beforeAbort, pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import type { CatalogModel, ModelCatalog } from '@mimo/core/model-catalog';
-import { tokenFromName } from '@mimo/core/subjects';
+import { beforeAbort, pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import type { CatalogModel, ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { tokenFromName } from '@mimo/core/bus/subjects';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { loadModel, type ServedModel } from './models.ts';
-import type { PromptEncoderOptions } from './prompt-encoder.ts';
+import type { PromptEncoderOptions } from './prompts/prompt-encoder.ts';
 import type { Requests } from './requests.ts';
 
 /** What the set works with. */

@@ -4,10 +4,10 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { ClusterError } from '@mimo/core/errors';
-import { channelOptions } from '@mimo/core/grpc-client';
-import { errorFromStatus } from '@mimo/core/grpc-status';
-import type { Log } from '@mimo/core/log';
+import { ClusterError } from '@mimo/core/process/errors';
+import { channelOptions } from '@mimo/core/grpc/client';
+import { errorFromStatus } from '@mimo/core/grpc/status';
+import type { Log } from '@mimo/core/process/log';
 import {
   WorkerServiceClient,
   type SequenceDelta,

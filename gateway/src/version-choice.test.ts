@@ -1,4 +1,4 @@
-import { modelIdentity, textDigestOf } from '@mimo/core/model-identity';
+import { modelIdentity, textDigestOf } from '@mimo/core/bus/model-identity';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 

@@ -6,7 +6,7 @@
 //
 // INVARIANT: the identity is one that reads what the version's tokenizer writes.
 
-import { readsText } from '@mimo/core/model-identity';
+import { readsText } from '@mimo/core/bus/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 /** What is loaded of one version. */

@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { setImmediate } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { engineMs, runCluster, type Policy, type RunOptions, type RunResult } from './autoscale/cluster.ts';
 import { runOracle } from './autoscale/oracle.ts';

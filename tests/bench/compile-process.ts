@@ -1,7 +1,7 @@
 // The compiling process of the compile benchmark: `mimo compile`'s flags in, its figures as JSON to stdout.
 
-import { compile } from '@mimo/worker/model/compile';
-import { parseCompileArgs } from '@mimo/worker/model/compile-command';
+import { compile } from '@mimo/worker/compiler/compile';
+import { parseCompileArgs } from '@mimo/worker/compiler/compile-command';
 
 const startedMs = performance.now();
 const { signal } = new AbortController();

@@ -9,8 +9,8 @@ import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs, promisify } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
-import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
+import { ClusterError } from '@mimo/core/process/errors';
+import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
 
 /** The checkpoint, the shards of all ranks in int8, and room to breathe. */
 const neededBytes = 30e9;

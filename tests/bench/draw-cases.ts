@@ -1,8 +1,8 @@
 // Rows of logits and requests to draw from them, for comparing a device's sampler with the host's: every row and every
 // request follows from its numbers, so both sides make them by themselves.
 
-import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
-import type { DrawContext } from '@mimo/worker/engine/sampler';
+import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
+import type { DrawContext } from '@mimo/worker/engines/mimo/sampler';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 
 /** Shapes of rows. A set has each of them once for every salt. */

@@ -4,11 +4,11 @@
 // Random weights accept no drafts. `synthetic` computes everything and then puts scripted tokens in the place of those
 // that the head and the draft layer chose, so that a given share of the drafts is right.
 
-import { Engine, type PassExecutor } from '@mimo/worker/engine/engine';
-import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
-import type { HeadRow } from '@mimo/worker/engine/head-rows';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import type { PassPlan } from '@mimo/worker/engine/step-plan';
+import { Engine, type PassExecutor } from '@mimo/worker/engines/mimo/engine';
+import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
+import type { HeadRow } from '@mimo/worker/engines/mimo/head-rows';
+import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
+import type { PassPlan } from '@mimo/worker/engines/mimo/step-plan';
 import { testLimits, type LocalGroup } from '../harness/local-group.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 

@@ -11,11 +11,11 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { ClusterError } from '@mimo/core/errors';
-import { compile } from '@mimo/worker/model/compile';
-import type { ModelConfig } from '@mimo/worker/model/model-config';
-import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
-import type { Precision } from '@mimo/worker/model/shard';
+import { ClusterError } from '@mimo/core/process/errors';
+import { compile } from '@mimo/worker/compiler/compile';
+import type { ModelConfig } from '@mimo/worker/shards/model-config';
+import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
+import type { Precision } from '@mimo/worker/shards/shard';
 import { openLocalGroup } from '../harness/local-group.ts';
 import { measureEngine, type EngineFigures, type Speculation } from './engine-run.ts';
 

@@ -12,7 +12,7 @@ import { parseArgs } from 'node:util';
 
 import * as grpc from '@grpc/grpc-js';
 
-import { pause } from '@mimo/core/abort';
+import { pause } from '@mimo/core/process/abort';
 
 import { ask, chatRequest, createClient, startTestCluster } from '../harness/cluster.ts';
 import { floods } from '../harness/floods.ts';

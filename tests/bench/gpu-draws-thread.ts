@@ -1,7 +1,7 @@
 // The host's side of gpu-draws.ts, on a thread of its own: makes rows, and draws again what the device has drawn.
 
 import { parentPort } from 'node:worker_threads';
-import { chooseToken } from '@mimo/worker/engine/head-rows';
+import { chooseToken } from '@mimo/worker/engines/mimo/head-rows';
 import type { SampledToken } from '@mimo/worker/runtime/runtime';
 import { drawOf, fillRow, type RowKind } from './draw-cases.ts';
 

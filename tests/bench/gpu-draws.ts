@@ -12,7 +12,7 @@ import {
 import { median } from './engine-run.ts';
 import { drawOf, fillRow, rowKinds } from './draw-cases.ts';
 import type { DrawCheck, DrawVerdict } from './gpu-draws-thread.ts';
-import { mimo7b } from '@mimo/worker/model/random-checkpoint';
+import { mimo7b } from '@mimo/worker/compiler/random-checkpoint';
 
 const saltsOfSet = 8;
 const drawsOfRow = 512;

@@ -14,15 +14,15 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { ClusterError } from '@mimo/core/errors';
-import { startEngine, type EngineOptions } from '@mimo/worker/engine/engine-host';
-import type { HeadRequest } from '@mimo/worker/engine/head-rows';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import type { PassPlan, RowSpan } from '@mimo/worker/engine/step-plan';
-import { compile } from '@mimo/worker/model/compile';
-import type { ModelConfig } from '@mimo/worker/model/model-config';
-import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/model/random-checkpoint';
-import type { Precision } from '@mimo/worker/model/shard';
+import { ClusterError } from '@mimo/core/process/errors';
+import { startEngine, type EngineOptions } from '@mimo/worker/engines/mimo/engine-host';
+import type { HeadRequest } from '@mimo/worker/engines/mimo/head-rows';
+import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
+import type { PassPlan, RowSpan } from '@mimo/worker/engines/mimo/step-plan';
+import { compile } from '@mimo/worker/compiler/compile';
+import type { ModelConfig } from '@mimo/worker/shards/model-config';
+import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
+import type { Precision } from '@mimo/worker/shards/shard';
 import type { OwnKernel } from '@mimo/worker/runtime/runtime';
 import {
   CompiledFixtures,

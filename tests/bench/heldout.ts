@@ -11,11 +11,11 @@ import { parseArgs } from 'node:util';
 
 import { Connection } from '@mimo/cli/connection';
 import { Role } from '@mimo/proto/inference';
-import { compile } from '@mimo/worker/model/compile';
-import type { Precision } from '@mimo/worker/model/shard';
+import { compile } from '@mimo/worker/compiler/compile';
+import type { Precision } from '@mimo/worker/shards/shard';
 
-import { startLocalCluster } from '../../deploy/local/local-cluster.ts';
-import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { startLocalCluster } from '../../cli/src/local/local-cluster.ts';
+import { cacheDirectoryFrom, findNatsServer } from '../../cli/src/local/nats-server.ts';
 
 const models = resolve(import.meta.dirname, '../../models');
 const modelName = 'mimo-demo';

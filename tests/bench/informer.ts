@@ -9,7 +9,7 @@ import { runInNewContext } from 'node:vm';
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { startInformer } from '@mimo/controller/kube/informer';
 import { keyOf, resourceTypes, type KubeObject, type ObjectManifest } from '@mimo/controller/kube/resource';
-import { createLog } from '@mimo/core/log';
+import { createLog } from '@mimo/core/process/log';
 
 import { createNamespace } from '../harness/kubernetes/config-maps.ts';
 import { startControlPlane } from '../harness/kubernetes/control-plane.ts';

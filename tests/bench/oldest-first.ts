@@ -1,14 +1,14 @@
 // The rule that the scheduler had before, as its peer in `prefill.ts`: prompts are read strictly oldest first, and waiting
 // ones are admitted in the order of their arrival. Pure. For engines whose cache never runs short: nobody is preempted.
 
-import { blocksFor } from '@mimo/worker/engine/kv-cache';
+import { blocksFor } from '@mimo/worker/engines/mimo/kv-cache';
 import type {
   ScheduledRows,
   SchedulerLimits,
   SchedulerSequence,
   SchedulerState,
   StepDecision,
-} from '@mimo/worker/engine/scheduler';
+} from '@mimo/worker/engines/mimo/scheduler';
 
 /** Decides a step: decodes, then running prompts, then waiting ones, each up to a chunk and oldest first. */
 export function planOldestFirst(state: SchedulerState, limits: SchedulerLimits): StepDecision {

@@ -12,7 +12,7 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 
-import { callServerStream, callUnary } from '@mimo/core/grpc-client';
+import { callServerStream, callUnary } from '@mimo/core/grpc/client';
 import { ChatRequest, CountTokensRequest, InferenceServiceService, Role } from '@mimo/proto/inference';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';

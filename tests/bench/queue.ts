@@ -12,8 +12,8 @@ import { parseArgs } from 'node:util';
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
 
-import { pause } from '@mimo/core/abort';
-import { createLog } from '@mimo/core/log';
+import { pause } from '@mimo/core/process/abort';
+import { createLog } from '@mimo/core/process/log';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway } from '@mimo/gateway/gateway';
 

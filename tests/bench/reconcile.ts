@@ -11,9 +11,9 @@ import type { GroupLoad, ObservedPod } from '@mimo/controller/decide/groups';
 import { groupName, podName } from '@mimo/controller/decide/labels';
 import { planService, type Action } from '@mimo/controller/decide/plan';
 import { noPreparation, planPrepare } from '@mimo/controller/decide/prepare';
-import { parseModelService, type ModelService } from '@mimo/controller/resources';
-import { modelHashOf, revisionOf } from '@mimo/controller/revision';
-import type { ModelServiceStatus } from '@mimo/controller/status';
+import { parseModelService, type ModelService } from '@mimo/controller/resources/resources';
+import { modelHashOf, revisionOf } from '@mimo/controller/decide/revision';
+import type { ModelServiceStatus } from '@mimo/controller/resources/status';
 
 interface Reconciled {
   readonly service: ModelService;

@@ -5,9 +5,9 @@
 
 import { parseArgs } from 'node:util';
 
-import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
-import * as reference from '@mimo/worker/engine/reference-sampler';
-import { drawToken, type DrawContext } from '@mimo/worker/engine/sampler';
+import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
+import * as reference from '@mimo/worker/engines/mimo/reference-sampler';
+import { drawToken, type DrawContext } from '@mimo/worker/engines/mimo/sampler';
 
 const usualGoalMs = 0.5;
 const worstGoalMs = 6;

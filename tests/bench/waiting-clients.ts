@@ -3,7 +3,7 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { callServerStream } from '@mimo/core/grpc-client';
+import { callServerStream } from '@mimo/core/grpc/client';
 import { ChatRequest, InferenceServiceClient, InferenceServiceService, Role } from '@mimo/proto/inference';
 
 const [address = '', model = '', count = '', bytes = ''] = process.argv.slice(2);

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { callServerStream, callUnary } from '@mimo/core/grpc-client';
+import { callServerStream, callUnary } from '@mimo/core/grpc/client';
 import { InferenceServiceService, Role, type GenerateRequest } from '@mimo/proto/inference';
 import { FinishReason, SamplingParams } from '@mimo/proto/sampling';
 import { loadTokenizer } from '@mimo/tokenizer';

@@ -11,7 +11,7 @@ import {
   valueOf,
   type CollectiveRankOptions,
 } from '../harness/collective-rank.ts';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 
 interface RankResults {
   readonly reduced: readonly Float32Array[];

@@ -12,9 +12,9 @@ import {
   type EngineOptions,
   type SequenceDelta,
   type SequenceRequest,
-} from '@mimo/worker/engine/engine-host';
+} from '@mimo/worker/engines/mimo/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 import { waitFor } from '../harness/wait-for.ts';
 

@@ -6,7 +6,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { createLog } from '@mimo/core/log';
+import { createLog } from '@mimo/core/process/log';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';

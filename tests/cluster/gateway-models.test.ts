@@ -6,14 +6,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import * as grpc from '@grpc/grpc-js';
-import { ClusterError } from '@mimo/core/errors';
-import { callServerStream, callUnary } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/model-catalog';
-import { modelIdentity, textDigestOf } from '@mimo/core/model-identity';
-import type { RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import { modelBucket } from '@mimo/core/subjects';
+import { ClusterError } from '@mimo/core/process/errors';
+import { callServerStream, callUnary } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { modelIdentity, textDigestOf } from '@mimo/core/bus/model-identity';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import { modelBucket } from '@mimo/core/bus/subjects';
 import {
   CountTokensRequest,
   GenerateRequest,
@@ -26,7 +26,7 @@ import { jetstreamManager } from '@nats-io/jetstream';
 import { connect } from '@nats-io/transport-node';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startGatewayProcess, type GatewayProcess } from '../harness/gateway-process.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';

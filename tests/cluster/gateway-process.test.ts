@@ -4,7 +4,7 @@ import type { ChildProcess } from 'node:child_process';
 import { join } from 'node:path';
 
 import * as grpc from '@grpc/grpc-js';
-import { callServerStream, callUnary } from '@mimo/core/grpc-client';
+import { callServerStream, callUnary } from '@mimo/core/grpc/client';
 import {
   HealthCheckResponse_ServingStatus as ServingStatus,
   HealthClient,

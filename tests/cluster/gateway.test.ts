@@ -8,11 +8,11 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import * as grpc from '@grpc/grpc-js';
-import { ClusterError } from '@mimo/core/errors';
-import { callServerStream, callUnary, type CallLimits } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import type { QueueState, RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { ClusterError } from '@mimo/core/process/errors';
+import { callServerStream, callUnary, type CallLimits } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import {
@@ -35,7 +35,7 @@ import {
   findNatsServer,
   startNatsServer,
   type NatsServer,
-} from '../../deploy/local/nats-server.ts';
+} from '../../cli/src/local/nats-server.ts';
 import {
   startScriptedGroup,
   type ScriptedGroup,

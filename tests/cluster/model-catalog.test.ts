@@ -9,18 +9,18 @@ import { jetstream, jetstreamManager, type StreamAPI } from '@nats-io/jetstream'
 import { Objm } from '@nats-io/obj';
 import { connect } from '@nats-io/transport-node';
 
-import { ClusterError } from '@mimo/core/errors';
-import { createLog } from '@mimo/core/log';
+import { ClusterError } from '@mimo/core/process/errors';
+import { createLog } from '@mimo/core/process/log';
 import {
   createModelCatalog,
   type CatalogModel,
   type ModelCatalog,
   type ModelFiles,
-} from '@mimo/core/model-catalog';
-import { modelBucket } from '@mimo/core/subjects';
+} from '@mimo/core/bus/model-catalog';
+import { modelBucket } from '@mimo/core/bus/subjects';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { mountSmall } from '../harness/small-volume.ts';
 

@@ -6,19 +6,19 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import type * as grpc from '@grpc/grpc-js';
-import { ClusterError } from '@mimo/core/errors';
-import { createLog } from '@mimo/core/log';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import type { RequestQueue } from '@mimo/core/queue';
+import { ClusterError } from '@mimo/core/process/errors';
+import { createLog } from '@mimo/core/process/log';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import type { InferenceServiceClient } from '@mimo/proto/inference';
 import type { Heartbeat } from '@mimo/proto/worker';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import { startChild, type Child } from '../../cli/src/local/child-process.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
 import { startTestNats } from '../harness/nats.ts';

@@ -7,15 +7,15 @@ import { join } from 'node:path';
 
 import { nkeys } from '@nats-io/transport-node';
 
-import { createLog } from '@mimo/core/log';
-import { createModelCatalog } from '@mimo/core/model-catalog';
-import type { NatsServers } from '@mimo/core/nats-connect';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { createLog } from '@mimo/core/process/log';
+import { createModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { NatsServers } from '@mimo/core/bus/nats-connect';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 import { startHeartbeats } from '@mimo/worker/heartbeats';
 import { Heartbeat } from '@mimo/proto/worker';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startGatewayProcess } from '../harness/gateway-process.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';

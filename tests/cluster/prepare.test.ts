@@ -7,11 +7,11 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { createLog } from '@mimo/core/log';
-import { createModelCatalog, type CatalogModel } from '@mimo/core/model-catalog';
+import { createLog } from '@mimo/core/process/log';
+import { createModelCatalog, type CatalogModel } from '@mimo/core/bus/model-catalog';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestHub, type TestHub } from '../harness/hub.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';

@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import { createLog } from '@mimo/core/log';
+import { createLog } from '@mimo/core/process/log';
 import {
   summaryOf,
   leaseRenewMs,
@@ -15,9 +15,9 @@ import {
   type QueueState,
   type RecordPlace,
   type RequestQueue,
-} from '@mimo/core/queue';
-import { createMemoryQueue, MemoryBroker } from '@mimo/core/queue-memory';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+} from '@mimo/core/bus/queue';
+import { createMemoryQueue, MemoryBroker } from '@mimo/core/bus/queue-memory';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 import {
   Assignment,
   AssignmentOutcome,
@@ -36,7 +36,7 @@ import {
   findNatsServer,
   startNatsServer,
   type NatsServer,
-} from '../../deploy/local/nats-server.ts';
+} from '../../cli/src/local/nats-server.ts';
 
 const model = 'XiaomiMiMo/MiMo-7B-RL.v2';
 const log = createLog({ process: 'test', level: 'silent' });

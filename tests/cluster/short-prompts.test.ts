@@ -3,7 +3,7 @@
 
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { callServerStream } from '@mimo/core/grpc-client';
+import { callServerStream } from '@mimo/core/grpc/client';
 import { InferenceServiceService } from '@mimo/proto/inference';
 import { SamplingParams } from '@mimo/proto/sampling';
 

@@ -7,10 +7,10 @@ import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import { callUnary } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import type { RequestQueue } from '@mimo/core/queue';
+import { callUnary } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { HealthCheckResponse_ServingStatus, HealthClient, HealthService } from '@mimo/proto/health';
 import { SamplingParams } from '@mimo/proto/sampling';
 import {
@@ -24,17 +24,17 @@ import {
   type SessionRequest,
   type SessionResponse,
 } from '@mimo/proto/worker';
-import { compile } from '@mimo/worker/model/compile';
-import { shardDirectoryIn } from '@mimo/worker/shards';
+import { compile } from '@mimo/worker/compiler/compile';
+import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
-import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/free-ports.ts';
+import { startChild, type Child } from '../../cli/src/local/child-process.ts';
+import { freePorts } from '../../cli/src/local/free-ports.ts';
 import {
   cacheDirectoryFrom,
   findNatsServer,
   startNatsServer,
   type NatsServer,
-} from '../../deploy/local/nats-server.ts';
+} from '../../cli/src/local/nats-server.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
 const repository = join(import.meta.dirname, '../..');

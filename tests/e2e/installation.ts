@@ -17,11 +17,11 @@ import {
 } from '@kubernetes/client-node';
 import type { V1Pod } from '@kubernetes/client-node';
 
-import type { ModelServiceStatus } from '@mimo/controller/status';
-import { callUnary } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import type { RequestQueue } from '@mimo/core/queue';
+import type { ModelServiceStatus } from '@mimo/controller/resources/status';
+import { callUnary } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { InferenceServiceService, type InferenceServiceClient } from '@mimo/proto/inference';
 
 import { createClient } from '../harness/cluster.ts';

@@ -1,8 +1,8 @@
 // Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an undisturbed
 // run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing index.
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { ChatRequest } from '@mimo/proto/inference';
 
 import { ask, type Answer } from '../harness/cluster.ts';

@@ -9,8 +9,8 @@ import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import type { ClusterError, ErrorCode } from '@mimo/core/errors';
-import { errorFromStatus } from '@mimo/core/grpc-status';
+import type { ClusterError, ErrorCode } from '@mimo/core/process/errors';
+import { errorFromStatus } from '@mimo/core/grpc/status';
 import type { InferenceServiceClient } from '@mimo/proto/inference';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';

@@ -5,8 +5,8 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import type { ClusterError } from '@mimo/core/errors';
-import type { QueueState } from '@mimo/core/queue';
+import type { ClusterError } from '@mimo/core/process/errors';
+import type { QueueState } from '@mimo/core/bus/queue';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';

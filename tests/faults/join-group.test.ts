@@ -5,7 +5,7 @@ import { once } from 'node:events';
 import { describe, expect, it } from 'vitest';
 import { joinGroup, type JoinOptions } from '@mimo/worker/collective/join-group';
 import { closeDescriptor } from '@mimo/worker/collective/libc';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 
 const shardKey = 'a'.repeat(64);
 

@@ -4,10 +4,10 @@
 
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import type { QueueState } from '@mimo/core/queue';
+import type { QueueState } from '@mimo/core/bus/queue';
 import { afterEach, describe, expect, it } from 'vitest';
 
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { ask, chatRequest, startTestCluster, type TestCluster } from '../harness/cluster.ts';
 import { expectStreams, keepStreaming, startStreams } from '../harness/disturbed-streams.ts';
 import { waitFor } from '../harness/wait-for.ts';

@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import type { ClusterError } from '@mimo/core/errors';
+import type { ClusterError } from '@mimo/core/process/errors';
 
 import { ask, chatRequest, startTestCluster, type Answer, type TestCluster } from '../harness/cluster.ts';
 import { waitFor } from '../harness/wait-for.ts';

@@ -2,9 +2,9 @@
 // notices at once when one dies and in time when one falls silent.
 
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
-import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engine/engine-host';
+import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engines/mimo/engine-host';
 import { CompiledFixtures, readExpectedIds } from '../golden/fixture.ts';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { RankProcess } from '../harness/engine-ranks.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 

@@ -5,11 +5,11 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { callUnary } from '@mimo/core/grpc-client';
-import { ClusterError } from '@mimo/core/errors';
-import { createLog } from '@mimo/core/log';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import type { RequestQueue } from '@mimo/core/queue';
+import { callUnary } from '@mimo/core/grpc/client';
+import { ClusterError } from '@mimo/core/process/errors';
+import { createLog } from '@mimo/core/process/log';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import {
@@ -17,13 +17,13 @@ import {
   type ChatRequest,
   type InferenceServiceClient,
 } from '@mimo/proto/inference';
-import { compile } from '@mimo/worker/model/compile';
-import { shardDirectoryIn } from '@mimo/worker/shards';
+import { compile } from '@mimo/worker/compiler/compile';
+import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
-import { cacheDirectoryFrom, type NatsServer } from '../../deploy/local/nats-server.ts';
+import { startChild, type Child } from '../../cli/src/local/child-process.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
+import { cacheDirectoryFrom, type NatsServer } from '../../cli/src/local/nats-server.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';

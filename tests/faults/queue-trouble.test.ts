@@ -9,11 +9,11 @@ import * as grpc from '@grpc/grpc-js';
 import { jetstream, type JetStreamManager } from '@nats-io/jetstream';
 import { connect, type NatsConnection } from '@nats-io/transport-node';
 
-import { ClusterError } from '@mimo/core/errors';
-import { callServerStream, callUnary } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import type { RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { ClusterError } from '@mimo/core/process/errors';
+import { callServerStream, callUnary } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { HealthCheckResponse_ServingStatus, HealthClient, HealthService } from '@mimo/proto/health';
@@ -21,7 +21,7 @@ import { GenerateRequest, InferenceServiceClient, InferenceServiceService } from
 import { RequestRecord } from '@mimo/proto/queue';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { mountSmall } from '../harness/small-volume.ts';
 import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';

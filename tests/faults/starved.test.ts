@@ -3,7 +3,7 @@
 
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import type { ClusterError } from '@mimo/core/errors';
+import type { ClusterError } from '@mimo/core/process/errors';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';

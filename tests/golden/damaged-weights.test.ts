@@ -5,8 +5,8 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
-import type { SequenceDelta, SequenceSampling } from '@mimo/worker/engine/engine-api';
-import { Engine } from '@mimo/worker/engine/engine';
+import type { SequenceDelta, SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
+import { Engine } from '@mimo/worker/engines/mimo/engine';
 import { afterAll, describe, expect, it } from 'vitest';
 
 import { greedySampling } from '../harness/greedy-sampling.ts';

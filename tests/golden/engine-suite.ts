@@ -2,10 +2,10 @@
 // ONNX Runtime's environment is one per process. Owns the comparisons and their tolerances.
 
 import { afterAll, describe, expect, it } from 'vitest';
-import type { SequenceRequest, SequenceSampling } from '@mimo/worker/engine/engine-api';
-import { Engine, type EngineLimits } from '@mimo/worker/engine/engine';
-import { bestToken, chooseToken, type HeadRequest, type HeadRow } from '@mimo/worker/engine/head-rows';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
+import type { SequenceRequest, SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
+import { Engine, type EngineLimits } from '@mimo/worker/engines/mimo/engine';
+import { bestToken, chooseToken, type HeadRequest, type HeadRow } from '@mimo/worker/engines/mimo/head-rows';
+import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
 import type { RuntimeImplementation } from '@mimo/worker/runtime/runtime';
 import {
   CompiledFixtures,

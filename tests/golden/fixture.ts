@@ -4,7 +4,7 @@
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import * as path from 'node:path';
-import { compile, type CompileOptions } from '@mimo/worker/model/compile';
+import { compile, type CompileOptions } from '@mimo/worker/compiler/compile';
 
 /** `expected.json`: see README.md. */
 export interface ExpectedIds {

@@ -4,8 +4,8 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
-import { openCheckpoint } from '@mimo/worker/model/checkpoint';
-import { decodeFloats, quantizeInt4, quantizeInt8 } from '@mimo/worker/model/quantize';
+import { openCheckpoint } from '@mimo/worker/compiler/checkpoint';
+import { decodeFloats, quantizeInt4, quantizeInt8 } from '@mimo/worker/compiler/quantize';
 import { describe, expect, it } from 'vitest';
 
 const fixture = join(import.meta.dirname, 'fixtures/quantised');

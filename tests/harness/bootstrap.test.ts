@@ -19,7 +19,7 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { waitFor } from './wait-for.ts';
 
-const bootstrap = join(import.meta.dirname, '../../deploy/local/bootstrap.mjs');
+const bootstrap = join(import.meta.dirname, '../../cli/src/local/bootstrap.mjs');
 
 // Stands for npm: installs by writing what the real one writes last, and counts its runs.
 const npmScript = `
@@ -37,8 +37,8 @@ describe('bootstrap.mjs', () => {
   let checkout: string;
   beforeEach(() => {
     checkout = mkdtempSync(join(tmpdir(), 'mimo-bootstrap-'));
-    mkdirSync(join(checkout, 'deploy/local'), { recursive: true });
-    copyFileSync(bootstrap, join(checkout, 'deploy/local/bootstrap.mjs'));
+    mkdirSync(join(checkout, 'cli/src/local'), { recursive: true });
+    copyFileSync(bootstrap, join(checkout, 'cli/src/local/bootstrap.mjs'));
     writeFileSync(join(checkout, 'npm-cli.js'), npmScript);
     lock({ 'node_modules/a': { version: '1.0.0', integrity: 'x' }, 'node_modules/b': { optional: true } });
     writeFileSync(
@@ -58,7 +58,7 @@ describe('bootstrap.mjs', () => {
     writeFileSync(join(checkout, 'package-lock.json'), JSON.stringify({ packages: { '': {}, ...packages } }));
   }
   function start(...args: string[]): ChildProcessByStdio<null, Readable, Readable> {
-    return spawn(process.execPath, [join(checkout, 'deploy/local/bootstrap.mjs'), ...args], {
+    return spawn(process.execPath, [join(checkout, 'cli/src/local/bootstrap.mjs'), ...args], {
       cwd: tmpdir(),
       env: { ...process.env, npm_execpath: join(checkout, 'npm-cli.js') },
       stdio: ['ignore', 'pipe', 'pipe'],
@@ -131,7 +131,7 @@ describe('bootstrap.mjs', () => {
       'const minNodeMajor = 26;',
       'const minNodeMajor = 999;',
     );
-    writeFileSync(join(checkout, 'deploy/local/bootstrap.mjs'), source);
+    writeFileSync(join(checkout, 'cli/src/local/bootstrap.mjs'), source);
     const refused = await run('script.ts');
     expect(refused.code).toBe(1);
     expect(refused.stderr).toContain(`Node 999 or later is needed and this is ${process.versions.node}`);

@@ -6,8 +6,8 @@ import { join } from 'node:path';
 
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
-import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { Supervisor } from '../../deploy/local/supervisor.ts';
+import { startChild, type Child } from '../../cli/src/local/child-process.ts';
+import { Supervisor } from '../../cli/src/local/supervisor.ts';
 import { isAlive, waitFor } from './wait-for.ts';
 
 const repository = join(import.meta.dirname, '../..');
@@ -69,7 +69,7 @@ describe('startChild', () => {
   it('leaves no program behind when its parent is killed outright', async () => {
     const parentFile = join(directory, 'parent.ts');
     const logFile = join(directory, 'orphan.log');
-    const childModule = join(repository, 'deploy/local/child-process.ts');
+    const childModule = join(repository, 'cli/src/local/child-process.ts');
     writeFileSync(
       parentFile,
       `import { startChild } from ${JSON.stringify(childModule)};

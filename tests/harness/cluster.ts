@@ -7,10 +7,10 @@ import { join } from 'node:path';
 
 import * as grpc from '@grpc/grpc-js';
 
-import { callServerStream, callUnary, channelOptions } from '@mimo/core/grpc-client';
-import { createLog } from '@mimo/core/log';
-import { createNatsQueue } from '@mimo/core/queue-nats';
-import type { RequestQueue } from '@mimo/core/queue';
+import { callServerStream, callUnary, channelOptions } from '@mimo/core/grpc/client';
+import { createLog } from '@mimo/core/process/log';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import {
   InferenceServiceClient,
   InferenceServiceService,
@@ -22,12 +22,12 @@ import {
 } from '@mimo/proto/inference';
 import { SamplingParams, type TokenLogprob } from '@mimo/proto/sampling';
 import { WorkerServiceClient, WorkerServiceService, type StatsResponse } from '@mimo/proto/worker';
-import { compile } from '@mimo/worker/model/compile';
-import type { Precision } from '@mimo/worker/model/shard';
-import { shardDirectoryIn } from '@mimo/worker/shards';
+import { compile } from '@mimo/worker/compiler/compile';
+import type { Precision } from '@mimo/worker/shards/shard';
+import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
-import { startLocalCluster, type LocalCluster } from '../../deploy/local/local-cluster.ts';
-import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { startLocalCluster, type LocalCluster } from '../../cli/src/local/local-cluster.ts';
+import { cacheDirectoryFrom, findNatsServer } from '../../cli/src/local/nats-server.ts';
 import { waitFor } from './wait-for.ts';
 
 const demoModel = join(import.meta.dirname, '../../models/mimo-demo');

@@ -9,8 +9,8 @@ import { join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
 
-import { freePorts } from '../../deploy/local/free-ports.ts';
-import { cacheDirectoryFrom, findNatsServer, natsServerVersion } from '../../deploy/local/nats-server.ts';
+import { freePorts } from '../../cli/src/local/free-ports.ts';
+import { cacheDirectoryFrom, findNatsServer, natsServerVersion } from '../../cli/src/local/nats-server.ts';
 import { isAlive, waitFor } from './wait-for.ts';
 
 const repository = join(import.meta.dirname, '../..');
@@ -106,7 +106,7 @@ export class TestCommand {
   /** Starts the script that npm runs. */
   mimo(...args: readonly string[]): StartedCommand {
     return this.start(process.execPath, [
-      join(repository, 'deploy/local/bootstrap.mjs'),
+      join(repository, 'cli/src/local/bootstrap.mjs'),
       'cli/src/main.ts',
       ...args,
     ]);

@@ -1,7 +1,7 @@
 // Streams that are to come out as if nothing had happened to their groups: what an undisturbed run of each gives is asked
 // first, then the same again while the test does its worst. Owns the comparison and the counts; does not disturb anything.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { ChatRequest, InferenceServiceClient } from '@mimo/proto/inference';
 
 import { ask, chatRequest, type Answer } from './cluster.ts';

@@ -1,13 +1,13 @@
 // A process of its own that runs one rank of a network group: started by engine-ranks.ts with EngineOptions as its
 // argument, and driven over IPC. Dies with its parent.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import {
   startEngine,
   type EngineFrame,
   type EngineOptions,
   type SequenceRequest,
-} from '@mimo/worker/engine/engine-host';
+} from '@mimo/worker/engines/mimo/engine-host';
 
 /** From the parent. */
 export type RankRequest =

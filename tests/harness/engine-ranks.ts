@@ -2,7 +2,7 @@
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import type { EngineOptions, SequenceDelta, SequenceRequest } from '@mimo/worker/engine/engine-host';
+import type { EngineOptions, SequenceDelta, SequenceRequest } from '@mimo/worker/engines/mimo/engine-host';
 import type { RankRequest, RankResponse } from './engine-rank.ts';
 
 /** One rank's process. */

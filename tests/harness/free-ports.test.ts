@@ -5,9 +5,9 @@ import { join } from 'node:path';
 
 import { afterEach, describe, expect, it } from 'vitest';
 
-import { assertPortFree, freePorts } from '../../deploy/local/free-ports.ts';
+import { assertPortFree, freePorts } from '../../cli/src/local/free-ports.ts';
 
-const module = join(import.meta.dirname, '../../deploy/local/free-ports.ts');
+const module = join(import.meta.dirname, '../../cli/src/local/free-ports.ts');
 
 describe('freePorts', () => {
   const children: ChildProcess[] = [];

@@ -1,6 +1,6 @@
 // Where tests and benchmarks of the engine begin: greedy, nothing penalised, nothing but the length ends a sequence.
 
-import type { SequenceSampling } from '@mimo/worker/engine/engine-api';
+import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
 
 /** Greedy sampling with drafts, 64 tokens and seed 1, but for what the caller changes. */
 export function greedySampling(changes: Partial<SequenceSampling> = {}): SequenceSampling {

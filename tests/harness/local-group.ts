@@ -5,13 +5,13 @@ import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';
 import { createSingleRankCollective, type Collective } from '@mimo/worker/collective/collective';
 import { createInProcessCollective, createInProcessGroup } from '@mimo/worker/collective/in-process';
-import type { EngineLimits, PassExecutor } from '@mimo/worker/engine/engine';
-import type { HeadRow } from '@mimo/worker/engine/head-rows';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import { gatherMemories } from '@mimo/worker/engine/memory-budget';
-import { ShardRunner } from '@mimo/worker/engine/shard-runner';
-import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engine/step-plan';
-import { readShardManifest, type ShardManifest } from '@mimo/worker/model/shard';
+import type { EngineLimits, PassExecutor } from '@mimo/worker/engines/mimo/engine';
+import type { HeadRow } from '@mimo/worker/engines/mimo/head-rows';
+import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
+import { gatherMemories } from '@mimo/worker/engines/mimo/memory-budget';
+import { ShardRunner } from '@mimo/worker/engines/mimo/shard-runner';
+import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engines/mimo/step-plan';
+import { readShardManifest, type ShardManifest } from '@mimo/worker/shards/shard';
 import { createRuntime, type RuntimeImplementation, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
 
 const defaultKvBlocks = 64;
@@ -57,7 +57,7 @@ export async function openLocalGroup({
   const runtimeOptions = { implementation, ...device, intraOpThreads: threads };
   const followers = directories.slice(1).map(
     (directory, i) =>
-      new Worker(new URL('../../worker/src/engine/step-thread.ts', import.meta.url), {
+      new Worker(new URL('../../worker/src/engines/mimo/step-thread.ts', import.meta.url), {
         workerData: {
           directory,
           manifest: manifests[i + 1],

@@ -11,7 +11,7 @@ import {
   findNatsServer,
   natsServerVersion,
   startNatsServer,
-} from '../../deploy/local/nats-server.ts';
+} from '../../cli/src/local/nats-server.ts';
 
 const signal = new AbortController().signal;
 

@@ -12,7 +12,7 @@ import {
   startNatsServer,
   type NatsServer,
   type StartOptions,
-} from '../../deploy/local/nats-server.ts';
+} from '../../cli/src/local/nats-server.ts';
 
 /** Starts a server; the same port and directory again bring back what it held. */
 export async function startTestNats(options: Omit<StartOptions, 'binary'>): Promise<NatsServer> {

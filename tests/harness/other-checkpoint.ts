@@ -3,7 +3,7 @@
 import { cp, open } from 'node:fs/promises';
 import { join } from 'node:path';
 
-import { readSafetensorsHeader } from '@mimo/worker/model/safetensors';
+import { readSafetensorsHeader } from '@mimo/worker/compiler/safetensors';
 
 const demo = join(import.meta.dirname, '../../models/mimo-demo');
 const changed = 'model.layers.1.mlp.up_proj.weight';

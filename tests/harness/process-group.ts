@@ -4,14 +4,14 @@
 import { once } from 'node:events';
 import { joinGroup } from '@mimo/worker/collective/join-group';
 import { createNetworkCollective } from '@mimo/worker/collective/network';
-import type { HeadRow } from '@mimo/worker/engine/head-rows';
-import { kvBlockTokens } from '@mimo/worker/engine/kv-cache';
-import { gatherMemories } from '@mimo/worker/engine/memory-budget';
-import { ShardRunner } from '@mimo/worker/engine/shard-runner';
-import { encodeStepPlan, type PassPlan } from '@mimo/worker/engine/step-plan';
-import { readShardManifest } from '@mimo/worker/model/shard';
+import type { HeadRow } from '@mimo/worker/engines/mimo/head-rows';
+import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
+import { gatherMemories } from '@mimo/worker/engines/mimo/memory-budget';
+import { ShardRunner } from '@mimo/worker/engines/mimo/shard-runner';
+import { encodeStepPlan, type PassPlan } from '@mimo/worker/engines/mimo/step-plan';
+import { readShardManifest } from '@mimo/worker/shards/shard';
 import { createRuntime, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { RankProcess } from './engine-ranks.ts';
 import type { LocalGroup } from './local-group.ts';
 

@@ -4,16 +4,16 @@
 
 import { randomUUID } from 'node:crypto';
 
-import { ClusterError } from '@mimo/core/errors';
-import { startGrpcServer, type GrpcServer } from '@mimo/core/grpc-server';
-import type { RequestQueue } from '@mimo/core/queue';
+import { ClusterError } from '@mimo/core/process/errors';
+import { startGrpcServer, type GrpcServer } from '@mimo/core/grpc/server';
+import type { RequestQueue } from '@mimo/core/bus/queue';
 import { GroupState, Heartbeat } from '@mimo/proto/worker';
 import type {
   EngineStats,
   SequenceDelta,
   SequenceEnd,
   SequenceRequest,
-} from '@mimo/worker/engine/engine-api';
+} from '@mimo/worker/engines/mimo/engine-api';
 import { Sessions } from '@mimo/worker/sessions';
 import { createWorkerService } from '@mimo/worker/worker-service';
 

@@ -4,7 +4,7 @@
 
 import type { TestProject } from 'vitest/node';
 
-import { cacheDirectoryFrom, findNatsServer } from '../../deploy/local/nats-server.ts';
+import { cacheDirectoryFrom, findNatsServer } from '../../cli/src/local/nats-server.ts';
 import { ensureNodePackages } from './kubernetes/debian-packages.ts';
 import { findTools } from './kubernetes/tools.ts';
 import { findSoftwareVulkan } from './software-vulkan.ts';

@@ -3,7 +3,7 @@
 
 import * as grpc from '@grpc/grpc-js';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 

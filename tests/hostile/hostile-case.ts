@@ -1,7 +1,7 @@
 // One hostile input: what it sends, and how it must end. The corpus is a list of these; hostile.test.ts runs them against
 // the processes of world.ts.
 
-import type { ErrorCode } from '@mimo/core/errors';
+import type { ErrorCode } from '@mimo/core/process/errors';
 
 import type { HostileWorld } from './world.ts';
 

@@ -2,7 +2,7 @@
 
 import { connect, constants, type ClientHttp2Session, type OutgoingHttpHeaders } from 'node:http2';
 
-import { errorTable, type ErrorCode } from '@mimo/core/errors';
+import { errorTable, type ErrorCode } from '@mimo/core/process/errors';
 
 import { openSocket } from '../harness/raw-http2.ts';
 import type { CallEnd } from './hostile-case.ts';

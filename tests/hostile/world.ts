@@ -7,8 +7,8 @@ import { join } from 'node:path';
 
 import * as grpc from '@grpc/grpc-js';
 
-import { callUnary } from '@mimo/core/grpc-client';
-import { ClusterError } from '@mimo/core/errors';
+import { callUnary } from '@mimo/core/grpc/client';
+import { ClusterError } from '@mimo/core/process/errors';
 import {
   CancelRequest,
   ChatRequest,
@@ -17,7 +17,7 @@ import {
   InferenceServiceService,
 } from '@mimo/proto/inference';
 
-import { freePorts } from '../../deploy/local/free-ports.ts';
+import { freePorts } from '../../cli/src/local/free-ports.ts';
 import {
   childCount,
   createClient,

@@ -420,7 +420,7 @@ describe('before an uninstall', () => {
 
   async function removeServices(timeoutSeconds: number): Promise<{ code: number; said: string }> {
     const { promise, resolve } = Promise.withResolvers<{ code: number; said: string }>();
-    const command = join(import.meta.dirname, '../../controller/src/remove-services.ts');
+    const command = join(import.meta.dirname, '../../controller/src/act/remove-services.ts');
     const args = [`--kubeconfig=${kubeconfig}`, `--namespace=${namespace}`];
     execFile(
       process.execPath,

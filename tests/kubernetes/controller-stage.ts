@@ -10,20 +10,20 @@ import { promisify } from 'node:util';
 
 import { parseControllerConfig } from '@mimo/controller/config';
 import { startController, type RunningController } from '@mimo/controller/controller';
-import { crdDirectory } from '@mimo/controller/crd-generate';
+import { crdDirectory } from '@mimo/controller/resources/crd-generate';
 import { labels, prepareLabels, routableCondition } from '@mimo/controller/decide/labels';
 import { hasReason } from '@mimo/controller/kube/api-status';
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { startInformer, type Informer } from '@mimo/controller/kube/informer';
 import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
-import { pause } from '@mimo/core/abort';
-import type { Environment } from '@mimo/core/config';
-import { createLog, type Log } from '@mimo/core/log';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/model-catalog';
-import type { QueueState, RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { pause } from '@mimo/core/process/abort';
+import type { Environment } from '@mimo/core/process/config';
+import { createLog, type Log } from '@mimo/core/process/log';
+import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 
-import type { NatsServer } from '../../deploy/local/nats-server.ts';
+import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
 import { findTools } from '../harness/kubernetes/tools.ts';
 import { startTestNats } from '../harness/nats.ts';

@@ -9,11 +9,11 @@ import { labels, prepareLabels } from '@mimo/controller/decide/labels';
 import type { RunningController } from '@mimo/controller/controller';
 import { hasReason } from '@mimo/controller/kube/api-status';
 import { resourceTypes, type KubeObject } from '@mimo/controller/kube/resource';
-import type { ModelServiceStatus } from '@mimo/controller/status';
-import { pause } from '@mimo/core/abort';
+import type { ModelServiceStatus } from '@mimo/controller/resources/status';
+import { pause } from '@mimo/core/process/abort';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { freeAddresses } from '../../deploy/local/free-ports.ts';
+import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { createTestClock, type TestClock } from '../harness/set-clock.ts';
 import { waitFor } from '../harness/wait-for.ts';
 import { namespace, startStage, type Pod, type Stage } from './controller-stage.ts';

@@ -6,21 +6,21 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { crdDirectory } from '@mimo/controller/crd-generate';
+import { crdDirectory } from '@mimo/controller/resources/crd-generate';
 import { labels, prepareLabels } from '@mimo/controller/decide/labels';
 import { groupPods } from '@mimo/controller/decide/manifests';
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { resourceTypes, type KubeObject, type ObjectManifest } from '@mimo/controller/kube/resource';
-import { modelServiceSpec, type ModelService } from '@mimo/controller/resources';
-import { pause } from '@mimo/core/abort';
-import { createLog } from '@mimo/core/log';
-import { createModelCatalog } from '@mimo/core/model-catalog';
-import type { RequestQueue } from '@mimo/core/queue';
-import { createNatsQueue } from '@mimo/core/queue-nats';
+import { modelServiceSpec, type ModelService } from '@mimo/controller/resources/resources';
+import { pause } from '@mimo/core/process/abort';
+import { createLog } from '@mimo/core/process/log';
+import { createModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+import { createNatsQueue } from '@mimo/core/bus/queue-nats';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
-import { startChild, type Child } from '../../deploy/local/child-process.ts';
-import { freePorts } from '../../deploy/local/free-ports.ts';
+import { startChild, type Child } from '../../cli/src/local/child-process.ts';
+import { freePorts } from '../../cli/src/local/free-ports.ts';
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
 import {
   startPretendNodes,

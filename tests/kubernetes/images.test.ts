@@ -4,7 +4,7 @@ import { join } from 'node:path';
 
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { freePorts } from '../../deploy/local/free-ports.ts';
+import { freePorts } from '../../cli/src/local/free-ports.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import {
   startContainer,

@@ -6,7 +6,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { KubeClient } from '@mimo/controller/kube/client';
 import { startInformer, type Informer, type InformerTiming } from '@mimo/controller/kube/informer';
 import { keyOf, type KubeObject } from '@mimo/controller/kube/resource';
-import { createLog } from '@mimo/core/log';
+import { createLog } from '@mimo/core/process/log';
 import { afterAll, beforeAll, describe, expect, it, onTestFinished } from 'vitest';
 
 import { readApiserverMetric } from '../harness/kubernetes/apiserver-metrics.ts';

@@ -9,8 +9,8 @@ import { hasReason, httpStatusOf } from '@mimo/controller/kube/api-status';
 import { KubeClient, loadKubeConfig, type WatchEvent } from '@mimo/controller/kube/client';
 import { EventRecorder } from '@mimo/controller/kube/events';
 import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
-import { ClusterError } from '@mimo/core/errors';
-import { createLog } from '@mimo/core/log';
+import { ClusterError } from '@mimo/core/process/errors';
+import { createLog } from '@mimo/core/process/log';
 import { afterAll, afterEach, beforeAll, describe, expect, it, onTestFinished, vi } from 'vitest';
 
 import { readApiserverMetric } from '../harness/kubernetes/apiserver-metrics.ts';

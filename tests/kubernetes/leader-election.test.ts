@@ -1,11 +1,11 @@
 // Contenders for one real Lease, each behind a network of its own: never two at once, whatever breaks.
 
-import { beforeAbort } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
+import { beforeAbort } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
 import { KubeClient } from '@mimo/controller/kube/client';
 import { runLeading, type LeaderElectionTiming } from '@mimo/controller/kube/leader-election';
 import { resourceTypes, type KubeObject } from '@mimo/controller/kube/resource';
-import { createLog } from '@mimo/core/log';
+import { createLog } from '@mimo/core/process/log';
 import { afterAll, beforeAll, describe, expect, it, onTestFinished } from 'vitest';
 
 import { createNamespace, kubeConfigVia } from '../harness/kubernetes/config-maps.ts';

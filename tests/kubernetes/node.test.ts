@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import { readFileSync, existsSync, globSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
 
-import { isUnmounted, type ApiPod } from '@mimo/controller/observe';
+import { isUnmounted, type ApiPod } from '@mimo/controller/observe/observe';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startRealCluster, type RealCluster } from '../harness/kubernetes/cluster.ts';

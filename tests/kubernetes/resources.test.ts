@@ -2,7 +2,7 @@
 
 import { join } from 'node:path';
 
-import { crdDirectory } from '@mimo/controller/crd-generate';
+import { crdDirectory } from '@mimo/controller/resources/crd-generate';
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
 import {
@@ -11,8 +11,8 @@ import {
   refusedSpecs,
   refusedTenants,
   specWith,
-} from '@mimo/controller/resource-cases';
-import { parseModelService, parseTenant } from '@mimo/controller/resources';
+} from '@mimo/controller/resources/resource-cases';
+import { parseModelService, parseTenant } from '@mimo/controller/resources/resources';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';

@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { parse } from 'yaml';
 
-import { natsServerVersion } from '../../deploy/local/nats-server.ts';
+import { natsServerVersion } from '../../cli/src/local/nats-server.ts';
 import { readValues, tableInReadme, valuesTable } from './chart-values.ts';
 
 const root = join(import.meta.dirname, '../..');

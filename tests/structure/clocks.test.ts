@@ -11,13 +11,13 @@ const root = join(import.meta.dirname, '../..');
 /** File -> why it needs the wall clock, and how often it reads it. */
 const allowed: Readonly<Record<string, number>> = {
   // grpc-js takes a point in time and makes the time that is left of it again.
-  'core/src/grpc-client.ts': 1,
+  'core/src/grpc/client.ts': 1,
   // The time of a file, of which only the changing counts.
-  'core/src/file-lock.ts': 1,
+  'core/src/process/file-lock.ts': 1,
   // Until the API server has told its time.
   'controller/src/kube/api-clock.ts': 1,
   // One machine's clock with itself: the age of a lock file, and how long an installation took.
-  'deploy/local/bootstrap.mjs': 4,
+  'cli/src/local/bootstrap.mjs': 4,
 };
 
 const readings = /\bDate\.now\b|\bnew Date\(\)|\bperformance\.timeOrigin\b/g;

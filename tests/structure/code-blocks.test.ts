@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { parseAllDocuments } from 'yaml';
 
-import { parseModelService, parseTenant } from '../../controller/src/resources.ts';
+import { parseModelService, parseTenant } from '../../controller/src/resources/resources.ts';
 import { allPages } from '../../docs/site/pages.ts';
 import { readValues } from './chart-values.ts';
 

@@ -1,7 +1,7 @@
 // The direction of imports between packages, which neither the type checker nor npm workspaces enforce.
 
 import { globSync, readFileSync } from 'node:fs';
-import { join, relative, sep } from 'node:path';
+import { dirname, join, relative, sep } from 'node:path';
 
 import { describe, expect, it } from 'vitest';
 
@@ -15,28 +15,66 @@ const allowed: Readonly<Record<string, readonly string[]>> = {
   gateway: ['core', 'proto', 'tokenizer'],
   worker: ['core', 'proto'],
   controller: ['core', 'proto'],
-  deploy: ['core'],
-  cli: ['core', 'deploy', 'gateway', 'proto', 'tokenizer', 'worker'],
-  tests: ['cli', 'controller', 'core', 'deploy', 'docs', 'gateway', 'proto', 'tokenizer', 'worker'],
+  cli: ['core', 'gateway', 'proto', 'tokenizer', 'worker'],
+  tests: ['cli', 'controller', 'core', 'docs', 'gateway', 'proto', 'tokenizer', 'worker'],
+};
+
+/**
+ * What each folder of a package may import of the same package. What belongs into a folder is in the package's README.
+ * Files beside the folders compose them, and may import all of them.
+ */
+const folders: Readonly<Record<string, readonly string[]>> = {
+  'core/src/process': [],
+  'core/src/grpc': ['core/src/process'],
+  'core/src/bus': ['core/src/process'],
+  'gateway/src/admission': [],
+  'gateway/src/prompts': ['gateway/src', 'gateway/src/admission'],
+  'gateway/src/dispatcher': ['gateway/src'],
+  'gateway/src/doors': [
+    'gateway/src',
+    'gateway/src/admission',
+    'gateway/src/dispatcher',
+    'gateway/src/prompts',
+  ],
+  'worker/src/shards': [],
+  'worker/src/runtime': ['worker/src/shards'],
+  'worker/src/collective': [],
+  'worker/src/compiler': ['worker/src/shards'],
+  'worker/src/engines/mimo': ['worker/src/collective', 'worker/src/runtime', 'worker/src/shards'],
+  'controller/src/resources': [],
+  'controller/src/decide': ['controller/src/resources'],
+  'controller/src/kube': ['controller/src/resources'],
+  'controller/src/observe': ['controller/src/decide', 'controller/src/kube', 'controller/src/resources'],
+  'controller/src/act': [
+    'controller/src/decide',
+    'controller/src/kube',
+    'controller/src/observe',
+    'controller/src/resources',
+  ],
+  'cli/src/local': [],
 };
 
 /** Below these folders only the packages named may be imported: the engine knows no text, queue, HTTP or Kubernetes. */
-const engineFolders = ['engine', 'model', 'runtime', 'collective'].map((name) => join('worker', 'src', name));
+const engineFolders = ['shards', 'runtime', 'collective', 'compiler', 'engines'].map((name) =>
+  join('worker', 'src', name),
+);
+/** Gets a checkpoint over HTTP and logs its progress: the compiler's input, and no part of the engine. */
+const hub = 'worker/src/compiler/hub.ts';
 const engineImports =
-  /^(node:|koffi$|onnxruntime-node$|@bufbuild\/protobuf\/wire$|@mimo\/core\/(?:errors|file-lock)$|@mimo\/proto\/limits$|\.)/;
+  /^(node:|koffi$|onnxruntime-node$|@bufbuild\/protobuf\/wire$|@mimo\/core\/process\/(?:errors|file-lock)$|@mimo\/proto\/limits$|\.)/;
 
 /** Files that decide and never act: they import nothing that waits, reads a clock or draws a number. */
 const pureFiles = [
   ...sources('controller/src/decide/*.ts').filter((file) => !file.endsWith('.test.ts')),
-  'gateway/src/admission.ts',
+  'gateway/src/admission/admission.ts',
   'gateway/src/dispatcher/placement.ts',
-  'gateway/src/suspicion.ts',
+  'gateway/src/dispatcher/suspicion.ts',
   'gateway/src/version-choice.ts',
   'proto/src/limits.ts',
-  'worker/src/engine/kv-cache.ts',
-  'worker/src/engine/scheduler.ts',
-  'worker/src/engine/sampler.ts',
-  'worker/src/model/shard-plan.ts',
+  'worker/src/engines/mimo/kv-cache.ts',
+  'worker/src/engines/mimo/scheduler.ts',
+  'worker/src/engines/mimo/sampler.ts',
+  'worker/src/shards/shard-plan.ts',
 ];
 
 interface Import {
@@ -83,10 +121,34 @@ describe('imports', () => {
     });
   }
 
+  it.each(Object.entries(folders))("of %s stay within their package's arrows", (folder, mayImport) => {
+    const stray = sources(`${folder}/*.ts`)
+      .filter((file) => !file.endsWith('.test.ts'))
+      .flatMap(importsOf)
+      .filter(({ file, specifier }) => {
+        const target = specifier.startsWith('.') ? dirname(join(file, '..', specifier)) : folder;
+        return (
+          target !== folder && target.split(sep)[0] === folder.split('/')[0] && !mayImport.includes(target)
+        );
+      });
+    expect(stray).toEqual([]);
+  });
+
+  it("has every folder of a package in the table, and in the package's README", () => {
+    const found = sources('{core,gateway,worker,controller,cli}/src/**/*.ts').map((file) => dirname(file));
+    const rooms = [...new Set(found)].filter((folder) => !folder.endsWith('src')).toSorted();
+    expect(rooms).toEqual(Object.keys(folders).toSorted());
+    const unnamed = rooms.filter((folder) => {
+      const [name = '', ...rest] = folder.split('/');
+      return !readFileSync(join(root, name, 'README.md'), 'utf8').includes(`- \`${rest.join('/')}/\`: `);
+    });
+    expect(unnamed).toEqual([]);
+  });
+
   it('of the engine know no text, queue, HTTP, gRPC or Kubernetes', () => {
     const stray = engineFolders
       .flatMap((folder) => sources(`${folder}/**/*.ts`))
-      .filter((file) => !file.endsWith('.test.ts'))
+      .filter((file) => !file.endsWith('.test.ts') && file !== hub)
       .flatMap(importsOf)
       .filter(({ file, specifier }) => {
         const leaves =
@@ -100,7 +162,7 @@ describe('imports', () => {
   it.each(pureFiles)('%s decides only: no clock, no chance, nothing that waits', (file) => {
     const text = readFileSync(join(root, file), 'utf8');
     expect(text).not.toMatch(
-      /Date\.now|performance\.now|Math\.random|setTimeout|setInterval|\bawait\b|node:/,
+      /Date\.now|performance\.now|Math\.random|setTimeout|setInterval|\bawait\b|random(?:UUID|Bytes|Int)|node:(?!crypto)/,
     );
   });
 

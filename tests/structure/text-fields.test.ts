@@ -5,10 +5,10 @@ import { cp, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { generateCrds } from '@mimo/controller/crd-generate';
+import { generateCrds } from '@mimo/controller/resources/crd-generate';
 import { rankContainer, volumesOf, type WorkerSettings } from '@mimo/controller/decide/containers';
-import { parseModelService, type ModelService } from '@mimo/controller/resources';
-import { modelHashOf, revisionOf } from '@mimo/controller/revision';
+import { parseModelService, type ModelService } from '@mimo/controller/resources/resources';
+import { modelHashOf, revisionOf } from '@mimo/controller/decide/revision';
 import { parseWorkerConfig } from '@mimo/worker/config';
 import { identityOf } from '@mimo/worker/identity';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';

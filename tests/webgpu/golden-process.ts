@@ -1,7 +1,7 @@
 // A process that runs a golden fixture on the WebGPU provider and prints its errors as one JSON line: the device is found
 // through variables that a process must be started with.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { CompiledFixtures, readExpectedIds, readExpectedMatrix, relativeError } from '../golden/fixture.ts';
 import type { FixtureName } from '../golden/fixture.ts';
 import { openLocalGroup, promptLogits } from '../harness/local-group.ts';

@@ -5,7 +5,7 @@ import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { cacheDirectoryFrom } from '../../deploy/local/nats-server.ts';
+import { cacheDirectoryFrom } from '../../cli/src/local/nats-server.ts';
 import { findSoftwareVulkan, type VulkanEnvironment } from '../harness/software-vulkan.ts';
 
 /** Weights, activations, keys and values of 11 bits, and this provider's products add up in them too. */

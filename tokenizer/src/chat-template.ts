@@ -9,7 +9,7 @@
 // text. So the ids are those of the whole rendering in the ordinary case, and a message never yields a special token.
 
 import { Template } from '@huggingface/jinja';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { TooManyTokensError, type EncodeOptions, type Tokenizer } from './tokenizer.ts';
 
 /** Who speaks. */

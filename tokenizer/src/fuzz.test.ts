@@ -4,7 +4,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { encodeChat, parseChatTemplate, type ChatMessage } from './chat-template.ts';

@@ -3,7 +3,7 @@
 // The rule: output ends before the stop string whose last character comes first; if several end there, before the
 // longest. So the result does not depend on how the text was cut into pieces.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 /** What one piece of text released. */
 export interface StopResult {

@@ -1,7 +1,7 @@
 // What a checkpoint's token ids stand for. Owns the bytes of each id and which ids are special, as plain data that travels
 // between processes: whoever decodes a stream needs nothing else of a tokenizer. Knows neither encoding nor templates.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { bytesFromSpelling } from './byte-level.ts';
 import type { TokenizerDescription } from './tokenizer-files.ts';
 

@@ -1,7 +1,7 @@
 // Text to token ids and back, for one checkpoint. Owns special tokens: when text may name them and how they are shown.
 // Knows no chat and no stream. Input: tokenizer-files.ts. The text between special tokens is byte-pair.ts's.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { createBytePairEncoder, type BytePairEncoder } from './byte-pair.ts';
 import { createTokenTable, describeTokens, type TokenTable, type TokenTableData } from './token-table.ts';
 import { parseTokenizerFiles, readTokenizerFiles, type TokenizerDescription } from './tokenizer-files.ts';

@@ -16,9 +16,9 @@ import {
   type ConfigOf,
   type Environment,
   type Setting,
-} from '@mimo/core/config';
-import { logLevels } from '@mimo/core/log';
-import { precisions } from './model/shard.ts';
+} from '@mimo/core/process/config';
+import { logLevels } from '@mimo/core/process/log';
+import { precisions } from './shards/shard.ts';
 import { executionProviders } from './runtime/runtime.ts';
 
 const maxPort = 65_535;

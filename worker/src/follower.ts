@@ -2,9 +2,9 @@
 // it goes when the leader goes. Asked to end by itself it lets the leader know, who drains the group, and computes on until
 // then. Takes no requests, sends no heartbeats.
 
-import { beforeAbort } from '@mimo/core/abort';
-import type { ClusterError } from '@mimo/core/errors';
-import { startGrpcServer } from '@mimo/core/grpc-server';
+import { beforeAbort } from '@mimo/core/process/abort';
+import type { ClusterError } from '@mimo/core/process/errors';
+import { startGrpcServer } from '@mimo/core/grpc/server';
 
 import type { RankParts } from './leader.ts';
 

@@ -3,13 +3,13 @@
 
 import type { NatsConnection } from '@nats-io/transport-node';
 
-import { beforeAbort } from '@mimo/core/abort';
-import type { Log } from '@mimo/core/log';
-import { connectNats, type NatsServers } from '@mimo/core/nats-connect';
-import { subjects } from '@mimo/core/subjects';
+import { beforeAbort } from '@mimo/core/process/abort';
+import type { Log } from '@mimo/core/process/log';
+import { connectNats, type NatsServers } from '@mimo/core/bus/nats-connect';
+import { subjects } from '@mimo/core/bus/subjects';
 import { Heartbeat } from '@mimo/proto/worker';
 
-import type { EngineStats } from './engine/engine-host.ts';
+import type { EngineStats } from './engines/mimo/engine-host.ts';
 
 /** How far back the throughput looks, in time in which the group had work. */
 const throughputWindowMs = 5_000;

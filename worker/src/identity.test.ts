@@ -5,8 +5,8 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { identityOf, type IdentityConfig } from './identity.ts';
-import { compile } from './model/compile.ts';
-import { readSafetensorsHeader } from './model/safetensors.ts';
+import { compile } from './compiler/compile.ts';
+import { readSafetensorsHeader } from './compiler/safetensors.ts';
 
 const demo = join(import.meta.dirname, '../../models/mimo-demo');
 const { signal } = new AbortController();

@@ -3,11 +3,11 @@
 
 import { join } from 'node:path';
 
-import { modelIdentity, readTextFiles, textDigestOf, weightsDigestOf } from '@mimo/core/model-identity';
+import { modelIdentity, readTextFiles, textDigestOf, weightsDigestOf } from '@mimo/core/bus/model-identity';
 
 import type { WorkerConfig } from './config.ts';
-import { hashCheckpoint, openCheckpoint } from './model/checkpoint.ts';
-import { readShardManifest } from './model/shard.ts';
+import { hashCheckpoint, openCheckpoint } from './compiler/checkpoint.ts';
+import { readShardManifest } from './shards/shard.ts';
 
 /** The settings that an identity depends on, with the content of the directories that they name. */
 export type IdentityConfig = Pick<WorkerConfig, 'checkpointDirectory' | 'shardDirectory' | 'precision'>;

@@ -7,15 +7,15 @@
 
 import { randomUUID } from 'node:crypto';
 
-import { ClusterError } from '@mimo/core/errors';
-import { startGrpcServer } from '@mimo/core/grpc-server';
-import type { Lifecycle } from '@mimo/core/lifecycle';
-import type { Log } from '@mimo/core/log';
-import { startMetrics } from '@mimo/core/metrics';
+import { ClusterError } from '@mimo/core/process/errors';
+import { startGrpcServer } from '@mimo/core/grpc/server';
+import type { Lifecycle } from '@mimo/core/process/lifecycle';
+import type { Log } from '@mimo/core/process/log';
+import { startMetrics } from '@mimo/core/process/metrics';
 import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
 
 import type { WorkerConfig } from './config.ts';
-import { idleStats, type EngineHost } from './engine/engine-host.ts';
+import { idleStats, type EngineHost } from './engines/mimo/engine-host.ts';
 import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
 import { identityOf } from './identity.ts';
 import { createEngineMetrics } from './metrics.ts';

@@ -2,16 +2,16 @@
 // a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost, 78 where it
 // cannot start with what it was given. `prepare` as an argument runs prepare.ts instead, in the same environment.
 
-import { ClusterError } from '@mimo/core/errors';
-import { reportGrpcTo } from '@mimo/core/grpc-log';
-import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/lifecycle';
-import { createLog, logCrashes } from '@mimo/core/log';
+import { ClusterError } from '@mimo/core/process/errors';
+import { reportGrpcTo } from '@mimo/core/grpc/log';
+import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/process/lifecycle';
+import { createLog, logCrashes } from '@mimo/core/process/log';
 
 import { parseWorkerConfig } from './config.ts';
-import { startEngine } from './engine/engine-host.ts';
+import { startEngine } from './engines/mimo/engine-host.ts';
 import { startFollower } from './follower.ts';
 import { startLeader } from './leader.ts';
-import { engineOptionsFrom, prepareShard } from './shards.ts';
+import { engineOptionsFrom, prepareShard } from './shard-cache.ts';
 
 async function run(): Promise<void> {
   const config = parseWorkerConfig(process.env);

@@ -1,8 +1,8 @@
 import { describe, expect, it } from 'vitest';
 
-import { startMetrics } from '@mimo/core/metrics';
+import { startMetrics } from '@mimo/core/process/metrics';
 
-import { idleStats } from './engine/engine-host.ts';
+import { idleStats } from './engines/mimo/engine-host.ts';
 import { createEngineMetrics } from './metrics.ts';
 
 describe('createEngineMetrics', () => {

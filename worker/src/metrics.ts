@@ -1,8 +1,8 @@
 // A leader's metrics: what the engine counts, as Prometheus reads it. Knows the engine by its statistics alone.
 
-import type { Metrics } from '@mimo/core/metrics';
+import type { Metrics } from '@mimo/core/process/metrics';
 
-import type { EngineFrame, EngineStats } from './engine/engine-host.ts';
+import type { EngineFrame, EngineStats } from './engines/mimo/engine-host.ts';
 
 const counters = {
   engine_steps_total: ['steps', 'Forward passes over the group'],

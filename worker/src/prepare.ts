@@ -5,17 +5,17 @@
 import { hostname } from 'node:os';
 import { parseArgs } from 'node:util';
 
-import type { Environment } from '@mimo/core/config';
-import { ClusterError, type ErrorCode } from '@mimo/core/errors';
-import { createLog, type Log } from '@mimo/core/log';
-import { createModelCatalog, type ModelFiles } from '@mimo/core/model-catalog';
-import { readTextFiles } from '@mimo/core/model-identity';
+import type { Environment } from '@mimo/core/process/config';
+import { ClusterError, type ErrorCode } from '@mimo/core/process/errors';
+import { createLog, type Log } from '@mimo/core/process/log';
+import { createModelCatalog, type ModelFiles } from '@mimo/core/bus/model-catalog';
+import { readTextFiles } from '@mimo/core/bus/model-identity';
 
 import { parseWorkerConfig, type WorkerConfig } from './config.ts';
-import { fetchCheckpoint } from './hub.ts';
+import { fetchCheckpoint } from './compiler/hub.ts';
 import { identityOf } from './identity.ts';
-import { openCheckpoint } from './model/checkpoint.ts';
-import { prepareShard } from './shards.ts';
+import { openCheckpoint } from './compiler/checkpoint.ts';
+import { prepareShard } from './shard-cache.ts';
 
 interface PrepareSteps {
   readonly compile: boolean;

@@ -1,10 +1,10 @@
 // The wire's sampling parameters -> the engine's. Pure. Knows no defaults: the gateway has filled them in, so a field that
 // is absent here is a fault of the gateway.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { SamplingParams } from '@mimo/proto/sampling';
 
-import type { SequenceSampling } from './engine/engine-host.ts';
+import type { SequenceSampling } from './engines/mimo/engine-host.ts';
 
 /** Reads complete parameters; fails with `invalid_argument` naming the first field that is absent. */
 export function samplingFromWire(params: SamplingParams | undefined): SequenceSampling {

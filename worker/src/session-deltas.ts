@@ -1,7 +1,7 @@
 // What the engine says of a sequence -> what its gateway reads. Pure but for the index that a sequence carries along. Owns
 // how an end is told: an abort that the gateway asked for is one, any other is an error with its code.
 
-import type { ClusterError } from '@mimo/core/errors';
+import type { ClusterError } from '@mimo/core/process/errors';
 import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
 import {
   FinishKind,
@@ -10,7 +10,7 @@ import {
   type SequenceFinish,
 } from '@mimo/proto/worker';
 
-import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engine/engine-host.ts';
+import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engines/mimo/engine-host.ts';
 
 /** A sequence as its session names it. */
 export interface SequenceOnWire {

@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 
-import { ClusterError, type ErrorCode } from '@mimo/core/errors';
-import { createLog } from '@mimo/core/log';
+import { ClusterError, type ErrorCode } from '@mimo/core/process/errors';
+import { createLog } from '@mimo/core/process/log';
 import { SamplingParams } from '@mimo/proto/sampling';
 import {
   FinishKind,
@@ -11,7 +11,7 @@ import {
   type StepFrame,
 } from '@mimo/proto/worker';
 
-import { idleStats, type SequenceDelta, type SequenceRequest } from './engine/engine-host.ts';
+import { idleStats, type SequenceDelta, type SequenceRequest } from './engines/mimo/engine-host.ts';
 import { Sessions, type Session } from './sessions.ts';
 
 const stats = idleStats(0);

@@ -5,9 +5,9 @@
 // Back-pressure: credit bounds what a sequence may have in flight. While a session's stream is full its deltas are
 // merged, one for each sequence, and go out as one frame when it drains: memory stays below the credit granted.
 
-import { ClusterError, errorTable } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import { startTimer, type Timer } from '@mimo/core/timer';
+import { ClusterError, errorTable } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import { startTimer, type Timer } from '@mimo/core/process/timer';
 import type {
   RunningRequest,
   SequenceDelta,
@@ -17,7 +17,7 @@ import type {
   Welcome,
 } from '@mimo/proto/worker';
 
-import type { EngineFrame, EngineHost, SequenceEnd } from './engine/engine-host.ts';
+import type { EngineFrame, EngineHost, SequenceEnd } from './engines/mimo/engine-host.ts';
 import { samplingFromWire } from './sampling.ts';
 import { deltaToWire, failedDelta, mergeDelta, type SequenceOnWire } from './session-deltas.ts';
 

@@ -3,9 +3,9 @@
 
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 
-import type { ServiceEntry } from '@mimo/core/grpc-server';
-import { unaryHandler } from '@mimo/core/grpc-server';
-import { statusFromError } from '@mimo/core/grpc-status';
+import type { ServiceEntry } from '@mimo/core/grpc/server';
+import { unaryHandler } from '@mimo/core/grpc/server';
+import { statusFromError } from '@mimo/core/grpc/status';
 import {
   WorkerServiceService,
   type DrainRequest,

@@ -1,7 +1,7 @@
 import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
-import type { ScalingSpec } from '../resources.ts';
+import type { ScalingSpec } from '../resources/resources.ts';
 import { createLoadMemory, expectedRate, type LoadMemory, type QueueReading } from './arrival-load.ts';
 import { createScaleMemory, decideScale, type ScaleMemory, type ScaleObservation } from './autoscale.ts';
 

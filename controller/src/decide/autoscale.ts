@@ -29,8 +29,8 @@
 // The plain rule (waiting + in flight) / (speed T) is a peer in tests/bench/autoscale.ts, which shows what each term gains.
 // INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue changes the count only to keep it within its limits.
 
-import type { ScalingSpec } from '../resources.ts';
-import type { ScaleDecision, ScaleReason } from '../status.ts';
+import type { ScalingSpec } from '../resources/resources.ts';
+import type { ScaleDecision, ScaleReason } from '../resources/status.ts';
 import {
   createLoadMemory,
   expectedRate,

@@ -1,8 +1,8 @@
 // The status of a ModelService, from its groups and the last decision. Pure. Each condition names the generation it was
 // judged from, and its time changes only with its status. Written so that `kubectl describe` answers "why not?".
 
-import type { ModelService } from '../resources.ts';
-import type { Condition, ConditionType, ModelServiceStatus, ScaleDecision } from '../status.ts';
+import type { ModelService } from '../resources/resources.ts';
+import type { Condition, ConditionType, ModelServiceStatus, ScaleDecision } from '../resources/status.ts';
 import type { QueueReading } from './arrival-load.ts';
 import { retryAtMs, type FailureMemory } from './failures.ts';
 import type { ReplicaGroup } from './groups.ts';

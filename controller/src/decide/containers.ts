@@ -2,8 +2,8 @@
 // variables (worker/src/config.ts reads them) and the security context: Pod Security "restricted", except that a hostPath
 // breaks it.
 
-import { amountOf } from '../quantity.ts';
-import { executionProviderOf, type ModelService, type ModelServiceSpec } from '../resources.ts';
+import { amountOf } from '../resources/quantity.ts';
+import { executionProviderOf, type ModelService, type ModelServiceSpec } from '../resources/resources.ts';
 import { podName, rankServiceName } from './labels.ts';
 
 /** A Kubernetes object, or a part of one. */

@@ -1,6 +1,6 @@
 // Which group goes first, when a draining group may be deleted, and which drain marks the dispatcher is to see. Pure.
 
-import type { DrainMarks } from '@mimo/core/queue';
+import type { DrainMarks } from '@mimo/core/bus/queue';
 
 import { isServing, type ReplicaGroup } from './groups.ts';
 

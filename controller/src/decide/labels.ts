@@ -1,7 +1,7 @@
 // Labels, annotations and names of what the controller makes, by which it finds it again. Names are deterministic: the
 // same group of the same revision always has the same pods.
 
-import { resourceGroup } from '../resources.ts';
+import { resourceGroup } from '../resources/resources.ts';
 
 /** On the pods of groups; `service` is on nothing else, so that it selects them. */
 export const labels = {

@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 
-import { parseModelService, type ModelService } from '../resources.ts';
+import { parseModelService, type ModelService } from '../resources/resources.ts';
 import type { WorkerSettings } from './containers.ts';
 import { disruptionBudget, groupPods, preparePod, rankService } from './manifests.ts';
 

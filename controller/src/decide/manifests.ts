@@ -2,7 +2,12 @@
 // ranks, and the disruption budget. Pure: the same arguments give the same objects. Their containers and volumes are in
 // containers.ts, their labels and names in labels.ts.
 
-import { resourceGroup, resourceVersion, type ModelService, type ModelServiceSpec } from '../resources.ts';
+import {
+  resourceGroup,
+  resourceVersion,
+  type ModelService,
+  type ModelServiceSpec,
+} from '../resources/resources.ts';
 import {
   podSecurity,
   prepareContainer,

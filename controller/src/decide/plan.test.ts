@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 
-import { parseModelService, type ModelService } from '../resources.ts';
-import type { ModelServiceStatus, ScaleDecision } from '../status.ts';
+import { parseModelService, type ModelService } from '../resources/resources.ts';
+import type { ModelServiceStatus, ScaleDecision } from '../resources/status.ts';
 import { chooseVictims } from './drain.ts';
 import { noFailures, type FailureMemory } from './failures.ts';
 import { groupsFromPods, type GroupLoad, type ObservedPod } from './groups.ts';

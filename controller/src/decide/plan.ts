@@ -17,10 +17,10 @@
 // pods would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
 // INVARIANT: an observation that is what the plan wants gives an empty plan.
 
-import type { DrainMarks } from '@mimo/core/queue';
+import type { DrainMarks } from '@mimo/core/bus/queue';
 
-import type { ModelService } from '../resources.ts';
-import type { ModelServiceStatus } from '../status.ts';
+import type { ModelService } from '../resources/resources.ts';
+import type { ModelServiceStatus } from '../resources/status.ts';
 import { planStatus, type StatusInput } from './conditions.ts';
 import { drainEnd, planMarks } from './drain.ts';
 import { countFailures, retryAtMs, type FailureMemory } from './failures.ts';

@@ -10,7 +10,7 @@
 // and both at once after a change of the spec. A model that was prepared and cannot be found any more keeps its groups and
 // gets no others.
 
-import type { Condition } from '../status.ts';
+import type { Condition } from '../resources/status.ts';
 import { preparePodName } from './labels.ts';
 import type { PodRef } from './groups.ts';
 

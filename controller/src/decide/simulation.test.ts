@@ -6,9 +6,9 @@
 
 import { describe, expect, it } from 'vitest';
 
-import { parseModelService, type ModelService, type ModelServiceSpec } from '../resources.ts';
-import type { ModelServiceStatus, ScaleDecision } from '../status.ts';
-import { modelHashOf, revisionOf } from '../revision.ts';
+import { parseModelService, type ModelService, type ModelServiceSpec } from '../resources/resources.ts';
+import type { ModelServiceStatus, ScaleDecision } from '../resources/status.ts';
+import { modelHashOf, revisionOf } from './revision.ts';
 import { noFailures, type FailureMemory } from './failures.ts';
 import type { WorkerSettings } from './containers.ts';
 import { groupsFromPods, type GroupLoad, type ObservedPod } from './groups.ts';

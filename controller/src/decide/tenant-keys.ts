@@ -1,9 +1,9 @@
-// Tenants and the Secrets that they name -> the gateways' keys file (gateway/src/auth.ts reads it) and a condition for each
+// Tenants and the Secrets that they name -> the gateways' keys file (gateway/src/admission/auth.ts reads it) and a condition for each
 // tenant. Pure. A key that is missing or wrong takes nothing from the tenant's other keys; one that two tenants claim
 // belongs to neither, because whose requests they are could not be told.
 
-import type { Tenant } from '../resources.ts';
-import type { Condition } from '../status.ts';
+import type { Tenant } from '../resources/resources.ts';
+import type { Condition } from '../resources/status.ts';
 
 /** The entries of a Secret, decoded; undefined: there is no such Secret. */
 export type SecretEntries = Readonly<Record<string, string>> | undefined;

@@ -1,7 +1,7 @@
 // The API server's `Status` objects as ClusterErrors. Owns the table from HTTP status to error code; the server's own
 // reason stays readable with `hasReason`, since two of them can share a code.
 
-import { ClusterError, type ErrorCode, type ErrorDetail } from '@mimo/core/errors';
+import { ClusterError, type ErrorCode, type ErrorDetail } from '@mimo/core/process/errors';
 
 /** What the API server says of a request that it did not grant, or of a watch that it ends. */
 export interface ApiStatus {

@@ -3,7 +3,7 @@
 // hasReason); invalid_argument with the fields; permission_denied; unavailable (worth another try, with retryAfterMs).
 
 import { KubeConfig } from '@kubernetes/client-node';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { ApiClock } from './api-clock.ts';
 import { hasReason, isApiStatus, statusError } from './api-status.ts';

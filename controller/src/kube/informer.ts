@@ -2,9 +2,9 @@
 // never a second watch: list, follow until the server ends the watch (which it is asked to do every minute or so, with a
 // bookmark before), go on from the last version; a watch that outlives its own end is silent and is cut. Tells keys only.
 
-import { beforeAbort, pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
+import { beforeAbort, pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
 
 import { hasReason } from './api-status.ts';
 import type { KubeClient, Selection } from './client.ts';

@@ -4,9 +4,9 @@
 
 import { randomUUID } from 'node:crypto';
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
 
 import { hasReason } from './api-status.ts';
 import type { KubeClient } from './client.ts';

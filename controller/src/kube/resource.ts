@@ -1,7 +1,7 @@
 // What every Kubernetes object has, and how a type's objects are addressed. Owns the URL paths of the API and the keys
 // under which objects are cached and queued; knows no spec and no status of any type, apart from which types we touch.
 
-import { resourceGroup, resourceVersion } from '../resources.ts';
+import { resourceGroup, resourceVersion } from '../resources/resources.ts';
 
 /** A type of objects at the API server. */
 export interface ResourceType {

@@ -7,8 +7,8 @@ import http from 'node:http';
 import https from 'node:https';
 
 import type { KubeConfig } from '@kubernetes/client-node';
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import type { ApiClock } from './api-clock.ts';
 import { isApiStatus, statusError } from './api-status.ts';

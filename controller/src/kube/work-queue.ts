@@ -1,7 +1,7 @@
 // The keys that wait for work: each at most once, never one that is being worked on, and after a failure later and later.
 // Owns order, delays and de-duplication; knows neither the work nor what a key means.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 export interface WorkQueueOptions {
   /** Before the second try of a key; doubles with each failure in a row. */

@@ -1,4 +1,4 @@
-import type { DrainMarks } from '@mimo/core/queue';
+import type { DrainMarks } from '@mimo/core/bus/queue';
 import { Company, Needs, RequestSummary } from '@mimo/proto/queue';
 import { GroupState, Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 import * as fc from 'fast-check';

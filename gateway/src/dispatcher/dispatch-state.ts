@@ -3,11 +3,11 @@
 // gateway's answer to an assignment is the truth. Time is an
 // argument: the dispatcher's own monotonic clock, which is compared with nobody's.
 
-import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo/core/queue';
+import type { DrainMarks, FollowedRecord, QueuedRecord, QueueState } from '@mimo/core/bus/queue';
 import { Company, type Needs, type RequestEnded, type RequestSummary } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
-import { patienceMs, provenTokens } from '../suspicion.ts';
+import { patienceMs, provenTokens } from './suspicion.ts';
 import type { OpenGroup, TrialRequest, WaitingRequest } from './placement.ts';
 
 /** Which life of which group. */

@@ -3,14 +3,14 @@
 // do is decided in placement.ts, what is believed is kept in dispatch-state.ts. One is active per model; every gateway has
 // one that waits for the lease.
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import type { Log } from '@mimo/core/log';
-import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/queue';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/bus/queue';
 import { AssignmentOutcome } from '@mimo/proto/queue';
 import { GroupState, type Heartbeat } from '@mimo/proto/worker';
 
-import { heartbeatQuietMs, type Groups } from '../groups.ts';
+import { heartbeatQuietMs, type Groups } from './groups.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { Sessions } from '../session.ts';
 import { DispatchState, placeKey } from './dispatch-state.ts';

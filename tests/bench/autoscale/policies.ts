@@ -3,7 +3,7 @@
 // the group holds, which is in the rival's favour; all arms share one queue with late binding, which only ours has.
 
 import { createScaleMemory, decideScale } from '@mimo/controller/decide/autoscale';
-import type { ScalingSpec } from '@mimo/controller/resources';
+import type { ScalingSpec } from '@mimo/controller/resources/resources';
 
 import { groupModel, type ClusterView, type Policy } from './cluster.ts';
 

@@ -1,7 +1,7 @@
 // A model at zero: a request wakes it and is answered, many at once raise it to several groups in one decision, idleness
 // takes it back to zero. No request is lost, counted at the client.
 
-import type { ModelServiceStatus } from '@mimo/controller/status';
+import type { ModelServiceStatus } from '@mimo/controller/resources/status';
 
 import { ask, type Answer } from '../../harness/cluster.ts';
 import { waitFor } from '../../harness/wait-for.ts';

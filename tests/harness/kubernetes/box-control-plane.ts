@@ -5,7 +5,7 @@ import { readFileSync } from 'node:fs';
 import { request } from 'node:https';
 import { join } from 'node:path';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 import { waitFor } from '../wait-for.ts';
 import { apiPort, apiServiceAddress, clusterDomain, controlPlaneAddress, serviceRange } from './addresses.ts';

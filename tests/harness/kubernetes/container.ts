@@ -8,10 +8,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
-import { startChild, type Child } from '../../../deploy/local/child-process.ts';
-import { cacheDirectoryFrom } from '../../../deploy/local/nats-server.ts';
+import { startChild, type Child } from '../../../cli/src/local/child-process.ts';
+import { cacheDirectoryFrom } from '../../../cli/src/local/nats-server.ts';
 import { waitFor } from '../wait-for.ts';
 import { buildahCommand, type BuiltImage } from './images.ts';
 

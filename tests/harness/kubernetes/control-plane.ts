@@ -10,11 +10,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 
-import { pause } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
 
-import { startChild, type Child } from '../../../deploy/local/child-process.ts';
-import { freePorts } from '../../../deploy/local/free-ports.ts';
+import { startChild, type Child } from '../../../cli/src/local/child-process.ts';
+import { freePorts } from '../../../cli/src/local/free-ports.ts';
 import { createAuthority, type Authority, type KeyPair } from './certificates.ts';
 import type { KubernetesTools } from './tools.ts';
 

@@ -5,7 +5,7 @@ import { execFile } from 'node:child_process';
 import { access } from 'node:fs/promises';
 import { promisify } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 /** Each package by a file that it brings. */
 const packages: Readonly<Record<string, string>> = {

@@ -25,11 +25,11 @@ import { homedir } from 'node:os';
 import { basename, dirname, join, relative } from 'node:path';
 import { promisify } from 'node:util';
 
-import { ClusterError } from '@mimo/core/errors';
-import { withFileLock } from '@mimo/core/file-lock';
+import { ClusterError } from '@mimo/core/process/errors';
+import { withFileLock } from '@mimo/core/process/file-lock';
 
-import { startChild } from '../../../deploy/local/child-process.ts';
-import { cacheDirectoryFrom, findNatsServer, type FindOptions } from '../../../deploy/local/nats-server.ts';
+import { startChild } from '../../../cli/src/local/child-process.ts';
+import { cacheDirectoryFrom, findNatsServer, type FindOptions } from '../../../cli/src/local/nats-server.ts';
 
 const root = join(import.meta.dirname, '../../..');
 const debianSuite = 'bookworm';

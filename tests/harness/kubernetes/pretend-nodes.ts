@@ -6,8 +6,8 @@ import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { startInformer, type Informer } from '@mimo/controller/kube/informer';
 import { keyOf, resourceTypes, type KubeObject, type ResourceType } from '@mimo/controller/kube/resource';
 import { WorkQueue } from '@mimo/controller/kube/work-queue';
-import { pause } from '@mimo/core/abort';
-import { createLog } from '@mimo/core/log';
+import { pause } from '@mimo/core/process/abort';
+import { createLog } from '@mimo/core/process/log';
 
 /** The resource by which pods ask for GPUs. */
 const gpuResource = 'nvidia.com/gpu';

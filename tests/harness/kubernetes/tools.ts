@@ -7,12 +7,12 @@ import { access, mkdir, mkdtemp, readdir, readFile, rename, rm, symlink } from '
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import { beforeAbort } from '@mimo/core/abort';
-import { ClusterError } from '@mimo/core/errors';
-import { withFileLock } from '@mimo/core/file-lock';
+import { beforeAbort } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+import { withFileLock } from '@mimo/core/process/file-lock';
 
-import { startChild } from '../../../deploy/local/child-process.ts';
-import { cacheDirectoryFrom, type FindOptions } from '../../../deploy/local/nats-server.ts';
+import { startChild } from '../../../cli/src/local/child-process.ts';
+import { cacheDirectoryFrom, type FindOptions } from '../../../cli/src/local/nats-server.ts';
 
 const toolsDirectory = join(import.meta.dirname, 'tools');
 const progressMs = 30_000;

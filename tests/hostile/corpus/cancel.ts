@@ -4,7 +4,7 @@ import { randomUUID } from 'node:crypto';
 
 import * as grpc from '@grpc/grpc-js';
 
-import { callServerStream } from '@mimo/core/grpc-client';
+import { callServerStream } from '@mimo/core/grpc/client';
 import { ChatRequest, InferenceServiceService, Role } from '@mimo/proto/inference';
 
 import { createClient } from '../../harness/cluster.ts';

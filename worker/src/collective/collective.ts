@@ -1,7 +1,7 @@
 // What the ranks of a group do together, as blocking calls in the step thread: all-reduce, gather, broadcast. Owns the
 // interface and the group of one. Knows no model; every rank makes the same calls in the same order.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 /**
  * One rank's place in its group. Calls block until the peers have made the same call, and throw `canceled` when the

@@ -2,7 +2,7 @@
 // plain descriptor. Owns the socket until then; what is said, and who is let in, is join-group.ts's business.
 
 import * as net from 'node:net';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { duplicate } from './libc.ts';
 
 /** What both ends of a connection must agree on, and who they are. */

@@ -6,7 +6,7 @@
 // everybody has published k+1, which one does only after reading k.
 
 import { availableParallelism } from 'node:os';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { assertNotStopped, sumInOrder, type Collective, type StopFlag } from './collective.ts';
 
 /** Floats of one slot; longer values go through in pieces. 1 MiB holds the rows of a prefill chunk. */

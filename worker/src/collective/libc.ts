@@ -4,7 +4,7 @@
 
 import { constants } from 'node:os';
 import koffi from 'koffi';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 
 const libc = koffi.load(process.platform === 'darwin' ? 'libSystem.B.dylib' : 'libc.so.6');
 const readCall: (fd: number, into: Uint8Array, bytes: number) => number = libc.func('read', 'long', [

@@ -5,7 +5,7 @@
 // number only guard against ranks that have fallen out of step. Sends and receives of all peers advance together on
 // non-blocking descriptors, so two ranks that send more than the sockets buffer cannot block each other.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { assertNotStopped, sumInOrder, type Collective, type StopFlag } from './collective.ts';
 import type { PeerConnection } from './join-group.ts';
 import { closeDescriptor, readSome, waitReady, writeSome } from './libc.ts';

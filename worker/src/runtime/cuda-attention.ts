@@ -2,10 +2,10 @@
 // pages a span has is the engine's.
 
 import { readFileSync } from 'node:fs';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { compileKernels, CudaKernels } from './cuda-kernels.ts';
-import { elementBytes } from './element-type.ts';
+import { elementBytes } from '../shards/element-type.ts';
 import type { DecodeAttention, DecodeLayer, DecodeShape, DecodeSpan, RuntimeMemory } from './runtime.ts';
 
 /** attention.cu has them too: query heads of a KV head, and dimensions of a head. */

@@ -2,8 +2,8 @@
 // knows no session. One device a process: the first that the driver shows (CUDA_VISIBLE_DEVICES chooses).
 
 import koffi, { type LibraryHandle } from 'koffi';
-import { ClusterError } from '@mimo/core/errors';
-import { decodeHalves, elementBytes, type ElementType, encodeHalves } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import { decodeHalves, elementBytes, type ElementType, encodeHalves } from '../shards/element-type.ts';
 import type { MemoryInfo, RuntimeMemory, RuntimeTensor } from './runtime.ts';
 
 /** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 is linked to. */

@@ -2,8 +2,8 @@
 // over NVLink where there is one. Owns the communicator; knows no rows. All ranks hold the same bits after a sum.
 
 import koffi, { type LibraryHandle } from 'koffi';
-import { ClusterError } from '@mimo/core/errors';
-import type { ElementType } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { ElementType } from '../shards/element-type.ts';
 import type { DeviceGroupMember } from './runtime.ts';
 
 const libraryName = 'libnccl.so.2';

@@ -5,7 +5,7 @@ import { createHash, randomUUID } from 'node:crypto';
 import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import * as path from 'node:path';
 import koffi, { type LibraryHandle } from 'koffi';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice } from './cuda-device.ts';
 import { addresses, nativeText } from './ort-api.ts';
 

@@ -1,7 +1,7 @@
 // Passes that a CUDA device does again without being told kernel by kernel: recorded as graphs under a key. Owns the
 // graphs; knows no segment. Telling takes the host 150 us a layer, a graph takes it 5 us a pass.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice } from './cuda-device.ts';
 
 /** Each some hundred kernels; the least recently used goes first. */

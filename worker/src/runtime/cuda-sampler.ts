@@ -2,7 +2,7 @@
 // answers; the rule is the engine's (../engine/sampler.ts), id for id.
 
 import { readFileSync } from 'node:fs';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { compileKernels, CudaKernels } from './cuda-kernels.ts';
 import { type CudaDevice, DeviceMemory, PinnedMemory } from './cuda-device.ts';
 import type { DrawRequest, RuntimeMemory, SampledToken, SamplerShape, TokenSampler } from './runtime.ts';

@@ -2,8 +2,8 @@
 // knows no library.
 
 import { totalmem } from 'node:os';
-import { ClusterError } from '@mimo/core/errors';
-import { decodeHalves, type ElementType, encodeHalves } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import { decodeHalves, type ElementType, encodeHalves } from '../shards/element-type.ts';
 import type { CopyRange, MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './runtime.ts';
 
 /** What the container's limit leaves to this process; undefined without a limit. */

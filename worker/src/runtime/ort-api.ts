@@ -5,8 +5,8 @@
 import { createRequire } from 'node:module';
 import * as path from 'node:path';
 import koffi from 'koffi';
-import { ClusterError } from '@mimo/core/errors';
-import type { ElementType } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { ElementType } from '../shards/element-type.ts';
 
 /** A native address; 0n or null is none. */
 export type Pointer = bigint | null;

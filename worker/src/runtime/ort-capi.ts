@@ -3,12 +3,12 @@
 // differs between execution providers is behind `provider.ts`.
 // Deliberate difference from the public binding: outputs are written where the caller says and are never copied.
 
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { createCpuProvider } from './provider-cpu.ts';
 import { assertCudaProvider, createCudaProvider } from './provider-cuda.ts';
 import { createWebgpuProvider } from './provider-webgpu.ts';
 import type { Provider, ProviderParts } from './provider.ts';
-import { elementBytes, type ElementType, type FloatType } from './element-type.ts';
+import { elementBytes, type ElementType, type FloatType } from '../shards/element-type.ts';
 import { addresses, bundledLibrary, nativeText, ort, OrtApi, tensorElementTypes } from './ort-api.ts';
 import type {
   DecodeAttention,

@@ -5,8 +5,8 @@
 
 import { createRequire } from 'node:module';
 import { Tensor, type InferenceSession } from 'onnxruntime-node';
-import { ClusterError } from '@mimo/core/errors';
-import type { ElementType } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { ElementType } from '../shards/element-type.ts';
 import { HostMemory, hostMemoryInfo, noDeviceGroup } from './host-memory.ts';
 import type {
   MemoryInfo,

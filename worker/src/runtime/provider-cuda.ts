@@ -3,13 +3,13 @@
 
 import { existsSync } from 'node:fs';
 import * as path from 'node:path';
-import { ClusterError } from '@mimo/core/errors';
+import { ClusterError } from '@mimo/core/process/errors';
 import { createCudaAttention } from './cuda-attention.ts';
 import { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
 import { createCudaSampler } from './cuda-sampler.ts';
-import type { ElementType } from './element-type.ts';
+import type { ElementType } from '../shards/element-type.ts';
 import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory } from './runtime.ts';

@@ -4,8 +4,8 @@
 // A buffer has a handle and no address: a view begins where the buffer begins. What crosses to the host in every pass
 // (token ids, partial sums, logits) lies in JavaScript memory, and a run copies it in or out.
 
-import { ClusterError } from '@mimo/core/errors';
-import { elementBytes, type ElementType } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import { elementBytes, type ElementType } from '../shards/element-type.ts';
 import { HostMemory, noDeviceGroup } from './host-memory.ts';
 import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';

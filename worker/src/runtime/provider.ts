@@ -1,7 +1,7 @@
 // What differs between execution providers of the C API: where memory lies, how runs are told to it, and whether the
 // devices of a group reach one another. Owns the interface only.
 
-import type { ElementType, FloatType } from './element-type.ts';
+import type { ElementType, FloatType } from '../shards/element-type.ts';
 import type { OrtApi } from './ort-api.ts';
 import type { OptionalKernels, Runtime, RuntimeTensor, TensorData } from './runtime.ts';
 

@@ -1,8 +1,8 @@
 // The boundary to ONNX Runtime: sessions, the memory they compute in, synchronous runs. Owns the choice of the
 // implementation and of the execution provider; nothing above it knows either. Knows no model and no rank.
 
-import { ClusterError } from '@mimo/core/errors';
-import type { ElementType, FloatType } from './element-type.ts';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { ElementType, FloatType } from '../shards/element-type.ts';
 
 /** Which way ONNX Runtime is called. */
 export type RuntimeImplementation = 'ort-capi' | 'ort-node';

@@ -1,0 +1,139 @@
+// Child processes that cannot outlive this one: each runs under a shell that watches a pipe from here and stops its
+// program when the pipe closes, which the kernel does even after a kill -9. Owns their output files and their end.
+// Knows nothing of what they are.
+
+import { spawn } from 'node:child_process';
+import { closeSync, openSync, readFileSync } from 'node:fs';
+import { constants } from 'node:os';
+import type { Writable } from 'node:stream';
+
+import { pause } from '@mimo/core/process/abort';
+import { ClusterError } from '@mimo/core/process/errors';
+
+export interface ChildOptions {
+  /** Names the child in errors. */
+  readonly name: string;
+  readonly command: readonly string[];
+  readonly env?: NodeJS.ProcessEnv;
+  /** Standard output and error are appended here. */
+  readonly logFile: string;
+}
+
+/** How a child ended: by exit code, or by a signal. */
+interface ChildExit {
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+}
+
+/** A running child. Whoever starts it stops it. */
+export interface Child {
+  readonly name: string;
+  /** Of the program itself, not of its watching shell. */
+  readonly pid: number;
+  readonly exited: Promise<ChildExit>;
+  /** The end of the log file: why it failed, as far as it said. */
+  logTail(): string;
+  /** SIGTERM, then SIGKILL once `graceMs` have passed; returns when it is gone. May be called twice. */
+  stop(graceMs: number): Promise<void>;
+  /** SIGKILL: for tests of failure. */
+  kill(): void;
+}
+
+const logTailChars = 2_000;
+
+// The program replaces a shell that first writes its own process id to fd 4. The watcher holds no pipe but fd 3, so
+// that closing it here is enough; it gives the program ten seconds, then ends it. The outer shell ends as the program did.
+const watchedScript = `
+sh -c 'echo $$ >&4; exec 3<&- 4>&-; exec "$@"' sh "$@" &
+program=$!
+exec 4>&-
+( read _ <&3; kill "$program" && sleep 10 && kill -9 "$program" ) >/dev/null 2>&1 &
+watcher=$!
+exec 3<&-
+wait "$program"
+code=$?
+kill "$watcher" 2>/dev/null
+exit "$code"
+`;
+
+/** A shell reports a program's death by signal n as the exit code 128 + n. */
+function exitFromShell(code: number | null, signal: NodeJS.Signals | null): ChildExit {
+  const [name] = Object.entries(constants.signals).find(([, number]) => number + 128 === code) ?? [];
+  return name === undefined ? { code, signal } : { code: null, signal: name as NodeJS.Signals };
+}
+
+/**
+ * Starts a program in a session of its own, so that a Ctrl-C in the terminal reaches only this process, which then
+ * stops its children in order. Fails with `unavailable` where it cannot be started.
+ */
+export async function startChild(options: ChildOptions): Promise<Child> {
+  const log = openSync(options.logFile, 'a');
+  const shell = spawn('/bin/sh', ['-c', watchedScript, 'sh', ...options.command], {
+    env: options.env,
+    detached: true,
+    stdio: ['ignore', log, log, 'pipe', 'pipe'],
+  });
+  closeSync(log);
+  const lifeline = shell.stdio[3] as Writable;
+  lifeline.on('error', () => undefined);
+  const exited = new Promise<ChildExit>((resolve) => {
+    shell.once('error', () => resolve({ code: 127, signal: null }));
+    shell.once('exit', (code, signal) => {
+      lifeline.destroy();
+      resolve(exitFromShell(code, signal));
+    });
+  });
+  const pid = await new Promise<number>((resolve, reject) => {
+    let text = '';
+    const pidPipe = shell.stdio[4] as NodeJS.ReadableStream;
+    pidPipe.on('data', (chunk: Buffer) => {
+      text += chunk.toString();
+    });
+    pidPipe.on('end', () => {
+      if (/^\d+\n$/.test(text)) {
+        resolve(Number(text));
+      } else {
+        reject(new ClusterError('unavailable', `${options.name} cannot be started: no shell at /bin/sh`));
+      }
+    });
+    shell.once('error', reject);
+  });
+  const signalProgram = (signal: NodeJS.Signals): void => {
+    try {
+      process.kill(pid, signal);
+    } catch {
+      // Gone already: `exited` says so.
+    }
+  };
+  const isRunning = (): boolean => shell.exitCode === null && shell.signalCode === null;
+  return {
+    name: options.name,
+    pid,
+    exited,
+    logTail: () => {
+      try {
+        return readFileSync(options.logFile, 'utf8').slice(-logTailChars);
+      } catch {
+        return '';
+      }
+    },
+    kill: () => {
+      if (isRunning()) {
+        signalProgram('SIGKILL');
+      }
+    },
+    stop: async (graceMs) => {
+      if (!isRunning()) {
+        return;
+      }
+      signalProgram('SIGTERM');
+      const grace = new AbortController();
+      await Promise.race([exited, pause(graceMs, grace.signal)]);
+      grace.abort();
+      if (isRunning()) {
+        signalProgram('SIGKILL');
+      }
+      await exited;
+    },
+  };
+}

@@ -1,0 +1,322 @@
+// Carries out one action at a time: API server, queue, catalogue. Owns which request an action is, its preconditions and
+// the event that tells of it. Knows no order and no reason: decide/plan.ts has both. An object that is gone, or is another
+// one of its name, is no error: the plan was made from an old observation, and the next one will know.
+
+import { randomBytes, randomUUID } from 'node:crypto';
+
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Log } from '@mimo/core/process/log';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { RequestQueue } from '@mimo/core/bus/queue';
+
+import type { Manifest, WorkerSettings } from '../decide/containers.ts';
+import type { PodRef } from '../decide/groups.ts';
+import { drainAnnotation, drainFinalizer, routableCondition } from '../decide/labels.ts';
+import { disruptionBudget, groupPods, preparePod, rankService } from '../decide/manifests.ts';
+import type { Action } from '../decide/plan.ts';
+import type { OwnWrite } from './expectations.ts';
+import { httpStatusOf } from '../kube/api-status.ts';
+import type { KubeClient } from '../kube/client.ts';
+import type { EventRecorder } from '../kube/events.ts';
+import { resourceTypes, type KubeObject, type ObjectManifest } from '../kube/resource.ts';
+import type { ServiceRecord } from '../observe/records.ts';
+import type { ModelService } from '../resources/resources.ts';
+
+/** What actions are carried out with. */
+export interface ActorOptions {
+  readonly client: KubeClient;
+  readonly queue: RequestQueue;
+  readonly catalog: ModelCatalog;
+  readonly events: EventRecorder;
+  readonly settings: WorkerSettings;
+  readonly log: Log;
+}
+
+/** Actions that need no spec: all that can be done for a service whose spec cannot be read. */
+export type PlainAction = Extract<
+  Action,
+  { readonly kind: 'removeFinalizer' | 'deletePreparePod' | 'patchStatus' }
+>;
+
+/** The service that is acted for. */
+export interface ActOn extends PlainActOn {
+  readonly service: ModelService;
+}
+
+export interface PlainActOn {
+  readonly record: ServiceRecord;
+  readonly signal: AbortSignal;
+  /** Called for each write that the watches will show, also where a later one of the same action fails. */
+  readonly onWrite: (write: OwnWrite) => void;
+  /** Called with the service's new version. */
+  readonly onServiceWrite: (object: KubeObject) => void;
+}
+
+/** The catalogue is not waited for longer: the next round tries again. */
+const catalogueTimeoutMs = 5_000;
+
+/** Carries out actions; it holds nothing that has to be closed. */
+export class Actor {
+  readonly #options: ActorOptions;
+
+  constructor(options: ActorOptions) {
+    this.#options = options;
+  }
+
+  /** Does it. Fails with the API server's or the queue's error. */
+  async act(action: Action, on: ActOn): Promise<void> {
+    const { record, service } = on;
+    switch (action.kind) {
+      case 'addFinalizer': {
+        const { uid, resourceVersion, finalizers = [] } = record.metadata;
+        // The version keeps others' finalizers that were added meanwhile.
+        const metadata = { uid, resourceVersion, finalizers: [...finalizers, drainFinalizer] };
+        await this.#patchService({ metadata }, {}, on);
+        break;
+      }
+      case 'removeModel': {
+        const limit = AbortSignal.any([on.signal, AbortSignal.timeout(catalogueTimeoutMs)]);
+        await this.#options.catalog.remove(service.spec.model.name, limit);
+        break;
+      }
+      case 'createPreparePod': {
+        await this.#create(preparePod(service, action.modelHash, this.#options.settings), on);
+        this.#tell(on, 'Normal', 'PrepareStarted', `${action.name} looks for the model and prepares it`);
+        break;
+      }
+      case 'setRoutable': {
+        await this.#setRoutable(action, on);
+        break;
+      }
+      case 'markDraining': {
+        const { group, sinceUnixMs } = action;
+        await this.#options.queue.markDraining(service.spec.model.name, group, { sinceUnixMs });
+        break;
+      }
+      case 'clearDraining': {
+        await this.#options.queue.clearDraining(service.spec.model.name, action.group);
+        break;
+      }
+      case 'drainGroup': {
+        const sinceMs = this.#options.client.clock.nowMs();
+        await this.#annotate(action.pods, new Date(sinceMs).toISOString(), on);
+        this.#tell(on, 'Normal', 'GroupDraining', `${action.group}: ${action.reason}`);
+        await this.#mark(
+          action.group,
+          (queue, model) => queue.markDraining(model, action.group, { sinceUnixMs: sinceMs }),
+          service,
+        );
+        break;
+      }
+      case 'resumeGroup': {
+        await this.#annotate(action.pods, null, on);
+        this.#tell(on, 'Normal', 'GroupResumed', `${action.group} serves again`);
+        await this.#mark(action.group, (queue, model) => queue.clearDraining(model, action.group), service);
+        break;
+      }
+      case 'deleteGroup': {
+        const { group, pods, reason, failed } = action;
+        await settleAll(pods.map((pod) => this.#delete(pod, on)));
+        if (failed) {
+          this.#tell(on, 'Warning', 'GroupFailed', `${group} is ${reason}`);
+        } else {
+          this.#tell(on, 'Normal', 'GroupDeleted', `${group}: ${reason}`);
+        }
+        break;
+      }
+      case 'createGroup': {
+        const { group, revision, index } = action;
+        // All pods of one life are created by one call, so that they share what is drawn here.
+        const identity = {
+          group,
+          revision,
+          index,
+          groupToken: randomBytes(16).toString('hex'),
+          life: randomUUID(),
+        };
+        const pods = groupPods(service, identity, this.#options.settings);
+        await settleAll(pods.map((pod) => this.#create(pod, on)));
+        this.#tell(
+          on,
+          'Normal',
+          'GroupCreated',
+          `${group} of ${pods.length} ${pods.length === 1 ? 'pod' : 'pods'}`,
+        );
+        break;
+      }
+      case 'removeFinalizer':
+      case 'deletePreparePod':
+      case 'patchStatus': {
+        await this.actPlainly(action, on);
+        break;
+      }
+    }
+  }
+
+  /** The same, for actions that need no spec. */
+  async actPlainly(action: PlainAction, on: PlainActOn): Promise<void> {
+    switch (action.kind) {
+      case 'removeFinalizer': {
+        const { uid, finalizers = [] } = on.record.metadata;
+        const path = `/metadata/finalizers/${finalizers.indexOf(drainFinalizer)}`;
+        const patch = [
+          { op: 'test', path: '/metadata/uid', value: uid },
+          { op: 'test', path, value: drainFinalizer },
+          { op: 'remove', path },
+        ] as const;
+        await this.#patchService(patch, {}, on);
+        break;
+      }
+      case 'deletePreparePod': {
+        await this.#delete(action.pod, on);
+        break;
+      }
+      case 'patchStatus': {
+        await this.#patchStatus(action.status, on);
+        break;
+      }
+    }
+  }
+
+  /** Makes the headless Service, or makes it right again. */
+  async applyRankService({ service, signal }: Pick<ActOn, 'service' | 'signal'>): Promise<void> {
+    await this.#apply(resourceTypes.services, rankService(service), signal);
+  }
+
+  /** Makes the disruption budget say what was planned. */
+  async applyBudget(
+    minAvailable: number,
+    { service, signal }: Pick<ActOn, 'service' | 'signal'>,
+  ): Promise<void> {
+    await this.#apply(resourceTypes.podDisruptionBudgets, disruptionBudget(service, minAvailable), signal);
+  }
+
+  /** Replaces the whole status. */
+  async #patchStatus(status: unknown, on: PlainActOn): Promise<void> {
+    const patch = [
+      { op: 'test', path: '/metadata/uid', value: on.record.metadata.uid },
+      { op: 'add', path: '/status', value: status },
+    ] as const;
+    await this.#patchService(patch, { subresource: 'status' }, on);
+  }
+
+  async #patchService(
+    patch: Parameters<KubeClient['patch']>[2],
+    options: Parameters<KubeClient['patch']>[3],
+    { record, signal, onServiceWrite }: PlainActOn,
+  ): Promise<void> {
+    const type = resourceTypes.modelServices;
+    onServiceWrite(await this.#options.client.patch(type, record.metadata.name, patch, options, signal));
+  }
+
+  async #setRoutable(
+    { pod, routable }: { readonly pod: PodRef; readonly routable: boolean },
+    on: ActOn,
+  ): Promise<void> {
+    const condition = {
+      type: routableCondition,
+      status: routable ? 'True' : 'False',
+      reason: routable ? 'Reached' : 'NotReached',
+      message: routable
+        ? 'the dispatcher holds a channel to the whole group'
+        : 'the dispatcher does not reach the whole group',
+      lastTransitionTime: this.#options.client.clock.now(),
+    };
+    const manifest = { apiVersion: 'v1', kind: 'Pod', metadata: pod, status: { conditions: [condition] } };
+    await this.#ifThere(pod, on, async () => {
+      const options = { subresource: 'status' } as const;
+      const object = await this.#options.client.apply(resourceTypes.pods, manifest, options, on.signal);
+      on.onWrite(writeOf(object));
+    });
+  }
+
+  async #annotate(pods: readonly PodRef[], since: string | null, on: ActOn): Promise<void> {
+    await settleAll(
+      pods.map((pod) =>
+        this.#ifThere(pod, on, async () => {
+          const patch = { metadata: { uid: pod.uid, annotations: { [drainAnnotation]: since } } };
+          const object = await this.#options.client.patch(resourceTypes.pods, pod.name, patch, {}, on.signal);
+          on.onWrite(writeOf(object));
+        }),
+      ),
+    );
+  }
+
+  async #create(manifest: Manifest, on: ActOn): Promise<void> {
+    const pod = manifest as unknown as ObjectManifest;
+    on.onWrite(writeOf(await this.#options.client.create(resourceTypes.pods, pod, on.signal)));
+  }
+
+  async #delete(pod: PodRef, on: PlainActOn): Promise<void> {
+    const { name, uid } = pod;
+    await this.#ifThere(pod, on, async () => {
+      await this.#options.client.delete(resourceTypes.pods, name, { uid }, on.signal);
+      on.onWrite({ name, uid, resourceVersion: undefined });
+    });
+  }
+
+  /** Does something to a pod, or nothing where it is gone, or another one has its name. */
+  async #ifThere({ name, uid }: PodRef, { signal }: PlainActOn, act: () => Promise<void>): Promise<void> {
+    try {
+      await act();
+    } catch (error) {
+      // 409 and 422 are what a precondition on the uid is refused with, among other things: only a look tells.
+      const status = httpStatusOf(error);
+      if (
+        status !== 404 &&
+        !((status === 409 || status === 422) && (await this.#isGone(name, uid, signal)))
+      ) {
+        throw error;
+      }
+    }
+  }
+
+  async #isGone(name: string, uid: string, signal: AbortSignal): Promise<boolean> {
+    try {
+      return (await this.#options.client.get(resourceTypes.pods, name, signal)).metadata.uid !== uid;
+    } catch (error) {
+      return httpStatusOf(error) === 404;
+    }
+  }
+
+  async #apply(
+    type: (typeof resourceTypes)['services' | 'podDisruptionBudgets'],
+    manifest: Manifest,
+    signal: AbortSignal,
+  ): Promise<void> {
+    await this.#options.client.apply(type, manifest as unknown as ObjectManifest, {}, signal);
+  }
+
+  /** Tells the dispatcher at once. Where that fails the pods' annotation is the truth, and the next plan follows it. */
+  async #mark(
+    group: string,
+    act: (queue: RequestQueue, model: string) => Promise<void>,
+    { spec }: ModelService,
+  ): Promise<void> {
+    try {
+      await act(this.#options.queue, spec.model.name);
+    } catch (error) {
+      this.#options.log.warn({ error: ClusterError.from(error), group }, 'drain mark not written');
+    }
+  }
+
+  #tell({ record }: ActOn, type: 'Normal' | 'Warning', reason: string, message: string): void {
+    this.#options.events.record(
+      { ...resourceTypes.modelServices, metadata: record.metadata },
+      { type, reason, message },
+    );
+  }
+}
+
+function writeOf({ metadata }: KubeObject): OwnWrite {
+  return { name: metadata.name, uid: metadata.uid, resourceVersion: metadata.resourceVersion };
+}
+
+/** Waits for all, then fails with the first failure: what succeeded has been told. */
+async function settleAll(acts: readonly Promise<void>[]): Promise<void> {
+  const results = await Promise.allSettled(acts);
+  const failed = results.find((result) => result.status === 'rejected');
+  if (failed !== undefined) {
+    throw ClusterError.from(failed.reason);
+  }
+}

@@ -1,0 +1,318 @@
+// What the API server and the dispatcher say -> what the decisions are made from. Pure. An object of ours that cannot be
+// read (no labels of a group) is none. Words for people are gathered here: why a pod does not start, and what it said last.
+// What a kubelet stamps is by its machine's clock: such stamps order the containers of one pod and nothing else. When
+// something happened to a pod is when the controller first saw it.
+
+import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/queue';
+
+import type { QueueReading } from '../decide/arrival-load.ts';
+import type { GroupLoad, ObservedPod } from '../decide/groups.ts';
+import { drainAnnotation, labels, prepareLabels, routableCondition } from '../decide/labels.ts';
+import type { PreparePod } from '../decide/prepare.ts';
+
+interface ApiCondition {
+  readonly type: string;
+  readonly status: string;
+  readonly reason?: string | undefined;
+  readonly message?: string | undefined;
+}
+
+interface ApiContainerStatus {
+  readonly name: string;
+  readonly state?: {
+    readonly waiting?: { readonly reason?: string; readonly message?: string } | undefined;
+    readonly terminated?:
+      | {
+          readonly exitCode: number;
+          readonly reason?: string;
+          readonly message?: string;
+          /** By the kubelet's clock. */
+          readonly finishedAt?: string;
+        }
+      | undefined;
+  };
+}
+
+/** A pod as the API server gives it; what is read of it. */
+export interface ApiPod {
+  readonly metadata: {
+    readonly name: string;
+    readonly uid: string;
+    readonly resourceVersion?: string;
+    readonly creationTimestamp?: string;
+    readonly deletionTimestamp?: string;
+    readonly labels?: Readonly<Record<string, string>>;
+    readonly annotations?: Readonly<Record<string, string>>;
+    readonly ownerReferences?: readonly { readonly uid: string; readonly controller?: boolean }[];
+  };
+  readonly status?: {
+    readonly phase?: string;
+    readonly reason?: string;
+    readonly message?: string;
+    readonly conditions?: readonly ApiCondition[];
+    readonly containerStatuses?: readonly ApiContainerStatus[];
+    readonly initContainerStatuses?: readonly ApiContainerStatus[];
+  };
+}
+
+/** The service that a pod belongs to, as a rank or as a prepare pod. */
+export function serviceOfPod({ metadata }: ApiPod): string | undefined {
+  return metadata.labels?.[labels.service] ?? metadata.labels?.[prepareLabels.service];
+}
+
+/** Whether the ModelService of this uid made the pod: one of an earlier service of the same name is not ours. */
+export function isOwnedBy({ metadata }: ApiPod, uid: string): boolean {
+  return metadata.ownerReferences?.some((owner) => owner.uid === uid && owner.controller === true) === true;
+}
+
+/** A pod of a group, and how it failed; undefined for any other. */
+export function observePod(pod: ApiPod, failed: Failure | undefined): ObservedPod | undefined {
+  const { metadata, status } = pod;
+  const named = metadata.labels ?? {};
+  const group = named[labels.group];
+  const revision = named[labels.revision];
+  const [index, rank, groupPods] = [labels.index, labels.rank, labels.groupPods].map((label) =>
+    Number(named[label]),
+  );
+  if (
+    group === undefined ||
+    revision === undefined ||
+    !isCount(index) ||
+    !isCount(rank) ||
+    !isCount(groupPods)
+  ) {
+    return undefined;
+  }
+  const isTrue = (type: string): boolean =>
+    status?.conditions?.some((condition) => condition.type === type && condition.status === 'True') === true;
+  const since = Date.parse(metadata.annotations?.[drainAnnotation] ?? '');
+  return {
+    name: metadata.name,
+    uid: metadata.uid,
+    group,
+    revision,
+    index,
+    rank,
+    groupPods,
+    phase: phaseOf(pod, failed),
+    ready: isTrue('Ready'),
+    deleting: metadata.deletionTimestamp !== undefined,
+    createdMs: timeOf(metadata.creationTimestamp) ?? 0,
+    drainingSinceMs: Number.isNaN(since) ? undefined : since,
+    blocker: blockerOf(pod),
+    failure: failed?.words,
+    failedMs: failed?.seenMs,
+    routable: isTrue(routableCondition),
+  };
+}
+
+/** A prepare pod, and how it failed; undefined for any other. */
+export function observePreparePod(pod: ApiPod, failed: Failure | undefined): PreparePod | undefined {
+  const modelHash = pod.metadata.labels?.[prepareLabels.hash];
+  if (modelHash === undefined) {
+    return undefined;
+  }
+  return {
+    name: pod.metadata.name,
+    uid: pod.metadata.uid,
+    modelHash,
+    phase: phaseOf(pod, failed),
+    deleting: pod.metadata.deletionTimestamp !== undefined,
+    exitCode: failed?.exitCode,
+    failedMs: failed?.seenMs,
+    blocker: blockerOf(pod),
+    failure: failed?.words,
+  };
+}
+
+function isCount(value: number | undefined): value is number {
+  return value !== undefined && Number.isInteger(value) && value >= 0;
+}
+
+/** A rank that ended ends its pod, also while the pod's other ranks still run. */
+function phaseOf({ status }: ApiPod, failed: Failure | undefined): ObservedPod['phase'] {
+  const ended = (status?.containerStatuses ?? []).filter(({ state }) => state?.terminated !== undefined);
+  if (failed !== undefined) {
+    return 'Failed';
+  }
+  if (status?.phase === 'Succeeded' || status?.phase === 'Failed' || ended.length > 0) {
+    return 'Succeeded';
+  }
+  return status?.phase === 'Running' ? 'Running' : 'Pending';
+}
+
+/** Reasons of a waiting container that do not pass by themselves soon. */
+const blockingReasons = new Set([
+  'ErrImagePull',
+  'ImagePullBackOff',
+  'ErrImageNeverPull',
+  'InvalidImageName',
+  'ImageInspectError',
+  'RegistryUnavailable',
+  'CreateContainerConfigError',
+  'CreateContainerError',
+  'RunContainerError',
+]);
+
+/** Why a pod does not start: the scheduler's words, or those about its images. */
+function blockerOf({ status }: ApiPod): string | undefined {
+  const scheduled = status?.conditions?.find(({ type }) => type === 'PodScheduled');
+  if (scheduled?.status === 'False') {
+    return limited(scheduled.message ?? scheduled.reason ?? 'it cannot be placed');
+  }
+  for (const { name, state } of containersOf(status)) {
+    const { reason, message } = state?.waiting ?? {};
+    if (reason !== undefined && blockingReasons.has(reason)) {
+      return limited(`${name}: ${reason}${message === undefined ? '' : `: ${message}`}`);
+    }
+  }
+  return undefined;
+}
+
+/** Whether a pod waits on its machine for its volumes and its network, before any image is asked for. */
+export function isUnmounted({ status }: ApiPod): boolean {
+  const isPlaced = status?.conditions?.some(
+    ({ type, status: held }) => type === 'PodScheduled' && held === 'True',
+  );
+  const hasStarted = status?.conditions?.find(({ type }) => type === 'PodReadyToStartContainers');
+  return isPlaced === true && status?.phase === 'Pending' && hasStarted?.status === 'False';
+}
+
+/** How a pod failed. */
+export interface Failure {
+  readonly words: string;
+  readonly exitCode: number | undefined;
+  /** When the controller first saw it. */
+  readonly seenMs: number;
+}
+
+/**
+ * What the container that failed first said, or why the pod as a whole failed. A container that ends because its pod is
+ * deleted has not failed, whatever its exit code: a pod that is being deleted has failed if it was seen to `before`.
+ */
+export function observeFailure(
+  { metadata, status }: ApiPod,
+  before: Failure | undefined,
+  nowMs: number,
+): Failure | undefined {
+  if (metadata.deletionTimestamp !== undefined) {
+    return before;
+  }
+  const seenMs = before?.seenMs ?? nowMs;
+  const failed = containersOf(status).flatMap(({ name, state }) => {
+    const { terminated } = state ?? {};
+    if (terminated === undefined || terminated.exitCode === 0) {
+      return [];
+    }
+    const finishedMs = timeOf(terminated.finishedAt) ?? 0;
+    const { exitCode, reason, message } = terminated;
+    const why =
+      reason === undefined || reason === 'Error'
+        ? `exit code ${exitCode}`
+        : `${reason}, exit code ${exitCode}`;
+    return [{ words: wordsOf(`${name}: ${why}`, message), finishedMs, exitCode }];
+  });
+  const [first] = failed.toSorted((a, b) => a.finishedMs - b.finishedMs);
+  if (first !== undefined) {
+    return { words: first.words, exitCode: first.exitCode, seenMs };
+  }
+  if (status?.phase !== 'Failed') {
+    return undefined;
+  }
+  // Evicted, or its machine is gone.
+  return { words: wordsOf(status.reason ?? 'failed', status.message), exitCode: undefined, seenMs };
+}
+
+function containersOf(status: ApiPod['status']): readonly ApiContainerStatus[] {
+  return [...(status?.initContainerStatuses ?? []), ...(status?.containerStatuses ?? [])];
+}
+
+/** The last line of a message: the kubelet gives the end of the log, and the error is at its end. */
+function wordsOf(what: string, message: string | undefined): string {
+  const lines = (message ?? '').split('\n').map((line) => line.trim());
+  const last = lines.findLast((line) => line !== '');
+  return limited(last === undefined ? what : `${what}: ${last}`);
+}
+
+function limited(text: string): string {
+  return text.length <= 900 ? text : `${text.slice(0, 897)}...`;
+}
+
+function timeOf(text: string | undefined): number | undefined {
+  const time = Date.parse(text ?? '');
+  return Number.isNaN(time) ? undefined : time;
+}
+
+/** The autoscaler's reading of a queue state. */
+export function queueReading(state: QueueState): QueueReading {
+  return {
+    waitingRequests: state.waitingRequests,
+    waitingTokens: state.waitingTokens,
+    inFlightRequests: state.runningRequests,
+    inFlightTokens: state.inFlightTokens,
+    slots: state.slots,
+    oldestWaitingMs: state.oldestWaitingMs,
+    arrivedTokens: state.arrivedTokens,
+    endedTokens: state.endedTokens,
+    countersEpoch: state.dispatcherEpoch,
+  };
+}
+
+/** How long a dispatcher that took over may not have reached every group yet. */
+const takeoverMs = 5_000;
+
+export interface QueueSight {
+  /** Undefined: nothing was heard of late. */
+  readonly state: QueueState | undefined;
+  readonly receivedMs: number;
+  /** When the first state of this dispatcher was received. */
+  readonly dispatcherSinceMs: number;
+}
+
+export interface ObservedLoads {
+  readonly loads: ReadonlyMap<string, GroupLoad>;
+  /** False: a group that is not in `loads` may be routable all the same. */
+  readonly loadsComplete: boolean;
+}
+
+/**
+ * The groups as the dispatcher sees them. Without a fresh state nothing is known; and a dispatcher that has just taken over
+ * is believed what it reaches, not what it does not reach yet.
+ */
+export function observeLoads(
+  { state, receivedMs, dispatcherSinceMs }: QueueSight,
+  nowMs: number,
+): ObservedLoads {
+  if (state === undefined || nowMs - receivedMs > queueStateFreshMs) {
+    return { loads: new Map(), loadsComplete: false };
+  }
+  const loadsComplete = nowMs - dispatcherSinceMs >= takeoverMs;
+  const known = state.groups.filter(({ routable }) => loadsComplete || routable);
+  return {
+    loads: new Map(
+      known.map(({ group, identity, routable, draining, inFlightRequests, inFlightTokens }) => [
+        group,
+        {
+          routable,
+          draining,
+          inFlightRequests,
+          inFlightTokens,
+          waitedFor: isWaitedFor(identity, state),
+        },
+      ]),
+    ),
+    loadsComplete,
+  };
+}
+
+/** Whether requests wait for groups of an identity that are all full: what comes meanwhile goes to newer ones. */
+function isWaitedFor(identity: string, { waitingFor, groups }: QueueState): boolean {
+  const hasRoom = groups.some(
+    (group) =>
+      group.identity === identity &&
+      group.routable &&
+      !group.draining &&
+      group.inFlightRequests < group.slots,
+  );
+  return identity !== '' && !hasRoom && waitingFor.some((waiting) => waiting.identity === identity);
+}

@@ -1,0 +1,149 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import { createLog } from '@mimo/core/process/log';
+import type { CatalogModel } from '@mimo/core/bus/model-catalog';
+import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
+import { createMemoryQueue } from '@mimo/core/bus/queue-memory';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
+
+import { QueueWatch } from './queue-watch.ts';
+
+const model = 'mimo';
+
+function stateWith(fields: Partial<QueueState>): QueueState {
+  return {
+    model,
+    dispatcherEpoch: 1,
+    waitingRequests: 0,
+    runningRequests: 0,
+    parkedRequests: 0,
+    waitingTokens: 0,
+    inFlightTokens: 0,
+    oldestWaitingMs: 0,
+    readyGroups: 0,
+    slots: 0,
+    arrivedTokens: 0,
+    endedTokens: 0,
+    waitingFor: [],
+    groups: [],
+    ...fields,
+  };
+}
+
+/** A catalogue that holds one model. */
+const catalog = {
+  async *follow(signal: AbortSignal): AsyncGenerator<readonly CatalogModel[]> {
+    yield [
+      { name: model, digest: '', identity: '', isStored: true },
+      { name: 'lost', digest: '', identity: '', isStored: false },
+    ];
+    await sleep(60_000, undefined, { signal }).catch(() => undefined);
+  },
+};
+
+describe('QueueWatch', () => {
+  let queue: RequestQueue;
+  let watch: QueueWatch;
+  let changes: string[];
+  beforeEach(async () => {
+    // A state is as old as a test says, and not as long as the test was stopped.
+    vi.useFakeTimers({ toFake: ['performance'] });
+    queue = createMemoryQueue();
+    changes = [];
+    watch = new QueueWatch({
+      queue,
+      catalog,
+      log: createLog({ process: 'test', level: 'silent' }),
+      onChange: (name) => changes.push(name),
+    });
+    watch.follow([model]);
+    await sleep(20);
+  });
+  afterEach(async () => {
+    await watch.close();
+    await queue.close();
+    vi.useRealTimers();
+  });
+
+  const waiting = (): number | 'unknown' => {
+    const { queue: reading } = watch.observe(model, performance.now());
+    return reading === 'unknown' ? reading : reading.waitingRequests;
+  };
+
+  it('knows nothing before a dispatcher has spoken, and nothing of a model that it does not follow', () => {
+    expect(waiting()).toBe('unknown');
+    expect(watch.observe('other', performance.now())).toMatchObject({
+      queue: 'unknown',
+      loadsComplete: false,
+    });
+  });
+
+  it('shows a burst as a whole: what was there before it until it has gone on for a moment', async () => {
+    queue.publishState(stateWith({}));
+    await sleep(20);
+    changes = [];
+    for (let request = 1; request <= 40; request++) {
+      queue.publishState(stateWith({ waitingRequests: request, waitingTokens: request * 100 }));
+    }
+    await sleep(50);
+    // A round at this moment would decide for a part of it.
+    expect(waiting()).toBe(0);
+    expect(changes).toEqual([]);
+    await sleep(400);
+    expect(waiting()).toBe(40);
+    expect(changes).toEqual([model]);
+  });
+
+  it('shows the burst that the first state begins with', async () => {
+    queue.publishState(stateWith({ waitingRequests: 40, waitingTokens: 4000 }));
+    await sleep(50);
+    expect(waiting()).toBe(0);
+    await sleep(400);
+    expect(waiting()).toBe(40);
+  });
+
+  it('tells at once of a group that is reached, and forgets what it heard after five seconds', async () => {
+    queue.publishState(stateWith({}));
+    await sleep(20);
+    changes = [];
+    const group = {
+      group: 'chat-new-0',
+      incarnation: '1',
+      revision: 'new',
+      identity: '',
+      routable: true,
+      draining: false,
+      slots: 16,
+      inFlightRequests: 0,
+      inFlightTokens: 0,
+    };
+    queue.publishState(stateWith({ groups: [group] }));
+    await sleep(20);
+    expect(changes).toEqual([model]);
+    expect([...watch.observe(model, performance.now()).loads.keys()]).toEqual(['chat-new-0']);
+    expect(watch.observe(model, performance.now() + 6_000)).toMatchObject({
+      queue: 'unknown',
+      loadsComplete: false,
+    });
+  });
+
+  it('does not listen to a dispatcher that has lost its lease', async () => {
+    queue.publishState(stateWith({ dispatcherEpoch: 2, runningRequests: 5 }));
+    queue.publishState(stateWith({ dispatcherEpoch: 1, runningRequests: 9 }));
+    await sleep(20);
+    const { queue: reading } = watch.observe(model, performance.now());
+    expect(reading).toMatchObject({ inFlightRequests: 5, countersEpoch: 2 });
+  });
+
+  it('follows marks and the catalogue, and forgets a model that is not served any more', async () => {
+    await queue.markDraining(model, 'chat-new-0', { sinceUnixMs: 5 });
+    await sleep(20);
+    const seen = watch.observe(model, performance.now());
+    expect(seen.marks).toEqual(new Map([['chat-new-0', { sinceUnixMs: 5 }]]));
+    expect(seen.published).toBe(true);
+    expect(watch.observe('other', performance.now()).published).toBe(false);
+    expect(watch.observe('lost', performance.now()).published).toBe(false);
+    watch.follow([]);
+    expect(watch.observe(model, performance.now()).marks).toBe('unknown');
+  });
+});

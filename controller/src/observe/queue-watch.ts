@@ -1,0 +1,188 @@
+// What the queue says of each model that is served: the dispatcher's states, the drain marks, and whether the catalogue has
+// the model. Follows them in the background and calls back where something changed that a decision may depend on. A burst
+// that begins on a calm queue is shown only when it has gone on for a moment, so that forty requests that arrive at zero
+// within it make one decision.
+
+import { ClusterError } from '@mimo/core/process/errors';
+import { pause } from '@mimo/core/process/abort';
+import type { Log } from '@mimo/core/process/log';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { queueStateFreshMs, type DrainMarks, type QueueState, type RequestQueue } from '@mimo/core/bus/queue';
+
+import type { QueueReading } from '../decide/arrival-load.ts';
+import { observeLoads, queueReading, type ObservedLoads, type QueueSight } from './observe.ts';
+
+export interface QueueWatchOptions {
+  readonly queue: RequestQueue;
+  readonly catalog: Pick<ModelCatalog, 'follow'>;
+  readonly log: Log;
+  /** Something changed for a model. */
+  readonly onChange: (model: string) => void;
+}
+
+/** What the queue says of one model. */
+export interface QueueObservation extends ObservedLoads {
+  readonly queue: QueueReading | 'unknown';
+  readonly marks: DrainMarks | 'unknown';
+  readonly published: boolean | 'unknown';
+}
+
+/** From the first sign of a burst to the decision; a dispatcher publishes within 100 ms. */
+const burstMs = 300;
+const retryMs = 1_000;
+
+/** Follows the queue for a changing set of models. Close it to end every iteration. */
+export class QueueWatch {
+  readonly #options: QueueWatchOptions;
+  readonly #closing = new AbortController();
+  readonly #models = new Map<string, ModelWatch>();
+  readonly #ended: Promise<void>;
+  #published: ReadonlySet<string> | undefined;
+
+  constructor(options: QueueWatchOptions) {
+    this.#options = options;
+    this.#ended = this.#followCatalogue();
+  }
+
+  /** Begins to follow the models that are new in the list, and stops following those that are not in it. */
+  follow(models: Iterable<string>): void {
+    const wanted = new Set(models);
+    for (const [model, watch] of this.#models) {
+      if (!wanted.has(model)) {
+        watch.close();
+        this.#models.delete(model);
+      }
+    }
+    for (const model of wanted) {
+      if (!this.#models.has(model) && !this.#closing.signal.aborted) {
+        this.#models.set(model, new ModelWatch(model, this.#options, this.#closing.signal));
+      }
+    }
+  }
+
+  /** As of `nowMs`, by performance.now(). */
+  observe(model: string, nowMs: number): QueueObservation {
+    const watch = this.#models.get(model);
+    const { connected } = this.#options.queue;
+    return {
+      ...(watch?.observe(nowMs) ?? {
+        queue: 'unknown',
+        loads: new Map(),
+        loadsComplete: false,
+        marks: 'unknown',
+      }),
+      published: connected && this.#published !== undefined ? this.#published.has(model) : 'unknown',
+    };
+  }
+
+  async close(): Promise<void> {
+    this.#closing.abort(new ClusterError('canceled', 'the queue watch is closed'));
+    await Promise.all([this.#ended, ...[...this.#models.values()].map((watch) => watch.ended)]);
+  }
+
+  async #followCatalogue(): Promise<void> {
+    for await (const models of this.#options.catalog.follow(this.#closing.signal)) {
+      const before = this.#published ?? new Set();
+      const stored = models.filter(({ isStored }) => isStored);
+      this.#published = new Set(stored.map(({ name }) => name));
+      for (const model of before.symmetricDifference(this.#published)) {
+        this.#options.onChange(model);
+      }
+    }
+  }
+}
+
+class ModelWatch {
+  readonly ended: Promise<unknown>;
+  readonly #closing = new AbortController();
+  readonly #model: string;
+  readonly #options: QueueWatchOptions;
+  #sight: QueueSight = { state: undefined, receivedMs: 0, dispatcherSinceMs: 0 };
+  /** The state before a burst that has only begun. */
+  #held: QueueState | undefined;
+  #burst: NodeJS.Timeout | undefined;
+  #marks: DrainMarks | undefined;
+
+  constructor(model: string, options: QueueWatchOptions, closing: AbortSignal) {
+    this.#model = model;
+    this.#options = options;
+    const signal = AbortSignal.any([closing, this.#closing.signal]);
+    this.ended = Promise.all([
+      this.#again(signal, async () => {
+        for await (const state of options.queue.followState(model, signal)) {
+          this.#receive(state, performance.now());
+        }
+      }),
+      this.#again(signal, async () => {
+        for await (const marks of options.queue.followDrains(model, signal)) {
+          this.#marks = marks;
+          options.onChange(model);
+        }
+      }),
+    ]).finally(() => clearTimeout(this.#burst));
+  }
+
+  close(): void {
+    this.#closing.abort(new ClusterError('canceled', 'the model is not served any more'));
+  }
+
+  observe(nowMs: number): Omit<QueueObservation, 'published'> {
+    const { state, receivedMs } = this.#sight;
+    const fresh = state !== undefined && nowMs - receivedMs <= queueStateFreshMs;
+    return {
+      queue: fresh ? queueReading(this.#held ?? state) : 'unknown',
+      marks: this.#options.queue.connected ? (this.#marks ?? 'unknown') : 'unknown',
+      ...observeLoads(this.#sight, nowMs),
+    };
+  }
+
+  #receive(state: QueueState, nowMs: number): void {
+    const { state: before, dispatcherSinceMs } = this.#sight;
+    if (before !== undefined && state.dispatcherEpoch < before.dispatcherEpoch) {
+      // One that has lost its lease and does not know it yet. An emptied store begins its epochs anew, but not for long.
+      if (nowMs - this.#sight.receivedMs <= queueStateFreshMs) {
+        return;
+      }
+    }
+    const same = before?.dispatcherEpoch === state.dispatcherEpoch;
+    this.#sight = { state, receivedMs: nowMs, dispatcherSinceMs: same ? dispatcherSinceMs : nowMs };
+    if (before === undefined || hasChangedForGroups(before, state)) {
+      this.#options.onChange(this.#model);
+    }
+    if (this.#burst === undefined && state.waitingTokens > (before?.waitingTokens ?? 0)) {
+      this.#held = before ?? { ...state, waitingRequests: 0, waitingTokens: 0, oldestWaitingMs: 0 };
+      this.#burst = setTimeout(() => {
+        this.#burst = undefined;
+        this.#held = undefined;
+        this.#options.onChange(this.#model);
+      }, burstMs);
+    }
+  }
+
+  async #again(signal: AbortSignal, follow: () => Promise<void>): Promise<void> {
+    while (!signal.aborted) {
+      try {
+        await follow();
+      } catch (error) {
+        this.#options.log.warn({ error: ClusterError.from(error), model: this.#model }, 'queue not followed');
+      }
+      await pause(retryMs, signal);
+    }
+  }
+}
+
+/** Whether gates, drains or marks may depend on the difference; the load itself is looked at in bursts and rounds. */
+function hasChangedForGroups(before: QueueState, after: QueueState): boolean {
+  return groupEssence(before) !== groupEssence(after);
+}
+
+function groupEssence({ groups }: QueueState): string {
+  return JSON.stringify(
+    groups.map(({ group, routable, draining, inFlightRequests }) => [
+      group,
+      routable,
+      draining,
+      draining && inFlightRequests === 0,
+    ]),
+  );
+}

@@ -1,0 +1,437 @@
+// ModelService and Tenant, group mimo-cluster.dev/v1alpha1: the one place where their fields, defaults, limits and rules
+// are written. From it come the TypeScript types, the controller's own check (parseModelService, parseTenant) and the
+// CRD YAML (crd-generate.ts). Knows no pods and no API server; status.ts holds what the controller reports back.
+// Each rule across fields is written twice side by side, as CEL for the API server and as a predicate for us.
+
+import { ClusterError } from '@mimo/core/process/errors';
+import { z } from 'zod';
+
+import { amountOf } from './quantity.ts';
+
+export const resourceGroup = 'mimo-cluster.dev';
+export const resourceVersion = 'v1alpha1';
+
+/** A rule across fields: the same condition for the API server (`cel`) and here (`holds`). */
+interface Rule<T> {
+  readonly cel: string;
+  readonly message: string;
+  readonly holds: (value: T) => boolean;
+}
+
+/** A rule about a change, which only the API server can judge because it alone sees the old object. */
+interface TransitionRule {
+  readonly cel: string;
+  readonly message: string;
+}
+
+function withRules<S extends z.ZodType>(
+  schema: S,
+  rules: readonly Rule<z.output<S>>[],
+  transitions: readonly TransitionRule[] = [],
+): S {
+  let checked = schema;
+  for (const { holds, message } of rules) {
+    checked = checked.refine(holds, { message });
+  }
+  const validations = [...rules, ...transitions].map(({ cel, message }) => ({ rule: cel, message }));
+  return checked.meta({ ...schema.meta(), 'x-kubernetes-validations': validations });
+}
+
+/** A list that server-side apply merges by the given key, which no two entries share. */
+function keyedList<S extends z.ZodObject>(
+  item: S,
+  key: string & keyof z.output<S>,
+  maxItems: number,
+): z.ZodDefault<z.ZodArray<S>> {
+  return z
+    .array(item)
+    .max(maxItems)
+    .refine((entries) => new Set(entries.map((entry) => entry[key])).size === entries.length, {
+      message: `entries must differ in ${key}`,
+    })
+    .default([])
+    .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': [key] });
+}
+
+const dnsLabel = z
+  .string()
+  .min(1)
+  .max(63)
+  .regex(/^[a-z0-9]([-a-z0-9]*[a-z0-9])?$/);
+const dnsName = z
+  .string()
+  .min(1)
+  .max(253)
+  .regex(/^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$/);
+const quantity = z
+  .string()
+  .max(32)
+  .regex(/^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$/);
+const text = (maxLength: number): z.ZodString => z.string().min(1).max(maxLength);
+const stringMap = z.record(z.string(), z.string().max(4096)).default({});
+const seconds = (min: number, max: number): z.ZodInt => z.int().min(min).max(max);
+
+const source = withRules(
+  z
+    .object({
+      hub: z
+        .object({
+          repository: text(200)
+            .regex(/^[\w.-]+\/[\w.-]+$/)
+            .describe('owner/name on the hub.'),
+          revision: text(100).default('main').describe('Branch, tag or commit; pin a commit in production.'),
+          tokenSecret: z
+            .object({ name: dnsName, key: text(253).default('token') })
+            .describe('A Secret of this namespace with the access token of a private repository.')
+            .optional(),
+        })
+        .describe('A checkpoint fetched from the hub into the cache.')
+        .optional(),
+      volumeClaim: z
+        .object({ claimName: dnsName, path: text(1024).default('.') })
+        .describe('A checkpoint directory on a PersistentVolumeClaim of this namespace.')
+        .optional(),
+      hostPath: text(1024)
+        .regex(/^\//)
+        .describe('A checkpoint directory on every machine that may run the model.')
+        .optional(),
+    })
+    .describe('Where the checkpoint comes from: exactly one of hub, volumeClaim, hostPath.'),
+  [
+    {
+      cel: '[has(self.hub), has(self.volumeClaim), has(self.hostPath)].filter(x, x).size() == 1',
+      message: 'exactly one of hub, volumeClaim and hostPath must be set',
+      holds: (value) =>
+        [value.hub, value.volumeClaim, value.hostPath].filter((given) => given !== undefined).length === 1,
+    },
+  ],
+);
+
+const model = withRules(
+  z
+    .object({
+      name: text(128)
+        .regex(/^[\w./-]+$/)
+        .describe('The name that clients ask for. Immutable: requests are queued under it.'),
+      source,
+      precision: z
+        .enum(['fp32', 'fp16', 'bf16', 'int8', 'int4'])
+        .default('int8')
+        .describe('int8 gives the same tokens whatever else is in the batch, at half the memory of bf16.'),
+    })
+    .describe('What is served.'),
+  [],
+  [{ cel: 'self.name == oldSelf.name', message: 'name is immutable: requests are queued under it' }],
+);
+
+const speculation = z
+  .object({
+    draftTokens: z
+      .int()
+      .min(0)
+      .max(1)
+      .default(1)
+      .describe('Tokens drafted by the MTP layer a step; 0 is off.'),
+    adaptive: z.boolean().default(true).describe('Drafting stops by itself where it would not pay.'),
+  })
+  .describe('Multi-token prediction; it never changes what is generated.');
+
+const rankResources = withRules(
+  z
+    .object({
+      cpu: quantity.default('4'),
+      memory: quantity.default('16Gi'),
+      accelerators: z
+        .int()
+        .min(0)
+        .max(8)
+        .default(0)
+        .describe('Accelerators of each rank; 0 runs on the CPU.'),
+      acceleratorResource: text(253)
+        .regex(/^[a-z0-9.-]+\/[\w.-]+$/)
+        .default('nvidia.com/gpu')
+        .describe('The extended resource that a device plugin offers.'),
+      executionProvider: z
+        .enum(['cpu', 'cuda'])
+        .optional()
+        .describe('What computes. Default: cuda where accelerators are asked for, else cpu.'),
+      kvCache: quantity
+        .optional()
+        .describe(
+          'Memory of each rank for keys and values, on the device that computes. Default: what the weights leave.',
+        ),
+    })
+    .describe('What one rank gets, as request and limit alike.'),
+  [
+    {
+      cel: "has(self.executionProvider) && self.executionProvider == 'cuda' ? self.accelerators > 0 : true",
+      message: 'executionProvider cuda needs accelerators',
+      holds: (value) => value.executionProvider !== 'cuda' || value.accelerators > 0,
+    },
+    {
+      cel:
+        'has(self.kvCache) && self.accelerators == 0 ' +
+        '? quantity(self.kvCache).isLessThan(quantity(self.memory)) : true',
+      message: 'kvCache must be less than memory, which holds the weights too',
+      holds: ({ kvCache, accelerators, memory }) =>
+        kvCache === undefined || accelerators > 0 || amountOf(kvCache) < amountOf(memory),
+    },
+  ],
+);
+
+const scaling = withRules(
+  z
+    .object({
+      min: z
+        .int()
+        .min(0)
+        .max(1000)
+        .default(0)
+        .describe('Fewest groups; 0 lets an idle model go. Set by kubectl scale.'),
+      max: z.int().min(1).max(1000).default(1).describe('Most groups.'),
+      targetWaitSeconds: seconds(1, 3600)
+        .default(30)
+        .describe('How long a request may wait for its first step.'),
+      groupTokensPerSecond: z
+        .int()
+        .min(1)
+        .max(10_000_000)
+        .default(1000)
+        .describe(
+          'First guess of what one full group retires, prompt plus permitted completion; then it is measured.',
+        ),
+      startUpSeconds: seconds(1, 3600)
+        .default(60)
+        .describe('First guess of create to ready; then it is measured.'),
+      memorySeconds: seconds(60, 7200)
+        .optional()
+        .describe(
+          'How far back the arrivals are looked at. Default: 120 s plus three times the start-up time.',
+        ),
+      scaleToZeroAfterSeconds: seconds(0, 86_400)
+        .default(300)
+        .describe('Idle time before the last group goes.'),
+    })
+    .describe('How many replica groups run.'),
+  [
+    {
+      cel: 'self.min <= self.max',
+      message: 'min must not be more than max',
+      holds: (value) => value.min <= value.max,
+    },
+  ],
+);
+
+const rollout = withRules(
+  z
+    .object({
+      maxSurge: z
+        .int()
+        .min(0)
+        .max(1000)
+        .default(1)
+        .describe('Groups above the wanted count during a rollout.'),
+      maxUnavailable: z
+        .int()
+        .min(0)
+        .max(1000)
+        .default(0)
+        .describe('Groups below the wanted count during a rollout.'),
+    })
+    .describe('How a changed template replaces the groups; counted in groups.'),
+  [
+    {
+      cel: 'self.maxSurge + self.maxUnavailable > 0',
+      message: 'maxSurge and maxUnavailable must not both be 0',
+      holds: (value) => value.maxSurge + value.maxUnavailable > 0,
+    },
+  ],
+);
+
+/** As Kubernetes has it for pods, so that a mistake is refused here and not when the first pod is made. */
+const toleration = withRules(
+  z
+    .object({
+      key: text(253).optional(),
+      operator: z.enum(['Exists', 'Equal']).default('Equal'),
+      value: z.string().max(63).optional(),
+      effect: z.enum(['NoSchedule', 'PreferNoSchedule', 'NoExecute']).optional(),
+      tolerationSeconds: seconds(0, 7 * 86_400)
+        .describe('How long a pod stays once its machine has the taint; 30 for a lost machine unless given.')
+        .optional(),
+    })
+    .describe('A taint of machines that the pods put up with.'),
+  [
+    {
+      cel: "has(self.key) || self.operator == 'Exists'",
+      message: 'operator must be Exists where key is left out',
+      holds: ({ key, operator }) => key !== undefined || operator === 'Exists',
+    },
+    {
+      cel: "!has(self.value) || self.operator == 'Equal'",
+      message: 'operator must be Equal where value is given',
+      holds: ({ value, operator }) => value === undefined || operator === 'Equal',
+    },
+    {
+      cel: "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+      message: 'effect must be NoExecute where tolerationSeconds is given',
+      holds: ({ tolerationSeconds, effect }) => tolerationSeconds === undefined || effect === 'NoExecute',
+    },
+  ],
+);
+
+const template = z
+  .object({
+    image: text(512).optional().describe("The worker's image; default: the controller's setting."),
+    imagePullPolicy: z
+      .enum(['Always', 'IfNotPresent', 'Never'])
+      .optional()
+      .describe("Default: the controller's setting."),
+    imagePullSecrets: keyedList(z.object({ name: dnsName }), 'name', 16),
+    labels: stringMap,
+    annotations: stringMap,
+    nodeSelector: stringMap,
+    tolerations: z.array(toleration).max(32).default([]).meta({ 'x-kubernetes-list-type': 'atomic' }),
+    priorityClassName: dnsName.optional(),
+    runtimeClassName: dnsName.optional(),
+    serviceAccountName: dnsName.optional(),
+    env: keyedList(
+      z.object({ name: text(128).regex(/^[A-Z_][A-Z0-9_]*$/), value: z.string().max(4096).default('') }),
+      'name',
+      64,
+    ),
+    cacheVolumeClaim: dnsName
+      .optional()
+      .describe("Keeps compiled shards across restarts; default: the controller's setting."),
+  })
+  .describe('What is added to the pods.');
+
+const cudaPrecisions: ReadonlySet<string> = new Set(['fp16', 'bf16']);
+
+const serviceFields = z.object({
+  model,
+  tensorParallel: z.literal([1, 2, 4, 8]).default(1).describe('Ranks that share one copy of the model.'),
+  speculation: speculation.prefault({}),
+  engine: z.enum(['onnxruntime']).default('onnxruntime').describe('What computes; one so far.'),
+  resources: rankResources.prefault({}),
+  placement: z
+    .enum(['pod', 'spread'])
+    .default('pod')
+    .describe('pod: all ranks in one pod; spread: a pod a rank, on any machines.'),
+  scaling: scaling.prefault({}),
+  rollout: rollout.prefault({}),
+  drainSeconds: seconds(0, 86_400)
+    .default(120)
+    .describe(
+      'How long a group that is taken away may finish what it holds; the rest moves to other groups that compute the same, ' +
+        'and ends with ABORTED where a change of model or precision leaves none.',
+    ),
+  template: template.prefault({}),
+});
+
+export const modelServiceSpec = withRules(serviceFields, [
+  {
+    cel:
+      "(has(self.resources.executionProvider) ? self.resources.executionProvider == 'cuda' " +
+      ": self.resources.accelerators > 0) ? self.model.precision in ['fp16', 'bf16'] : true",
+    message:
+      'accelerators compute in fp16 or bf16: set model.precision, or resources.executionProvider to cpu',
+    holds: (value) =>
+      executionProviderOf(value.resources) === 'cpu' || cudaPrecisions.has(value.model.precision),
+  },
+]);
+
+/** What computes a rank: as given, else by whether it has accelerators. */
+export function executionProviderOf(
+  resources: Pick<z.output<typeof rankResources>, 'executionProvider' | 'accelerators'>,
+): 'cpu' | 'cuda' {
+  return resources.executionProvider ?? (resources.accelerators > 0 ? 'cuda' : 'cpu');
+}
+
+/** A complete spec: every default filled in. */
+export type ModelServiceSpec = z.output<typeof modelServiceSpec>;
+export type ScalingSpec = ModelServiceSpec['scaling'];
+
+export const tenantSpec = z.object({
+  apiKeys: z
+    .array(
+      z.object({
+        secretName: dnsName,
+        key: text(253).default('apiKey').describe("The Secret's entry that holds the key's SHA-256 in hex."),
+      }),
+    )
+    .min(1)
+    .max(32)
+    .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': ['secretName', 'key'] })
+    .describe('Hashes of the API keys that are this tenant.'),
+  weight: z.int().min(1).max(10_000).default(100).describe('Share of a busy cluster against other tenants.'),
+  priorityClass: z.enum(['critical', 'standard', 'batch']).default('standard'),
+  limits: z
+    .object({
+      tokensPerMinute: z.int().min(1).max(2_000_000_000).optional(),
+      requestsPerMinute: z.int().min(1).max(100_000_000).optional(),
+      maxInFlight: z.int().min(1).max(100_000).optional().describe('Accepted and unfinished requests.'),
+    })
+    .prefault({})
+    .describe('A limit that is absent is no limit.'),
+  allowedModels: z
+    .array(text(128))
+    .max(256)
+    .default([])
+    .meta({ 'x-kubernetes-list-type': 'set' })
+    .describe('Names of models; empty: every model.'),
+});
+
+/** A complete tenant spec. The limits are the gateway's to enforce; the controller only hands them over. */
+export type TenantSpec = z.output<typeof tenantSpec>;
+
+/** `<name>-<revision>-<group>-<rank>` must stay a DNS label, and is a host name with placement spread. */
+export const serviceNameMaxLength = 40;
+
+const metadata = z.object({
+  name: dnsLabel,
+  namespace: dnsLabel,
+  uid: z.string(),
+  generation: z.int().default(1),
+  resourceVersion: z.string().default(''),
+  deletionTimestamp: z.string().optional(),
+  finalizers: z.array(z.string()).default([]),
+});
+
+/** The part of metadata that decisions need. */
+export type ResourceMetadata = z.output<typeof metadata>;
+
+export interface ModelService {
+  readonly metadata: ResourceMetadata;
+  readonly spec: ModelServiceSpec;
+}
+
+export interface Tenant {
+  readonly metadata: ResourceMetadata;
+  readonly spec: TenantSpec;
+}
+
+/**
+ * Reads a ModelService as the API server gives it, filling in defaults. Throws `invalid_argument` that lists every
+ * problem by field: an object stored before a rule existed can still break it.
+ */
+export function parseModelService(value: unknown): ModelService {
+  const named = metadata.extend({ name: dnsLabel.max(serviceNameMaxLength) });
+  return parse(z.object({ metadata: named, spec: modelServiceSpec }), value, 'ModelService');
+}
+
+/** Reads a Tenant; like parseModelService. */
+export function parseTenant(value: unknown): Tenant {
+  return parse(z.object({ metadata, spec: tenantSpec }), value, 'Tenant');
+}
+
+function parse<S extends z.ZodType>(schema: S, value: unknown, kind: string): z.output<S> {
+  const result = schema.safeParse(value);
+  if (result.success) {
+    return result.data;
+  }
+  const problems = result.error.issues.map(
+    ({ path, message }) => `${path.join('.') || 'object'}: ${message}`,
+  );
+  throw new ClusterError('invalid_argument', `${kind}: ${problems.join('; ')}`);
+}

@@ -1,0 +1,170 @@
+// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
+// back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket. Which lease
+// is wanted is the caller's business; time is the process's own clock, which only ever makes a lease shorter.
+
+import { JetStreamApiError } from '@nats-io/jetstream';
+import type { KV } from '@nats-io/kv';
+
+import { beforeAbort, pause } from '../process/abort.ts';
+import { ClusterError } from '../process/errors.ts';
+import type { Log } from '../process/log.ts';
+import type { NatsLink } from './nats-connection.ts';
+import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
+import { subjects, tokenFromName } from './subjects.ts';
+
+// The server's codes for "the last sequence of this key is another".
+const wrongLastSequenceCodes = new Set([10071, 10164]);
+
+/** Somebody else has written the key. */
+export function isTaken(error: unknown): boolean {
+  return error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code);
+}
+
+interface Held {
+  readonly leases: KV;
+  readonly key: string;
+  readonly value: string;
+  /** Of the creation. */
+  readonly revision: number;
+  readonly epoch: number;
+  /** When the creation was asked for: the server counts from no earlier. */
+  readonly askedMs: number;
+}
+
+/** The leases of one connection. `releaseAll` gives them back before the connection is closed. */
+export class NatsLeases {
+  readonly #link: NatsLink;
+  readonly #log: Log;
+  readonly #held = new Set<Lease>();
+  readonly #givingBack = new Set<Promise<void>>();
+
+  constructor(link: NatsLink, log: Log) {
+    this.#link = link;
+    this.#log = log;
+  }
+
+  /** Waits until a name's lease is free and takes it; rejects when the signal fires first. */
+  async acquire(name: string, holder: string, signal: AbortSignal): Promise<Lease> {
+    const key = tokenFromName(name);
+    const value = JSON.stringify({ holder });
+    const { leases, connection } = await this.#link.opened(signal);
+    let freed = new AbortController();
+    const subject = subjects.leaseFreed(name);
+    const subscription = connection.subscribe(subject, { callback: () => freed.abort() });
+    try {
+      for (;;) {
+        signal.throwIfAborted();
+        freed = new AbortController();
+        const askedMs = performance.now();
+        try {
+          const revision = await this.#create({ leases, key, value }, signal);
+          const epoch = this.#link.leasesMadeSeconds * epochsPerSecond + revision;
+          const lease = hold({ leases, key, value, revision, epoch, askedMs }, (isFree) => {
+            this.#held.delete(lease);
+            if (isFree && !connection.isClosed()) {
+              connection.publish(subject);
+            }
+          });
+          this.#held.add(lease);
+          return lease;
+        } catch (error) {
+          signal.throwIfAborted();
+          if (!isTaken(error) && this.#link.connected) {
+            this.#log.warn({ error: ClusterError.from(error), model: name }, 'lease not taken');
+          }
+        }
+        await pause(leaseRenewMs, AbortSignal.any([signal, freed.signal]));
+      }
+    } finally {
+      subscription.unsubscribe();
+    }
+  }
+
+  async releaseAll(): Promise<void> {
+    await Promise.all([...[...this.#held].map((lease) => lease.release()), ...this.#givingBack]);
+  }
+
+  async #create(
+    { leases, key, value }: Pick<Held, 'leases' | 'key' | 'value'>,
+    signal: AbortSignal,
+  ): Promise<number> {
+    const creating = leases.create(key, value);
+    try {
+      return await beforeAbort(creating, signal);
+    } catch (error) {
+      // Taken for nobody where the answer comes after the signal.
+      const givingBack = creating
+        .then((late) => leases.delete(key, { previousSeq: late }))
+        .catch(() => undefined)
+        .finally(() => this.#givingBack.delete(givingBack));
+      this.#givingBack.add(givingBack);
+      throw error;
+    }
+  }
+}
+
+/**
+ * Revisions grow by less than this in a second, so a bucket that was made later has larger epochs than any before it; a
+ * whole number of 53 bits holds them for 200 years.
+ */
+const epochsPerSecond = 2 ** 20;
+
+/** A lease counts as lost this long after its last renewal was asked for: before the server lets another have it. */
+const holdMs = 0.9 * leaseTtlMs;
+/** After a renewal that failed; one that worked is repeated after `leaseRenewMs`. */
+const retryMs = 250;
+
+/** Renews until the lease is lost or released; `onReleased` hears whether the key is free from here on. */
+function hold(
+  { leases, key, value, epoch, askedMs, ...held }: Held,
+  onReleased: (isFree: boolean) => void,
+): Lease {
+  const lost = new AbortController();
+  let { revision } = held;
+  // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
+  const expireFrom = (fromMs: number): NodeJS.Timeout =>
+    setTimeout(() => lost.abort(), fromMs + holdMs - performance.now());
+  let expiry = expireFrom(askedMs);
+  const renew = async (): Promise<void> => {
+    let pauseMs = leaseRenewMs;
+    while (!lost.signal.aborted) {
+      await pause(pauseMs, lost.signal);
+      const nowMs = performance.now();
+      try {
+        revision = await leases.update(key, value, revision, leaseRenewMs);
+        clearTimeout(expiry);
+        expiry = expireFrom(nowMs);
+        pauseMs = leaseRenewMs;
+      } catch (error) {
+        if (isTaken(error)) {
+          break;
+        }
+        pauseMs = retryMs;
+      }
+    }
+    clearTimeout(expiry);
+    lost.abort();
+  };
+  const renewing = renew();
+  const release = async (): Promise<void> => {
+    const holding = !lost.signal.aborted;
+    lost.abort();
+    await renewing;
+    const isFree =
+      holding &&
+      (await leases.delete(key, { previousSeq: revision }).then(
+        () => true,
+        () => false,
+      ));
+    onReleased(isFree);
+  };
+  let released: Promise<void> | undefined;
+  return {
+    epoch,
+    lost: lost.signal,
+    release: () => {
+      released ??= release();
+      return released;
+    },
+  };
+}

@@ -1,0 +1,297 @@
+// The connections of a server that anybody may reach. Owns how many there may be, in all and of one peer, and the end of
+// those that only cost: no handshake, no call, floods of frames. A connection is proven once a stream was admitted on it;
+// what is unproven makes room for newer ones and has little patience. Knows no stream: grpc/gate.ts says what they did.
+//
+// Most floods never reach JavaScript: HTTP/2 answers pings and settings, unpacks headers that it then ignores, and drops
+// empty frames. So bytes are compared: those that came over the socket, less those of headers and bodies that were seen.
+
+import { constants, type ServerHttp2Session, type ServerHttp2Stream } from 'node:http2';
+import type { Socket } from 'node:net';
+
+import { Allowance, PeerAllowances, peerOf, type Rate } from './peers.ts';
+
+export interface ConnectionLimits {
+  readonly maxConnections: number;
+  /** Of one peer, which may be a proxy or a NAT with many users behind it. */
+  readonly maxConnectionsPerPeer: number;
+}
+
+/** Without the peer's SETTINGS by then, it does not speak HTTP/2. */
+const handshakeMs = 10_000;
+/** For the headers of an unproven connection's call, which fit into a few packets. */
+const headersMs = 10_000;
+/** Clients that connect before their first call are given this long to make it; they connect again by themselves. */
+const unprovenIdleMs = 60_000;
+const unprovenStreams = 64;
+const unprovenRefusals = 100;
+/** New connections of one peer beyond its limit's worth. */
+const connectsPerSecond = 50;
+/** Connections that ended for what they did; a peer that has spent these makes new ones slowly, its neighbours with it. */
+const abuseRate: Rate = { burst: 5, perSecond: 0.5 };
+const suspectRate: Rate = { burst: 2, perSecond: 1 };
+/** Streams of a peer that it reset itself: all users of a proxy may leave at once. */
+const resetRate: Rate = { burst: 10_000, perSecond: 1_000 };
+const maxPeers = 4_096;
+/** Clients that measure their bandwidth ping about ten times a second; a flood has thousands. */
+const pingRate: Rate = { burst: 500, perSecond: 20 };
+const settingsRate: Rate = { burst: 50, perSecond: 1 };
+/** Bytes that brought nothing. A reader of 80,000 tokens a second sends less than 1 MB/s of window updates. */
+const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
+const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
+/** The unproven are looked at each time, since half a second of some floods stops a process for longer. */
+const lookMs = 50;
+/** The others, and headers that do not end, are looked at once a second. */
+const looksPerSecond = 20;
+
+/** All connections of a server. Close it. */
+export class Connections {
+  readonly #limits: ConnectionLimits;
+  readonly #all = new Map<ServerHttp2Session, Connection>();
+  readonly #byPeer = new Map<string, Set<Connection>>();
+  readonly #connects: PeerAllowances;
+  readonly #abuses = new PeerAllowances(abuseRate, maxPeers);
+  readonly #suspects = new PeerAllowances(suspectRate, maxPeers);
+  readonly #resets = new PeerAllowances(resetRate, maxPeers);
+  readonly #looking: NodeJS.Timeout;
+  #looks = 0;
+
+  constructor(limits: ConnectionLimits) {
+    this.#limits = limits;
+    // Twice: a peer whose connections all broke makes them anew at once.
+    const rate = { burst: 2 * limits.maxConnectionsPerPeer, perSecond: connectsPerSecond };
+    this.#connects = new PeerAllowances(rate, maxPeers);
+    this.#looking = setInterval(() => this.#look(), lookMs).unref();
+  }
+
+  get size(): number {
+    return this.#all.size;
+  }
+
+  get provenSize(): number {
+    return [...this.#all.values()].filter(({ proven }) => proven).length;
+  }
+
+  close(): void {
+    clearInterval(this.#looking);
+  }
+
+  /** The connection of a stream; undefined where it is gone. */
+  of(stream: ServerHttp2Stream): Connection | undefined {
+    return stream.session === undefined ? undefined : this.#all.get(stream.session as ServerHttp2Session);
+  }
+
+  /** Whether a new connection is taken; where there is no room, the oldest that proved nothing makes some. */
+  mayConnect(socket: Socket): boolean {
+    const nowMs = performance.now();
+    const peer = peerOf(socket.remoteAddress);
+    const siblings = this.#byPeer.get(peer) ?? new Set();
+    const { maxConnections, maxConnectionsPerPeer } = this.#limits;
+    return (
+      (this.#abuses.isSpent(peer, nowMs) ? this.#suspects : this.#connects).take(peer, nowMs) &&
+      (siblings.size < maxConnectionsPerPeer || makeRoom(siblings)) &&
+      (this.#all.size < maxConnections || makeRoom(this.#all.values()))
+    );
+  }
+
+  /** Begins with a connection that may connect. */
+  take(session: ServerHttp2Session, socket: Socket): void {
+    const peer = peerOf(socket.remoteAddress);
+    const connection = new Connection({
+      session,
+      socket,
+      peer,
+      takeReset: () => this.#resets.take(peer, performance.now()),
+      onAbuse: () => this.#abuses.take(peer, performance.now()),
+    });
+    const siblings = this.#byPeer.get(peer) ?? new Set();
+    this.#all.set(session, connection);
+    siblings.add(connection);
+    this.#byPeer.set(peer, siblings);
+    // Of the socket: a session whose peer left with streams unread may outlive it.
+    socket.once('close', () => {
+      session.destroy();
+      connection.forget();
+      this.#all.delete(session);
+      siblings.delete(connection);
+      if (siblings.size === 0) {
+        this.#byPeer.delete(peer);
+      }
+    });
+  }
+
+  #look(): void {
+    this.#looks += 1;
+    const nowMs = performance.now();
+    const isSecond = this.#looks % looksPerSecond === 0;
+    for (const connection of this.#all.values()) {
+      if (!connection.proven || isSecond) {
+        connection.look(nowMs);
+      }
+      if (!connection.proven && isSecond) {
+        connection.lookAtHeaders(nowMs);
+      }
+    }
+  }
+}
+
+/** Ends the oldest connection that has proven nothing; false where there is none. */
+function makeRoom(connections: Iterable<Connection>): boolean {
+  for (const connection of connections) {
+    if (!connection.proven) {
+      connection.end();
+      return true;
+    }
+  }
+  return false;
+}
+
+/** One connection, as long as it lives. */
+export class Connection {
+  readonly peer: string;
+  readonly #session: ServerHttp2Session;
+  readonly #socket: Socket;
+  readonly #takeReset: () => boolean;
+  readonly #onAbuse: () => void;
+  readonly #pings = new Allowance(pingRate, performance.now());
+  readonly #settings = new Allowance(settingsRate, performance.now());
+  #bytes = new Allowance(unprovenBytes, performance.now());
+  #patience: NodeJS.Timeout;
+  #proven = false;
+  #openStreams = 0;
+  /** The last whose headers were whole. */
+  #lastStream = 0;
+  #headersBeganMs: number | undefined;
+  #refusals = 0;
+  /** Of headers and bodies. */
+  #seenBytes = 0;
+  /** Of nothing, as far as they were charged. */
+  #chargedBytes = 0;
+
+  constructor(parts: {
+    readonly session: ServerHttp2Session;
+    readonly socket: Socket;
+    readonly peer: string;
+    /** False: the peer has reset too many streams. */
+    readonly takeReset: () => boolean;
+    readonly onAbuse: () => void;
+  }) {
+    this.#session = parts.session;
+    this.#socket = parts.socket;
+    this.peer = parts.peer;
+    this.#takeReset = parts.takeReset;
+    this.#onAbuse = parts.onAbuse;
+    this.#patience = setTimeout(() => this.end(), handshakeMs).unref();
+    this.#session.once('remoteSettings', () => this.#awaitCall());
+    this.#session.on('remoteSettings', () => this.#spend(this.#settings));
+    this.#session.on('ping', () => this.#spend(this.#pings));
+    this.#session.on('error', (error: NodeJS.ErrnoException) => {
+      // What is no HTTP/2; lost connections have the system's codes.
+      if (error.code?.startsWith('ERR_HTTP2') === true) {
+        this.#onAbuse();
+      }
+    });
+  }
+
+  get proven(): boolean {
+    return this.#proven;
+  }
+
+  /** A stream was admitted. */
+  prove(): void {
+    if (!this.#proven) {
+      this.#proven = true;
+      this.#bytes = new Allowance(provenBytes, performance.now());
+      clearTimeout(this.#patience);
+    }
+  }
+
+  /** Counts a stream while it is open; false where an unproven connection has too many. */
+  open(stream: ServerHttp2Stream): boolean {
+    this.#openStreams += 1;
+    this.#lastStream = stream.id ?? this.#lastStream;
+    stream.once('close', () => {
+      this.#openStreams -= 1;
+    });
+    stream.once('aborted', () => this.reset());
+    return this.#proven || this.#openStreams <= unprovenStreams;
+  }
+
+  /** Ends the connection where headers have begun and do not end: HTTP/2 shows them only once they are whole. */
+  lookAtHeaders(nowMs: number): void {
+    const begun = this.#session.state.lastProcStreamID ?? 0;
+    this.#headersBeganMs = begun <= this.#lastStream ? undefined : (this.#headersBeganMs ?? nowMs);
+    if (this.#headersBeganMs !== undefined && nowMs - this.#headersBeganMs > headersMs) {
+      this.end();
+    }
+  }
+
+  /** Bytes that came for something. */
+  see(bytes: number): void {
+    this.#seenBytes += bytes;
+  }
+
+  /** A stream was reset by the peer. */
+  reset(): void {
+    if (!this.#takeReset()) {
+      this.#endAbuse();
+    }
+  }
+
+  /** A stream was refused, or reset before it was looked at: a connection that does nothing else ends. */
+  refuse(): void {
+    this.#refusals += 1;
+    if (!this.#proven && this.#refusals > unprovenRefusals) {
+      this.#endAbuse();
+    }
+  }
+
+  /** Charges what came for nothing since the last look. */
+  look(nowMs: number): void {
+    const idleBytes = this.#socket.bytesRead - this.#seenBytes - this.#chargedBytes;
+    if (idleBytes > 0) {
+      this.#chargedBytes += idleBytes;
+      if (!this.#bytes.take(nowMs, idleBytes)) {
+        this.#endAbuse();
+      }
+    }
+  }
+
+  end(): void {
+    this.#session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM);
+  }
+
+  /** Lets go of the timer. */
+  forget(): void {
+    clearTimeout(this.#patience);
+  }
+
+  #endAbuse(): void {
+    if (!this.#session.destroyed) {
+      this.#onAbuse();
+      this.end();
+      // At once: what came with it would be read on until the end of this turn.
+      this.#socket.destroy();
+    }
+  }
+
+  #spend(allowance: Allowance): void {
+    if (!allowance.take(performance.now())) {
+      this.#endAbuse();
+    }
+  }
+
+  #awaitCall(): void {
+    clearTimeout(this.#patience);
+    if (this.#proven || this.#session.destroyed) {
+      return;
+    }
+    const look = (): void => {
+      if (this.#openStreams === 0) {
+        this.end();
+      } else {
+        this.#patience.refresh();
+      }
+    };
+    this.#patience = setTimeout(look, unprovenIdleMs).unref();
+  }
+}

@@ -1,0 +1,370 @@
+// Serving gRPC: a server with health, reflection and a defence against cancel storms; the signal of a call; writing with
+// back-pressure; strict UTF-8. Handlers are written as async functions that throw ClusterErrors; the status and its
+// details are made here.
+
+import { EventEmitter } from 'node:events';
+import { readFileSync } from 'node:fs';
+import { constants, type Http2Server, type Http2Stream, type ServerOptions } from 'node:http2';
+
+import { BinaryReader } from '@bufbuild/protobuf/wire';
+import * as grpc from '@grpc/grpc-js';
+
+import { HealthService } from '@mimo/proto/health';
+import type { MessageLimits } from '@mimo/proto/limits';
+import { ServerReflectionService } from '@mimo/proto/reflection';
+import { ServerReflectionService as ServerReflectionServiceV1Alpha } from '@mimo/proto/reflection-v1alpha';
+
+import { beforeAbort } from '../process/abort.ts';
+import { ClusterError } from '../process/errors.ts';
+import { keepLongDeadlines } from './deadline.ts';
+import { keepLivingCalls } from './keepalive.ts';
+import {
+  Gate,
+  type GateCounts,
+  type GateLimits,
+  type GateMethod,
+  type GateOptions,
+  type ServeStream,
+} from './gate.ts';
+import { Health } from './health.ts';
+import { withholdGrpcLog } from './log.ts';
+import { createReflection } from './reflection.ts';
+import { statusFromError } from './status.ts';
+import { boundUnzipping } from './unzip.ts';
+import { assertWithinLimits } from './wire-limits.ts';
+
+/** One service and its handlers. */
+export interface ServiceEntry {
+  readonly definition: grpc.ServiceDefinition;
+  readonly implementation: grpc.UntypedServiceImplementation;
+}
+
+/** What a server needs. `listenAddress` is host:port; port 0 takes a free one. */
+export interface GrpcServerOptions {
+  readonly listenAddress: string;
+  readonly services: readonly ServiceEntry[];
+  /** Bound of one incoming message; larger ones end their call with RESOURCE_EXHAUSTED. */
+  readonly maxReceiveBytes: number;
+  /** For a server that anybody may reach. Without it, peers are trusted: the processes of a cluster among themselves. */
+  readonly gate?: Pick<GateOptions, 'admit' | 'limits' | 'onRefused'>;
+}
+
+/** A running server. Close it. */
+export interface GrpcServer {
+  /** host:port, with the port that was taken. */
+  readonly address: string;
+  readonly port: number;
+  readonly health: Health;
+  /** What the gate holds; undefined where there is none. */
+  gateCounts(): GateCounts | undefined;
+  /**
+   * Asks the clients that are connected to make their next calls over another connection, which a load balancer leads
+   * elsewhere; running calls go on. New connections are still taken.
+   */
+  goAway(): void;
+  /** Takes no new calls and waits for the running ones; when the signal fires they are cut off. */
+  close(signal: AbortSignal): Promise<void>;
+}
+
+/**
+ * Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. A gateway's
+ * connection may be a proxy's whose users all go away at once; beyond that it is a flood.
+ */
+const trustedResets = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
+const guardedResets = { streamResetBurst: 20_000, streamResetRate: 1_000 };
+
+/** One connection's headers, streams and unread answers; each stream that is not read may hold 64 kB of these. */
+const maxSessionMegabytes = 256;
+
+/** Headers of a stream: a client's own and those of tracing are about twenty. */
+const maxHeaderListPairs = 64;
+
+/** Questions to health and reflection are names. */
+const openMaxMessageBytes = 4_096;
+
+// setTimeout's longest delay: connections that drain are closed by `close` and not by a timer of grpc-js.
+const noDrainLimitMs = 2 ** 31 - 1;
+
+/** Services that every server has, without a key. */
+const openServices = [HealthService, ServerReflectionService, ServerReflectionServiceV1Alpha];
+
+/** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */
+export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcServer> {
+  const server = new grpc.Server({
+    'grpc.max_receive_message_length': options.maxReceiveBytes,
+    'grpc.max_send_message_length': -1,
+    // Finds a client that is gone without a word, in 50 s: see grpc/keepalive.ts.
+    'grpc.keepalive_time_ms': 30_000,
+    ...(options.gate !== undefined && {
+      'grpc.max_concurrent_streams': options.gate.limits.maxStreamsPerConnection,
+      'grpc-node.max_session_memory': maxSessionMegabytes,
+    }),
+  });
+  setHttp2Options(server, options.gate?.limits);
+  const gate = options.gate === undefined ? undefined : placeGate(server, options, options.gate);
+  keepLivingCalls();
+  withholdGrpcLog();
+  keepLongDeadlines();
+  boundUnzipping();
+  const health = new Health();
+  const descriptors = readFileSync(new URL(import.meta.resolve('@mimo/proto/descriptor.binpb')));
+  const definitions = [...options.services.map(({ definition }) => definition), ...openServices];
+  const reflection = createReflection(descriptors, definitions.map(nameOf));
+  server.addService(HealthService, health.implementation());
+  server.addService(ServerReflectionService, reflection);
+  server.addService(ServerReflectionServiceV1Alpha, reflection);
+  for (const { definition, implementation } of options.services) {
+    server.addService(definition, implementation);
+  }
+  const { promise: bound, resolve, reject } = Promise.withResolvers<number>();
+  server.bindAsync(options.listenAddress, grpc.ServerCredentials.createInsecure(), (error, port) => {
+    if (error === null) {
+      resolve(port);
+    } else {
+      reject(new ClusterError('unavailable', `cannot listen on ${options.listenAddress}: ${error.message}`));
+    }
+  });
+  const port = await bound;
+  const host = options.listenAddress.slice(0, options.listenAddress.lastIndexOf(':'));
+  return {
+    address: `${host}:${port}`,
+    port,
+    health,
+    gateCounts: () => gate?.counts(),
+    goAway: () => server.drain(`${host}:${port}`, noDrainLimitMs),
+    close: async (signal) => {
+      const { promise: shut, resolve: done } = Promise.withResolvers<void>();
+      server.tryShutdown(() => done());
+      await beforeAbort(shut, signal).catch(() => undefined);
+      server.forceShutdown();
+      gate?.close();
+    },
+  };
+}
+
+/** The full name of a service, which is in the path of each of its methods. */
+function nameOf(definition: grpc.ServiceDefinition): string {
+  return Object.values(definition)[0]?.path.split('/')[1] ?? '';
+}
+
+/**
+ * Sets what grpc-js has no option for, in the options that it hands to http2, before the first port is bound:
+ * node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds, and the size of headers.
+ * grpc-server.test.ts notices when a release of grpc-js keeps them elsewhere.
+ */
+function setHttp2Options(server: grpc.Server, limits: GateLimits | undefined): void {
+  const http2Options: unknown = Reflect.get(server, 'commonServerOptions');
+  if (typeof http2Options !== 'object' || http2Options === null) {
+    throw new ClusterError('internal', 'this grpc-js does not keep its http2 options in commonServerOptions');
+  }
+  if (limits === undefined) {
+    Object.assign(http2Options, trustedResets);
+    return;
+  }
+  const settings = {
+    ...(http2Options as ServerOptions).settings,
+    maxHeaderListSize: limits.maxHeaderBytes,
+  };
+  Object.assign(http2Options, guardedResets, { settings, maxHeaderListPairs });
+}
+
+/** Puts a gate between the server's HTTP/2 servers and grpc-js's handler of streams. */
+function placeGate(
+  server: grpc.Server,
+  { services, maxReceiveBytes }: GrpcServerOptions,
+  options: NonNullable<GrpcServerOptions['gate']>,
+): Gate {
+  const methods = new Map<string, GateMethod>();
+  const register = (definition: grpc.ServiceDefinition, open: boolean): void => {
+    for (const { path, requestStream } of Object.values(definition)) {
+      const maxMessageBytes = open ? openMaxMessageBytes : maxReceiveBytes;
+      methods.set(path, { open, requestStream, maxMessageBytes });
+    }
+  };
+  services.forEach(({ definition }) => register(definition, false));
+  openServices.forEach((definition) => register(definition, true));
+  const gate = new Gate({ ...options, methods });
+  const hook = '_setupHandlers';
+  const setUp: unknown = Reflect.get(server, hook);
+  if (typeof setUp !== 'function') {
+    throw new ClusterError('internal', `this grpc-js does not set up its http2 servers in ${hook}`);
+  }
+  const setUpBehindGate = (http2Server: Http2Server, ...rest: unknown[]): void => {
+    Reflect.apply(setUp, server, [http2Server, ...rest]);
+    const listeners = http2Server.listeners('stream') as unknown as ServeStream[];
+    http2Server.removeAllListeners('stream');
+    gate.guard(http2Server, (...args) => listeners.forEach((serve) => serve(...args)));
+  };
+  Object.assign(server, { [hook]: setUpBehindGate });
+  return gate;
+}
+
+interface CancellableCall {
+  readonly cancelled: boolean;
+  on(event: 'cancelled', listener: () => void): unknown;
+  getDeadline(): grpc.Deadline;
+}
+
+/** Fires when the peer cancels or goes away (`canceled`), or its deadline passes (`deadline_exceeded`). */
+export function signalOf(call: CancellableCall): AbortSignal {
+  const controller = new AbortController();
+  const abort = (): void =>
+    controller.abort(
+      performance.now() >= deadlineMsOf(call)
+        ? new ClusterError('deadline_exceeded', 'the deadline passed')
+        : new ClusterError('canceled', 'the call was canceled by its caller'),
+    );
+  if (call.cancelled) {
+    abort();
+  } else {
+    call.on('cancelled', abort);
+  }
+  return controller.signal;
+}
+
+interface WritableCall<Response> {
+  write(message: Response, taken: () => void): unknown;
+}
+
+/**
+ * Writes a message and waits until the transport has taken it: a peer whose window is closed keeps this waiting, from the
+ * first byte. Rejects with the signal's reason where that fires first.
+ */
+export async function writeBounded<Response>(
+  call: WritableCall<Response>,
+  message: Response,
+  signal: AbortSignal,
+): Promise<void> {
+  signal.throwIfAborted();
+  const { promise: taken, resolve } = Promise.withResolvers<void>();
+  call.write(message, resolve);
+  await beforeAbort(taken, signal);
+}
+
+/** A peer has this long to take the status of a call that failed; then its stream is reset, with all that waits in it. */
+const statusTimeoutMs = 5_000;
+
+/** Sees to it that a stream ends, whether its peer reads or not. */
+function endUnread(call: object): void {
+  const inner: unknown = Reflect.get(call, 'call');
+  const stream: unknown =
+    typeof inner === 'object' && inner !== null ? Reflect.get(inner, 'stream') : undefined;
+  if (!isHttp2Stream(stream)) {
+    throw new ClusterError(
+      'internal',
+      'this grpc-js does not keep the http2 stream of a call in call.call.stream',
+    );
+  }
+  if (!stream.closed) {
+    const timer = setTimeout(() => stream.close(constants.NGHTTP2_ENHANCE_YOUR_CALM), statusTimeoutMs);
+    stream.once('close', () => clearTimeout(timer));
+  }
+}
+
+function isHttp2Stream(value: unknown): value is Http2Stream {
+  return value instanceof EventEmitter && 'rstCode' in value;
+}
+
+/** A request that is no valid message of its type; `unaryHandler` and `streamHandler` refuse it. */
+export class MalformedRequest {
+  readonly error: ClusterError;
+
+  constructor(error: ClusterError) {
+    this.error = error;
+  }
+}
+
+const strictUtf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
+
+function decodeStrictly(bytes: Uint8Array): string {
+  try {
+    return strictUtf8.decode(bytes);
+  } catch {
+    throw new ClusterError('invalid_argument', 'a text field of the request is not valid UTF-8');
+  }
+}
+
+/**
+ * A request deserializer that refuses what is not valid: fields beyond their limits, before objects are made of them;
+ * invalid UTF-8 (by default replaced with U+FFFD); bytes that are no message at all (by default an INTERNAL error).
+ */
+export function strictDeserializer<Request>(
+  message: { decode(input: BinaryReader): Request },
+  limits: MessageLimits,
+): (bytes: Buffer) => Request | MalformedRequest {
+  return (bytes) => {
+    try {
+      assertWithinLimits(bytes, limits);
+      return message.decode(new BinaryReader(bytes, decodeStrictly));
+    } catch (error) {
+      if (error instanceof ClusterError) {
+        return new MalformedRequest(error);
+      }
+      const text = `the request is not a valid message: ${ClusterError.from(error).message}`;
+      return new MalformedRequest(new ClusterError('invalid_argument', text, { cause: error }));
+    }
+  };
+}
+
+/** What a handler knows of its call besides the request. */
+export interface CallContext {
+  readonly signal: AbortSignal;
+  readonly metadata: grpc.Metadata;
+  /** By performance.now(); infinite: the caller set none. */
+  readonly deadlineMs: number;
+}
+
+function contextOf(call: CancellableCall & { metadata: grpc.Metadata }): CallContext {
+  return { signal: signalOf(call), metadata: call.metadata, deadlineMs: deadlineMsOf(call) };
+}
+
+/** What grpc/deadline.ts has set. */
+function deadlineMsOf(call: CancellableCall): number {
+  return Number(call.getDeadline());
+}
+
+function assertWellFormed<Request>(request: Request | MalformedRequest): asserts request is Request {
+  if (request instanceof MalformedRequest) {
+    throw request.error;
+  }
+}
+
+/** Makes a grpc-js handler from a function; what it throws becomes the call's status. */
+export function unaryHandler<Request, Response>(
+  serve: (request: Request, context: CallContext) => Promise<Response>,
+): grpc.handleUnaryCall<Request | MalformedRequest, Response> {
+  return (call, callback) => {
+    const answer = async (): Promise<Response> => {
+      assertWellFormed<Request>(call.request);
+      return serve(call.request, contextOf(call));
+    };
+    answer().then(
+      (response) => callback(null, response),
+      (error: unknown) => callback(statusFromError(error)),
+    );
+  };
+}
+
+/** Makes a grpc-js handler from a function that writes; what it throws becomes the stream's status. */
+export function streamHandler<Request, Response>(
+  serve: (
+    request: Request,
+    context: CallContext,
+    write: (message: Response) => Promise<void>,
+  ) => Promise<void>,
+): grpc.handleServerStreamingCall<Request | MalformedRequest, Response> {
+  return (call) => {
+    const answer = async (): Promise<void> => {
+      assertWellFormed<Request>(call.request);
+      const context = contextOf(call);
+      await serve(call.request, context, (message) => writeBounded(call, message, context.signal));
+    };
+    answer().then(
+      () => call.end(),
+      (error: unknown) => {
+        call.emit('error', statusFromError(error));
+        endUnread(call);
+      },
+    );
+  };
+}

@@ -1,0 +1,30 @@
+// What the gateway and the processes that read its prompts say to each other. Types only.
+
+import type { ErrorCode } from '@mimo/core/process/errors';
+import type { TokenTableData } from '@mimo/tokenizer';
+
+import type { PromptInput } from '../admission/admission.ts';
+
+/** A prompt's ids, and what of the completion's text it already holds. */
+export interface EncodedPrompt {
+  readonly tokenIds: readonly number[];
+  readonly begun: string;
+}
+
+/** A prompt, and how many tokens it may have. */
+export interface ReadPromptMessage {
+  readonly input: PromptInput;
+  readonly maxTokens: number;
+}
+
+/** Which of a model's files was at work. */
+export type PromptStage = 'chat template' | 'tokenizer';
+
+/** A reader's first message, and then its answer to each prompt. */
+export type ReaderMessage =
+  | { readonly kind: 'loaded'; readonly tokenTable: TokenTableData }
+  | { readonly kind: 'read'; readonly prompt: EncodedPrompt }
+  | { readonly kind: 'too many tokens'; readonly leastTokens: number }
+  | { readonly kind: 'failed'; readonly code: ErrorCode; readonly message: string }
+  /** The reader ends after this one. */
+  | { readonly kind: 'timed out'; readonly stage: PromptStage };

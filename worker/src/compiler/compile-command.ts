@@ -1,0 +1,130 @@
+// `mimo compile`: flags to CompileOptions, progress on stderr, one closing line on stdout. Knows nothing of how a
+// checkpoint is compiled.
+
+import { parseArgs } from 'node:util';
+import { ClusterError } from '@mimo/core/process/errors';
+import { compile, type CompileOptions, type CompileProgress } from './compile.ts';
+import { precisions } from '../shards/shard.ts';
+
+/** The flags of `mimo compile`, for its usage text. */
+export const compileUsage = `mimo compile --model DIR --out DIR [options]
+  --model DIR              checkpoint: config.json and safetensors
+  --out DIR                gets rank-0, rank-1, ...
+  --tensor-parallel N      ranks that share the model (default 1)
+  --precision P            int8 (default), int4 or fp32
+  --mtp-hidden H           pre-norm (default) or post-norm: which hidden state feeds the MTP layer
+  --accuracy-level N       4 (default) or 0: arithmetic of int8 and int4 products in int8 or in fp32
+  --max-positions N        positions that the RoPE tables cover (default: the config's)
+  --threads N              (default: one for each core, at most 8)`;
+
+const progressIntervalMs = { terminal: 100, lines: 5_000 } as const;
+const barWidth = 30;
+
+/**
+ * Compiles as the flags say. Throws `invalid_argument` that names every wrong flag, and what `compile` throws. The
+ * signal cancels; what is done by then is taken up by the next call.
+ */
+export async function runCompile(argv: readonly string[], signal: AbortSignal): Promise<void> {
+  const options = parseCompileArgs(argv);
+  const startedMs = performance.now();
+  const result = await compile({ ...options, onProgress: createProgressPrinter(startedMs) }, signal);
+  const seconds = ((performance.now() - startedMs) / 1_000).toFixed(1);
+  const sizes = result.rankBytes.map((bytes) => gigabytes(bytes)).join(' + ');
+  const peak = gigabytes(process.resourceUsage().maxRSS * 1_024);
+  const verb = result.upToDate ? 'up to date' : 'compiled';
+  process.stdout.write(
+    `${verb}: ${options.outDirectory} (key ${result.key.slice(0, 16)}) in ${seconds} s, weights ${sizes}, peak memory ${peak}\n`,
+  );
+}
+
+/** Flags to options; pure. */
+export function parseCompileArgs(argv: readonly string[]): CompileOptions {
+  const problems: string[] = [];
+  const values = readFlags(argv);
+  const choice = <Value extends string>(
+    flag: string,
+    value: string,
+    allowed: readonly Value[],
+  ): Value | undefined => {
+    const found = allowed.find((each) => each === value);
+    if (found === undefined) {
+      problems.push(`--${flag}: must be ${allowed.join(' or ')}, is ${value}`);
+    }
+    return found;
+  };
+  const count = (flag: string, value: string): number => {
+    const parsed = Number(value);
+    if (!Number.isInteger(parsed) || parsed < 1) {
+      problems.push(`--${flag}: must be an integer from 1, is ${value}`);
+    }
+    return parsed;
+  };
+  for (const flag of ['model', 'out'] as const) {
+    if (values[flag] === undefined || values[flag] === '') {
+      problems.push(`--${flag}: must name a directory, is missing`);
+    }
+  }
+  const maxPositions = values['max-positions'];
+  const threads = values.threads;
+  const options: CompileOptions = {
+    modelDirectory: values.model ?? '',
+    outDirectory: values.out ?? '',
+    tensorParallel: count('tensor-parallel', values['tensor-parallel']),
+    precision: choice('precision', values.precision, precisions) ?? 'int8',
+    mtpHidden: choice('mtp-hidden', values['mtp-hidden'], ['pre-norm', 'post-norm']) ?? 'pre-norm',
+    accuracyLevel: choice('accuracy-level', values['accuracy-level'], ['4', '0']) === '0' ? 0 : 4,
+    ...(maxPositions === undefined ? {} : { maxPositions: count('max-positions', maxPositions) }),
+    ...(threads === undefined ? {} : { threads: count('threads', threads) }),
+  };
+  if (problems.length > 0) {
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+  return options;
+}
+
+function readFlags(argv: readonly string[]) {
+  try {
+    return parseArgs({
+      args: [...argv],
+      options: {
+        model: { type: 'string' },
+        out: { type: 'string' },
+        'tensor-parallel': { type: 'string', default: '1' },
+        precision: { type: 'string', default: 'int8' },
+        'mtp-hidden': { type: 'string', default: 'pre-norm' },
+        'accuracy-level': { type: 'string', default: '4' },
+        'max-positions': { type: 'string' },
+        threads: { type: 'string' },
+      },
+    }).values;
+  } catch (error) {
+    throw new ClusterError('invalid_argument', ClusterError.from(error).message, { cause: error });
+  }
+}
+
+/** Progress on standard error: a bar that is redrawn on a terminal, a line now and then elsewhere. */
+export function createProgressPrinter(startedMs: number): (progress: CompileProgress) => void {
+  const { isTTY } = process.stderr;
+  let printedMs = startedMs;
+  return ({ tensor, doneBytes, totalBytes }) => {
+    const nowMs = performance.now();
+    const last = doneBytes === totalBytes;
+    if (!last && nowMs - printedMs < (isTTY ? progressIntervalMs.terminal : progressIntervalMs.lines)) {
+      return;
+    }
+    printedMs = nowMs;
+    const ratio = doneBytes / totalBytes;
+    const counts = `${gigabytes(doneBytes)} of ${gigabytes(totalBytes)}`;
+    if (isTTY) {
+      const bar = '#'.repeat(Math.round(ratio * barWidth)).padEnd(barWidth, '.');
+      const clearToEnd = '\u001B[K';
+      process.stderr.write(`\r[${bar}] ${counts}  ${tensor}${clearToEnd}${last ? '\n' : ''}`);
+    } else {
+      process.stderr.write(`compiling: ${counts}, ${tensor}\n`);
+    }
+  };
+}
+
+function gigabytes(bytes: number): string {
+  return bytes < 1e8 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+}

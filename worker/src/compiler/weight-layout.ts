@@ -1,0 +1,157 @@
+// Where each weight of one rank lies in its files, and which part of which checkpoint tensor goes there. Owns offsets
+// and byte lengths of every storage form; pure, so a shard's layout is known before the first weight is read.
+
+import { elementBytes, encodeHalves, type FloatType } from '../shards/element-type.ts';
+import type { GraphWeight } from './onnx-graph.ts';
+import { blockSize, type Range, rangeLength } from '../shards/shard-plan.ts';
+import type { ElementDtype } from './safetensors.ts';
+
+/** How the elements of a transfer are written: as the checkpoint stores them, as floats, or in quantised blocks. */
+export type Form = 'stored' | FloatType | 'int8' | 'int4';
+
+/** A rectangle of a checkpoint tensor; vectors are matrices of one column. */
+export interface Part {
+  readonly source: string;
+  readonly rows: Range;
+  readonly columns: Range;
+}
+
+/** One part and where it goes: its rows lie one after another from `offset`. */
+export interface Transfer extends Part {
+  readonly form: Form;
+  readonly file: string;
+  readonly offset: number;
+  /** Of the part's scales; quantised forms only. */
+  readonly scalesOffset: number;
+}
+
+/** Values that come from no checkpoint. */
+export interface Constant {
+  readonly file: string;
+  readonly offset: number;
+  readonly bytes: Uint8Array<ArrayBuffer>;
+}
+
+/** Allocates weights one after another; what it hands out goes into graphs, what it collects into the compile. */
+export interface WeightLayout {
+  readonly transfers: readonly Transfer[];
+  readonly constants: readonly Constant[];
+  /** Bytes of each file so far. */
+  readonly fileBytes: ReadonlyMap<string, number>;
+  /** Parts of equal width one below the other, [rows, columns], in the layout's float type or as stored. */
+  plain(name: string, parts: readonly Part[], stored?: ElementDtype): GraphWeight;
+  /** As `plain`, in the blocks and scales that MatMulNBits takes. */
+  quantized(name: string, parts: readonly Part[], bits: 4 | 8): { blocks: GraphWeight; scales: GraphWeight };
+  constant(name: string, dims: readonly number[], values: Float32Array<ArrayBuffer>): GraphWeight;
+}
+
+/** The rank's own weights. */
+const weightsFile = 'weights.bin';
+/** What every rank holds alike and unquantised: the embedding. */
+const sharedFile = 'embedding.bin';
+
+/** Whether a rank's file is a hard link to rank 0's. */
+export function isSharedCopy(file: string, rank: number): boolean {
+  return file === sharedFile && rank > 0;
+}
+
+const alignmentBytes = 64;
+/** How the checkpoint's types are called in graphs. */
+export const storedTypes = {
+  BF16: 'bfloat16',
+  F16: 'float16',
+  F32: 'float',
+} as const satisfies Record<ElementDtype, FloatType>;
+
+/** Bytes that one row of `columns` takes in quantised blocks; scales are counted apart. */
+export function rowBytes(form: 'int8' | 'int4', columns: number): number {
+  return form === 'int8' ? columns : columns / 2;
+}
+
+/** A fresh, empty layout; `floatType` is that of everything that is neither quantised nor kept as stored. */
+export function createWeightLayout(floatType: FloatType): WeightLayout {
+  const transfers: Transfer[] = [];
+  const constants: Constant[] = [];
+  const fileBytes = new Map<string, number>();
+
+  const allocate = (
+    file: string,
+    weight: Pick<GraphWeight, 'name' | 'type' | 'dims' | 'bytes'>,
+  ): GraphWeight => {
+    const offset = Math.ceil((fileBytes.get(file) ?? 0) / alignmentBytes) * alignmentBytes;
+    fileBytes.set(file, offset + weight.bytes);
+    return { ...weight, file, offset };
+  };
+
+  return {
+    transfers,
+    constants,
+    fileBytes,
+    plain(name, parts, stored) {
+      const { rows, columns } = shapeOf(parts);
+      const type = stored === undefined ? floatType : storedTypes[stored];
+      const bytes = elementBytes[type];
+      const weight = allocate(stored === undefined ? weightsFile : sharedFile, {
+        name,
+        type,
+        dims: columns === 1 ? [rows] : [rows, columns],
+        bytes: rows * columns * bytes,
+      });
+      let row = 0;
+      for (const part of parts) {
+        const form = stored === undefined ? floatType : 'stored';
+        transfers.push({
+          ...part,
+          form,
+          file: weight.file,
+          offset: weight.offset + row * columns * bytes,
+          scalesOffset: 0,
+        });
+        row += rangeLength(part.rows);
+      }
+      return weight;
+    },
+    quantized(name, parts, bits) {
+      const { rows, columns } = shapeOf(parts);
+      const form = bits === 8 ? 'int8' : 'int4';
+      const rowBlocks = columns / blockSize;
+      const blocks = allocate(weightsFile, {
+        name: `${name}.blocks`,
+        type: 'uint8',
+        dims: [rows, rowBlocks, rowBytes(form, blockSize)],
+        bytes: rows * rowBytes(form, columns),
+      });
+      const scales = allocate(weightsFile, {
+        name: `${name}.scales`,
+        type: 'float',
+        dims: [rows, rowBlocks],
+        bytes: rows * rowBlocks * elementBytes.float,
+      });
+      let row = 0;
+      for (const part of parts) {
+        transfers.push({
+          ...part,
+          form,
+          file: weightsFile,
+          offset: blocks.offset + row * rowBytes(form, columns),
+          scalesOffset: scales.offset + row * rowBlocks * elementBytes.float,
+        });
+        row += rangeLength(part.rows);
+      }
+      return { blocks, scales };
+    },
+    constant(name, dims, values) {
+      const encoded = floatType === 'float' ? values : encodeHalves(values, floatType);
+      const bytes = new Uint8Array(encoded.buffer);
+      const weight = allocate(weightsFile, { name, type: floatType, dims, bytes: bytes.length });
+      constants.push({ file: weight.file, offset: weight.offset, bytes });
+      return weight;
+    },
+  };
+}
+
+function shapeOf(parts: readonly Part[]): { rows: number; columns: number } {
+  const rows = parts.reduce((sum, part) => sum + rangeLength(part.rows), 0);
+  const columns = Math.max(...parts.map((part) => rangeLength(part.columns)));
+  return { rows, columns };
+}

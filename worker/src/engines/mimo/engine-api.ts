@@ -1,0 +1,96 @@
+// What goes into the engine and what comes out of it: requests, frames, figures. Types only; plain data that crosses
+// threads. Knows no text, no session of a gateway and no tensor.
+
+import type { ErrorCode } from '@mimo/core/process/errors';
+
+/** How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed, position). */
+export interface SequenceSampling {
+  readonly temperature: number;
+  readonly topP: number;
+  /** 0: all. */
+  readonly topK: number;
+  readonly minP: number;
+  readonly repetitionPenalty: number;
+  readonly presencePenalty: number;
+  readonly frequencyPenalty: number;
+  readonly seed: number;
+  readonly stopTokenIds: readonly number[];
+  readonly maxTokens: number;
+  readonly minTokens: number;
+  readonly ignoreEos: boolean;
+  /** -1: none; else that many alternatives beside the chosen token. */
+  readonly logprobs: number;
+  /** 0 or 1. */
+  readonly draftTokens: number;
+}
+
+export interface SequenceRequest {
+  /** The caller's number for it, unique among the live ones. */
+  readonly sequenceId: number;
+  /** Prompt, then `resumedTokens` completion tokens. */
+  readonly tokenIds: readonly number[];
+  readonly resumedTokens: number;
+  readonly sampling: SequenceSampling;
+  /** Tokens that may be produced before more credit comes; Infinity: no limit. */
+  readonly creditTokens: number;
+}
+
+export interface TokenLogprob {
+  readonly tokenId: number;
+  readonly logprob: number;
+  readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
+}
+
+/** Why a sequence gave up its slot and its KV blocks: whoever submitted it has let it produce no more for a while. */
+export type ParkReason = 'no credit';
+
+/** `parked` is no end of the text: submitted again with its tokens, the sequence goes on. */
+export type SequenceEnd =
+  | { readonly kind: 'stop'; readonly stopTokenId: number }
+  | { readonly kind: 'length' }
+  | { readonly kind: 'aborted' }
+  | { readonly kind: 'parked'; readonly reason: ParkReason }
+  | { readonly kind: 'error'; readonly code: ErrorCode; readonly message: string };
+
+export interface SequenceDelta {
+  readonly sequenceId: number;
+  /** Completion index of the first token here, resumed tokens counted. */
+  readonly index: number;
+  /** Without the token that ended it. */
+  readonly tokenIds: readonly number[];
+  readonly logprobs?: readonly TokenLogprob[];
+  /** Drafts made and accepted so far; absent where there was none. */
+  readonly speculation?: { readonly draftedTokens: number; readonly acceptedTokens: number };
+  readonly finish?: SequenceEnd & {
+    readonly completionTokens: number;
+    readonly draftedTokens: number;
+    readonly acceptedTokens: number;
+  };
+}
+
+/** What one engine step produced. */
+export interface EngineFrame {
+  readonly step: number;
+  readonly deltas: readonly SequenceDelta[];
+  readonly stats: EngineStats;
+  /** Wall time of the step; absent where the engine ran in no step thread. */
+  readonly stepMs?: number;
+}
+
+export interface EngineStats {
+  readonly steps: number;
+  readonly promptTokens: number;
+  readonly completionTokens: number;
+  readonly draftedTokens: number;
+  readonly acceptedTokens: number;
+  /** Parked since the beginning. */
+  readonly parkedSequences: number;
+  readonly runningSequences: number;
+  readonly waitingSequences: number;
+  /** Of those that wait, those for which there is no slot, or no KV blocks. */
+  readonly blockedSequences: number;
+  /** Of those that run, those that will be parked for others. */
+  readonly parkableSequences: number;
+  readonly kvBlocks: number;
+  readonly kvBlocksUsed: number;
+}

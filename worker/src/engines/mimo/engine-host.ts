@@ -1,0 +1,399 @@
+// The engine as its process sees it. Owns the step threads of the ranks that live here, the messages to and from the
+// leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no queue,
+// no gRPC and no Kubernetes.
+
+import { Worker } from 'node:worker_threads';
+import { ClusterError } from '@mimo/core/process/errors';
+import { exitAtOnce } from '../../collective/libc.ts';
+import type { ModelConfig } from '../../shards/model-config.ts';
+import type { Precision } from '../../shards/shard.ts';
+import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
+import type { EngineLimits } from './engine.ts';
+import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
+import { kvBlockTokens } from './kv-cache.ts';
+import { openGroup, type LocalRanks } from './local-ranks.ts';
+import type { StepThreadOptions, StepThreadRequest, StepThreadResponse } from './step-thread.ts';
+import { createTurns, looksPerLimit, StepWatch } from './step-watch.ts';
+
+export type * from './engine-api.ts';
+export type { EngineOptions, GroupOptions } from './engine-options.ts';
+
+/** Fixed facts of the loaded model and the engine's limits. */
+export interface EngineInfo {
+  readonly rank: number;
+  readonly worldSize: number;
+  readonly runtime: 'ort-capi' | 'ort-node';
+  readonly shardKey: string;
+  readonly precision: Precision;
+  readonly config: ModelConfig;
+  /** Prompt and completion together. */
+  readonly maxContextTokens: number;
+  /** 1 where the model has an MTP layer, else 0. */
+  readonly draftTokens: number;
+  readonly maxSequences: number;
+  readonly kvBlocks: number;
+  /** Positions of one block. */
+  readonly kvBlockTokens: number;
+}
+
+/**
+ * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something; `submit`
+ * throws `failed_precondition`.
+ */
+export interface EngineHost {
+  readonly info: EngineInfo;
+  /**
+   * Resolves (never rejects) with the reason when the group is over; every live sequence has then ended with `aborted`. The
+   * code is `canceled` on a follower whose leader has dissolved the group in order.
+   */
+  readonly failed: Promise<ClusterError>;
+  /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
+  readonly leaving: Promise<void>;
+  /** A step has taken so long that nothing should be submitted until it ends. */
+  readonly isStalled: boolean;
+  /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
+  leave(): void;
+  /** Throws `unavailable` while draining or closed. A request that cannot run ends with an `error` delta instead. */
+  submit(request: SequenceRequest): void;
+  /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
+  abort(sequenceId: number): void;
+  /** Unknown or ended ids are ignored. */
+  addCredit(sequenceId: number, tokens: number): void;
+  /** Called once per step with every sequence's new tokens. Returns the way to stop listening. */
+  onFrame(listener: (frame: EngineFrame) => void): () => void;
+  /** As of the last frame. */
+  stats(): EngineStats;
+  /** Takes nothing new and resolves when the last sequence has ended, or rejects with the signal's reason. */
+  drain(signal?: AbortSignal): Promise<void>;
+  /**
+   * Ends live sequences with `aborted`, stops the threads, frees the model. Idempotent. Where a step hangs its thread
+   * stays, and the process ends with it.
+   */
+  close(): Promise<void>;
+}
+
+/** A step thread that is asked to close ends its step; one that is blocked is stopped after this. */
+const closeGraceMs = 1000;
+
+/**
+ * Loads the shards, joins the group and starts the step loop; resolves when the group is ready. Errors: `invalid_argument`
+ * (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded` (peers did not come),
+ * `canceled` (signal). The caller closes the host.
+ */
+export async function startEngine(options: EngineOptions, signal?: AbortSignal): Promise<EngineHost> {
+  const complete = await completeOptions(options);
+  const ranks = await openGroup(options, complete, signal ?? new AbortController().signal);
+  const engine = new RunningEngine(complete, ranks);
+  try {
+    await engine.ready(signal);
+    return engine;
+  } catch (error) {
+    await engine.close();
+    throw ClusterError.from(error);
+  }
+}
+
+class RunningEngine implements EngineHost {
+  readonly failed: Promise<ClusterError>;
+  readonly leaving: Promise<void>;
+  readonly #resolveFailed: (error: ClusterError) => void;
+  readonly #resolveLeaving: () => void;
+  readonly #complete: CompleteOptions;
+  /** With the KV cache that fits, once the leader knows. */
+  #limits: EngineLimits;
+  readonly #ranks: LocalRanks;
+  readonly #threads: readonly Worker[];
+  readonly #exits: readonly Promise<void>[];
+  readonly #watches: StepWatch[] = [];
+  readonly #looking: NodeJS.Timeout;
+  #isStalled = false;
+  /** Resolves when a step hangs, whose thread cannot be waited for. */
+  readonly #hung = Promise.withResolvers<void>();
+  readonly #listeners = new Set<(frame: EngineFrame) => void>();
+  /** Live sequences, with the completion tokens that each has delivered. */
+  readonly #live = new Map<number, number>();
+  readonly #drained = new Set<() => void>();
+  readonly #ready = Promise.withResolvers<void>();
+  #readyThreads = 0;
+  #runtime: EngineInfo['runtime'] = 'ort-capi';
+  #stats: EngineStats;
+  #state: 'open' | 'draining' | 'closing' | 'failed' = 'open';
+
+  constructor(complete: CompleteOptions, ranks: LocalRanks) {
+    const { promise, resolve } = Promise.withResolvers<ClusterError>();
+    this.failed = promise;
+    this.#resolveFailed = resolve;
+    const leaving = Promise.withResolvers<void>();
+    this.leaving = leaving.promise;
+    this.#resolveLeaving = leaving.resolve;
+    this.#complete = complete;
+    this.#limits = complete.limits;
+    this.#ranks = ranks;
+    this.#stats = idleStats(complete.limits.kvBlocks);
+    this.#threads = complete.manifests.map((_, i) => this.#startThread(i));
+    this.#exits = this.#threads.map((thread) => new Promise((done) => thread.once('exit', () => done())));
+    this.#ready.promise.catch(() => undefined);
+    this.#looking = setInterval(() => this.#look(), complete.stepTimeoutMs / looksPerLimit).unref();
+  }
+
+  get info(): EngineInfo {
+    const { manifests } = this.#complete;
+    const limits = this.#limits;
+    const manifest = manifests[0]!;
+    return {
+      rank: manifest.rank,
+      worldSize: manifest.tensorParallel,
+      runtime: this.#runtime,
+      shardKey: manifest.key,
+      precision: manifest.precision,
+      config: manifest.config,
+      maxContextTokens: limits.maxContextTokens,
+      draftTokens: limits.draftTokens,
+      maxSequences: limits.maxSequences,
+      kvBlocks: limits.kvBlocks,
+      kvBlockTokens,
+    };
+  }
+
+  /** Resolves when all local ranks have met the whole group; rejects with the first failure or the signal's reason. */
+  async ready(signal: AbortSignal | undefined): Promise<void> {
+    const { promise, reject } = Promise.withResolvers<never>();
+    const onAbort = (): void => reject(signal?.reason);
+    signal?.addEventListener('abort', onAbort, { once: true });
+    try {
+      signal?.throwIfAborted();
+      await Promise.race([this.#ready.promise, promise]);
+    } finally {
+      signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  get isStalled(): boolean {
+    return this.#isStalled;
+  }
+
+  leave(): void {
+    Atomics.store(this.#ranks.leaving, 0, 1);
+  }
+
+  submit(request: SequenceRequest): void {
+    if (this.info.rank !== 0) {
+      throw new ClusterError('failed_precondition', `rank ${this.info.rank} follows: submit to rank 0`);
+    }
+    if (this.#state !== 'open') {
+      throw new ClusterError('unavailable', `the engine is ${this.#state}`);
+    }
+    if (this.#live.has(request.sequenceId)) {
+      throw new ClusterError('invalid_argument', `sequenceId: ${request.sequenceId} is live`);
+    }
+    this.#live.set(request.sequenceId, request.resumedTokens);
+    this.#send({ kind: 'submit', request });
+  }
+
+  abort(sequenceId: number): void {
+    if (this.#live.has(sequenceId)) {
+      this.#send({ kind: 'abort', sequenceId });
+    }
+  }
+
+  addCredit(sequenceId: number, tokens: number): void {
+    if (this.#live.has(sequenceId)) {
+      this.#send({ kind: 'credit', sequenceId, tokens });
+    }
+  }
+
+  onFrame(listener: (frame: EngineFrame) => void): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  stats(): EngineStats {
+    return this.#stats;
+  }
+
+  async drain(signal?: AbortSignal): Promise<void> {
+    if (this.#state === 'open') {
+      this.#state = 'draining';
+    }
+    if (this.#live.size === 0) {
+      return;
+    }
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const onAbort = (): void => reject(ClusterError.from(signal?.reason));
+    signal?.addEventListener('abort', onAbort, { once: true });
+    this.#drained.add(resolve);
+    try {
+      signal?.throwIfAborted();
+      await promise;
+    } finally {
+      this.#drained.delete(resolve);
+      signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  async close(): Promise<void> {
+    if (this.#state === 'open' || this.#state === 'draining') {
+      this.#state = 'closing';
+      this.#endLive({ kind: 'aborted' });
+    }
+    if (this.info.rank === 0) {
+      this.#send({ kind: 'close' });
+    } else {
+      this.#ranks.stop();
+    }
+    const timer = setTimeout(() => this.#ranks.stop(), closeGraceMs);
+    await Promise.race([Promise.all(this.#exits), this.#hung.promise]);
+    clearTimeout(timer);
+    clearInterval(this.#looking);
+  }
+
+  /** Ends the group where one of its steps does not end by itself. */
+  #look(): void {
+    const health = this.#watches.map((watch) => watch.look());
+    this.#isStalled = health.some((each) => each !== 'turning');
+    const index = health.indexOf('hung');
+    if (index >= 0) {
+      clearInterval(this.#looking);
+      const { manifests, stepTimeoutMs } = this.#complete;
+      const text = `rank ${manifests[index]!.rank} has been in one step for ${stepTimeoutMs / 1000} s`;
+      // Node's exit would wait for the thread.
+      process.once('exit', exitAtOnce);
+      this.#fail(new ClusterError('deadline_exceeded', text));
+      this.#hung.resolve();
+    }
+  }
+
+  #startThread(index: number): Worker {
+    const { manifests, directories, runtime, threads, limits, isKvAuto } = this.#complete;
+    const turns = createTurns();
+    this.#watches.push(new StepWatch(turns));
+    const workerData: StepThreadOptions = {
+      directory: directories[index]!,
+      manifest: manifests[index]!,
+      // The ranks of one process share one pool: each rank's own thread computes too.
+      runtime: { ...runtime, intraOpThreads: 1 + manifests.length * (threads - 1) },
+      collective: this.#ranks.sources[index]!,
+      limits,
+      isKvAuto,
+      pingMs: this.#ranks.pingMs,
+      leaving: this.#ranks.leaving,
+      turns,
+    };
+    const thread = new Worker(new URL('step-thread.ts', import.meta.url), {
+      workerData,
+      name: `rank-${manifests[index]!.rank}`,
+    });
+    thread.on('message', (response: StepThreadResponse) => this.#receive(response));
+    thread.on('error', (error) => this.#fail(ClusterError.from(error)));
+    thread.on('exit', () => this.#fail(new ClusterError('unavailable', 'a step thread ended')));
+    return thread;
+  }
+
+  #receive(response: StepThreadResponse): void {
+    switch (response.kind) {
+      case 'ready':
+        this.#runtime = response.runtime;
+        if (response.limits !== undefined) {
+          this.#limits = response.limits;
+          this.#stats = idleStats(response.limits.kvBlocks);
+        }
+        this.#readyThreads += 1;
+        if (this.#readyThreads === this.#threads.length) {
+          this.#ready.resolve();
+        }
+        break;
+      case 'frame':
+        this.#deliver(response.frame);
+        break;
+      case 'leaving':
+        this.#resolveLeaving();
+        break;
+      case 'ended':
+        this.#fail(new ClusterError('canceled', 'the leader has dissolved the group'));
+        break;
+      case 'failed':
+        // A rank that was stopped tells nothing new: what stopped the group is told by another, or is `close`.
+        if (response.code !== 'canceled') {
+          this.#fail(new ClusterError(response.code, response.message));
+        }
+        break;
+    }
+  }
+
+  #deliver(frame: EngineFrame): void {
+    if (this.#state === 'closing' || this.#state === 'failed') {
+      return;
+    }
+    this.#stats = frame.stats;
+    for (const { sequenceId, index, tokenIds, finish } of frame.deltas) {
+      if (finish === undefined) {
+        this.#live.set(sequenceId, index + tokenIds.length);
+      } else {
+        this.#live.delete(sequenceId);
+      }
+    }
+    this.#emit(frame);
+  }
+
+  #emit(frame: EngineFrame): void {
+    for (const listener of this.#listeners) {
+      listener(frame);
+    }
+    if (this.#live.size === 0) {
+      this.#drained.forEach((resolve) => resolve());
+    }
+  }
+
+  /** The first failure counts; later ones are its consequences, and none after `close` is one. */
+  #fail(error: ClusterError): void {
+    if (this.#state === 'closing' || this.#state === 'failed') {
+      return;
+    }
+    this.#state = 'failed';
+    this.#ranks.stop();
+    this.#ready.reject(error);
+    this.#endLive({ kind: 'error', code: 'aborted', message: `the group is lost: ${error.message}` });
+    this.#resolveFailed(error);
+  }
+
+  #endLive(end: { kind: 'aborted' } | { kind: 'error'; code: 'aborted'; message: string }): void {
+    const deltas = [...this.#live].map(([sequenceId, completionTokens]): SequenceDelta => ({
+      sequenceId,
+      index: completionTokens,
+      tokenIds: [],
+      finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
+    }));
+    this.#live.clear();
+    this.#stats = {
+      ...this.#stats,
+      runningSequences: 0,
+      waitingSequences: 0,
+      blockedSequences: 0,
+      parkableSequences: 0,
+      kvBlocksUsed: 0,
+    };
+    this.#emit({ step: this.#stats.steps, deltas, stats: this.#stats });
+  }
+
+  #send(request: StepThreadRequest): void {
+    this.#threads[0]?.postMessage(request);
+  }
+}
+
+/** The figures of an engine that has done nothing and holds `kvBlocks`, all free. */
+export function idleStats(kvBlocks: number): EngineStats {
+  return {
+    steps: 0,
+    promptTokens: 0,
+    completionTokens: 0,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+    parkedSequences: 0,
+    runningSequences: 0,
+    waitingSequences: 0,
+    blockedSequences: 0,
+    parkableSequences: 0,
+    kvBlocks,
+    kvBlocksUsed: 0,
+  };
+}

@@ -1,0 +1,222 @@
+// The options of an engine: from what the worker passes to a complete, checked set. Owns the defaults, their reasons and
+// the limits that follow from the shards. Reads manifests, and nothing else from disk.
+
+import { ClusterError } from '@mimo/core/process/errors';
+import { activationType, readShardManifest, type Precision, type ShardManifest } from '../../shards/shard.ts';
+import { elementBytes } from '../../shards/element-type.ts';
+import type { ExecutionProvider, RuntimeOptions } from '../../runtime/runtime.ts';
+import type { EngineLimits } from './engine.ts';
+import { blocksFor, kvBlockTokens } from './kv-cache.ts';
+
+/** Where the other ranks of the group are. */
+export type GroupOptions =
+  /** All ranks are threads of this process; one shard directory per rank. A single directory is a group of one. */
+  | { readonly kind: 'in-process' }
+  /** One rank per process, joined by TCP; one shard directory, this rank's. */
+  | {
+      readonly kind: 'network';
+      readonly rank: number;
+      /** `host:port` of every rank by rank, this one's included (others reach it there). Higher ranks dial lower ones. */
+      readonly addresses: readonly string[];
+      /** Where this rank listens, `host:port`; default: its entry of `addresses`. */
+      readonly listenAddress?: string;
+      /** Shared secret of the group; a peer with another one is turned away. */
+      readonly token: string;
+      /** The whole group must have met and loaded within this time. Default 120 s. */
+      readonly connectTimeoutMs?: number;
+      /** A peer that is silent for this long in a step, or while idle, is lost. Default 10 s. */
+      readonly peerTimeoutMs?: number;
+    };
+
+export interface EngineOptions {
+  /** Compiled shards: every rank's in order for an in-process group, this rank's alone for a network group. */
+  readonly shardDirectories: readonly string[];
+  readonly group: GroupOptions;
+  readonly runtime?: 'ort-capi' | 'ort-node' | 'auto';
+  /** Where ranks compute. Default `cpu`. */
+  readonly executionProvider?: ExecutionProvider;
+  /** libonnxruntime to load; default: the one that onnxruntime-node bundles. `cuda` needs another. */
+  readonly runtimeLibrary?: string;
+  /** Where kernels for a device that are compiled at the first start are kept; default: nowhere. */
+  readonly kernelDirectory?: string;
+  /** Compute threads per rank. Default 1. */
+  readonly threads?: number;
+  /** Sequences that hold KV cache at a time. `auto`, the default, by the execution provider: 16, or 256 on `cuda`. */
+  readonly maxSequences?: number | 'auto';
+  /**
+   * KV cache of one rank in bytes; the leader's value counts. Default `auto`: what every rank's device or container has
+   * left after the weights, less a reserve; 1 GiB where no limit is known.
+   */
+  readonly kvBytes?: number | 'auto';
+  /** The same in blocks of 64 positions; wins over kvBytes. */
+  readonly kvBlocks?: number;
+  /** Rows of one step, all sequences together. Default `auto`: 128, or 2048. */
+  readonly maxBatchTokens?: number | 'auto';
+  /** Rows of one sequence's prefill in one step. Default `auto`: 64, or 512. */
+  readonly prefillChunkTokens?: number | 'auto';
+  /** Ids at or above this are padding and are never chosen. Default: the model's vocabulary. */
+  readonly usableVocab?: number;
+  /** Tokens drafted a step; at most one, and none without an MTP layer. Default 1; 0 turns speculation off. */
+  readonly draftTokens?: number;
+  /** Draft only where verifying pays (few sequences); false: always draft. Default true. */
+  readonly adaptiveSpeculation?: boolean;
+  /** A sequence without credit for this long is parked when others can use what it holds. Default 2 s. */
+  readonly parkAfterMs?: number;
+  /** A step that takes longer hangs: the group is over. Default 2 min. */
+  readonly stepTimeoutMs?: number;
+}
+
+/** Options in full, with the manifests of the ranks that live in this process. */
+export interface CompleteOptions {
+  readonly manifests: readonly ShardManifest[];
+  readonly directories: readonly string[];
+  readonly runtime: Omit<RuntimeOptions, 'intraOpThreads'>;
+  readonly threads: number;
+  /** With `isKvAuto`, `kvBlocks` and `maxContextTokens` are those that can ever be used. */
+  readonly limits: EngineLimits;
+  readonly isKvAuto: boolean;
+  readonly stepTimeoutMs: number;
+}
+
+type Size = 'maxSequences' | 'prefillChunkTokens' | 'maxBatchTokens';
+
+// 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
+const forProcessors = { maxSequences: 16, prefillChunkTokens: 64, maxBatchTokens: 128 } as const;
+
+const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>>>> = {
+  cpu: forProcessors,
+  webgpu: forProcessors,
+  // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of one;
+  // chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/lab/gpu.md).
+  cuda: { maxSequences: 256, prefillChunkTokens: 512, maxBatchTokens: 2048 },
+};
+
+/** A client that pauses for less keeps its place; computing a long prompt again takes about as long. */
+const defaultParkAfterMs = 2_000;
+
+/** The largest step of a 7B model takes seconds on two busy cores; a device may compile in its first ones. */
+const defaultStepTimeoutMs = 120_000;
+
+/**
+ * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
+ * arithmetic (reference, section MTP: about 4 rows with int4, 6 with int8).
+ */
+const speculatingSequences: Readonly<Record<Precision, number>> = {
+  int4: 4,
+  int8: 6,
+  fp32: 8,
+  // Reading the weights takes as long as computing some 300 rows on the GPUs that these are for.
+  fp16: 64,
+  bf16: 64,
+};
+
+/**
+ * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
+ * `failed_precondition` where the shards are not those of the group.
+ */
+export async function completeOptions(options: EngineOptions): Promise<CompleteOptions> {
+  const { group, shardDirectories: directories } = options;
+  const problems: string[] = [];
+  const count = (name: keyof EngineOptions, fallback: number): number => {
+    const value = (options[name] ?? fallback) as number;
+    if (!Number.isInteger(value) || value < 1) {
+      problems.push(`${name}: must be an integer from 1, is ${value}`);
+    }
+    return value;
+  };
+  const size = (name: Size, fallback: number): number =>
+    options[name] === 'auto' ? fallback : count(name, fallback);
+  const ours = defaults[options.executionProvider ?? 'cpu'];
+  const maxSequences = size('maxSequences', ours.maxSequences);
+  const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
+  const prefillChunkTokens = size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens));
+  const threads = count('threads', 1);
+  const stepTimeoutMs = count('stepTimeoutMs', defaultStepTimeoutMs);
+  const isKvAuto = options.kvBlocks === undefined && (options.kvBytes ?? 'auto') === 'auto';
+  const kvBytes = options.kvBlocks !== undefined || isKvAuto ? Infinity : count('kvBytes', 1);
+  if (maxBatchTokens < 2 * maxSequences) {
+    problems.push(
+      `maxBatchTokens: must be at least 2 x maxSequences (${2 * maxSequences}), is ${maxBatchTokens}`,
+    );
+  }
+  const local = group.kind === 'network' ? 1 : Math.max(1, directories.length);
+  if (directories.length !== local) {
+    problems.push(`shardDirectories: a ${group.kind} group takes ${local} here, has ${directories.length}`);
+  }
+  if (problems.length > 0) {
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+
+  const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
+  assertGroupShards(manifests, options);
+  const manifest = manifests[0]!;
+  const { config } = manifest;
+  const contextBlocks = Math.ceil(manifest.maxPositions / kvBlockTokens);
+  const wantedBlocks =
+    options.kvBlocks === undefined ? Math.floor(kvBytes / kvBlockBytes(manifest)) : count('kvBlocks', 1);
+  const kvBlocks = Math.min(wantedBlocks, maxSequences * blocksFor(manifest.maxPositions, contextBlocks));
+  if (!(kvBlocks >= 1)) {
+    throw new ClusterError(
+      'invalid_argument',
+      `kvBytes: one block takes ${kvBlockBytes(manifest)}, are ${kvBytes}`,
+    );
+  }
+  const usableVocab = count('usableVocab', config.vocabSize);
+  if (problems.length > 0 || usableVocab > config.vocabSize) {
+    problems.push(`usableVocab: must be at most ${config.vocabSize}, is ${usableVocab}`);
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+  return {
+    manifests,
+    directories,
+    runtime: {
+      implementation: options.runtime ?? 'auto',
+      executionProvider: options.executionProvider ?? 'cpu',
+      ...(options.runtimeLibrary === undefined ? {} : { libraryPath: options.runtimeLibrary }),
+      ...(options.kernelDirectory === undefined ? {} : { kernelDirectory: options.kernelDirectory }),
+    },
+    threads,
+    isKvAuto,
+    stepTimeoutMs,
+    limits: {
+      maxSequences,
+      maxBatchTokens,
+      prefillChunkTokens,
+      kvBlocks,
+      maxContextTokens: Math.min(manifest.maxPositions, kvBlocks * kvBlockTokens),
+      vocabSize: config.vocabSize,
+      usableVocab,
+      eosTokenIds: config.eosTokenIds,
+      draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
+      maxSpeculatingSequences:
+        options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
+      parkAfterMs: count('parkAfterMs', defaultParkAfterMs),
+    },
+  };
+}
+
+/** Bytes that one block takes on one rank: keys and values of every layer, the MTP layer included. */
+export function kvBlockBytes({ config, tensorParallel, precision }: ShardManifest): number {
+  const layers = config.layers + Math.min(1, config.mtpLayers);
+  const bytes = elementBytes[activationType(precision)];
+  return bytes * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;
+}
+
+function assertGroupShards(
+  manifests: readonly ShardManifest[],
+  { group, shardDirectories }: EngineOptions,
+): void {
+  const worldSize = group.kind === 'network' ? group.addresses.length : manifests.length;
+  const firstRank = group.kind === 'network' ? group.rank : 0;
+  for (const [i, manifest] of manifests.entries()) {
+    const expected = { rank: firstRank + i, tensorParallel: worldSize, key: manifests[0]!.key };
+    for (const field of ['tensorParallel', 'rank', 'key'] as const) {
+      if (manifest[field] !== expected[field]) {
+        throw new ClusterError(
+          'failed_precondition',
+          `${shardDirectories[i]}: ${field} must be ${expected[field]}, is ${manifest[field]}`,
+        );
+      }
+    }
+  }
+}

@@ -1,0 +1,444 @@
+// The leader's step: decide, run the backbone, choose tokens, verify drafts, run the MTP layer, report. Owns the
+// sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank: passes
+// go through a PassExecutor (leader.ts over the group, or a model of the test's own).
+//
+// Speculation with one draft token (reference mimo-architecture.md §3.5, written so that no hidden state is carried over):
+// after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next prompt
+// token, for the last row the chosen one. So the MTP layer runs for exactly the surviving rows in the same step; slot s
+// pairs the hidden state of row s with token s+1, and the MTP cache is as long as the backbone's. A draft is accepted iff
+// the token drawn for its row equals it, so text with and without speculation is the same. A rejected draft's row is
+// undone by not counting it: the next step overwrites its keys and values.
+
+import { ClusterError } from '@mimo/core/process/errors';
+import type {
+  EngineFrame,
+  EngineStats,
+  ParkReason,
+  SequenceDelta,
+  SequenceEnd,
+  SequenceRequest,
+} from './engine-api.ts';
+import { problemOf, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
+import { kvBlockTokens, KvCache } from './kv-cache.ts';
+import {
+  capacityTokens,
+  isParkable,
+  planStep,
+  type ScheduledRows,
+  type SchedulerLimits,
+  type SchedulerSequence,
+} from './scheduler.ts';
+import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
+import type { PassPlan, RowSpan } from './step-plan.ts';
+
+/** Runs a pass over the group. Returns what the plan asks of each head row, valid until the next pass. */
+export interface PassExecutor {
+  run(plan: PassPlan): readonly HeadRow[];
+}
+
+export interface EngineLimits {
+  readonly maxSequences: number;
+  readonly maxBatchTokens: number;
+  readonly prefillChunkTokens: number;
+  readonly kvBlocks: number;
+  /** Longest prompt and completion together. */
+  readonly maxContextTokens: number;
+  readonly vocabSize: number;
+  /** Ids at or above are never drawn. */
+  readonly usableVocab: number;
+  readonly eosTokenIds: readonly number[];
+  /** 0 where the model has no MTP layer. */
+  readonly draftTokens: number;
+  /** With more sequences decoding than this, verifying costs more than it gives. */
+  readonly maxSpeculatingSequences: number;
+  /** A sequence without credit for this long gives its slot and its KV blocks up to others. */
+  readonly parkAfterMs: number;
+}
+
+/** What an engine decides by; both have a part of their own only in tests and benches. */
+export interface EngineParts {
+  readonly plan: typeof planStep;
+  /** Milliseconds that only grow. */
+  readonly clockMs: () => number;
+}
+
+/** A sequence's rows of the step, with what the MTP pass needs of them. */
+interface StepRows {
+  readonly sequence: Sequence;
+  readonly scheduled: ScheduledRows;
+  readonly span: RowSpan;
+  /** First row of the forward pass. */
+  readonly firstRow: number;
+}
+
+/** The step loop's state. `step` until `hasWork` is false. */
+export class Engine {
+  readonly #executor: PassExecutor;
+  readonly #limits: EngineLimits;
+  readonly #schedulerLimits: SchedulerLimits;
+  readonly #sequenceLimits: SequenceLimits;
+  readonly #kv: KvCache;
+  readonly #plan: typeof planStep;
+  readonly #clockMs: () => number;
+  /** Live sequences by id, in order of arrival: the older is the earlier. */
+  readonly #sequences = new Map<number, Sequence>();
+  /** Ids of those that hold KV cache. */
+  readonly #running = new Set<number>();
+  /** Slots to give back with the next pass. */
+  #releasedSlots: number[] = [];
+  /** Ended outside of a step: refused, aborted or parked. */
+  #ended: SequenceDelta[] = [];
+  #afterQuick = false;
+  #blockedSequences = 0;
+  #parkableSequences = 0;
+  #counters = {
+    steps: 0,
+    promptTokens: 0,
+    completionTokens: 0,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+    parkedSequences: 0,
+  };
+
+  constructor(executor: PassExecutor, limits: EngineLimits, parts: Partial<EngineParts> = {}) {
+    this.#executor = executor;
+    this.#limits = limits;
+    this.#plan = parts.plan ?? planStep;
+    this.#clockMs = parts.clockMs ?? (() => performance.now());
+    this.#sequenceLimits = limits;
+    this.#schedulerLimits = {
+      maxSequences: limits.maxSequences,
+      maxBatchTokens: limits.maxBatchTokens,
+      prefillChunkTokens: limits.prefillChunkTokens,
+      maxSequenceBlocks: Math.ceil(limits.maxContextTokens / kvBlockTokens),
+      parkAfterMs: limits.parkAfterMs,
+    };
+    this.#kv = new KvCache({ blocks: limits.kvBlocks, slots: limits.maxSequences });
+  }
+
+  /** Queues a sequence. One that cannot run ends with an `error` delta in the next step. */
+  submit(request: SequenceRequest): void {
+    try {
+      if (this.#sequences.has(request.sequenceId)) {
+        throw new ClusterError('invalid_argument', `sequenceId: ${request.sequenceId} is live`);
+      }
+      validateRequest(request, this.#sequenceLimits);
+    } catch (error) {
+      const { code, message } = ClusterError.from(error);
+      this.#ended.push(refusedDelta(request, { kind: 'error', code, message }));
+      return;
+    }
+    const sequence = new Sequence(request, this.#sequenceLimits);
+    if (sequence.end === undefined) {
+      this.#sequences.set(sequence.id, sequence);
+    } else {
+      this.#ended.push(sequence.takeDelta()!);
+    }
+  }
+
+  /** Frees the sequence; its `aborted` delta comes with the next step. */
+  abort(sequenceId: number): void {
+    this.#endOutside(sequenceId, { kind: 'aborted' });
+  }
+
+  /**
+   * Gives up the sequence's slot and KV blocks: it leaves the engine with a `parked` delta in the next step. Submitted
+   * again with the tokens that it had, it goes on to the same text, because a choice depends on them and its seed alone.
+   */
+  park(sequenceId: number, reason: ParkReason): void {
+    if (this.#endOutside(sequenceId, { kind: 'parked', reason })) {
+      this.#counters.parkedSequences += 1;
+    }
+  }
+
+  addCredit(sequenceId: number, tokens: number): void {
+    const sequence = this.#sequences.get(sequenceId);
+    if (sequence !== undefined && tokens > 0) {
+      sequence.creditTokens += tokens;
+    }
+  }
+
+  /**
+   * One step of everything that can run, and the report of what has ended since the last, is blocked or may be parked;
+   * undefined where there is nothing of these. Throws what the executor throws: the group is then lost.
+   */
+  step(): EngineFrame | undefined {
+    const before = { parkable: this.#parkableSequences, blocked: this.#blockedSequences };
+    const rows = this.#schedule();
+    const isSame = this.#parkableSequences === before.parkable && this.#blockedSequences === before.blocked;
+    if (rows.length === 0 && this.#ended.length === 0 && isSame) {
+      return undefined;
+    }
+    if (rows.length > 0) {
+      this.#counters.steps += 1;
+      const chosen = this.#runPass(this.#forwardPlan(rows));
+      const surviving = this.#takeTokens(rows, chosen);
+      this.#makeDrafts(rows, surviving);
+    }
+    const deltas = [...this.#ended];
+    this.#ended = [];
+    for (const { sequence } of rows) {
+      const delta = sequence.takeDelta();
+      if (delta !== undefined) {
+        deltas.push(delta);
+        this.#counters.completionTokens += delta.tokenIds.length;
+      }
+      if (sequence.end !== undefined) {
+        this.#free(sequence);
+      }
+    }
+    return { step: this.#counters.steps, deltas, stats: this.stats() };
+  }
+
+  stats(): EngineStats {
+    return {
+      ...this.#counters,
+      runningSequences: this.#running.size,
+      waitingSequences: this.#sequences.size - this.#running.size,
+      blockedSequences: this.#blockedSequences,
+      parkableSequences: this.#parkableSequences,
+      kvBlocks: this.#kv.totalBlocks,
+      kvBlocksUsed: this.#kv.usedBlocks,
+    };
+  }
+
+  /** Throws `internal` where bookkeeping and sequences disagree. Tests call it after each step. */
+  checkIntegrity(): void {
+    this.#kv.checkIntegrity();
+    for (const sequence of this.#sequences.values()) {
+      const blocks = this.#kv.grantOf(sequence.id)?.blocks;
+      const isRunning = this.#running.has(sequence.id);
+      if (isRunning !== (blocks !== undefined) || sequence.end !== undefined) {
+        throw new ClusterError('internal', `sequence ${sequence.id}: running ${isRunning}, blocks ${blocks}`);
+      }
+      if (sequence.kvTokens > capacityTokens(blocks ?? 0) || sequence.pendingTokens < 1) {
+        throw new ClusterError(
+          'internal',
+          `sequence ${sequence.id}: ${sequence.kvTokens} of ${sequence.tokenIds.length} tokens in ${blocks} blocks`,
+        );
+      }
+    }
+    if (this.#sequences.size === 0 && this.#kv.usedBlocks !== 0) {
+      throw new ClusterError('internal', `${this.#kv.usedBlocks} KV blocks are used by nobody`);
+    }
+  }
+
+  /** Milliseconds until something changes by itself: a sequence without credit may be parked then. Infinity: nothing. */
+  get idleMs(): number {
+    const nowMs = this.#clockMs();
+    const { parkAfterMs } = this.#limits;
+    const waits = [...this.#sequences.values()]
+      .filter(({ creditTokens }) => creditTokens === 0)
+      .map((sequence) => parkAfterMs - sequence.stalledMs(nowMs));
+    return Math.min(Infinity, ...waits.filter((waitMs) => waitMs > 0));
+  }
+
+  #schedule(): StepRows[] {
+    const nowMs = this.#clockMs();
+    const sequences = Array.from(this.#sequences.values(), (sequence) => this.#view(sequence, nowMs));
+    const { freeBlocks } = this.#kv;
+    const afterQuick = this.#afterQuick;
+    const decision = this.#plan({ sequences, freeBlocks, afterQuick }, this.#schedulerLimits);
+    this.#afterQuick = decision.isQuick;
+    this.#blockedSequences = decision.blocked.length;
+    this.#parkableSequences = sequences.filter(
+      (each) =>
+        each.blocks > 0 &&
+        isParkable(each, this.#schedulerLimits) &&
+        !decision.parked.includes(each.sequenceId),
+    ).length;
+    for (const id of decision.parked) {
+      this.park(id, 'no credit');
+    }
+    for (const id of decision.preempted) {
+      this.#preempt(this.#sequences.get(id)!);
+    }
+    for (const id of decision.overtaken) {
+      this.#sequences.get(id)!.overtakes += 1;
+    }
+    for (const id of decision.admitted) {
+      this.#running.add(id);
+      this.#sequences.get(id)!.overtakes = 0;
+    }
+    let firstRow = 0;
+    return decision.rows.map((scheduled) => {
+      const sequence = this.#sequences.get(scheduled.sequenceId)!;
+      const { slot, blocks } = this.#kv.grant(sequence.id, scheduled.blocks);
+      const rows = scheduled.pendingRows + (scheduled.withDraft ? 1 : 0);
+      const isLast = scheduled.pendingRows === sequence.pendingTokens;
+      const span: RowSpan = {
+        slot,
+        start: sequence.kvTokens,
+        rows,
+        headRows: isLast ? rows - scheduled.pendingRows + 1 : 0,
+        hiddenRow: 0,
+        capacityTokens: capacityTokens(blocks),
+      };
+      const stepRows = { sequence, scheduled, span, firstRow };
+      firstRow += rows;
+      return stepRows;
+    });
+  }
+
+  #view(sequence: Sequence, nowMs: number): SchedulerSequence {
+    return {
+      sequenceId: sequence.id,
+      pendingTokens: sequence.pendingTokens,
+      kvTokens: sequence.kvTokens,
+      blocks: this.#kv.grantOf(sequence.id)?.blocks ?? 0,
+      creditTokens: sequence.creditTokens,
+      stalledMs: sequence.stalledMs(nowMs),
+      overtakes: sequence.overtakes,
+      hasDraft: sequence.draft >= 0,
+    };
+  }
+
+  #forwardPlan(rows: readonly StepRows[]): PassPlan {
+    const tokenIds = rows.flatMap(({ sequence, scheduled, span }) => [
+      ...sequence.tokenIds.slice(span.start, span.start + scheduled.pendingRows),
+      ...(scheduled.withDraft ? [sequence.draft] : []),
+    ]);
+    return {
+      kind: 'forward',
+      heads: rows.flatMap(({ sequence, scheduled, span }) => [
+        ...(span.headRows > 0 ? [sequence.nextHead()] : []),
+        ...(scheduled.withDraft ? [sequence.nextHead(sequence.draft)] : []),
+      ]),
+      releasedSlots: this.#takeReleasedSlots(),
+      spans: rows.map(({ span }) => span),
+      tokenIds: Int32Array.from(tokenIds),
+    };
+  }
+
+  /** The tokens of all head rows; the engine asks for nothing else. */
+  #runPass(plan: PassPlan): readonly ChosenToken[] {
+    return this.#executor.run(plan).map((row) => {
+      if (row instanceof Float32Array) {
+        throw new ClusterError('internal', 'a pass returned logits where a token was asked for');
+      }
+      return row;
+    });
+  }
+
+  /** Takes the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
+  #takeTokens(rows: readonly StepRows[], chosen: readonly ChosenToken[]): number[] {
+    let headRow = 0;
+    return rows.map(({ sequence, scheduled, span }) => {
+      const firstHeadRow = headRow;
+      headRow += span.headRows;
+      const computedBefore = Math.min(sequence.promptTokens, span.start);
+      let survivors = scheduled.pendingRows;
+      if (span.headRows > 0) {
+        this.#takeToken(sequence, chosen[firstHeadRow]!);
+      }
+      if (scheduled.withDraft) {
+        sequence.draftedTokens += 1;
+        this.#counters.draftedTokens += 1;
+        if (chosen[firstHeadRow]!.tokenId === sequence.draft) {
+          sequence.acceptedTokens += 1;
+          this.#counters.acceptedTokens += 1;
+          // A right draft may be the token that ends the sequence.
+          if (sequence.end === undefined) {
+            survivors += 1;
+            this.#takeToken(sequence, chosen[firstHeadRow + 1]!);
+          }
+        }
+      }
+      sequence.draft = -1;
+      sequence.kvTokens += survivors;
+      this.#counters.promptTokens += Math.min(sequence.promptTokens, sequence.kvTokens) - computedBefore;
+      return survivors;
+    });
+  }
+
+  /** The sequence goes on with the token, or ends where the model gives none. */
+  #takeToken(sequence: Sequence, chosen: ChosenToken): void {
+    const problem = problemOf(chosen, this.#limits.usableVocab);
+    if (problem === undefined) {
+      sequence.append(chosen);
+    } else {
+      const message = `no token at position ${sequence.tokenIds.length}: ${problem}`;
+      sequence.end = { kind: 'error', code: 'data_loss', message };
+    }
+  }
+
+  /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
+  #makeDrafts(rows: readonly StepRows[], surviving: readonly number[]): void {
+    const drafting = rows
+      .map((row, i) => ({ ...row, survivors: surviving[i]! }))
+      .filter(
+        ({ sequence }) => this.#limits.draftTokens > 0 && sequence.drafts && sequence.end === undefined,
+      );
+    if (drafting.length === 0) {
+      return;
+    }
+    const decoding = [...this.#running].filter((id) => this.#sequences.get(id)!.pendingTokens === 1).length;
+    const pays = decoding <= this.#limits.maxSpeculatingSequences;
+    const spans = drafting.map(({ sequence, span, firstRow, survivors }): RowSpan => {
+      const wantsDraft = pays && sequence.pendingTokens === 1 && sequence.allowance >= 2;
+      return { ...span, rows: survivors, headRows: wantsDraft ? 1 : 0, hiddenRow: firstRow };
+    });
+    const tokenIds = drafting.flatMap(({ sequence, span, survivors }) =>
+      sequence.tokenIds.slice(span.start + 1, span.start + 1 + survivors),
+    );
+    const best = this.#runPass({
+      kind: 'draft',
+      heads: spans.flatMap(({ headRows }): HeadRequest[] => (headRows > 0 ? [{ kind: 'best' }] : [])),
+      releasedSlots: [],
+      spans,
+      tokenIds: Int32Array.from(tokenIds),
+    });
+    let headRow = 0;
+    for (const [i, { sequence }] of drafting.entries()) {
+      if (spans[i]!.headRows > 0) {
+        const guess = best[headRow++]!;
+        sequence.draft = problemOf(guess, this.#limits.usableVocab) === undefined ? guess.tokenId : -1;
+      }
+    }
+  }
+
+  #endOutside(sequenceId: number, end: SequenceEnd): boolean {
+    const sequence = this.#sequences.get(sequenceId);
+    if (sequence === undefined) {
+      return false;
+    }
+    sequence.end = end;
+    this.#ended.push(sequence.takeDelta()!);
+    this.#free(sequence);
+    return true;
+  }
+
+  #preempt(sequence: Sequence): void {
+    this.#releaseKv(sequence);
+    sequence.kvTokens = 0;
+  }
+
+  #free(sequence: Sequence): void {
+    this.#releaseKv(sequence);
+    this.#sequences.delete(sequence.id);
+  }
+
+  #releaseKv(sequence: Sequence): void {
+    this.#running.delete(sequence.id);
+    const slot = this.#kv.release(sequence.id);
+    if (slot !== undefined) {
+      this.#releasedSlots.push(slot);
+    }
+  }
+
+  #takeReleasedSlots(): number[] {
+    const slots = this.#releasedSlots;
+    this.#releasedSlots = [];
+    return slots;
+  }
+}
+
+function refusedDelta(request: SequenceRequest, end: SequenceEnd): SequenceDelta {
+  const completionTokens = Math.max(0, Math.trunc(request.resumedTokens) || 0);
+  return {
+    sequenceId: request.sequenceId,
+    index: completionTokens,
+    tokenIds: [],
+    finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
+  };
+}

@@ -1,0 +1,276 @@
+// One rank's execution of passes: the loaded segments, the scratch rows and the KV buffers, and the sums with the other
+// ranks. Owns the forward pass; knows no sequence, no sampling and no schedule. Plans come from rank 0 (step-plan.ts).
+// Source: reference mimo-architecture.md §2 and §3.2; segment signatures are in model/shard.ts.
+//
+// H hidden size; T worldSize; D head dim; Q = queryHeads/T * D; W = (queryHeads + 2 kvHeads)/T * D; V vocabulary.
+
+import * as path from 'node:path';
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Collective } from '../../collective/collective.ts';
+import { activationType, type ShardManifest } from '../../shards/shard.ts';
+import type { Runtime, Segment } from '../../runtime/runtime.ts';
+import { type Attention, createAttention } from './attention.ts';
+import { HeadOutput } from './head-output.ts';
+import type { HeadRow } from './head-rows.ts';
+import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
+import type { ConfigurePlan, PassPlan } from './step-plan.ts';
+
+export interface ShardRunnerOptions {
+  readonly runtime: Runtime;
+  /** Of one rank, as `compile` wrote it. */
+  readonly directory: string;
+  readonly manifest: ShardManifest;
+  readonly collective: Collective;
+}
+
+/** What a configured shard computes in. */
+interface Memory extends Scratch {
+  readonly attention: Attention;
+  readonly head: HeadOutput;
+  readonly maxHeadRows: number;
+  /** Devices add the ranks' shares, or the host does; with one rank nobody. */
+  readonly sums: 'none' | 'device' | 'host';
+}
+
+/** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
+const maxReplayedRows = 256;
+
+/** `isFirst`: nothing to add to the residual yet. */
+interface LayerPlace {
+  readonly layer: number;
+  readonly isFirst: boolean;
+}
+
+interface Block {
+  readonly qkv: Segment;
+  readonly o: Segment;
+  readonly mlp: Segment;
+}
+
+/** Holds the loaded shard. `configure` before the first pass; `close` frees buffers (the runtime is the caller's). */
+export class ShardRunner {
+  readonly manifest: ShardManifest;
+  readonly #runtime: Runtime;
+  readonly #collective: Collective;
+  readonly #embed: Segment;
+  readonly #attention: Segment;
+  readonly #blocks: readonly Block[];
+  readonly #final: Segment;
+  readonly #head: Segment;
+  /** Where the device looks for the best token. */
+  readonly #best: Segment | undefined;
+  /** The first MTP layer; further ones draft further ahead, which this engine does not. */
+  readonly #mtp: { readonly input: Segment; readonly block: Block; readonly final: Segment } | undefined;
+  #memory: Memory | undefined;
+
+  constructor(options: ShardRunnerOptions) {
+    const { runtime, directory, manifest, collective } = options;
+    this.manifest = manifest;
+    this.#runtime = runtime;
+    this.#collective = collective;
+    const entries = new Map(manifest.segments.map((entry) => [entry.name, entry]));
+    const load = (name: string): Segment => {
+      const entry = entries.get(name);
+      if (entry === undefined) {
+        throw new ClusterError('data_loss', `${directory}: the manifest has no segment ${name}`);
+      }
+      return runtime.loadSegment({ ...entry, path: path.join(directory, entry.file) });
+    };
+    const loadBlock = (prefix: string): Block => ({
+      qkv: load(`${prefix}.qkv`),
+      o: load(`${prefix}.o`),
+      mlp: load(`${prefix}.mlp`),
+    });
+    const { config, precision } = manifest;
+    const floatType = activationType(precision);
+    if (!runtime.floatTypes.includes(floatType)) {
+      throw new ClusterError(
+        'failed_precondition',
+        `${directory}: precision ${precision} computes in ${floatType}; this runtime computes in ${runtime.floatTypes.join(' or ')}`,
+      );
+    }
+    const attention = runtime.kernels.pagedAttention ? 'attention.paged' : 'attention';
+    if (!entries.has(attention)) {
+      throw new ClusterError(
+        'failed_precondition',
+        `${directory}: precision ${precision} has no segment ${attention}, which this runtime computes`,
+      );
+    }
+    this.#embed = load('embed');
+    this.#attention = load(attention);
+    this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
+    this.#final = load('final');
+    this.#head = load('head');
+    this.#best = runtime.kernels.topK && entries.has('best') ? load('best') : undefined;
+    this.#mtp =
+      config.mtpLayers > 0
+        ? { input: load('mtp.0.input'), block: loadBlock('mtp.0'), final: load('mtp.0.final') }
+        : undefined;
+  }
+
+  /** Allocates scratch rows and the KV pool. */
+  configure(plan: ConfigurePlan, blockTokens: number): void {
+    const { config, tensorParallel, precision } = this.manifest;
+    const floatType = activationType(precision);
+    const { rank, worldSize } = this.#collective;
+    if (plan.deviceGroupId.length > 0) {
+      const watch = (waitedMs: number): void => this.#collective.watch(waitedMs);
+      this.#runtime.joinGroup(plan.deviceGroupId, { rank, worldSize, watch });
+    }
+    const sums = worldSize === 1 ? 'none' : plan.deviceGroupId.length > 0 ? 'device' : 'host';
+    const scratch = createScratch(this.#runtime, {
+      maxRows: plan.maxRows,
+      floatType,
+      hidden: config.hiddenSize,
+      attended: (config.queryHeads / tensorParallel) * config.headDim,
+      qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
+      sumsOnHost: sums === 'host',
+    });
+    const attention = createAttention({
+      runtime: this.#runtime,
+      segment: this.#attention,
+      manifest: this.manifest,
+      layers: config.layers + (this.#mtp === undefined ? 0 : 1),
+      maxSpans: Math.min(plan.maxRows, plan.maxHeadRows),
+      budgetTokens: plan.kvBlocks * blockTokens,
+    });
+    const head = new HeadOutput({
+      runtime: this.#runtime,
+      manifest: this.manifest,
+      collective: this.#collective,
+      head: this.#head,
+      best: this.#best,
+      maxHeadRows: plan.maxHeadRows,
+      usableVocab: plan.usableVocab,
+    });
+    this.#memory = { ...scratch, attention, head, maxHeadRows: plan.maxHeadRows, sums };
+  }
+
+  /** Runs one pass with the other ranks. Rank 0 gets what the plan asks of its head rows, other ranks get nothing. */
+  run(plan: PassPlan): readonly HeadRow[] {
+    const memory = this.#memory;
+    if (memory === undefined) {
+      throw new ClusterError('internal', 'the shard is not configured');
+    }
+    assertFits(plan, memory);
+    for (const slot of plan.releasedSlots) {
+      memory.attention.release(slot);
+    }
+    if (plan.spans.length === 0) {
+      return [];
+    }
+    const places = memory.attention.place(plan.spans);
+    const rows = plan.tokenIds.length;
+    memory.tokenIds.write(plan.tokenIds);
+    if (plan.kind === 'draft') {
+      memory.hiddenRows.write(continuedRows(plan));
+    }
+    const heads = memory.head.prepare(plan);
+    const work = (): void => {
+      const normed = plan.kind === 'forward' ? this.#forward(rows, memory) : this.#draft(rows, memory);
+      memory.head.run(normed.first(rows));
+    };
+    // Many rows keep a device busy for longer than it takes to tell it what to do.
+    if (memory.sums !== 'host' && rows <= maxReplayedRows) {
+      this.#runtime.replay([plan.kind, rows, heads, places].join(), work);
+    } else {
+      work();
+    }
+    return memory.head.collect();
+  }
+
+  close(): void {
+    if (this.#memory !== undefined) {
+      this.#memory.attention.close();
+      this.#memory.head.close();
+      closeScratch(this.#memory);
+      this.#memory = undefined;
+    }
+  }
+
+  /** Returns the rows that the head takes. */
+  #forward(rows: number, memory: Memory): Rows {
+    this.#embedInto(memory.residual, rows, memory); // [rows, H]
+    for (const [layer, block] of this.#blocks.entries()) {
+      this.#runBlock(block, { layer, isFirst: layer === 0 }, rows, memory);
+    }
+    this.#runtime.run(
+      this.#final,
+      [memory.residual.first(rows), memory.delta.first(rows)],
+      [memory.hidden.first(rows), memory.normed.first(rows)],
+    );
+    return memory.normed;
+  }
+
+  #draft(rows: number, memory: Memory): Rows {
+    if (this.#mtp === undefined) {
+      throw new ClusterError('internal', 'draft pass: the model has no MTP layer');
+    }
+    const source = this.manifest.mtpHidden === 'pre-norm' ? memory.hidden : memory.normed;
+    this.#embedInto(memory.residualNext, rows, memory); // [rows, H]
+    this.#runtime.run(
+      this.#mtp.input,
+      [source.first(memory.maxRows), memory.hiddenRows.first(rows), memory.residualNext.first(rows)],
+      [memory.residual.first(rows)],
+    );
+    this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, rows, memory);
+    this.#runtime.run(
+      this.#mtp.final,
+      [memory.residual.first(rows), memory.delta.first(rows)],
+      [memory.residualNext.first(rows), memory.draftNormed.first(rows)],
+    );
+    return memory.draftNormed;
+  }
+
+  #embedInto(target: Rows, rows: number, memory: Memory): void {
+    this.#runtime.run(this.#embed, [memory.tokenIds.first(rows)], [target.first(rows)]);
+  }
+
+  /** Adds the ranks' shares of the first rows, in place. */
+  #addRanks(shares: Rows, rows: number, { sums }: Memory): void {
+    if (sums === 'device') {
+      shares.sum(rows, this.#runtime);
+    } else if (sums === 'host') {
+      const values = shares.read(rows);
+      this.#collective.allReduce(values);
+      shares.write(values);
+    }
+  }
+
+  /**
+   * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
+   * layer takes no delta.
+   */
+  #runBlock(block: Block, at: LayerPlace, rows: number, memory: Memory): void {
+    const runtime = this.#runtime;
+    const residual = memory.residual.first(rows);
+    const residualNext = memory.residualNext.first(rows);
+    const delta = memory.delta.first(rows);
+    const deltaNext = memory.deltaNext.first(rows);
+    const deltaIn = at.isFirst ? memory.zero.first(rows) : delta;
+    runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
+    memory.attention.run(at.layer, memory.qkv, memory.attended);
+    runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
+    this.#addRanks(memory.deltaNext, rows, memory);
+    runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
+    this.#addRanks(memory.delta, rows, memory);
+  }
+}
+
+/** The forward pass's rows that a draft pass continues, [rows]. */
+function continuedRows(plan: PassPlan): Int32Array {
+  return Int32Array.from(
+    plan.spans.flatMap(({ hiddenRow, rows }) => Array.from({ length: rows }, (_, i) => hiddenRow + i)),
+  );
+}
+
+function assertFits(plan: PassPlan, { maxRows, maxHeadRows }: Memory): void {
+  const rows = plan.tokenIds.length;
+  const headRows = plan.heads.length;
+  if (rows > maxRows || headRows > maxHeadRows) {
+    throw new ClusterError(
+      'internal',
+      `pass: at most ${maxRows} rows and ${maxHeadRows} head rows, has ${rows} and ${headRows}`,
+    );
+  }
+}
