@@ -38,6 +38,7 @@ const checks: readonly Stage[] = [
   vitest('unit'),
 ];
 const layers: readonly Stage[] = [
+  { name: 'site', command: ['node', 'docs/site/build.ts'] },
   vitest('golden'),
   vitest('webgpu'),
   vitest('servers'),
@@ -47,7 +48,8 @@ const layers: readonly Stage[] = [
 
 async function runCommand(command: readonly string[]): Promise<number> {
   const [program, ...args] = command;
-  const child = spawn(join(root, 'node_modules/.bin', program ?? ''), args, { cwd: root, stdio: 'inherit' });
+  const path = program === 'node' ? process.execPath : join(root, 'node_modules/.bin', program ?? '');
+  const child = spawn(path, args, { cwd: root, stdio: 'inherit' });
   const { promise, resolve, reject } = Promise.withResolvers<number>();
   child.once('error', reject);
   child.once('exit', (code) => {
