@@ -1,5 +1,6 @@
-// `mimo chat`: asks one question (argument or standard input) or talks (a terminal and no question). Streams the thinking
-// dimmed and the answer plainly, then the figures. Owns the conversation's history; knows no tokens but their count.
+// `mimo chat`: asks one question (argument or standard input) or talks (a terminal and no question). Streams the
+// thinking dimmed and the answer plainly, then the figures. Owns the conversation's history; sees tokens only as a
+// count.
 
 import { createInterface } from 'node:readline/promises';
 import { text } from 'node:stream/consumers';
@@ -13,13 +14,13 @@ import { Connection, chooseModel, defaultAddress } from './connection.ts';
 import { note, noteError, printable, styled } from './terminal.ts';
 
 export const chatHelp = `mimo chat [QUESTION] [options]
-  Without QUESTION: reads it from standard input, or talks where that is a terminal.
-  --model NAME         default: the first that serves
+  Without QUESTION: reads it from standard input, or starts a conversation on a terminal.
+  --model NAME         default: the first model with a ready group
   --system TEXT        a system message
   --temperature NUMBER 0 is greedy; default: the model's 0.6
   --seed NUMBER        the same seed gives the same answer
-  --max-tokens NUMBER  default: what is left of the context
-  --no-speculation     without the draft layer: the same answer, slower
+  --max-tokens NUMBER  default: up to the end of the context
+  --no-speculation     turn off drafts: the same answer, slower
   --address HOST:PORT  default: ${defaultAddress}
   --api-key KEY        default: $MIMO_API_KEY`;
 
@@ -93,7 +94,10 @@ interface Talk {
   readonly history: Message[];
 }
 
-/** Questions from the terminal until end of file; Ctrl-C stops an answer, or leaves where none is being written. */
+/**
+ * Questions from the terminal until end of file. Ctrl-C stops the current answer; without one it ends the
+ * conversation.
+ */
 async function converse(talk: Talk, signal: AbortSignal): Promise<void> {
   note(styled('dim', `${talk.model}: Ctrl-C stops an answer, Ctrl-D leaves`));
   const terminal = createInterface({
@@ -162,7 +166,7 @@ async function ask(talk: Talk, question: string, signal: AbortSignal): Promise<v
   history.push({ role: Role.USER, content: question }, { role: Role.ASSISTANT, content });
 }
 
-/** The closing line: count, speed over the whole time, time to the first token, and how many drafts were right. */
+/** The closing line: tokens, speed over the whole time, time to the first token, accepted drafts. */
 export function figures(finish: Finish, firstTokenMs: number, totalMs: number): string {
   const tokens = finish.usage?.completionTokens ?? 0;
   const parts = [`${tokens} token${tokens === 1 ? '' : 's'}`];

@@ -1,5 +1,5 @@
-// The cluster as a client sees it: one gRPC connection to a gateway and the calls that the commands make. Owns the words
-// for a gateway that is not there.
+// The cluster as a client sees it: one gRPC connection to a gateway and the calls that the commands make. Owns the
+// message for an unreachable gateway.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -74,7 +74,9 @@ export class Connection {
   }
 }
 
-/** Takes the model asked for, or the only or first one that serves. Fails with `not_found` where there is none. */
+/**
+ * Chooses the given model, else the first one with a ready group. Fails with `not_found` if the gateway has no model.
+ */
 export async function chooseModel(
   connection: Connection,
   asked: string | undefined,
@@ -86,7 +88,7 @@ export async function chooseModel(
   const models = await connection.listModels(signal);
   const model = models.find(({ readyGroups }) => readyGroups > 0) ?? models[0];
   if (model === undefined) {
-    throw new ClusterError('not_found', 'the gateway serves no model');
+    throw new ClusterError('not_found', 'the gateway has no model');
   }
   return model.name;
 }

@@ -1,5 +1,5 @@
-// The `mimo` command: `npm run mimo -- COMMAND`, `npm run up`, `npm run chat`. Owns the choice of the command, signals and
-// the exit code: 0, 1 where it failed, 2 where it was called wrongly, 130 after Ctrl-C.
+// The `mimo` command: `npm run mimo -- COMMAND`, `npm run up`, `npm run chat`. Owns the choice of the command,
+// signals and the exit code: 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
@@ -25,10 +25,10 @@ const commands: Readonly<Record<string, () => Promise<Command>>> = {
 
 const help = `mimo COMMAND [options]
   up       start a whole cluster on this machine
-  chat     ask a question, or talk
-  models   list what the gateway serves
-  compile  turn a checkpoint into shards
-  COMMAND --help says more`;
+  chat     ask a question, or hold a conversation
+  models   list the models of the gateway
+  compile  compile a checkpoint into shards
+  COMMAND --help lists the options of a command`;
 
 function isUsageError(error: unknown): error is Error {
   return error instanceof Error && 'code' in error && String(error.code).startsWith('ERR_PARSE_ARGS');
@@ -38,7 +38,7 @@ async function run([name, ...argv]: readonly string[], signal: AbortSignal): Pro
   const load = commands[name ?? ''];
   if (load === undefined) {
     const isHelp = name === undefined || name === '--help' || name === 'help';
-    note(isHelp ? help : `there is no command '${name}'\n${help}`);
+    note(isHelp ? help : `unknown command '${name}'\n${help}`);
     return isHelp ? 0 : 2;
   }
   const command = await load();
@@ -59,7 +59,7 @@ async function run([name, ...argv]: readonly string[], signal: AbortSignal): Pro
 
 const stopping = new AbortController();
 const interruptedCode = 130;
-// A terminal's Ctrl-C reaches this process twice where a launcher hands it on, so only a later one means "at once".
+// One Ctrl-C can arrive twice, from the terminal and from a launcher. Only a later one means "stop at once".
 const impatienceMs = 1_000;
 let stoppedAt: number | undefined;
 for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP', 'disconnect'] as const) {

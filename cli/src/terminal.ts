@@ -1,5 +1,5 @@
-// What the commands write: answers to standard output, everything else to standard error, so that a pipe gets the answer
-// alone. Owns colours: none where NO_COLOR is set or the stream is no terminal.
+// What the commands write: answers to standard output, everything else to standard error, so that a pipe gets only
+// the answer. Owns colours: none if NO_COLOR is set or the stream is not a terminal.
 
 import { stripVTControlCharacters, styleText } from 'node:util';
 
@@ -20,7 +20,10 @@ export function noteError(message: string): void {
   note(`${styled('red', 'error:')} ${message}`);
 }
 
-/** Takes out what a model's text could do to a terminal: escape sequences, and control characters but newline and tab. */
+/**
+ * Removes what could control a terminal from a model's text: escape sequences, and all control characters except
+ * newline and tab.
+ */
 export function printable(text: string): string {
   return Array.from(stripVTControlCharacters(text))
     .filter(

@@ -24,13 +24,13 @@ const runtimes = ['auto', 'ort-capi', 'ort-node'] as const;
 const readyPollMs = 50;
 
 export const upHelp = `mimo up [options]
-  --model DIR              a MiMo checkpoint; default: models/mimo-demo
+  --model DIR              directory of a MiMo checkpoint; default: models/mimo-demo
   --precision P            ${precisions.join(', ')}; default: int8
-  --tensor-parallel N      ranks of a group, each a process; default: 2
-  --groups N               groups that hold the model; default: 1
+  --tensor-parallel N      ranks of each group, one process each; default: 2
+  --groups N               groups, each with a copy of the model; default: 1
   --runtime R              ${runtimes.join(', ')}; default: auto
-  --threads N              compute threads of a rank; default: 1
-  --port N                 of the gateway on 127.0.0.1; default: ${defaultPort}`;
+  --threads N              compute threads of each rank; default: 1
+  --port N                 port of the gateway on 127.0.0.1; default: ${defaultPort}`;
 
 function choice<const Word extends string>(name: string, words: readonly Word[], value: string): Word {
   const word = words.find((candidate) => candidate === value);
@@ -99,11 +99,11 @@ export async function runUp(argv: readonly string[], signal: AbortSignal): Promi
   const options = parseUpOptions(argv);
   const begin = performance.now();
   await access(join(options.modelDirectory, 'config.json')).catch((error: unknown) => {
-    const text = `--model ${options.model} holds no config.json: give the directory of a MiMo checkpoint`;
+    const text = `--model ${options.model} has no config.json: give the directory of a MiMo checkpoint`;
     throw new ClusterError('not_found', text, { cause: error });
   });
   if (options.modelName === '') {
-    const text = `--model ${options.model} gives the model no name: give a directory with one`;
+    const text = `--model ${options.model} has no name that the model could take: give a directory with a name`;
     throw new ClusterError('invalid_argument', text);
   }
   const cacheDirectory = cacheDirectoryFrom(process.env);
@@ -142,7 +142,7 @@ export async function runUp(argv: readonly string[], signal: AbortSignal): Promi
     }
     throw error;
   } finally {
-    // What still waits for a cluster that was given up would keep this process alive.
+    // Pending waits for a failed cluster would keep this process alive.
     over.abort();
     await cluster.close();
   }
@@ -165,7 +165,7 @@ async function compileIntoCache(
   return outDirectory;
 }
 
-/** Asks the gateway, as any client would, until every group takes requests. */
+/** Polls the gateway, as any client would, until every group accepts requests. */
 async function waitUntilReady(cluster: LocalCluster, options: UpOptions, signal: AbortSignal): Promise<void> {
   const connection = new Connection(cluster.gatewayAddress, undefined);
   try {
@@ -204,7 +204,7 @@ function announce({ options, cluster, dataDirectory, elapsedMs }: Announcement):
       `${styled('green', 'ready')} in ${(elapsedMs / 1000).toFixed(1)} s`,
       `  model    ${printable(modelName)}, ${precision}, ${groups} group${groups === 1 ? '' : 's'} of ${tensorParallel}`,
       `  gRPC     ${cluster.gatewayAddress}  (reflection and health on)`,
-      `  queue    ${cluster.natsUrl ?? `in the gateway's memory, for want of a nats-server: requests do not survive it`}`,
+      `  queue    ${cluster.natsUrl ?? `in the gateway's memory, because nats-server was not found: requests are lost when the gateway stops`}`,
       `  logs     ${join(dataDirectory, 'logs')}`,
       `  try      ${styled('bold', `npm run chat --${address} "What is 47 + 85?"`)}`,
       '  Ctrl-C stops everything',

@@ -1,7 +1,7 @@
 // Runs one of the repository's TypeScript files on a bare checkout: `node cli/src/local/bootstrap.mjs SCRIPT [args]`.
 // Owns: that the packages of package-lock.json are installed, and that SCRIPT runs on the Node which they bring.
 // Plain JavaScript without dependencies, for Node 18 or later, because it runs before anything is installed.
-// Deliberately knows no registry, and nothing of what SCRIPT does.
+// Deliberately independent of any registry and of what SCRIPT does.
 
 import { spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -15,7 +15,7 @@ const minNodeMajor = 26;
 const lockPollMs = 200;
 const parentPollMs = 250;
 const endingSignals = ['SIGINT', 'SIGTERM', 'SIGHUP'];
-/** A lock without an owner's id is of a process that died between two system calls; nothing takes this long there. */
+/** A lock without an owner's id belongs to a process that died between two system calls, which never take this long. */
 const ownerlessLockMs = 5_000;
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../../..');
@@ -33,7 +33,7 @@ function readJson(path) {
 /**
  * Whether node_modules holds what package-lock.json asks for. npm writes node_modules/.package-lock.json as the last
  * act of an install and removes it as the first act of the next, so an interrupted install never looks complete.
- * Optional packages are not compared: those of other platforms are rightly absent.
+ * Optional packages are skipped: those of other platforms are absent on purpose.
  */
 function isInstalled() {
   const wanted = readJson(join(root, 'package-lock.json'))?.packages ?? {};
@@ -88,9 +88,9 @@ async function withLock(action) {
 }
 
 /**
- * Hands on to a child every signal that ends this process, and ends it where the npm that started this process is gone: npm
- * tells of SIGINT and SIGTERM only. Nothing that an operating system in general has says so, hence the look at the
- * parent's id. Returns the way out.
+ * Forwards to a child every signal that ends this process, and ends the child if the npm that started this process is
+ * gone: npm forwards only SIGINT and SIGTERM. No portable call reports a parent's death, so this polls the parent's
+ * id. Returns a function that undoes it.
  */
 function handOnTo(child) {
   const handOn = (signal) => child.kill(signal);
@@ -111,7 +111,7 @@ function handOnTo(child) {
   };
 }
 
-/** Runs `npm ci`; its output is shown only where it fails, since it is long and npm warns about this very Node. */
+/** Runs `npm ci`. Shows its output only if it fails: it is long, and npm warns about this version of Node. */
 async function install() {
   const begin = Date.now();
   process.stderr.write(
@@ -128,7 +128,9 @@ async function install() {
   const code = await new Promise((settle) => {
     child.once('error', (error) => {
       output.push(
-        Buffer.from(`${error.message}\nnpm was not found: install it with Node, or put it on the PATH\n`),
+        Buffer.from(
+          `${error.message}\nnpm was not found: install it together with Node, or put it on the PATH\n`,
+        ),
       );
       settle(1);
     });
@@ -142,7 +144,7 @@ async function install() {
   process.stderr.write(`mimo: installed in ${((Date.now() - begin) / 1000).toFixed(0)} s\n`);
 }
 
-/** The Node that runs SCRIPT: the one among the packages, else this one where it is new enough. */
+/** The Node that runs SCRIPT: the one from the packages, else this one if it is new enough. */
 function findNode() {
   const packaged = join(modules, '.bin', 'node');
   if (existsSync(packaged)) {
@@ -152,12 +154,12 @@ function findNode() {
     return process.execPath;
   }
   throw new Error(
-    `Node ${minNodeMajor} or later is needed and this is ${process.versions.node}: no package brings Node for ` +
+    `needs Node ${minNodeMajor} or later, this is ${process.versions.node}: no package contains Node for  ` +
       `${process.platform}-${process.arch}, or it was left out (npm ci --omit=optional)`,
   );
 }
 
-/** Runs SCRIPT with this process's terminal, hands every signal on, and ends as it ends. */
+/** Runs SCRIPT on this process's terminal, forwards every signal, and exits with its exit code. */
 function runScript(node, args) {
   const cache =
     process.env.MIMO_CACHE_DIR ??

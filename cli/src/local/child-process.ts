@@ -1,6 +1,6 @@
 // Child processes that cannot outlive this one: each runs under a shell that watches a pipe from here and stops its
-// program when the pipe closes, which the kernel does even after a kill -9. Owns their output files and their end.
-// Knows nothing of what they are.
+// program when the pipe closes, which the kernel does even after a kill -9. Owns their output files and their end;
+// does not know what they run.
 
 import { spawn } from 'node:child_process';
 import { closeSync, openSync, readFileSync } from 'node:fs';
@@ -31,7 +31,7 @@ export interface Child {
   /** Of the program itself, not of its watching shell. */
   readonly pid: number;
   readonly exited: Promise<ChildExit>;
-  /** The end of the log file: why it failed, as far as it said. */
+  /** The end of the log file, which usually says why the child failed. */
   logTail(): string;
   /** SIGTERM, then SIGKILL once `graceMs` have passed; returns when it is gone. May be called twice. */
   stop(graceMs: number): Promise<void>;
@@ -42,7 +42,8 @@ export interface Child {
 const logTailChars = 2_000;
 
 // The program replaces a shell that first writes its own process id to fd 4. The watcher holds no pipe but fd 3, so
-// that closing it here is enough; it gives the program ten seconds, then ends it. The outer shell ends as the program did.
+// that closing it here is enough; it gives the program ten seconds, then ends it. The outer shell ends as the program
+// did.
 const watchedScript = `
 sh -c 'echo $$ >&4; exec 3<&- 4>&-; exec "$@"' sh "$@" &
 program=$!

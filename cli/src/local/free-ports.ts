@@ -1,5 +1,5 @@
-// TCP ports on loopback for servers that must know their port before they start. Owns a block of ports for this process,
-// so that processes side by side never hand out the same one. Does not know what listens on them.
+// TCP ports on loopback for servers that must know their port before they start. Owns a block of ports for this
+// process, so that processes side by side never hand out the same one. Does not know what listens on them.
 
 import { once } from 'node:events';
 import { createServer, type Server } from 'node:net';
@@ -7,8 +7,8 @@ import { createServer, type Server } from 'node:net';
 import { ClusterError } from '@mimo/core/process/errors';
 
 /**
- * Below what Linux (32,768) and macOS (49,152) take for outgoing connections and for port 0, and below the node ports
- * of Kubernetes (30,000): between here and the server's start nothing else takes the port by chance.
+ * Below the ports that Linux (32,768) and macOS (49,152) use for outgoing connections and port 0, and below the node
+ * ports of Kubernetes (30,000): between here and the server's start nothing else takes the port by chance.
  */
 const firstPort = 16_000;
 /** More than a process needs at a time, so that a port rests for a while before it is handed out again. */
@@ -66,14 +66,14 @@ async function isFree(port: number): Promise<boolean> {
   );
 }
 
-/** Fails with `unavailable` where something listens on the port. */
+/** Fails with `unavailable` if something listens on the port. */
 export async function assertPortFree(port: number): Promise<void> {
   try {
     const server = await listenOn(port);
     server.close();
     await once(server, 'close');
   } catch (error) {
-    const text = `port ${port} of 127.0.0.1 is taken: stop what listens there, or give another with --port`;
+    const text = `port ${port} of 127.0.0.1 is in use: stop the process that listens there, or choose another with --port`;
     throw new ClusterError('unavailable', text, { cause: error });
   }
 }

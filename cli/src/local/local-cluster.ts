@@ -1,6 +1,6 @@
 // A whole cluster on loopback, every part a real process of its own: nats-server, gateway, and groups of worker ranks.
-// Owns their settings, ports, log files and the order of start and end. Knows no tokens; whoever starts it compiles the
-// model first and asks the gateway when it is ready.
+// Owns their settings, ports, log files and the order of start and end. The caller compiles the model first, and asks
+// the gateway when it is ready.
 
 import { randomUUID } from 'node:crypto';
 import { mkdir, rm } from 'node:fs/promises';
@@ -14,7 +14,7 @@ import { Supervisor } from './supervisor.ts';
 const root = resolve(import.meta.dirname, '../../..');
 const stopGraceMs = 8_000;
 
-/** What runs, and where it keeps its files. */
+/** What to run, and where it keeps its files. */
 export interface LocalClusterOptions {
   /** The name under which the model is served. */
   readonly modelName: string;
@@ -27,7 +27,10 @@ export interface LocalClusterOptions {
   readonly groups: number;
   /** On 127.0.0.1; 0: any free one. */
   readonly gatewayPort: number;
-  /** From `findNatsServer`; null: the queue is in the gateway's memory, and the gateway asks the groups for heartbeats. */
+  /**
+   * From `findNatsServer`; null: the queue is in the gateway's memory, and the gateway asks the groups for
+   * heartbeats.
+   */
   readonly natsServerBinary: string | null;
   /** Streams and log files. */
   readonly dataDirectory: string;
@@ -38,7 +41,7 @@ export interface LocalClusterOptions {
   readonly onEvent: (line: string) => void;
 }
 
-/** Where the parts of a cluster are reached. */
+/** The addresses of a cluster's parts. */
 interface LocalAddresses {
   /** host:port of the public gRPC door. */
   readonly gatewayAddress: string;
@@ -54,7 +57,7 @@ export interface LocalCluster extends LocalAddresses {
   readonly gateway: Supervisor;
   /** By group; a group's children are its ranks in order. */
   readonly groups: readonly Supervisor[];
-  /** Rejects when a part has been given up: the cluster is of no use then. */
+  /** Rejects when a part fails for good: the cluster is then useless. */
   readonly givenUp: Promise<never>;
   /** Stops everything, the door first. Idempotent. */
   close(): Promise<void>;
@@ -77,7 +80,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     gatewayAddress: options.gatewayPort === 0 ? freeAddress : `127.0.0.1:${options.gatewayPort}`,
     leaderAddresses,
   };
-  // In the order of starting; the end goes the other way, so that what is asked for last is let go of first.
+  // In the order of starting; stopping goes the other way round.
   const stages: Supervisor[][] = [];
   const close = async (): Promise<void> => {
     for (const stage of stages.toReversed()) {

@@ -1,5 +1,5 @@
 // A real nats-server for this machine: found on the PATH or in the cache, else built once from its Go module into the
-// cache, outside the checkout; and its start on loopback with JetStream. Knows nothing of what is kept in it.
+// cache, outside the checkout; and its start on loopback with JetStream. Independent of what the server stores.
 
 import { execFile } from 'node:child_process';
 import { access, mkdir, mkdtemp, readdir, readFile, rename, rm } from 'node:fs/promises';
@@ -23,14 +23,16 @@ const startPollMs = 10;
 /** Go ends the compilers that it runs. */
 const buildGraceMs = 2_000;
 
-/** Where things are kept that can be made again: $MIMO_CACHE_DIR, else $XDG_CACHE_HOME/mimo-cluster, else ~/.cache. */
+/**
+ * The directory for files that can be made again: $MIMO_CACHE_DIR, else $XDG_CACHE_HOME/mimo-cluster, else ~/.cache.
+ */
 export function cacheDirectoryFrom(env: NodeJS.ProcessEnv): string {
   return env['MIMO_CACHE_DIR'] ?? join(env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'mimo-cluster');
 }
 
 export interface FindOptions {
   readonly cacheDirectory: string;
-  /** A line for the user about something slow. */
+  /** Gets a line for the user about each slow step. */
   readonly onProgress: (line: string) => void;
   readonly signal: AbortSignal;
   readonly env?: NodeJS.ProcessEnv;
@@ -38,7 +40,7 @@ export interface FindOptions {
 
 /** For `findNatsServer` alone. */
 export interface FindNatsOptions extends FindOptions {
-  /** Passes over the PATH: the one built here is static, and of `natsServerVersion` exactly. */
+  /** Ignores the PATH: the one built here is static, and of `natsServerVersion` exactly. */
   readonly isBuiltHere?: boolean;
 }
 
@@ -52,7 +54,7 @@ async function isRecentEnough(binary: string): Promise<boolean> {
   }
 }
 
-/** Builds the module into `target`; false, with the reason as a line, where it cannot be built here. */
+/** Builds the module into `target`; returns false, and reports the reason, if it cannot be built here. */
 async function build(target: string, options: FindOptions): Promise<boolean> {
   const parent = join(target, '..');
   const directory = await mkdtemp(join(parent, 'build-'));
@@ -65,7 +67,7 @@ async function build(target: string, options: FindOptions): Promise<boolean> {
       env: { ...(options.env ?? process.env), GOBIN: directory, CGO_ENABLED: '0' },
       logFile: join(directory, 'build.log'),
     });
-    // Whoever stops waiting stops the building, which else would go on by itself.
+    // If the caller stops waiting, the build stops too; it would otherwise continue.
     const end = await beforeAbort(go.exited, options.signal).catch(async (error: unknown) => {
       await go.stop(buildGraceMs);
       throw error;
@@ -83,8 +85,8 @@ async function build(target: string, options: FindOptions): Promise<boolean> {
 }
 
 /**
- * Gives the path of a nats-server of at least 2.10, building one where there is none yet; null where that is
- * impossible, with the reason told to `onProgress`. Processes that ask at the same time build once.
+ * Finds a nats-server of at least 2.10, or builds one; null if that is
+ * impossible, after `onProgress` got the reason. Processes that ask at the same time build once.
  */
 export async function findNatsServer(options: FindNatsOptions): Promise<string | null> {
   if (options.isBuiltHere !== true && (await isRecentEnough('nats-server'))) {
@@ -114,7 +116,7 @@ export interface StartOptions {
   readonly storeDirectory: string;
   /** 0: any free one. */
   readonly port: number;
-  /** What it is to be told beside these, such as who may connect. */
+  /** Further lines of its configuration, such as who may connect. */
   readonly configFile?: string;
 }
 
@@ -126,11 +128,14 @@ export interface NatsServer {
   close(): Promise<void>;
 }
 
-/** Starts a server on 127.0.0.1 with JetStream; fails with `unavailable`, and the end of its log, where it does not come up. */
+/**
+ * Starts a server on 127.0.0.1 with JetStream; fails with `unavailable` and the end of its log if it does not come
+ * up.
+ */
 export async function startNatsServer(options: StartOptions): Promise<NatsServer> {
   await mkdir(options.storeDirectory, { recursive: true });
   const portsDirectory = await mkdtemp(join(options.storeDirectory, 'ports-'));
-  // Not one that the server picks: after a restart it listens on the same port, which must stay free in between.
+  // Chosen here, not by the server: after a restart it listens on the same port, which must stay free in between.
   const [freePort = 0] = options.port === 0 ? await freePorts(1) : [];
   const port = options.port === 0 ? freePort : options.port;
   const child = await startChild({

@@ -1,6 +1,6 @@
 // Keeps a set of child processes running that live and die together: one goes, the others are taken down, and all are
-// started again after a pause that grows; unless one says that it cannot start with what it was given. Owns that rule and
-// nothing else; does not know what the processes are.
+// started again after a growing pause, unless one reports that its settings cannot work. Owns that rule and nothing
+// else; does not know what the processes are.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -12,26 +12,26 @@ import type { Child } from './child-process.ts';
 export interface SupervisorOptions {
   /** Names the set in events and errors. */
   readonly name: string;
-  /** Starts one life: all processes, or it throws and none is left. `life` counts from 1. */
+  /** Starts one life: all processes, or it throws and leaves none running. `life` counts from 1. */
   readonly start: (life: number) => Promise<readonly Child[]>;
   /** A line for the user about each loss. */
   readonly onEvent: (line: string) => void;
-  /** What the processes get to end by themselves when the set is stopped. */
+  /** How long the processes may take to exit by themselves when the set is stopped. */
   readonly stopGraceMs: number;
 }
 
 const minPauseMs = 200;
 const maxPauseMs = 10_000;
-/** A life of this length is a good one, and so is one that ended in order: the pause begins small again. */
+/** A life of this length counts as good, and so does one that ended in order: the pause is then reset. */
 const goodLifeMs = 10_000;
-/** Lives in a row, none of them good, after which it will not work the next time either. */
+/** After this many bad lives in a row the set is given up. */
 const maxBadLives = 5;
-/** The rest of a set that has lost a process has nothing left to finish. */
+/** The other processes of a set that lost one have nothing left to finish. */
 const lossGraceMs = 2_000;
 
 /** A running set. Stop it. */
 export class Supervisor {
-  /** Rejects when the set has been given up, with the end of the log of the process that failed. */
+  /** Rejects when the set is given up, with the end of the log of the process that failed. */
   readonly givenUp: Promise<never>;
   readonly #options: SupervisorOptions;
   readonly #stopping = new AbortController();
@@ -47,7 +47,7 @@ export class Supervisor {
     this.#done = this.#run(first).catch(reject);
   }
 
-  /** Starts the first life; rejects where that cannot be done. */
+  /** Starts the first life; rejects if that fails. */
   static async start(options: SupervisorOptions): Promise<Supervisor> {
     return new Supervisor(options, await options.start(1));
   }
@@ -112,7 +112,7 @@ export class Supervisor {
   }
 }
 
-/** What a process wrote for people after its last log line. */
+/** The text for people that a process wrote after its last log line. */
 function lastWords(log: string): string {
   const lines = log.trimEnd().split('\n');
   const words = lines.slice(lines.findLastIndex((line) => line.startsWith('{')) + 1);

@@ -51,12 +51,12 @@ describe('parseCompileArgs', () => {
       'x',
     ];
     const expected = [
-      '--model: must name a directory, is missing',
-      '--out: must name a directory, is missing',
-      '--tensor-parallel: must be an integer from 1, is 0',
+      '--model: is missing; give a directory',
+      '--out: is missing; give a directory',
+      '--tensor-parallel: must be a whole number of at least 1, is 0',
       '--precision: must be fp32 or fp16 or bf16 or int8 or int4, is int9',
       '--accuracy-level: must be 4 or 0, is 2',
-      '--max-positions: must be an integer from 1, is x',
+      '--max-positions: must be a whole number of at least 1, is x',
     ].join('; ');
     expect(() => parseCompileArgs(args)).toThrow(
       expect.objectContaining({ code: 'invalid_argument', message: expected }),

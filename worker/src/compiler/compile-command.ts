@@ -1,5 +1,5 @@
-// `mimo compile`: flags to CompileOptions, progress on stderr, one closing line on stdout. Knows nothing of how a
-// checkpoint is compiled.
+// `mimo compile`: turns flags into CompileOptions, shows progress on stderr, prints one closing line on stdout. The
+// compiler itself is compile.ts.
 
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -8,21 +8,21 @@ import { precisions } from '../shards/shard.ts';
 
 /** The flags of `mimo compile`, for its usage text. */
 export const compileUsage = `mimo compile --model DIR --out DIR [options]
-  --model DIR              checkpoint: config.json and safetensors
-  --out DIR                gets rank-0, rank-1, ...
+  --model DIR              checkpoint directory with config.json and safetensors files
+  --out DIR                where to write rank-0, rank-1, ...
   --tensor-parallel N      ranks that share the model (default 1)
-  --precision P            int8 (default), int4 or fp32
-  --mtp-hidden H           pre-norm (default) or post-norm: which hidden state feeds the MTP layer
-  --accuracy-level N       4 (default) or 0: arithmetic of int8 and int4 products in int8 or in fp32
-  --max-positions N        positions that the RoPE tables cover (default: the config's)
-  --threads N              (default: one for each core, at most 8)`;
+  --precision P            ${precisions.join(', ')} (default int8)
+  --mtp-hidden H           hidden state that feeds the MTP layer: pre-norm (default) or post-norm
+  --accuracy-level N       compute int8 and int4 products in int8 (4, default) or in fp32 (0)
+  --max-positions N        positions that the RoPE tables cover (default: the model's)
+  --threads N              compile threads (default: one for each core, at most 8)`;
 
 const progressIntervalMs = { terminal: 100, lines: 5_000 } as const;
 const barWidth = 30;
 
 /**
  * Compiles as the flags say. Throws `invalid_argument` that names every wrong flag, and what `compile` throws. The
- * signal cancels; what is done by then is taken up by the next call.
+ * signal cancels; the next call continues from the work already done.
  */
 export async function runCompile(argv: readonly string[], signal: AbortSignal): Promise<void> {
   const options = parseCompileArgs(argv);
@@ -55,13 +55,13 @@ export function parseCompileArgs(argv: readonly string[]): CompileOptions {
   const count = (flag: string, value: string): number => {
     const parsed = Number(value);
     if (!Number.isInteger(parsed) || parsed < 1) {
-      problems.push(`--${flag}: must be an integer from 1, is ${value}`);
+      problems.push(`--${flag}: must be a whole number of at least 1, is ${value}`);
     }
     return parsed;
   };
   for (const flag of ['model', 'out'] as const) {
     if (values[flag] === undefined || values[flag] === '') {
-      problems.push(`--${flag}: must name a directory, is missing`);
+      problems.push(`--${flag}: is missing; give a directory`);
     }
   }
   const maxPositions = values['max-positions'];
@@ -102,7 +102,7 @@ function readFlags(argv: readonly string[]) {
   }
 }
 
-/** Progress on standard error: a bar that is redrawn on a terminal, a line now and then elsewhere. */
+/** Progress on standard error: a redrawn bar on a terminal, a line every few seconds elsewhere. */
 export function createProgressPrinter(startedMs: number): (progress: CompileProgress) => void {
   const { isTTY } = process.stderr;
   let printedMs = startedMs;
