@@ -1,5 +1,5 @@
-// `mimo up`: a whole cluster on this machine, from a checkpoint to a door that answers. Owns what is said to the user and
-// the order of preparations (compile, nats-server); the processes are cli/src/local's.
+// `mimo up`: a whole cluster on this machine, from a checkpoint to a gateway that answers. Owns the messages to the
+// user and the order of preparations (compile, nats-server); the processes are cli/src/local's.
 
 import { access } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';

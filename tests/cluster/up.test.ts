@@ -52,7 +52,7 @@ describe('the mimo command', () => {
     expect(wrong.stderr).toContain('sampling.temperature');
     const second = await command.run(['up', '--port', String(command.port)]);
     expect(second.code).toBe(1);
-    expect(second.stderr).toContain(`port ${command.port} of 127.0.0.1 is taken`);
+    expect(second.stderr).toContain(`port ${command.port} of 127.0.0.1 is in use`);
 
     child.kill('SIGINT');
     expect((await ended)[0]).toBe(0);
@@ -131,10 +131,10 @@ describe('the mimo command', () => {
 
   it.each([
     [['up', '--precision', 'fp8'], 1, '--precision must be one of fp32, fp16, bf16, int8, int4'],
-    [['up', '--model', '/no/such/model'], 1, '/no/such/model holds no config.json'],
+    [['up', '--model', '/no/such/model'], 1, '/no/such/model has no config.json'],
     [['chat', '--seed', 'x', 'hi'], 1, '--seed must be a whole number'],
     [['chat', '--bogus', 'hi'], 2, "Unknown option '--bogus'"],
-    [['frobnicate'], 2, "there is no command 'frobnicate'"],
+    [['frobnicate'], 2, "unknown command 'frobnicate'"],
     [['--help'], 0, 'up       start a whole cluster'],
     [['compile', '--help'], 0, 'mimo compile'],
   ])('says what is wrong with %j', async (args, code, message) => {
