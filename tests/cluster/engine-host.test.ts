@@ -1,4 +1,4 @@
-// The engine as its process sees it: threads, messages, credit, draining and what is left behind.
+// The engine as its process sees it: threads, messages, credit and what is left behind.
 
 import { mkdtempSync, rmSync } from 'node:fs';
 import { cp, rm, writeFile } from 'node:fs/promises';
@@ -144,36 +144,24 @@ describe('startEngine', () => {
     expect(host.stats()).toMatchObject(idle);
   });
 
-  it('refuses a live id at once and a bad request with its last delta', async () => {
+  it('refuses a bad request with its last delta', async () => {
     const host = await start(1);
     const watcher = new Watcher(host);
-    host.submit(request(1, { creditTokens: 1 }));
-    expect(() => host.submit(request(1))).toThrow('sequenceId: 1 is live');
     host.submit(request(2, { tokenIds: [] }));
     expect(await watcher.ended(2)).toMatchObject({ kind: 'error', code: 'invalid_argument' });
   });
 
-  it('drains: takes nothing new, ends when the last sequence does', async () => {
-    const host = await start(1);
-    const watcher = new Watcher(host);
-    host.submit(request(1, { creditTokens: 3 }));
-    await expect(host.drain(AbortSignal.timeout(100))).rejects.toMatchObject({ code: 'deadline_exceeded' });
-    expect(() => host.submit(request(2))).toThrow('the engine is draining');
-    host.addCredit(1, 1000);
-    await host.drain();
-    expect(watcher.completion(1)).toHaveLength(64);
-    await host.drain();
-  });
-
-  it('ends what is live when closed, and leaves no thread, whenever that is', async () => {
+  it('says nothing more once closed, and leaves no thread, whenever that is', async () => {
     const portsBefore = ports();
     for (const afterTokens of [0, 1, 20]) {
       const host = await start(2);
       const watcher = new Watcher(host);
       host.submit(request(1, { sampling: { maxTokens: 4000 } }));
       await waitFor('tokens', () => watcher.completion(1).length >= afterTokens);
-      await Promise.all([host.close(), host.close()]);
-      expect(watcher.finish(1)).toMatchObject({ kind: 'aborted' });
+      const closing = Promise.all([host.close(), host.close()]);
+      const told = watcher.deltas.length;
+      await closing;
+      expect(watcher.deltas).toHaveLength(told);
       expect(() => host.submit(request(2))).toThrow('the engine is closing');
       expect(host.stats()).toMatchObject(idle);
     }

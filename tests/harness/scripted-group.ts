@@ -112,7 +112,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
   const emit = (deltas: readonly SequenceDelta[]): void => {
     step += 1;
     if (deltas.length > 0) {
-      sessions.onFrame({ step, deltas, stats: statsOf() });
+      sessions.sequences.onFrame({ step, deltas, stats: statsOf() });
     }
   };
   const statsOf = (): EngineStats => ({
@@ -219,7 +219,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
         drain: () => Promise.resolve(0),
         stats: () => ({
           heartbeat: heartbeat(),
-          sessions: sessions.sessionCount,
+          sessions: sessions.count,
           steps: step,
           promptTokens: 0,
           completionTokens: tokens,
@@ -244,7 +244,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
       maxContextTokens: options.maxContextTokens ?? 4_096,
       draftTokens: 1,
       identity,
-      running: sessions.running(),
+      running: sessions.sequences.running(),
     });
   };
   const beating = setInterval(() => queue?.publishHeartbeat(heartbeat()), 100);
@@ -283,7 +283,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
       hung = false;
       aborts.splice(0).forEach(abort);
     },
-    refuse: (error) => sessions.refuse(error),
+    refuse: (error) => sessions.sequences.refuse(error),
     become: (next) => {
       state = next;
       queue?.publishHeartbeat(heartbeat());

@@ -62,12 +62,12 @@ describe('the pages', () => {
       .toSorted()
       .map((file) => {
         const [, number, title] = /^# (\d+)\. (.+)$/m.exec(read(join(folder, file))) ?? [];
-        return `${number}. [${title}](${basename(file)})`;
+        return `- [${number}. ${title}](${basename(file)})`;
       });
     expect(
       read(join(folder, 'README.md'))
         .split('\n')
-        .filter((line) => /^\d/.test(line)),
+        .filter((line) => line.startsWith('- [')),
     ).toEqual(lines);
   });
 

@@ -15,7 +15,8 @@ import { startMetrics } from '@mimo/core/process/metrics';
 import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
 
 import type { WorkerConfig } from './config.ts';
-import { idleStats, type EngineHost } from './engines/mimo/engine-host.ts';
+import { idleStats } from './engines/mimo/engine-api.ts';
+import type { EngineHost } from './engines/mimo/engine-host.ts';
 import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
 import { identityOf } from './identity.ts';
 import { createEngineMetrics } from './metrics.ts';
@@ -63,6 +64,7 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   const { maxContextTokens, draftTokens } = engine.info;
   const welcome = { group: config.group, model: config.model, maxContextTokens, draftTokens, identity };
   const sessions = new Sessions(engine, welcome, log);
+  const { sequences } = sessions;
   const metrics = await startMetrics({
     process: 'worker',
     listenAddress: config.metricsListen === '' ? undefined : config.metricsListen,
@@ -70,25 +72,25 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
   lifecycle.onClose('metrics', () => metrics.close());
   const measure = createEngineMetrics(metrics, () => engine.stats());
   engine.onFrame((frame) => {
-    sessions.onFrame(frame);
+    sequences.onFrame(frame);
     measure(frame);
   });
 
   const drain = async (signal: AbortSignal): Promise<number> => {
-    const before = sessions.sequenceCount;
-    sessions.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
+    const before = sequences.count;
+    sequences.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
     view.become(GroupState.DRAINING);
     heartbeats?.beat();
     const finishing = AbortSignal.any([signal, AbortSignal.timeout(config.drainFinishMs)]);
     try {
-      await engine.drain(finishing);
+      await sequences.drained(finishing);
     } catch (error) {
       if (signal.aborted) {
         throw error;
       }
-      log.info({ sequences: sessions.sequenceCount }, 'handing over');
-      sessions.handOver();
-      await engine.drain(signal);
+      log.info({ sequences: sequences.count }, 'handing over');
+      sequences.handOver();
+      await sequences.drained(signal);
     }
     return before;
   };
@@ -194,7 +196,7 @@ class GroupView {
       maxContextTokens: info?.maxContextTokens ?? 0,
       draftTokens: info?.draftTokens ?? 0,
       completionTokensPerSecond: this.#throughput.completionTokensPerSecond,
-      running: this.#serving?.sessions.running() ?? [],
+      running: this.#serving?.sessions.sequences.running() ?? [],
       precision: config.precision,
       identity: this.#serving?.identity ?? '',
     };
@@ -208,7 +210,7 @@ class GroupView {
     const stats = this.#serving?.engine.stats() ?? idleStats(0);
     return {
       heartbeat: this.heartbeat(),
-      sessions: this.#serving?.sessions.sessionCount ?? 0,
+      sessions: this.#serving?.sessions.count ?? 0,
       steps: stats.steps,
       promptTokens: stats.promptTokens,
       completionTokens: stats.completionTokens,

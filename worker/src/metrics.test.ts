@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 
 import { startMetrics } from '@mimo/core/process/metrics';
 
-import { idleStats } from './engines/mimo/engine-host.ts';
+import { idleStats } from './engines/mimo/engine-api.ts';
 import { createEngineMetrics } from './metrics.ts';
 
 describe('createEngineMetrics', () => {

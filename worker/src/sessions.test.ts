@@ -11,7 +11,7 @@ import {
   type StepFrame,
 } from '@mimo/proto/worker';
 
-import { idleStats, type SequenceDelta, type SequenceRequest } from './engines/mimo/engine-host.ts';
+import { idleStats, lastDelta, type SequenceDelta, type SequenceRequest } from './engines/mimo/engine-api.ts';
 import { Sessions, type Session } from './sessions.ts';
 
 const stats = idleStats(0);
@@ -27,6 +27,7 @@ const completeSampling = SamplingParams.fromPartial({
   maxTokens: 10,
   draftTokens: 1,
 });
+const welcome = { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' };
 const counts = { completionTokens: 0, draftedTokens: 0, acceptedTokens: 0 };
 
 /** What the sessions asked of the engine, in order. */
@@ -80,7 +81,7 @@ function failedDelta(
   sequenceId: number,
   error: { readonly code: ErrorCode; readonly message: string },
 ): SequenceDelta {
-  return { sequenceId, index: 0, tokenIds: [], finish: { kind: 'error', ...error, ...counts } };
+  return lastDelta(sequenceId, 0, { kind: 'error', ...error });
 }
 
 describe('Sessions', () => {
@@ -96,11 +97,7 @@ describe('Sessions', () => {
       level: 'info',
       destination: { write: (line: string) => logged.push(line) },
     });
-    sessions = new Sessions(
-      engine,
-      { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' },
-      log,
-    );
+    sessions = new Sessions(engine, welcome, log);
   });
   afterEach(() => {
     vi.useRealTimers();
@@ -113,7 +110,7 @@ describe('Sessions', () => {
     return { peer, session };
   }
   function step(number: number, deltas: readonly SequenceDelta[]): void {
-    sessions.onFrame({ step: number, deltas, stats });
+    sessions.sequences.onFrame({ step: number, deltas, stats });
   }
 
   it('logs why a sequence failed where its client is not shown it, and nothing of what a client got wrong', () => {
@@ -134,12 +131,7 @@ describe('Sessions', () => {
 
   it('welcomes a gateway, and turns away one that asks for another model', () => {
     const { peer } = open();
-    expect(peer.received).toEqual([
-      {
-        $case: 'welcome',
-        value: { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' },
-      },
-    ]);
+    expect(peer.received).toEqual([{ $case: 'welcome', value: welcome }]);
     const stranger = new Peer();
     sessions
       .open(stranger)
@@ -148,7 +140,7 @@ describe('Sessions', () => {
       code: 'not_found',
       message: 'this group holds m, not other',
     });
-    expect(sessions.sessionCount).toBe(1);
+    expect(sessions.count).toBe(1);
   });
 
   it('sends each session one frame a step with its own sequences only', () => {
@@ -182,7 +174,7 @@ describe('Sessions', () => {
       { sequenceId: 1, index: 0, tokenIds: [7], finish: { kind: 'stop', stopTokenId: 2, ...counts } },
     ]);
     expect(peer.frames[0]?.deltas[0]?.finish).toMatchObject({ kind: FinishKind.STOP, stopTokenId: 2 });
-    expect(sessions.sequenceCount).toBe(0);
+    expect(sessions.sequences.count).toBe(0);
     session.receive(submitMessage(1, { epoch: 2 }));
     expect(engine.submitted.at(-1)?.sequenceId).toBe(2);
     expect(peer.ended).toBeUndefined();
@@ -209,7 +201,7 @@ describe('Sessions', () => {
     session.receive(submitMessage(1));
     session.receive(submitMessage(2));
     session.receive({ message: { $case: 'abort', value: { slot: 2, epoch: 1 } } });
-    sessions.handOver();
+    sessions.sequences.handOver();
     expect(engine.aborted).toEqual([2, 1, 2]);
     step(1, [{ sequenceId: 1, index: 0, tokenIds: [5] }]);
     step(2, [
@@ -270,9 +262,13 @@ describe('Sessions', () => {
     session.close();
     session.close();
     expect(engine.aborted).toEqual([1, 2]);
-    expect([sessions.sessionCount, sessions.sequenceCount, vi.getTimerCount()]).toEqual([0, 0, 0]);
+    expect([sessions.count, vi.getTimerCount()]).toEqual([0, 0]);
     step(1, [{ sequenceId: 1, index: 0, tokenIds: [1] }]);
     expect(peer.frames).toEqual([]);
+    expect(sessions.sequences.count).toBe(2);
+    step(2, [lastDelta(1, 1, { kind: 'aborted' }), lastDelta(2, 0, { kind: 'aborted' })]);
+    expect(peer.frames).toEqual([]);
+    expect(sessions.sequences.count).toBe(0);
     session.receive(submitMessage(3));
     expect(engine.submitted).toHaveLength(2);
   });
@@ -286,14 +282,14 @@ describe('Sessions', () => {
       { requestId: 'request-1', epoch: 1, tokens: 3, onTrial: true },
       { requestId: 'request-2', epoch: 1, tokens: 0, onTrial: false },
     ];
-    expect(sessions.running()).toEqual(running);
+    expect(sessions.sequences.running()).toEqual(running);
     session.receive({ message: { $case: 'abort', value: { slot: 1, epoch: 1 } } });
     session.close();
-    expect(sessions.running()).toEqual(running);
+    expect(sessions.sequences.running()).toEqual(running);
     step(2, [{ sequenceId: 1, index: 5, tokenIds: [], finish: { kind: 'aborted', ...counts } }]);
-    expect(sessions.running()).toEqual(running.slice(1));
+    expect(sessions.sequences.running()).toEqual(running.slice(1));
     step(3, [{ sequenceId: 2, index: 0, tokenIds: [], finish: { kind: 'aborted', ...counts } }]);
-    expect(sessions.running()).toEqual([]);
+    expect(sessions.sequences.running()).toEqual([]);
   });
 
   it('refuses what is bound to another identity, for its gateway to try elsewhere', () => {
@@ -354,7 +350,7 @@ describe('Sessions', () => {
   it('ends incomplete sampling and everything while refusing with an error delta, not with the session', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { sampling: SamplingParams.fromPartial({ temperature: 1 }) }));
-    sessions.refuse(new ClusterError('unavailable', 'group g is draining'));
+    sessions.sequences.refuse(new ClusterError('unavailable', 'group g is draining'));
     session.receive(submitMessage(2, { resumedTokens: 1 }));
     expect(peer.frames.flatMap(({ deltas }) => deltas)).toMatchObject([
       { slot: 1, finish: { kind: FinishKind.ERROR, errorCode: 'invalid_argument' } },
@@ -385,8 +381,8 @@ describe('Sessions', () => {
         session.receive(message);
       }
       expect(peer.ended?.error?.code).toBe(code);
-      expect([sessions.sessionCount, sessions.sequenceCount]).toEqual([0, 0]);
-      expect(engine.aborted).toHaveLength(engine.submitted.length);
+      expect(sessions.count).toBe(0);
+      expect(engine.aborted).toEqual(engine.submitted.map(({ sequenceId }) => sequenceId));
     },
   );
 
@@ -402,7 +398,38 @@ describe('Sessions', () => {
       { slot: 2, index: 0, finish: { kind: FinishKind.ERROR, errorCode: 'aborted' } },
     ]);
     expect(peer.ended?.error?.code).toBe('aborted');
-    expect([sessions.sessionCount, sessions.sequenceCount]).toEqual([0, 0]);
+    expect([sessions.count, sessions.sequences.count]).toEqual([0, 0]);
+  });
+
+  it('says nothing more of a group that failed, also of sequences whose gateway had left', async () => {
+    const { peer, session } = open();
+    const left = open();
+    session.receive(submitMessage(1, { timeLeftMs: 60_000 }));
+    left.session.receive(submitMessage(1));
+    left.session.close();
+    sessions.fail(new ClusterError('aborted', 'group g was lost'));
+    step(1, [{ sequenceId: 1, index: 0, tokenIds: [1] }, lastDelta(2, 0, { kind: 'aborted' })]);
+    expect([sessions.sequences.running(), vi.getTimerCount()]).toEqual([[], 0]);
+    expect(peer.frames.flatMap(({ deltas }) => deltas)).toHaveLength(1);
+    await sessions.sequences.drained(AbortSignal.abort());
+  });
+
+  it('drains: waits until the engine has let go of the last sequence, however it ends', async () => {
+    const { session } = open();
+    const { sequences } = sessions;
+    await sequences.drained(AbortSignal.abort());
+    session.receive(submitMessage(1));
+    session.receive(submitMessage(2));
+    const onDrained = vi.fn<() => void>();
+    const drained = sequences.drained(new AbortController().signal).then(onDrained);
+    const hasty = sequences.drained(AbortSignal.abort(new ClusterError('deadline_exceeded', 'too long')));
+    await expect(hasty).rejects.toMatchObject({ code: 'deadline_exceeded' });
+    step(1, [lastDelta(1, 0, { kind: 'parked', reason: 'no credit' })]);
+    session.close();
+    await vi.advanceTimersByTimeAsync(0);
+    expect(onDrained).not.toHaveBeenCalled();
+    step(2, [lastDelta(2, 0, { kind: 'aborted' })]);
+    await drained;
   });
 
   it('answers pings', () => {

@@ -1,5 +1,5 @@
-// What goes into the engine and what comes out of it: requests, frames, figures. Types only; plain data that crosses
-// threads. Knows no text, no session of a gateway and no tensor.
+// What goes into the engine and what comes out of it: requests, frames, figures; plain data that crosses threads. Knows no
+// text, no session of a gateway and no tensor.
 
 import type { ErrorCode } from '@mimo/core/process/errors';
 
@@ -93,4 +93,35 @@ export interface EngineStats {
   readonly parkableSequences: number;
   readonly kvBlocks: number;
   readonly kvBlocksUsed: number;
+}
+
+/**
+ * The last delta of a sequence that produces nothing more and has no figures: of one that was refused, or that a lost group
+ * leaves behind.
+ */
+export function lastDelta(sequenceId: number, completionTokens: number, end: SequenceEnd): SequenceDelta {
+  return {
+    sequenceId,
+    index: completionTokens,
+    tokenIds: [],
+    finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
+  };
+}
+
+/** The figures of an engine that has done nothing and holds `kvBlocks`, all free. */
+export function idleStats(kvBlocks: number): EngineStats {
+  return {
+    steps: 0,
+    promptTokens: 0,
+    completionTokens: 0,
+    draftedTokens: 0,
+    acceptedTokens: 0,
+    parkedSequences: 0,
+    runningSequences: 0,
+    waitingSequences: 0,
+    blockedSequences: 0,
+    parkableSequences: 0,
+    kvBlocks,
+    kvBlocksUsed: 0,
+  };
 }

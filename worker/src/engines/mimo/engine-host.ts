@@ -7,7 +7,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import { exitAtOnce } from '../../collective/libc.ts';
 import type { ModelConfig } from '../../shards/model-config.ts';
 import type { Precision } from '../../shards/shard.ts';
-import type { EngineFrame, EngineStats, SequenceDelta, SequenceRequest } from './engine-api.ts';
+import { idleStats, type EngineFrame, type EngineStats, type SequenceRequest } from './engine-api.ts';
 import type { EngineLimits } from './engine.ts';
 import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
 import { kvBlockTokens } from './kv-cache.ts';
@@ -43,8 +43,8 @@ export interface EngineInfo {
 export interface EngineHost {
   readonly info: EngineInfo;
   /**
-   * Resolves (never rejects) with the reason when the group is over; every live sequence has then ended with `aborted`. The
-   * code is `canceled` on a follower whose leader has dissolved the group in order.
+   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have not
+   * ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
    */
   readonly failed: Promise<ClusterError>;
   /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
@@ -53,7 +53,7 @@ export interface EngineHost {
   readonly isStalled: boolean;
   /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
   leave(): void;
-  /** Throws `unavailable` while draining or closed. A request that cannot run ends with an `error` delta instead. */
+  /** Throws `unavailable` once lost or closed. A request that cannot run ends with an `error` delta instead. */
   submit(request: SequenceRequest): void;
   /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
   abort(sequenceId: number): void;
@@ -63,11 +63,9 @@ export interface EngineHost {
   onFrame(listener: (frame: EngineFrame) => void): () => void;
   /** As of the last frame. */
   stats(): EngineStats;
-  /** Takes nothing new and resolves when the last sequence has ended, or rejects with the signal's reason. */
-  drain(signal?: AbortSignal): Promise<void>;
   /**
-   * Ends live sequences with `aborted`, stops the threads, frees the model. Idempotent. Where a step hangs its thread
-   * stays, and the process ends with it.
+   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays, and the
+   * process ends with it.
    */
   close(): Promise<void>;
 }
@@ -110,14 +108,11 @@ class RunningEngine implements EngineHost {
   /** Resolves when a step hangs, whose thread cannot be waited for. */
   readonly #hung = Promise.withResolvers<void>();
   readonly #listeners = new Set<(frame: EngineFrame) => void>();
-  /** Live sequences, with the completion tokens that each has delivered. */
-  readonly #live = new Map<number, number>();
-  readonly #drained = new Set<() => void>();
   readonly #ready = Promise.withResolvers<void>();
   #readyThreads = 0;
   #runtime: EngineInfo['runtime'] = 'ort-capi';
   #stats: EngineStats;
-  #state: 'open' | 'draining' | 'closing' | 'failed' = 'open';
+  #state: 'open' | 'closing' | 'failed' = 'open';
 
   constructor(complete: CompleteOptions, ranks: LocalRanks) {
     const { promise, resolve } = Promise.withResolvers<ClusterError>();
@@ -183,23 +178,15 @@ class RunningEngine implements EngineHost {
     if (this.#state !== 'open') {
       throw new ClusterError('unavailable', `the engine is ${this.#state}`);
     }
-    if (this.#live.has(request.sequenceId)) {
-      throw new ClusterError('invalid_argument', `sequenceId: ${request.sequenceId} is live`);
-    }
-    this.#live.set(request.sequenceId, request.resumedTokens);
     this.#send({ kind: 'submit', request });
   }
 
   abort(sequenceId: number): void {
-    if (this.#live.has(sequenceId)) {
-      this.#send({ kind: 'abort', sequenceId });
-    }
+    this.#send({ kind: 'abort', sequenceId });
   }
 
   addCredit(sequenceId: number, tokens: number): void {
-    if (this.#live.has(sequenceId)) {
-      this.#send({ kind: 'credit', sequenceId, tokens });
-    }
+    this.#send({ kind: 'credit', sequenceId, tokens });
   }
 
   onFrame(listener: (frame: EngineFrame) => void): () => void {
@@ -211,30 +198,9 @@ class RunningEngine implements EngineHost {
     return this.#stats;
   }
 
-  async drain(signal?: AbortSignal): Promise<void> {
-    if (this.#state === 'open') {
-      this.#state = 'draining';
-    }
-    if (this.#live.size === 0) {
-      return;
-    }
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    const onAbort = (): void => reject(ClusterError.from(signal?.reason));
-    signal?.addEventListener('abort', onAbort, { once: true });
-    this.#drained.add(resolve);
-    try {
-      signal?.throwIfAborted();
-      await promise;
-    } finally {
-      this.#drained.delete(resolve);
-      signal?.removeEventListener('abort', onAbort);
-    }
-  }
-
   async close(): Promise<void> {
-    if (this.#state === 'open' || this.#state === 'draining') {
-      this.#state = 'closing';
-      this.#endLive({ kind: 'aborted' });
+    if (this.#state === 'open') {
+      this.#end('closing');
     }
     if (this.info.rank === 0) {
       this.#send({ kind: 'close' });
@@ -321,49 +287,25 @@ class RunningEngine implements EngineHost {
   }
 
   #deliver(frame: EngineFrame): void {
-    if (this.#state === 'closing' || this.#state === 'failed') {
-      return;
-    }
-    this.#stats = frame.stats;
-    for (const { sequenceId, index, tokenIds, finish } of frame.deltas) {
-      if (finish === undefined) {
-        this.#live.set(sequenceId, index + tokenIds.length);
-      } else {
-        this.#live.delete(sequenceId);
-      }
-    }
-    this.#emit(frame);
-  }
-
-  #emit(frame: EngineFrame): void {
-    for (const listener of this.#listeners) {
-      listener(frame);
-    }
-    if (this.#live.size === 0) {
-      this.#drained.forEach((resolve) => resolve());
+    if (this.#state === 'open') {
+      this.#stats = frame.stats;
+      this.#listeners.forEach((listener) => listener(frame));
     }
   }
 
-  /** The first failure counts; later ones are its consequences, and none after `close` is one. */
+  /** The first failure counts; later ones are its consequences, as are those after `close`. */
   #fail(error: ClusterError): void {
-    if (this.#state === 'closing' || this.#state === 'failed') {
-      return;
+    if (this.#state === 'open') {
+      this.#end('failed');
+      this.#ranks.stop();
+      this.#ready.reject(error);
+      this.#resolveFailed(error);
     }
-    this.#state = 'failed';
-    this.#ranks.stop();
-    this.#ready.reject(error);
-    this.#endLive({ kind: 'error', code: 'aborted', message: `the group is lost: ${error.message}` });
-    this.#resolveFailed(error);
   }
 
-  #endLive(end: { kind: 'aborted' } | { kind: 'error'; code: 'aborted'; message: string }): void {
-    const deltas = [...this.#live].map(([sequenceId, completionTokens]): SequenceDelta => ({
-      sequenceId,
-      index: completionTokens,
-      tokenIds: [],
-      finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
-    }));
-    this.#live.clear();
+  /** From here on nothing is taken and nothing is reported. */
+  #end(state: 'closing' | 'failed'): void {
+    this.#state = state;
     this.#stats = {
       ...this.#stats,
       runningSequences: 0,
@@ -372,28 +314,9 @@ class RunningEngine implements EngineHost {
       parkableSequences: 0,
       kvBlocksUsed: 0,
     };
-    this.#emit({ step: this.#stats.steps, deltas, stats: this.#stats });
   }
 
   #send(request: StepThreadRequest): void {
     this.#threads[0]?.postMessage(request);
   }
-}
-
-/** The figures of an engine that has done nothing and holds `kvBlocks`, all free. */
-export function idleStats(kvBlocks: number): EngineStats {
-  return {
-    steps: 0,
-    promptTokens: 0,
-    completionTokens: 0,
-    draftedTokens: 0,
-    acceptedTokens: 0,
-    parkedSequences: 0,
-    runningSequences: 0,
-    waitingSequences: 0,
-    blockedSequences: 0,
-    parkableSequences: 0,
-    kvBlocks,
-    kvBlocksUsed: 0,
-  };
 }

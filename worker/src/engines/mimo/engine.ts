@@ -1,6 +1,6 @@
 // The leader's step: decide, run the backbone, choose tokens, verify drafts, run the MTP layer, report. Owns the
 // sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank: passes
-// go through a PassExecutor (leader.ts over the group, or a model of the test's own).
+// go through a PassExecutor (step-thread.ts over the group, or a model of the test's own).
 //
 // Speculation with one draft token (reference mimo-architecture.md §3.5, written so that no hidden state is carried over):
 // after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next prompt
@@ -10,13 +10,14 @@
 // undone by not counting it: the next step overwrites its keys and values.
 
 import { ClusterError } from '@mimo/core/process/errors';
-import type {
-  EngineFrame,
-  EngineStats,
-  ParkReason,
-  SequenceDelta,
-  SequenceEnd,
-  SequenceRequest,
+import {
+  lastDelta,
+  type EngineFrame,
+  type EngineStats,
+  type ParkReason,
+  type SequenceDelta,
+  type SequenceEnd,
+  type SequenceRequest,
 } from './engine-api.ts';
 import { problemOf, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
@@ -82,8 +83,6 @@ export class Engine {
   readonly #clockMs: () => number;
   /** Live sequences by id, in order of arrival: the older is the earlier. */
   readonly #sequences = new Map<number, Sequence>();
-  /** Ids of those that hold KV cache. */
-  readonly #running = new Set<number>();
   /** Slots to give back with the next pass. */
   #releasedSlots: number[] = [];
   /** Ended outside of a step: refused, aborted or parked. */
@@ -125,7 +124,8 @@ export class Engine {
       validateRequest(request, this.#sequenceLimits);
     } catch (error) {
       const { code, message } = ClusterError.from(error);
-      this.#ended.push(refusedDelta(request, { kind: 'error', code, message }));
+      const completionTokens = Math.max(0, Math.trunc(request.resumedTokens) || 0);
+      this.#ended.push(lastDelta(request.sequenceId, completionTokens, { kind: 'error', code, message }));
       return;
     }
     const sequence = new Sequence(request, this.#sequenceLimits);
@@ -193,8 +193,8 @@ export class Engine {
   stats(): EngineStats {
     return {
       ...this.#counters,
-      runningSequences: this.#running.size,
-      waitingSequences: this.#sequences.size - this.#running.size,
+      runningSequences: this.#kv.holders,
+      waitingSequences: this.#sequences.size - this.#kv.holders,
       blockedSequences: this.#blockedSequences,
       parkableSequences: this.#parkableSequences,
       kvBlocks: this.#kv.totalBlocks,
@@ -206,20 +206,26 @@ export class Engine {
   checkIntegrity(): void {
     this.#kv.checkIntegrity();
     for (const sequence of this.#sequences.values()) {
-      const blocks = this.#kv.grantOf(sequence.id)?.blocks;
-      const isRunning = this.#running.has(sequence.id);
-      if (isRunning !== (blocks !== undefined) || sequence.end !== undefined) {
-        throw new ClusterError('internal', `sequence ${sequence.id}: running ${isRunning}, blocks ${blocks}`);
+      const blocks = this.#kv.grantOf(sequence.id)?.blocks ?? 0;
+      if (sequence.end !== undefined) {
+        throw new ClusterError(
+          'internal',
+          `sequence ${sequence.id}: live after its end ${sequence.end.kind}`,
+        );
       }
-      if (sequence.kvTokens > capacityTokens(blocks ?? 0) || sequence.pendingTokens < 1) {
+      if (sequence.kvTokens > capacityTokens(blocks) || sequence.pendingTokens < 1) {
         throw new ClusterError(
           'internal',
           `sequence ${sequence.id}: ${sequence.kvTokens} of ${sequence.tokenIds.length} tokens in ${blocks} blocks`,
         );
       }
     }
-    if (this.#sequences.size === 0 && this.#kv.usedBlocks !== 0) {
-      throw new ClusterError('internal', `${this.#kv.usedBlocks} KV blocks are used by nobody`);
+    const holders = [...this.#sequences.keys()].filter((id) => this.#kv.grantOf(id) !== undefined);
+    if (holders.length !== this.#kv.holders) {
+      throw new ClusterError(
+        'internal',
+        `${this.#kv.holders} hold KV blocks, ${holders.length} of them live`,
+      );
     }
   }
 
@@ -257,7 +263,6 @@ export class Engine {
       this.#sequences.get(id)!.overtakes += 1;
     }
     for (const id of decision.admitted) {
-      this.#running.add(id);
       this.#sequences.get(id)!.overtakes = 0;
     }
     let firstRow = 0;
@@ -372,8 +377,10 @@ export class Engine {
     if (drafting.length === 0) {
       return;
     }
-    const decoding = [...this.#running].filter((id) => this.#sequences.get(id)!.pendingTokens === 1).length;
-    const pays = decoding <= this.#limits.maxSpeculatingSequences;
+    const decoding = [...this.#sequences.values()].filter(
+      ({ id, pendingTokens }) => pendingTokens === 1 && this.#kv.grantOf(id) !== undefined,
+    );
+    const pays = decoding.length <= this.#limits.maxSpeculatingSequences;
     const spans = drafting.map(({ sequence, span, firstRow, survivors }): RowSpan => {
       const wantsDraft = pays && sequence.pendingTokens === 1 && sequence.allowance >= 2;
       return { ...span, rows: survivors, headRows: wantsDraft ? 1 : 0, hiddenRow: firstRow };
@@ -419,7 +426,6 @@ export class Engine {
   }
 
   #releaseKv(sequence: Sequence): void {
-    this.#running.delete(sequence.id);
     const slot = this.#kv.release(sequence.id);
     if (slot !== undefined) {
       this.#releasedSlots.push(slot);
@@ -431,14 +437,4 @@ export class Engine {
     this.#releasedSlots = [];
     return slots;
   }
-}
-
-function refusedDelta(request: SequenceRequest, end: SequenceEnd): SequenceDelta {
-  const completionTokens = Math.max(0, Math.trunc(request.resumedTokens) || 0);
-  return {
-    sequenceId: request.sequenceId,
-    index: completionTokens,
-    tokenIds: [],
-    finish: { ...end, completionTokens, draftedTokens: 0, acceptedTokens: 0 },
-  };
 }

@@ -46,6 +46,11 @@ export class KvCache {
     return this.totalBlocks - this.#usedBlocks;
   }
 
+  /** How many sequences hold some. */
+  get holders(): number {
+    return this.#grants.size;
+  }
+
   grantOf(sequenceId: number): KvGrant | undefined {
     return this.#grants.get(sequenceId);
   }

@@ -1,5 +1,5 @@
-// What the engine says of a sequence -> what its gateway reads. Pure but for the index that a sequence carries along. Owns
-// how an end is told: an abort that the gateway asked for is one, any other is an error with its code.
+// The engine's deltas -> what a gateway reads of them. Pure. Owns how an end is reported: an abort that the gateway asked
+// for is one, any other is an error with its code.
 
 import type { ClusterError } from '@mimo/core/process/errors';
 import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
@@ -10,14 +10,12 @@ import {
   type SequenceFinish,
 } from '@mimo/proto/worker';
 
-import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engines/mimo/engine-host.ts';
+import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engines/mimo/engine-api.ts';
 
 /** A sequence as its session names it. */
 export interface SequenceOnWire {
   readonly slot: number;
   readonly epoch: number;
-  /** Completion index of the next token. */
-  nextIndex: number;
   /** Why this side aborted it. The engine's `aborted` for no reason of ours is the loss of the group. */
   abortedFor: 'gateway' | 'deadline' | 'handOver' | undefined;
 }
@@ -32,9 +30,8 @@ const finishKinds = {
 
 const parkReasons = { 'no credit': ParkReason.NO_CREDIT } as const;
 
-/** Writes what a step gave a sequence, and moves its index on. */
+/** What a step gave a sequence. */
 export function deltaToWire(sequence: SequenceOnWire, delta: SequenceDelta): WireDelta {
-  sequence.nextIndex = delta.index + delta.tokenIds.length;
   return {
     slot: sequence.slot,
     epoch: sequence.epoch,
@@ -80,29 +77,6 @@ function errorOf(
   return sequence.abortedFor === 'deadline'
     ? { code: 'deadline_exceeded', message: 'the deadline passed while the sequence ran' }
     : { code: 'aborted', message: 'the group ended in mid-sequence' };
-}
-
-/** The last delta of a sequence that the engine does not speak for. */
-export function failedDelta(sequence: SequenceOnWire, error: ClusterError): WireDelta {
-  return {
-    slot: sequence.slot,
-    epoch: sequence.epoch,
-    index: sequence.nextIndex,
-    tokenIds: [],
-    logprobs: [],
-    finish: {
-      kind: FinishKind.ERROR,
-      stopTokenId: 0,
-      errorCode: error.code,
-      errorMessage: error.message,
-      completionTokens: sequence.nextIndex,
-      draftedTokens: 0,
-      acceptedTokens: 0,
-      parkReason: ParkReason.UNSPECIFIED,
-    },
-    draftedTokens: 0,
-    acceptedTokens: 0,
-  };
 }
 
 /** Adds a later delta of the same sequence to one that has not been sent yet. */
