@@ -1,5 +1,5 @@
 // The relay's life of a request, against a session that does what each test says. What it does over real gRPC is in
-// tests/cluster/gateway.test.ts.
+// tests/cluster/gateway-groups.test.ts.
 
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';

@@ -23,11 +23,10 @@ import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { mountSmall } from '../harness/small-volume.ts';
+import { patience } from '../harness/wait-for.ts';
 
 const name = 'XiaomiMiMo/MiMo-7B-RL.v2';
 const log = createLog({ process: 'test', level: 'silent' });
-/** As long as a slow machine may take for what is there within two seconds. */
-const patience = { timeout: 20_000, interval: 50 };
 
 let directory: string;
 let server: NatsServer;

@@ -67,6 +67,13 @@ interface Live {
   creditTokens: number;
 }
 
+/** A script that never ends by itself. */
+export function* endless(): Generator<number> {
+  for (let id = 0; ; id = (id + 1) % 20) {
+    yield 65 + id;
+  }
+}
+
 /** `<|im_end|>` of models/mimo-demo. */
 const endOfText = 606;
 

@@ -8,6 +8,9 @@ const pollMs = 20;
 /** Far above what anything takes: a busy machine is no failure. */
 const defaultTimeoutMs = 90_000;
 
+/** The same for `vi.waitFor`. */
+export const patience = { timeout: defaultTimeoutMs, interval: pollMs };
+
 /** Polls until the condition holds; fails, naming `what`, after the time-out. Errors of the condition count as "not yet". */
 export async function waitFor(
   what: string,
