@@ -13,7 +13,9 @@ import {
   type Model,
 } from '@mimo/proto/inference';
 
-/** Where `npm run up` listens. */
+import { commandLine } from './command-line.ts';
+
+/** Where `mimo up` listens. */
 export const defaultAddress = '127.0.0.1:50051';
 const maxReceiveBytes = 64 * 2 ** 20;
 
@@ -67,9 +69,13 @@ export class Connection {
     const known = ClusterError.from(error);
     const isReached = this.#client.getChannel().getConnectivityState(false) === grpc.connectivityState.READY;
     return known.code === 'unavailable' && !isReached
-      ? new ClusterError('unavailable', `no gateway at ${this.#address}: start one with \`npm run up\``, {
-          cause: error,
-        })
+      ? new ClusterError(
+          'unavailable',
+          `no gateway at ${this.#address}: start one with \`${commandLine('up')}\``,
+          {
+            cause: error,
+          },
+        )
       : known;
   }
 }

@@ -13,9 +13,10 @@ import { createProgressPrinter } from '@mimo/worker/compiler/compile-command';
 import { precisions } from '@mimo/worker/shards/shard';
 import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
+import { commandLine } from './command-line.ts';
+import { Connection } from './connection.ts';
 import { startLocalCluster, type LocalCluster } from './local/local-cluster.ts';
 import { cacheDirectoryFrom, findNatsServer } from './local/nats-server.ts';
-import { Connection } from './connection.ts';
 import { note, printable, styled } from './terminal.ts';
 
 const defaultModel = resolve(import.meta.dirname, '../../models/mimo-demo');
@@ -198,7 +199,7 @@ interface Announcement {
 
 function announce({ options, cluster, dataDirectory, elapsedMs }: Announcement): void {
   const { modelName, precision, tensorParallel, groups, port } = options;
-  const address = port === defaultPort ? '' : ` --address ${cluster.gatewayAddress}`;
+  const address = port === defaultPort ? '' : `--address ${cluster.gatewayAddress} `;
   note(
     [
       `${styled('green', 'ready')} in ${(elapsedMs / 1000).toFixed(1)} s`,
@@ -206,7 +207,7 @@ function announce({ options, cluster, dataDirectory, elapsedMs }: Announcement):
       `  gRPC     ${cluster.gatewayAddress}  (reflection and health on)`,
       `  queue    ${cluster.natsUrl ?? `in the gateway's memory, because nats-server was not found: requests are lost when the gateway stops`}`,
       `  logs     ${join(dataDirectory, 'logs')}`,
-      `  try      ${styled('bold', `npm run chat --${address} "What is 47 + 85?"`)}`,
+      `  try      ${styled('bold', commandLine('chat', `${address}"What is 47 + 85?"`))}`,
       '  Ctrl-C stops everything',
     ].join('\n'),
   );

@@ -19,7 +19,7 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { waitFor } from './wait-for.ts';
 
-const bootstrap = join(import.meta.dirname, '../../cli/src/local/bootstrap.mjs');
+const local = join(import.meta.dirname, '../../cli/src/local');
 
 // Stands for npm: installs by writing what the real one writes last, and counts its runs.
 const npmScript = `
@@ -38,7 +38,9 @@ describe('bootstrap.mjs', () => {
   beforeEach(() => {
     checkout = mkdtempSync(join(tmpdir(), 'mimo-bootstrap-'));
     mkdirSync(join(checkout, 'cli/src/local'), { recursive: true });
-    copyFileSync(bootstrap, join(checkout, 'cli/src/local/bootstrap.mjs'));
+    for (const file of ['bootstrap.mjs', 'launch.mjs']) {
+      copyFileSync(join(local, file), join(checkout, 'cli/src/local', file));
+    }
     writeFileSync(join(checkout, 'npm-cli.js'), npmScript);
     lock({ 'node_modules/a': { version: '1.0.0', integrity: 'x' }, 'node_modules/b': { optional: true } });
     writeFileSync(
@@ -127,11 +129,11 @@ describe('bootstrap.mjs', () => {
   it('says which Node is missing where this one is too old and no package brings one', async () => {
     await run('script.ts');
     rmSync(join(checkout, 'node_modules/.bin/node'));
-    const source = readFileSync(bootstrap, 'utf8').replace(
+    const source = readFileSync(join(local, 'launch.mjs'), 'utf8').replace(
       'const minNodeMajor = 26;',
       'const minNodeMajor = 999;',
     );
-    writeFileSync(join(checkout, 'cli/src/local/bootstrap.mjs'), source);
+    writeFileSync(join(checkout, 'cli/src/local/launch.mjs'), source);
     const refused = await run('script.ts');
     expect(refused.code).toBe(1);
     expect(refused.stderr).toContain(`Node 999 or later is needed and this is ${process.versions.node}`);

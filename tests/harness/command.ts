@@ -41,6 +41,14 @@ export class TestCommand {
   readonly directory = mkdtempSync(join(tmpdir(), 'mimo-up-'));
   readonly env: NodeJS.ProcessEnv = { ...process.env, MIMO_CACHE_DIR: join(this.directory, 'cache') };
   readonly port: number;
+  /** What runs the command: the script that npm runs in a checkout, or an installed program. */
+  program: readonly string[] = [
+    process.execPath,
+    join(repository, 'cli/src/local/bootstrap.mjs'),
+    'cli/src/main.ts',
+  ];
+  /** Where it runs. */
+  workingDirectory = repository;
   readonly #started: ChildProcess[] = [];
 
   private constructor(port: number) {
@@ -94,7 +102,7 @@ export class TestCommand {
 
   /** Starts a program with the command's environment. */
   start(program: string, args: readonly string[]): StartedCommand {
-    const child = spawn(program, args, { cwd: repository, env: this.env, stdio: 'pipe' });
+    const child = spawn(program, args, { cwd: this.workingDirectory, env: this.env, stdio: 'pipe' });
     this.#started.push(child);
     const said: string[] = [];
     for (const stream of [child.stdout, child.stderr]) {
@@ -103,13 +111,10 @@ export class TestCommand {
     return { child, said: () => said.join(''), ended: once(child, 'exit') };
   }
 
-  /** Starts the script that npm runs. */
+  /** Starts the command. */
   mimo(...args: readonly string[]): StartedCommand {
-    return this.start(process.execPath, [
-      join(repository, 'cli/src/local/bootstrap.mjs'),
-      'cli/src/main.ts',
-      ...args,
-    ]);
+    const [program = '', ...first] = this.program;
+    return this.start(program, [...first, ...args]);
   }
 
   /** Runs it to its end. */

@@ -4,14 +4,14 @@
 
 import { randomUUID } from 'node:crypto';
 import { mkdir, rm } from 'node:fs/promises';
-import { join, resolve } from 'node:path';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 
 import { startChild } from './child-process.ts';
 import { assertPortFree, freeAddresses, freePorts } from './free-ports.ts';
 import { startNatsServer } from './nats-server.ts';
 import { Supervisor } from './supervisor.ts';
 
-const root = resolve(import.meta.dirname, '../../..');
 const stopGraceMs = 8_000;
 
 /** What to run, and where it keeps its files. */
@@ -140,7 +140,7 @@ async function startGroup(shared: SharedParts, index: number): Promise<Superviso
         ranks.map((rank) =>
           startChild({
             name: `rank ${rank}`,
-            command: [process.execPath, join(root, 'worker/src/main.ts')],
+            command: [process.execPath, fileURLToPath(import.meta.resolve('@mimo/worker/main'))],
             logFile: join(logs, `${name}-rank-${rank}.log`),
             env: {
               ...process.env,
@@ -174,7 +174,7 @@ async function startGateway(shared: SharedParts): Promise<Supervisor> {
     start: async () => [
       await startChild({
         name: 'gateway',
-        command: [process.execPath, join(root, 'gateway/src/main.ts')],
+        command: [process.execPath, fileURLToPath(import.meta.resolve('@mimo/gateway/main'))],
         logFile: join(logs, 'gateway.log'),
         env: {
           ...process.env,

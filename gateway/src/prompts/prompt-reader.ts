@@ -39,7 +39,8 @@ export async function startPromptReader({
   directory,
   timeoutMs,
 }: PromptReaderOptions): Promise<PromptReader> {
-  const child = fork(new URL('./prompt-reader-process.ts', import.meta.url), [directory, String(timeoutMs)], {
+  const program = new URL(import.meta.resolve('@mimo/gateway/prompts/prompt-reader-process'));
+  const child = fork(program, [directory, String(timeoutMs)], {
     serialization: 'advanced',
     execArgv: [`--max-old-space-size=${heapMaxMegabytes}`],
     // It needs no secrets, and its last words could quote a prompt.

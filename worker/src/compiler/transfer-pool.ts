@@ -24,7 +24,7 @@ export async function runTransfers(
   const stop = AbortSignal.any([signal, failure.signal]);
   const next = jobs.values();
   const runThread = async (): Promise<void> => {
-    const thread = new Worker(new URL('./compile-thread.ts', import.meta.url));
+    const thread = new Worker(new URL(import.meta.resolve('@mimo/worker/compiler/compile-thread')));
     try {
       for (const job of next) {
         thread.postMessage(job);

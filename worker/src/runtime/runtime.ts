@@ -283,7 +283,10 @@ async function createOrtNode(options: RuntimeOptions): Promise<Runtime> {
     const { createOrtNodeRuntime } = await import('./ort-node.ts');
     return createOrtNodeRuntime(options);
   } catch (error) {
-    throw missing('ort-node', 'package onnxruntime-node', error);
+    // onnxruntime-node's own script fetches a CUDA library that nothing here uses, and fails without access to NuGet.
+    const needs =
+      'package onnxruntime-node, which npm leaves out if its install script fails (add --ignore-scripts)';
+    throw missing('ort-node', needs, error);
   }
 }
 

@@ -245,7 +245,7 @@ class RunningEngine implements EngineHost {
       leaving: this.#ranks.leaving,
       turns,
     };
-    const thread = new Worker(new URL('step-thread.ts', import.meta.url), {
+    const thread = new Worker(new URL(import.meta.resolve('@mimo/worker/engines/mimo/step-thread')), {
       workerData,
       name: `rank-${manifests[index]!.rank}`,
     });
