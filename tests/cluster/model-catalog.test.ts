@@ -314,7 +314,7 @@ describe('the model catalogue', () => {
     const large = { ...modelOf({ 'a.json': randomBytes(6 * 2 ** 20) }), name: 'large' };
     await expect(open().publish(large, within(20_000))).rejects.toMatchObject({
       code: 'resource_exhausted',
-      message: 'the model catalogue did not store large: maximum bytes exceeded',
+      message: 'the model catalogue could not store large: maximum bytes exceeded',
     });
     // What had come of it is gone again.
     expect(await storedBytes()).toBeLessThan(1.2 * 2 ** 20);
@@ -345,7 +345,7 @@ describe('the model catalogue', () => {
       for (const _attempt of [1, 2]) {
         await expect(writer.publish(filesOfRound(2), within(60_000))).rejects.toMatchObject({
           code: 'unavailable',
-          message: `the model catalogue did not store ${name}: its server cannot write, no space left on device`,
+          message: `the model catalogue could not store ${name}: its server cannot write, no space left on device`,
         });
       }
       await rm(volume.ballast);

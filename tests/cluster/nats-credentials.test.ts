@@ -168,7 +168,7 @@ describe('a NATS server that asks who connects', () => {
     expect(() => open({ servers: ['127.0.0.1:1'], credentialsFile: '/nowhere' })).toThrow(
       expect.objectContaining({
         code: 'invalid_argument',
-        message: 'the NATS credentials file /nowhere cannot be read',
+        message: 'cannot read the NATS credentials file /nowhere',
       }),
     );
   });

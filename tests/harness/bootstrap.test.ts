@@ -136,7 +136,7 @@ describe('bootstrap.mjs', () => {
     writeFileSync(join(checkout, 'cli/src/local/launch.mjs'), source);
     const refused = await run('script.ts');
     expect(refused.code).toBe(1);
-    expect(refused.stderr).toContain(`Node 999 or later is needed and this is ${process.versions.node}`);
+    expect(refused.stderr).toContain(`needs Node 999 or later, this is ${process.versions.node}`);
     symlinkSync(process.execPath, join(checkout, 'node_modules/.bin/node'));
     expect(await run('script.ts')).toMatchObject({ code: 0 });
   });

@@ -1,6 +1,6 @@
-// Who of several processes acts: whoever holds a coordination.k8s.io Lease. Owns the taking, the renewing, the giving up in
-// time and the giving back. A contender takes a lease that it has seen unchanged for its whole duration, by its own
-// monotonic clock; a holder stops well before that, by its own: clocks are never compared.
+// Who of several processes acts: whoever holds a coordination.k8s.io Lease. Owns the taking, the renewing, the giving
+// up in time and the giving back. A contender takes a lease that it has seen unchanged for its whole duration, by its
+// own monotonic clock; a holder stops well before that, by its own: clocks are never compared.
 
 import { randomUUID } from 'node:crypto';
 
@@ -45,10 +45,10 @@ interface LeaseSpec {
 }
 
 /**
- * Contends for the lease until the signal fires, and runs `lead` whenever this process holds it. `lead`'s signal fires as
- * soon as the lease is lost, could not be renewed in time, or the outer signal fires; it should end soon then, since the
- * lease is kept until it has, or contended for again. Resolves at a clean stop, with the lease given back; rejects with
- * what `lead` throws. `lead` that returns by itself gives the lease back and ends this too.
+ * Contends for the lease until the signal fires, and runs `lead` whenever this process holds it. `lead`'s signal
+ * fires as soon as the lease is lost, could not be renewed in time, or the outer signal fires; it should end soon
+ * then, since the lease is kept until it has, or contended for again. Resolves at a clean stop, with the lease given
+ * back; rejects with what `lead` throws. `lead` that returns by itself gives the lease back and ends this too.
  */
 export async function runLeading(
   options: LeaderElectionOptions,
@@ -135,7 +135,7 @@ class LeaseHolder {
   async #renew(heldFromMs: number, lost: AbortController, ended: AbortSignal): Promise<void> {
     const { renewDeadlineMs, retryMs } = this.#timing;
     const lose = (): void => lost.abort(new ClusterError('aborted', 'leadership is lost'));
-    // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
+    // A timer instead of a check between renewals: a renewal itself may outlast the lease.
     const expireFrom = (fromMs: number): NodeJS.Timeout =>
       setTimeout(lose, fromMs + renewDeadlineMs - performance.now());
     let expiry = expireFrom(heldFromMs);
@@ -173,7 +173,7 @@ class LeaseHolder {
     } catch (error) {
       this.#options.log[signal.aborted ? 'debug' : 'info'](
         { error: ClusterError.from(error), lease: this.#options.leaseName },
-        'lease not taken or renewed',
+        'cannot take the lease or renewed',
       );
       return false;
     }
@@ -236,7 +236,7 @@ class LeaseHolder {
     };
   }
 
-  /** For people: nobody decides by it. The API's MicroTime wants six digits. */
+  /** For people: no decision depends on it. The API's MicroTime wants six digits. */
   #microTime(): string {
     return this.#options.client.clock.now().replace('Z', '000Z');
   }

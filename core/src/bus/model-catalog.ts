@@ -1,6 +1,7 @@
-// Which models the cluster has, and the small files of each that a gateway needs: tokenizer and configuration, never
-// weights. One object a model in the NATS object store MODELS, the digests of its files in its metadata: the store shows
-// an object only once all of it is there, so a reader never sees half a model. Does not know what the files mean.
+// The models of the cluster, and the small files of each that a gateway needs: tokenizer and configuration, never
+// weights.
+// One object a model in the NATS object store MODELS, with the digests of its files in its metadata. The store shows
+// an object only once it is complete, so a reader never sees half a model. Does not know what the files mean.
 
 import { createHash, randomUUID } from 'node:crypto';
 import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
@@ -24,8 +25,8 @@ import { refusalOf, type QueueRefusal } from './queue-refusal.ts';
 import { modelBucket, modelTrialSubject, trialModelBucket } from './subjects.ts';
 
 /**
- * What a catalogue needs. `replicas` of the store: whoever asks for more raises it, so a writer may say 1. Who follows with
- * `maxBytes` bounds the store.
+ * What a catalogue needs. A client that asks for more `replicas` than the store has raises them, so a writer may say
+ * 1. A follower with `maxBytes` bounds the store.
  */
 export interface ModelCatalogOptions extends NatsServers {
   readonly replicas: number;
@@ -37,48 +38,48 @@ export interface ModelCatalogOptions extends NatsServers {
 export interface ModelFiles {
   readonly name: string;
   readonly files: ReadonlyMap<string, Uint8Array>;
-  /** Of the groups that are to run it: model-identity.ts. Empty: nobody said. */
+  /** The identity of the groups that shall run it (model-identity.ts); empty if unknown. */
   readonly identity: string;
 }
 
-/** A model of the catalogue. Another digest is another content. */
+/** A model of the catalogue. A different digest means different content. */
 export interface CatalogModel {
   readonly name: string;
   /** SHA-256 of the files' names, sizes and digests, and of the identity; hex. */
   readonly digest: string;
   readonly identity: string;
-  /** False: known from before the store lost it, and neither published again nor removed since. */
+  /** False: the store lost it, and nobody has published it again or removed it since. */
   readonly isStored: boolean;
 }
 
 /**
- * The catalogue. Methods wait for the server until their signal fires and fail with `unavailable` where it does not
+ * The catalogue. Methods wait for the server until their signal fires, and fail with `unavailable` if it does not
  * answer. Close it to end its iterations and leave the server.
  */
 export interface ModelCatalog {
   /**
-   * Puts a model in, or its new files in place of the old ones, in one act; equal files are left as they are. Fails with
-   * `invalid_argument` where names or sizes are out of bounds, `aborted` where other writers of the model kept winning,
-   * `resource_exhausted` where the store has no room for it.
+   * Adds a model or replaces its files, atomically; equal files are left as they are. Fails with `invalid_argument`
+   * if names or sizes are out of bounds, `aborted` if other writers of the model kept winning, `resource_exhausted`
+   * if the store is full.
    */
   publish(model: ModelFiles, signal: AbortSignal): Promise<CatalogModel>;
   /**
-   * Publishes what `fetch` brought into a directory once more, the same in all. Where the store has any word of the model,
-   * that stands. Fails with `data_loss` where the files are not what the digest says.
+   * Publishes the files that `fetch` wrote into a directory again, unchanged. An entry of the model in the store
+   * takes precedence. Fails with `data_loss` if the files do not match the digest.
    */
   restore(model: CatalogModel, directory: string, signal: AbortSignal): Promise<void>;
-  /** Takes a model out; one that is not there is taken out too, for those who knew it from a store that was lost. */
+  /** Removes a model, even one that the store lost, so that followers forget it. */
   remove(name: string, signal: AbortSignal): Promise<void>;
   /**
-   * The whole set, ordered by name, first as it is and again within about a second of a change. A store that is deleted,
-   * emptied or lost takes nothing away: what was known stays, as not stored, until it is published again or removed. To
-   * publish it again is for those who have its files: who begins to follow then knows nothing of it.
+   * The whole set, ordered by name: once at the start, and again within about a second of a change. If the store is
+   * deleted, emptied or lost, known models stay, marked as not stored, until somebody publishes them again or removes
+   * them. Only a process with the files can publish again; a new follower does not know these models.
    */
   follow(signal: AbortSignal): AsyncIterable<readonly CatalogModel[]>;
   /**
-   * Brings a model's files into a directory that appears whole, or not at all; one that is there already is taken for
-   * it. Fails with `not_found` where the catalogue has no model of this name and digest (any more), `data_loss` where the
-   * files are not what their digests say.
+   * Writes a model's files into a directory that appears complete or not at all; an existing directory counts as
+   * complete. Fails with `not_found` if the catalogue has no (or no longer a) model of this name and digest,
+   * `data_loss` if the files do not match their digests.
    */
   fetch(model: Pick<CatalogModel, 'name' | 'digest'>, directory: string, signal: AbortSignal): Promise<void>;
   close(): Promise<void>;
@@ -95,13 +96,13 @@ const maxModelBytes = 64 * 2 ** 20;
 const maxNameBytes = 256;
 const fileName = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 
-/** How long the server has to answer one request. */
+/** How long to wait for the server's answer to one request. */
 const requestTimeoutMs = 5_000;
-/** Files whose next piece takes longer than this were replaced while they were read. */
+/** If the next chunk takes longer than this, the files were replaced while they were read. */
 const stallMs = 10_000;
 /**
- * Followers compare the store's last sequence with the one they know at this pace: a request of a few hundred bytes that
- * cannot go silent, as a subscription can.
+ * Followers compare the store's last sequence with the one they know at this pace: a request of a few hundred bytes
+ * that cannot go silent, as a subscription can.
  */
 const lookMs = 1_000;
 const publishAttempts = 5;
@@ -118,7 +119,7 @@ class NatsModelCatalog implements ModelCatalog {
   readonly #closing = new AbortController();
   readonly #connecting: ReturnType<typeof connectNats>;
   #connected = false;
-  /** When the store that was bounded last was made. */
+  /** Creation time of the store that was bounded last. */
   #boundStore = '';
   #opened: Promise<{ readonly objects: ObjectStore; readonly manager: JetStreamManager }> | undefined;
 
@@ -145,7 +146,7 @@ class NatsModelCatalog implements ModelCatalog {
     }
     throw new ClusterError(
       'aborted',
-      `model ${name} was not published: others published it at the same time`,
+      `model ${name} was not published: other processes published it at the same time`,
     );
   }
 
@@ -160,7 +161,7 @@ class NatsModelCatalog implements ModelCatalog {
     }
     const entry = entryOf({ name, files, identity });
     if (entry.digest !== digest) {
-      throw new ClusterError('data_loss', `model ${name}: its files are not what their digest says any more`);
+      throw new ClusterError('data_loss', `model ${name}: its files no longer match their digest`);
     }
     const put = async (objects: ObjectStore): Promise<boolean> =>
       (await objects.info(name)) !== null || putEntry(objects, entry, 0);
@@ -200,7 +201,7 @@ class NatsModelCatalog implements ModelCatalog {
         }
       } catch (error) {
         if (!until.aborted) {
-          this.#options.log.warn({ error: ClusterError.from(error) }, 'model catalogue not read');
+          this.#options.log.warn({ error: ClusterError.from(error) }, 'cannot read the model catalogue');
         }
       }
       await pause(lookMs, until);
@@ -235,11 +236,11 @@ class NatsModelCatalog implements ModelCatalog {
   async close(): Promise<void> {
     this.#closing.abort(new ClusterError('canceled', 'the model catalogue is closed'));
     const leaving = this.#connecting.then((connection) => connection.close()).catch(() => undefined);
-    // A connection that has not come yet is closed when it comes; nobody need wait for it.
+    // A connection that is still being made is closed when it arrives; nobody waits for it.
     await (this.#connected ? leaving : undefined);
   }
 
-  /** The store as it is, with as many copies as this side asks for, and bounded once it is known to be another one. */
+  /** The current store, with the replicas that this client asks for, and bounded once per store. */
   #look(signal: AbortSignal): Promise<StreamInfo> {
     return this.#ask(async (objects, manager) => {
       const { streamInfo } = await objects.status();
@@ -255,17 +256,17 @@ class NatsModelCatalog implements ModelCatalog {
     }, signal);
   }
 
-  /** Runs an act that writes an entry, on a store that can write. */
+  /** Runs an action that writes an entry, on a store that can write. */
   async #write<Result>(
     act: (objects: ObjectStore) => Promise<Result>,
     entry: Entry,
     signal: AbortSignal,
   ): Promise<Result> {
-    const text = `the model catalogue did not store ${entry.name}`;
+    const text = `the model catalogue could not store ${entry.name}`;
     const failure = await this.#ask((...store) => diskFailureOf(store, text), signal);
     if (failure !== undefined) {
       await this.#ask((_objects, manager) => this.#remake(manager, entry), signal).catch((error: unknown) => {
-        this.#options.log.debug({ error: ClusterError.from(error) }, 'model catalogue not made anew');
+        this.#options.log.debug({ error: ClusterError.from(error) }, 'cannot recreate the model catalogue');
         signal.throwIfAborted();
         throw failure;
       });
@@ -280,8 +281,8 @@ class NatsModelCatalog implements ModelCatalog {
   }
 
   /**
-   * A store whose server could not write for a moment never will again, until the server is restarted. It is made anew where
-   * a store beside it takes the entry; what else it held is published again by those who have it.
+   * After one failed write, a store rejects all writes until its server restarts. It is therefore recreated if a
+   * second store on the server accepts the entry; processes that have its other models publish them again.
    */
   async #remake(manager: JetStreamManager, { name, metadata, content }: Entry): Promise<void> {
     const stream = jetstream(await this.#connecting, { timeout: requestTimeoutMs });
@@ -295,15 +296,15 @@ class NatsModelCatalog implements ModelCatalog {
       await beside.destroy();
     }
     const { objects } = await this.#open();
-    // Somebody else may have made it anew meanwhile.
+    // Another process may have recreated it meanwhile.
     if ((await diskFailureOf([objects, manager])) !== undefined) {
-      this.#options.log.error('model catalogue stores nothing: it is made anew');
+      this.#options.log.error('model catalogue cannot write: recreating it');
       await objects.destroy();
       this.#opened = undefined;
     }
   }
 
-  /** Runs an act on the store; once more where the store was not there any more, as on a server that came back empty. */
+  /** Runs an action on the store; repeats it once if the store is gone, as after a server came back empty. */
   async #ask<Result>(
     act: (objects: ObjectStore, manager: JetStreamManager) => Promise<Result>,
     signal: AbortSignal,
@@ -331,7 +332,7 @@ class NatsModelCatalog implements ModelCatalog {
         throw error;
       }
       this.#opened = undefined;
-      throw new ClusterError('unavailable', `the model catalogue does not answer: ${messageOf(error)}`, {
+      throw new ClusterError('unavailable', `the model catalogue did not answer: ${messageOf(error)}`, {
         cause: error,
         detail: { retryAfterMs: 1_000 },
       });
@@ -349,14 +350,14 @@ class NatsModelCatalog implements ModelCatalog {
   }
 }
 
-/** A model as it is written. */
+/** A model in its written form. */
 interface Entry {
   readonly name: string;
   readonly metadata: Record<string, string>;
   readonly content: Uint8Array;
 }
 
-/** Fails with `invalid_argument` where names or sizes are out of bounds. */
+/** Fails with `invalid_argument` if names or sizes are out of bounds. */
 function entryOf({ name, files, identity }: ModelFiles): Entry & { readonly digest: string } {
   const sorted = [...files].toSorted(([a], [b]) => (a < b ? -1 : 1));
   const described = sorted.map(([file, bytes]) => ({
@@ -376,7 +377,7 @@ function entryOf({ name, files, identity }: ModelFiles): Entry & { readonly dige
   return { name, digest, metadata, content: Buffer.concat(sorted.map(([, bytes]) => bytes)) };
 }
 
-/** False where somebody else wrote the model after `previousRevision`. */
+/** False if another process wrote the model after `previousRevision`. */
 async function putEntry(
   objects: ObjectStore,
   { name, metadata, content }: Entry,
@@ -393,7 +394,7 @@ async function putEntry(
   }
 }
 
-/** Why a store on one server cannot write, though it answers; undefined where it can. Those on several repair themselves. */
+/** Why a store on one server answers but cannot write; undefined if it can. Replicated stores repair themselves. */
 async function diskFailureOf(
   [objects, manager]: readonly [ObjectStore, JetStreamManager],
   text?: string,
@@ -401,7 +402,7 @@ async function diskFailureOf(
   const { streamInfo } = await objects.status();
   const { name, num_replicas: replicas } = streamInfo.config;
   try {
-    // Purging nothing fails like all that writes, and at once.
+    // A purge of nothing fails like any write, and at once.
     await manager.streams.purge(name, { filter: modelTrialSubject });
     return undefined;
   } catch (error) {
@@ -413,7 +414,7 @@ async function diskFailureOf(
 /** Models by name. */
 type Models = ReadonlyMap<string, CatalogModel>;
 
-/** A store's models, and those of the known ones that it neither has nor has removed. */
+/** The store's models, plus the known ones that the store lost. */
 async function readModels(objects: ObjectStore, known: Models): Promise<Models> {
   const models = new Map<string, CatalogModel>();
   const add = ({ name, metadata, deleted }: ObjectInfo): void => {
@@ -425,7 +426,7 @@ async function readModels(objects: ObjectStore, known: Models): Promise<Models> 
   (await objects.list()).forEach(add);
   for (const [name, model] of known) {
     if (!models.has(name)) {
-      // A list that was read while a model was replaced may lack it.
+      // A list that was read during a replacement may lack the model.
       const info = await objects.info(name);
       if (info === null) {
         models.set(name, { ...model, isStored: false });
@@ -444,11 +445,11 @@ async function readModel(
   signal: AbortSignal,
 ): Promise<ReadonlyMap<string, Uint8Array>> {
   const found = await objects.get(name);
-  // Told by the reader too, who is there for as long as anybody waits.
+  // The reader reports it too, and lives as long as anybody waits.
   found?.error.catch(() => undefined);
   if (found?.info.metadata?.['digest'] !== digest) {
     await found?.data.cancel();
-    throw new ClusterError('not_found', `the catalogue has no model ${name} of digest ${digest}`);
+    throw new ClusterError('not_found', `the catalogue has no model ${name} with digest ${digest}`);
   }
   const described = parseFiles(found.info);
   const content = await readAll(found.data, { name, bytes: found.info.size, signal });
@@ -457,7 +458,7 @@ async function readModel(
   for (const file of described) {
     const bytes = content.subarray(at, (at += file.bytes));
     if (sha256Of(bytes) !== file.sha256) {
-      throw new ClusterError('data_loss', `model ${name}: ${file.name} is not what its digest says`);
+      throw new ClusterError('data_loss', `model ${name}: ${file.name} does not match its digest`);
     }
     files.set(file.name, bytes);
   }
@@ -484,14 +485,16 @@ async function readAll(
   } catch (error) {
     await reader.cancel().catch(() => undefined);
     of.signal.throwIfAborted();
-    throw new ClusterError('unavailable', `model ${of.name} changed or broke off while it was read`, {
+    throw new ClusterError('unavailable', `model ${of.name} was replaced or cut short while it was read`, {
       cause: error,
     });
   }
   return content;
 }
 
-/** What an object's metadata says of its files; fails with `data_loss` where it does not fit its digest or its size. */
+/**
+ * The files according to an object's metadata; fails with `data_loss` if the metadata contradicts its digest or size.
+ */
 function parseFiles(info: ObjectInfo): readonly CatalogFile[] {
   const { name, size, metadata } = info;
   try {
@@ -505,12 +508,12 @@ function parseFiles(info: ObjectInfo): readonly CatalogFile[] {
       return files;
     }
   } catch {
-    // Said below.
+    // Reported below.
   }
   throw new ClusterError('data_loss', `model ${name}: the catalogue's entry contradicts itself`);
 }
 
-/** Why a model cannot be in the catalogue; undefined where it can. */
+/** Why the catalogue rejects a model; undefined if it accepts it. */
 function problemWith(name: string, files: readonly CatalogFile[]): string | undefined {
   const bytes = files.reduce((sum, file) => sum + file.bytes, 0);
   if (name === '' || Buffer.byteLength(name) > maxNameBytes) {
@@ -520,10 +523,10 @@ function problemWith(name: string, files: readonly CatalogFile[]): string | unde
     return `it must have 1 to ${maxFiles} files, not ${files.length}`;
   }
   if (bytes > maxModelBytes) {
-    return `its files have ${bytes} bytes together, over the limit of ${maxModelBytes}`;
+    return `its files have ${bytes} bytes in total, over the limit of ${maxModelBytes}`;
   }
   const wrong = files.find((file) => !fileName.test(file.name));
-  return wrong === undefined ? undefined : `${JSON.stringify(wrong.name)} is no plain file name`;
+  return wrong === undefined ? undefined : `${JSON.stringify(wrong.name)} is not a plain file name`;
 }
 
 function digestOf(files: readonly CatalogFile[], identity: string): string {

@@ -1,17 +1,16 @@
-// The identity of a model's answers: what computes a text, so that nothing else may continue it. Two halves: the files from
-// which text becomes tokens and back, which gateways and workers both have, and the weights with their arithmetic, which
-// only workers have. Owns how it is written, which files it is made from and which identities go together.
+// The identity of a model's answers: it names what computes a text, so that no other model continues it. It has two
+// halves: the tokenizer files, which gateways and workers both have, and the weights with their arithmetic, which
+// only workers have. Owns its notation, the files it is made from, and which identities are compatible.
 //
 //   identity = <text>.<weights>     <text> may be empty: a group started from compiled shards has not seen the tokenizer
-//
-// Not part of it: how many ranks share the weights, what computes them, how many tokens are drafted, and the version of the
-// software. Such groups give the same text up to near-ties of floats, and a stream may move between them.
+// Not part of it: the number of ranks, the execution provider, the number of drafts and the software version. Groups
+// that differ in these give the same text up to near-ties of floats, so a stream may move between them.
 
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 
-/** The files of a checkpoint from which text becomes tokens and back, by the names that are looked for. */
+/** The names of a checkpoint's tokenizer files. */
 const textFiles = [
   'config.json',
   'generation_config.json',
@@ -22,7 +21,7 @@ const textFiles = [
   'merges.txt',
 ] as const;
 
-/** A checkpoint's files from which text becomes tokens and back: those of them that are there. */
+/** The tokenizer files that a checkpoint has. */
 export async function readTextFiles(directory: string): Promise<ReadonlyMap<string, Uint8Array>> {
   const files = new Map<string, Uint8Array>();
   for (const name of textFiles) {
@@ -34,7 +33,7 @@ export async function readTextFiles(directory: string): Promise<ReadonlyMap<stri
   return files;
 }
 
-/** The half of an identity that the text's files make up; files of other names take no part. */
+/** The half of an identity that comes from the tokenizer files; files with other names are ignored. */
 export function textDigestOf(files: ReadonlyMap<string, Uint8Array>): string {
   const digests = textFiles
     .filter((name) => files.has(name))
@@ -42,17 +41,17 @@ export function textDigestOf(files: ReadonlyMap<string, Uint8Array>): string {
   return sha256Of(Buffer.from(JSON.stringify(digests))).slice(0, digestLength);
 }
 
-/** The half that the weights make up, with what else says how they compute. */
+/** The half that comes from the weights and from the settings of their arithmetic. */
 export function weightsDigestOf(parts: readonly string[]): string {
   return sha256Of(Buffer.from(JSON.stringify(parts))).slice(0, digestLength);
 }
 
-/** An identity of its two halves; `text` is empty where it is not known. */
+/** Joins the two halves of an identity; `text` is empty if it is unknown. */
 export function modelIdentity(text: string, weights: string): string {
   return `${text}.${weights}`;
 }
 
-/** Whether a group of this identity reads tokens as a tokenizer of this digest writes them, as far as the group knows. */
+/** Whether a group with this identity uses the tokenizer with this digest, as far as the group knows. */
 export function readsText(identity: string, textDigest: string): boolean {
   return identity.startsWith('.') || identity.startsWith(`${textDigest}.`);
 }

@@ -1,6 +1,5 @@
-// Connecting to NATS as every process of the cluster does it: in the background, again and again, for ever. Owns the
-// manners of a connection and what it says of itself; what it is used for, and what is told while it is away, is the
-// caller's business.
+// Connecting to NATS, the same way in every process: in the background, with retries forever. Owns the connection's
+// conventions and options; its use, and what happens during a disconnection, is up to the caller.
 
 import { readFileSync } from 'node:fs';
 
@@ -16,22 +15,23 @@ import {
 
 import { ClusterError } from '../process/errors.ts';
 
-/** Where the servers are, and what they are told of this client. */
+/** The servers' addresses, and how this client introduces itself. */
 export interface NatsServers {
-  /** `nats://host:port` or `host:port`; with `user:password@` or `token@` before the host where the servers ask for it. */
+  /** `nats://host:port` or `host:port`; with `user:password@` or `token@` before the host if the servers require it. */
   readonly servers: readonly string[];
-  /** Shown by the servers' own tools. */
+  /** The client's name in the servers' own tools. */
   readonly clientName: string;
   /**
-   * A file instead: what `nsc` writes for a user (.creds), or one line with `user:password` or a token. Read anew for each
-   * connection, so that it may be changed while the process runs.
+   * Instead, a file: a .creds file from `nsc`, or one line with `user:password` or a token. Read again for each
+   * connection, so it may change while the process runs.
    */
   readonly credentialsFile?: string;
 }
 
 /**
- * Resolves with the first connection, whenever that is; from then on it comes back by itself, also after the servers
- * refused its credentials. Throws `invalid_argument` at once where the credentials file cannot be read. Close it.
+ * Resolves with the first connection, however long that takes. From then on the client reconnects by itself, also
+ * after the servers rejected its credentials. Throws `invalid_argument` at once if the credentials file cannot be
+ * read. Close it.
  */
 export function connectNats({
   servers,
@@ -51,19 +51,21 @@ export function connectNats({
     name: clientName,
     waitOnFirstConnect: true,
     maxReconnectAttempts: -1,
-    // The client would wait by the wall clock: set back by five minutes, it would not dial for five minutes.
+    // The client would wait by the wall clock: after it is set back by five minutes, it would not dial for five
+    // minutes.
     reconnectDelayHandler: () => Number.NEGATIVE_INFINITY,
     reconnectToServer: dialPause(parts.length),
     // A server that stopped answering is noticed within 15 s, where the default takes minutes.
     pingInterval: 5_000,
     maxPingOut: 2,
-    // Refused twice, the client would give up; the credentials may be on their way, here or at the server.
+    // By default the client gives up after two rejections; but new credentials may be on their way, here or at the
+    // server.
     ignoreAuthErrorAbort: true,
     ...(authenticator === undefined ? {} : { authenticator }),
   });
 }
 
-/** Which server is next is the client's choice; each is dialled again no sooner than in 250 to 500 ms. */
+/** The client chooses the next server; it dials the same server again after 250 to 500 ms at the earliest. */
 function dialPause(servers: number): ReconnectToServerHandler {
   let nextMs = 0;
   return ([server]) => {
@@ -82,11 +84,11 @@ function splitServer(server: string): { readonly address: string; readonly crede
   };
 }
 
-/** Asks the file at each connection; one that cannot be used at that moment leaves what was used last. */
+/** Reads the file for each connection; if that fails, the last credentials are used again. */
 function authenticatorOf(path: string): Authenticator {
   const read = (): Authenticator => {
     const authenticator = parseCredentials(readFileSync(path, 'utf8'));
-    // A .creds file is only parsed when it is asked.
+    // A .creds file is parsed only on use.
     authenticator();
     return authenticator;
   };
@@ -94,7 +96,7 @@ function authenticatorOf(path: string): Authenticator {
   try {
     last = read();
   } catch (error) {
-    throw new ClusterError('invalid_argument', `the NATS credentials file ${path} cannot be read`, {
+    throw new ClusterError('invalid_argument', `cannot read the NATS credentials file ${path}`, {
       cause: error,
     });
   }
@@ -102,7 +104,7 @@ function authenticatorOf(path: string): Authenticator {
     try {
       last = read();
     } catch {
-      // Between two versions of a mounted Secret.
+      // Kubernetes is replacing the mounted Secret.
     }
     return last(nonce);
   };

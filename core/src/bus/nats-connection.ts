@@ -1,5 +1,5 @@
-// The connection of queue-nats: connecting, connecting again for ever, and making the stream and the buckets where they are
-// missing, also after a server came back empty. Knows their settings, not what is kept in them. Uses no feature that an
+// The connection of queue-nats: connecting, reconnecting forever, and creating the stream and the buckets if they are
+// missing, also after a server came back empty. Knows their settings, not their contents. Uses no feature that an
 // older server (2.10 and later) would ignore.
 
 import {
@@ -31,8 +31,8 @@ export interface RecordLimits {
 }
 
 /**
- * What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` go. Without
- * `limits` those that the stream has are left as they are.
+ * What a connection needs. `replicas` is 3 in production and 1 locally; records older than `recordMaxAgeMs` expire.
+ * Without `limits`, the stream keeps its own.
  */
 export interface NatsOptions extends NatsServers {
   readonly replicas: number;
@@ -50,20 +50,20 @@ export interface NatsSession {
   readonly drains: KV;
 }
 
-/** How long the server has to answer a JetStream request. */
+/** How long to wait for the server's answer to a JetStream request. */
 const requestTimeoutMs = 5_000;
 const retryMs = 500;
 const streamNotFoundCode = 10059;
 const storageExceededCode = 10047;
-/** A server that has not even this much cannot hold a queue. */
+/** A server with less room than this cannot hold a queue. */
 const minBytes = 2 ** 20;
 
-/** The error while there is no connection, or no answer. */
+/** The error without a connection, or without an answer. */
 export function unavailable(message: string, cause?: unknown): ClusterError {
   return new ClusterError('unavailable', message, { cause, detail: { retryAfterMs: 1_000 } });
 }
 
-/** A connection that is made in the background. Close it. */
+/** A connection made in the background. Close it. */
 export class NatsLink {
   readonly #options: NatsOptions;
   readonly #closing = new AbortController();
@@ -89,27 +89,27 @@ export class NatsLink {
     });
   }
 
-  /** The stream and the buckets can be used at this moment. */
+  /** Whether the stream and the buckets can be used now. */
   get connected(): boolean {
     return this.#connected;
   }
 
-  /** When the stream was made: another time is another stream. Empty until the first connection. */
+  /** Creation time of the stream: another time means another stream. Empty until the first connection. */
   get storeId(): string {
     return this.#storeId;
   }
 
-  /** When the bucket of leases was made: another time is another bucket, whose revisions begin anew. */
+  /** Creation time of the bucket of leases: another time means another bucket, whose revisions start over. */
   get leasesMadeSeconds(): number {
     return this.#leasesMadeSeconds;
   }
 
-  /** Fires when the stream is another one: its sequences begin anew, so whoever follows it must too. */
+  /** Fires when the stream was replaced: its sequences start over, so its followers must too. */
   get storeReplaced(): AbortSignal {
     return this.#store.signal;
   }
 
-  /** Fires when the present connection is lost: what changes meanwhile is not told by it. */
+  /** Fires when the current connection is lost: changes during the disconnection are not reported. */
   get connectionLost(): AbortSignal {
     return this.#connection.signal;
   }
@@ -132,14 +132,16 @@ export class NatsLink {
     return this.#opened.promise;
   }
 
-  /** Makes what is missing of the stream and the buckets, and takes notice of another stream. Callers share one attempt. */
+  /**
+   * Creates the stream and the buckets if they are missing, and notices a replaced stream. Callers share one attempt.
+   */
   async prepareAgain(): Promise<void> {
     const { connection } = await this.session();
     this.#preparing ??= this.#prepare(connection).finally(() => (this.#preparing = undefined));
     await this.#preparing;
   }
 
-  /** Fires `closing`, waits for what is to be done first, and leaves the server. */
+  /** Fires `closing`, waits for the closing steps, and disconnects. */
   async close(before: () => Promise<void>): Promise<void> {
     if (!this.#closing.signal.aborted) {
       this.#closing.abort(new ClusterError('canceled', 'the queue is closed'));
@@ -153,7 +155,7 @@ export class NatsLink {
   async #run(): Promise<void> {
     const connecting = this.#connecting;
     const connection = await beforeAbort(connecting, this.#closing.signal).catch((error: unknown) => {
-      // A connection that comes after the queue was closed has no other owner.
+      // Nobody else owns a connection that arrives after the queue was closed.
       void connecting.then((late) => late.close()).catch(() => undefined);
       throw error;
     });
@@ -167,7 +169,7 @@ export class NatsLink {
         this.#options.log.warn('queue disconnected');
       } else if (status.type === 'reconnect') {
         await this.#prepareUntilDone(connection);
-        this.#options.log.info({ server: connection.getServer() }, 'queue connected again');
+        this.#options.log.info({ server: connection.getServer() }, 'queue reconnected');
       }
     }
   }
@@ -221,7 +223,7 @@ export class NatsLink {
   }
 }
 
-/** Bounds a stream; a server with less room than that bounds it to half, or a quarter, ... of the bytes. */
+/** Bounds a stream; on a server with too little room, to half of the bytes, a quarter, and so on. */
 export async function boundStream(
   manager: JetStreamManager,
   { name, max_bytes: boundBytes, max_msgs: boundRecords }: StreamConfig,
@@ -244,7 +246,7 @@ export async function boundStream(
   }
 }
 
-/** When a stream was made, by the server's clock. */
+/** Creation time of a stream, by the server's clock. */
 export function secondsOf({ created }: StreamInfo): number {
   return Math.floor(Date.parse(created) / 1_000);
 }

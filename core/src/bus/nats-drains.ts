@@ -1,5 +1,5 @@
 // The drain marks in a NATS key-value bucket: one key a model, its value the whole map of marked groups, changed by
-// compare-and-set. So a reader has all of them from one value, and what is left behind is bounded by the models.
+// compare-and-set. So a reader gets all marks from one value, and leftovers are bounded by the number of models.
 
 import type { KvEntry } from '@nats-io/kv';
 
@@ -11,11 +11,11 @@ import { isTaken } from './nats-lease.ts';
 import type { DrainMark, DrainMarks } from './queue.ts';
 import { tokenFromName } from './subjects.ts';
 
-/** Writers are few: one controller holds the lease. Losing this often against another is a fault. */
+/** There are few writers: one controller holds the lease. So many lost races in a row are a fault. */
 const maxAttempts = 20;
 const retryMs = 500;
 
-/** The marks of one connection; it is closed by its owner. */
+/** The marks of one connection, which its owner closes. */
 export class NatsDrains {
   readonly #link: NatsLink;
   readonly #log: Log;
@@ -25,7 +25,7 @@ export class NatsDrains {
     this.#log = log;
   }
 
-  /** Changes the marks of a model. `change` returns false where there is nothing to do; it may be called again. */
+  /** Changes the marks of a model. `change` returns false if there is nothing to do; it may be called several times. */
   async change(model: string, change: (marks: Map<string, DrainMark>) => boolean): Promise<void> {
     const { drains } = await this.#link.session();
     const key = tokenFromName(model);
@@ -40,16 +40,19 @@ export class NatsDrains {
         await (entry === null ? drains.create(key, value) : drains.update(key, value, entry.revision));
         return;
       } catch (error) {
-        // Another writer was quicker, or the read came from a replica that is behind.
+        // Another writer was faster, or the read came from a replica that lags.
         if (!isTaken(error)) {
-          throw unavailable(`the drain marks of ${model} were not changed`, error);
+          throw unavailable(`cannot change the drain marks of ${model}`, error);
         }
       }
     }
-    throw unavailable(`the drain marks of ${model} are changed by others all the time`);
+    throw unavailable(`cannot change the drain marks of ${model}: other writers keep changing them`);
   }
 
-  /** The whole map first and at every change; begins anew with each connection, since changes in between are not told. */
+  /**
+   * The whole map, first and after every change. Starts over with each connection, since changes in between are not
+   * reported.
+   */
   async *follow(model: string, until: AbortSignal): AsyncGenerator<DrainMarks, void, undefined> {
     const key = tokenFromName(model);
     while (!until.aborted) {
@@ -65,7 +68,7 @@ export class NatsDrains {
         try {
           if (!stop.aborted) {
             for await (const entry of entries) {
-              // The watch begins with the value that is there, which has been told.
+              // The watch begins with the current value, which was already delivered.
               if (entry.revision > (first?.revision ?? 0)) {
                 yield marksOf(entry);
               }
@@ -77,7 +80,7 @@ export class NatsDrains {
         }
       } catch (error) {
         if (!until.aborted && this.#link.connected) {
-          this.#log.warn({ error: ClusterError.from(error), model }, 'drain marks not followed');
+          this.#log.warn({ error: ClusterError.from(error), model }, 'cannot follow the drain marks');
         }
       }
       await pause(retryMs, until);

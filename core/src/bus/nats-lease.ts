@@ -1,6 +1,6 @@
-// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
-// back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket. Which lease
-// is wanted is the caller's business; time is the process's own clock, which only ever makes a lease shorter.
+// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals,
+// given back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket.
+// The caller chooses the lease; time is the process's own clock, which can only make a lease shorter.
 
 import { JetStreamApiError } from '@nats-io/jetstream';
 import type { KV } from '@nats-io/kv';
@@ -12,10 +12,10 @@ import type { NatsLink } from './nats-connection.ts';
 import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
 import { subjects, tokenFromName } from './subjects.ts';
 
-// The server's codes for "the last sequence of this key is another".
+// The server's codes for "the last sequence of this key is a different one".
 const wrongLastSequenceCodes = new Set([10071, 10164]);
 
-/** Somebody else has written the key. */
+/** Another process has written the key. */
 export function isTaken(error: unknown): boolean {
   return error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code);
 }
@@ -27,11 +27,11 @@ interface Held {
   /** Of the creation. */
   readonly revision: number;
   readonly epoch: number;
-  /** When the creation was asked for: the server counts from no earlier. */
+  /** When the creation was requested: the server counts from then or later. */
   readonly askedMs: number;
 }
 
-/** The leases of one connection. `releaseAll` gives them back before the connection is closed. */
+/** The leases of one connection. Call `releaseAll` before the connection is closed. */
 export class NatsLeases {
   readonly #link: NatsLink;
   readonly #log: Log;
@@ -70,7 +70,7 @@ export class NatsLeases {
         } catch (error) {
           signal.throwIfAborted();
           if (!isTaken(error) && this.#link.connected) {
-            this.#log.warn({ error: ClusterError.from(error), model: name }, 'lease not taken');
+            this.#log.warn({ error: ClusterError.from(error), model: name }, 'cannot take the lease');
           }
         }
         await pause(leaseRenewMs, AbortSignal.any([signal, freed.signal]));
@@ -92,7 +92,7 @@ export class NatsLeases {
     try {
       return await beforeAbort(creating, signal);
     } catch (error) {
-      // Taken for nobody where the answer comes after the signal.
+      // Nobody wants the lease if the answer comes after the signal.
       const givingBack = creating
         .then((late) => leases.delete(key, { previousSeq: late }))
         .catch(() => undefined)
@@ -104,24 +104,27 @@ export class NatsLeases {
 }
 
 /**
- * Revisions grow by less than this in a second, so a bucket that was made later has larger epochs than any before it; a
- * whole number of 53 bits holds them for 200 years.
+ * Revisions grow by less than this in a second, so a later bucket has larger epochs than any earlier one. A whole
+ * number of 53 bits holds them for 200 years.
  */
 const epochsPerSecond = 2 ** 20;
 
-/** A lease counts as lost this long after its last renewal was asked for: before the server lets another have it. */
+/**
+ * A lease counts as lost this long after its last renewal was requested: before the server gives it to another
+ * process.
+ */
 const holdMs = 0.9 * leaseTtlMs;
-/** After a renewal that failed; one that worked is repeated after `leaseRenewMs`. */
+/** Delay after a failed renewal; after a successful one it is `leaseRenewMs`. */
 const retryMs = 250;
 
-/** Renews until the lease is lost or released; `onReleased` hears whether the key is free from here on. */
+/** Renews until the lease is lost or released; calls `onReleased` with whether the key is now free. */
 function hold(
   { leases, key, value, epoch, askedMs, ...held }: Held,
   onReleased: (isFree: boolean) => void,
 ): Lease {
   const lost = new AbortController();
   let { revision } = held;
-  // A timer and not a look at the clock between renewals: a renewal may itself wait past the end.
+  // A timer instead of a check between renewals: a renewal itself may outlast the lease.
   const expireFrom = (fromMs: number): NodeJS.Timeout =>
     setTimeout(() => lost.abort(), fromMs + holdMs - performance.now());
   let expiry = expireFrom(askedMs);

@@ -1,10 +1,10 @@
-// Whether the stream of records stores: tried out with a real write at a steady pace, and at once where a write has failed.
-// Owns the refusal of records before the stream is full, and the repair of streams that are gone or that store nothing
-// any more. What is connected to is in nats-connection.ts.
+// Whether the stream of records can write: a real test write at a steady pace, and at once after a failed write. Owns
+// the rejection of records before the stream is full, and the repair of streams that are gone or can no longer write.
+// The connection is nats-connection.ts.
 //
-// A nats-server whose disk was full for a moment refuses every later write and deletion of that stream until the server is
-// restarted. Only a new stream stores again, so the stream is deleted and made anew; the gateways then record again
-// what they hold, as after the loss of a disk.
+// A nats-server whose disk was full for a moment refuses every later write and deletion of that stream until the
+// server is restarted. Only a new stream can write again, so the stream is deleted and recreated; the gateways then
+// record their requests again, as after the loss of a disk.
 
 import { JetStreamApiError, type StreamInfo } from '@nats-io/jetstream';
 import type { MsgHdrs } from '@nats-io/transport-node';
@@ -18,23 +18,25 @@ import { QueueRefusal, refusalOf } from './queue-refusal.ts';
 import type { RecordPlace } from './queue.ts';
 import { drainBucket, leaseBucket, requestStream, trialSubjects } from './subjects.ts';
 
-/** A stream that is gone is missed for at most this long by who writes nothing. */
+/** How long a missing stream can go unnoticed if nothing is written. */
 const trialMs = 1_000;
 const bucketsEveryRounds = 5;
-/** Well above a slow disk's worst. */
+/** Well above the worst case of a slow disk. */
 const trialTimeoutMs = 2_000;
-/** One trial may fail because the machine stood still. */
+/** A single trial may fail because the machine was paused. */
 const faultAfterTrials = 2;
-/** A stream that answers and has stored nothing for so many trials will not do so again. */
+/** A stream that answers but fails this many trials in a row will not recover. */
 const remakeAfterTrials = 3;
-/** A disk that is still full breaks the new stream too. */
+/** If the disk is still full, the new stream breaks too. */
 const remakePauseMs = { first: 5_000, most: 60_000 };
-/** Records are refused from this share of a limit on, so that other gateways' and those recorded again still fit. */
+/**
+ * Records are rejected from this share of a limit on, so that records of other gateways and repeated ones still fit.
+ */
 const refuseAtShare = 0.9;
 
 type StreamName = keyof typeof trialSubjects;
 
-/** That of the records first. */
+/** The stream of records comes first. */
 const streamNames = [requestStream, `KV_${leaseBucket}`, `KV_${drainBucket}`] as const satisfies StreamName[];
 const streamNotFoundCode = 10059;
 
@@ -42,7 +44,7 @@ interface Write {
   readonly subject: string;
   readonly bytes: Uint8Array;
   readonly headers: MsgHdrs;
-  /** It was accepted before: only the stream's own limits refuse it. */
+  /** It was accepted before: only the stream's own limits can reject it. */
   readonly isRestored: boolean;
 }
 
@@ -59,7 +61,7 @@ export class NatsStore {
   #firstSequence = 0;
   /** The stream's own, once they are read. */
   #limits: RecordLimits;
-  /** As the server last said, and what was written from here since. */
+  /** The server's last figures, plus what this process wrote since. */
   #stored = { bytes: 0, records: 0 };
   #written = { bytes: 0, records: 0 };
   #suspected = new AbortController();
@@ -73,7 +75,7 @@ export class NatsStore {
     this.#ended = this.#watch();
   }
 
-  /** Why a record is not stored at this moment, as far as is known; undefined where it is. */
+  /** Why records cannot be stored now, as far as known; undefined if they can. */
   get fault(): QueueRefusal | undefined {
     return this.#link.connected
       ? this.#fault
@@ -92,12 +94,12 @@ export class NatsStore {
     return this.#ended;
   }
 
-  /** Has the streams tried out at once: somebody's write has failed. */
+  /** Starts a trial of the streams at once: a write has failed. */
   suspect(): void {
     this.#suspected.abort();
   }
 
-  /** Writes a record. Fails with a QueueRefusal; where the stream was missing it is made and the write repeated. */
+  /** Writes a record; creates a missing stream and repeats the write. Fails with a QueueRefusal. */
   async write(write: Write): Promise<RecordPlace> {
     const fault = this.fault;
     if (fault !== undefined && (fault.reason !== 'full' || !write.isRestored)) {
@@ -106,7 +108,7 @@ export class NatsStore {
     if (!write.isRestored) {
       this.#assertRoom(write.bytes.length);
     }
-    // Counted before they are stored: what is on its way needs room too.
+    // Counted before they are stored: records in transit need room too.
     this.#written.bytes += write.bytes.length;
     this.#written.records += 1;
     try {
@@ -118,7 +120,7 @@ export class NatsStore {
     }
   }
 
-  /** Where the stream is missing it is made first. */
+  /** Creates a missing stream first. */
   async #publishMaking(write: Write): Promise<RecordPlace> {
     try {
       return await this.#publish(write);
@@ -144,7 +146,8 @@ export class NatsStore {
     const { seq } = await stream
       .publish(subject, bytes, { headers, expect })
       .catch(async (error: unknown): Promise<{ readonly seq: number }> => {
-        // The stream was made again before this side knew: it is there, under a place of the stream before.
+        // The stream was recreated without this process knowing: the record is there, with a position of the old
+        // stream.
         const there = isTaken(error)
           ? await manager.streams.getMessage(requestStream, { last_by_subj: subject })
           : null;
@@ -177,7 +180,7 @@ export class NatsStore {
       this.#suspected = new AbortController();
       if (this.#link.connected && !closing.aborted) {
         await this.#tryOut().catch((error: unknown) => {
-          this.#log.debug({ error: ClusterError.from(error) }, 'queue not tried out');
+          this.#log.debug({ error: ClusterError.from(error) }, 'cannot test the queue');
         });
       }
       await pause(trialMs, AbortSignal.any([closing, this.#suspected.signal]));
@@ -195,7 +198,7 @@ export class NatsStore {
         refusal = await this.#firstRefusal(names);
       }
     } catch (error) {
-      // A server that does not answer, or cannot make the stream.
+      // The server does not answer, or cannot create the stream.
       refusal = refusal === undefined || refusal.reason === 'missing' ? refusalOf(error) : refusal;
     }
     const isBroken = refusal !== undefined && refusal.reason !== 'full';
@@ -212,9 +215,9 @@ export class NatsStore {
     if (refusal?.reason !== this.#fault?.reason) {
       if (refusal === undefined) {
         this.#remakePauseMs = remakePauseMs.first;
-        this.#log.info('queue stores records again');
+        this.#log.info('queue can store records again');
       } else {
-        this.#log.error({ reason: refusal.reason, error: refusal }, 'queue stores no records');
+        this.#log.error({ reason: refusal.reason, error: refusal }, 'queue cannot store records');
       }
     }
     this.#fault = refusal;
@@ -225,7 +228,7 @@ export class NatsStore {
     return refusals.find((refusal) => refusal !== undefined);
   }
 
-  /** Writes a message that nobody follows, and takes it away again. */
+  /** Writes a message that nobody follows, and deletes it again. */
   async #trial(name: StreamName): Promise<QueueRefusal | undefined> {
     const { stream, manager } = await this.#link.session();
     const filter = trialSubjects[name];
@@ -239,7 +242,7 @@ export class NatsStore {
     }
   }
 
-  /** A stream that cannot write leaves publishers without an answer, and gives the reason to whoever takes messages away. */
+  /** A stream that cannot write does not answer publishers; a deletion, however, fails with the reason. */
   async #readCause(name: StreamName, refusal: QueueRefusal): Promise<QueueRefusal> {
     const { manager } = await this.#link.session();
     try {
@@ -251,7 +254,7 @@ export class NatsStore {
     }
   }
 
-  /** Reads what the stream holds. False where it is another one, or a bucket is gone. */
+  /** Reads how full the stream is. False if it was replaced, or if a bucket is gone. */
   async #takeStock(): Promise<boolean> {
     const { manager } = await this.#link.session();
     const before = { ...this.#written };
@@ -287,8 +290,8 @@ export class NatsStore {
   }
 
   /**
-   * Deletes and makes again what stores nothing any more, the records first: while there is no room for them, the marks are
-   * left alone. Streams on several servers repair themselves.
+   * Deletes and recreates streams that cannot write, the stream of records first: the marks are left alone until the
+   * records have room. Replicated streams repair themselves.
    */
   async #remakeBroken(): Promise<void> {
     const { manager } = await this.#link.session();
@@ -298,7 +301,7 @@ export class NatsStore {
       if (isOurs && info.config.num_replicas === 1 && isDead(await this.#trial(name))) {
         this.#log.error(
           { stream: name, messages: info.state.messages },
-          'stream stores nothing: it is made anew',
+          'stream cannot write: recreating it',
         );
         const marks = name === `KV_${drainBucket}` ? await this.#readMarks() : [];
         await manager.streams.delete(name);
@@ -331,7 +334,7 @@ function isDead(refusal: QueueRefusal | undefined): boolean {
   return refusal?.reason === 'unanswered' || refusal?.reason === 'disk_failed';
 }
 
-/** A stream's own bound; what is not positive is none. */
+/** A stream's own bound; zero and below mean no bound. */
 function boundOf(limit: number): number {
   return limit > 0 ? limit : Number.POSITIVE_INFINITY;
 }

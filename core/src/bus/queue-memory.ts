@@ -1,5 +1,5 @@
-// The queue in the memory of one process, with the semantics of queue-nats save durability: for machines where no
-// nats-server can be had, and as the fast half of the shared test suite. Handles opened on one broker see one another.
+// The queue in the memory of one process, with the semantics of queue-nats except durability: for machines without a
+// nats-server, and as the fast half of the shared test suite. Handles of one broker see each other.
 
 import type {
   Assignment,
@@ -27,7 +27,7 @@ import type {
   RequestQueue,
 } from './queue.ts';
 
-/** One topic: values to everybody who listens at that moment. */
+/** One topic: values go to all current listeners. */
 class Topic<T> {
   readonly #listeners = new Set<Channel<T>>();
 
@@ -56,7 +56,7 @@ interface StoredRecord {
   readonly storedMs: number;
 }
 
-/** What the handles of one in-memory queue share. Nothing to close: it goes when its handles do. */
+/** What the handles of one in-memory queue share. Nothing to close: it is freed with its handles. */
 export class MemoryBroker {
   readonly records = new Map<number, StoredRecord>();
   readonly arrivals = new Topic<QueuedRecord>();
@@ -185,7 +185,7 @@ class MemoryQueue implements RequestQueue {
     this.#assertOpen();
     const handler = this.#broker.assigned.get(gatewayId);
     if (handler === undefined) {
-      throw new ClusterError('not_found', `gateway ${gatewayId} does not listen for assignments`);
+      throw new ClusterError('not_found', `gateway ${gatewayId} is not listening for assignments`);
     }
     return handler(assignment);
   }

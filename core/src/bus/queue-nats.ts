@@ -1,5 +1,5 @@
 // The queue on NATS: records in a JetStream stream, leases in a key-value bucket with a TTL, the small messages on core
-// NATS. What is connected to, and how, is in nats-connection.ts; leases are in nats-lease.ts, drain marks in nats-drains.ts.
+// NATS. The connection is in nats-connection.ts, leases in nats-lease.ts, drain marks in nats-drains.ts.
 
 import {
   DeliverPolicy,
@@ -43,8 +43,8 @@ import type {
 import { requestStream, subjects, trialSubjects } from './subjects.ts';
 
 /**
- * Opens the queue. Returns at once and connects in the background, for ever; until then `connected` is false. Close it
- * to end its iterations, release its leases and leave the server.
+ * Opens the queue. Returns at once and connects in the background, retrying forever; until then `connected` is false.
+ * Close it to end its iterations, release its leases and leave the server.
  */
 export function createNatsQueue(options: NatsOptions): RequestQueue {
   return new NatsQueue(options);
@@ -53,9 +53,9 @@ export function createNatsQueue(options: NatsOptions): RequestQueue {
 const summaryHeader = 'Mimo-Summary';
 const retryMs = 500;
 const replayCheckMs = 250;
-/** A lease that cannot be given back in this time expires by itself. */
+/** A lease that cannot be released in this time expires by itself. */
 const releaseTimeoutMs = 1_000;
-// The server's codes for a message that is not there. The last one is also any other trouble with a deletion.
+// The server's codes for a missing message. The last one also covers any other failure of a deletion.
 const noMessageCodes = new Set([10037, 10043]);
 const deletionFailedCode = 10057;
 
@@ -123,7 +123,7 @@ class NatsQueue implements RequestQueue {
       try {
         const { manager } = await this.#link.session();
         if (storeId !== this.#link.storeId) {
-          // Its number is, or will be, that of another request's record.
+          // Its sequence belongs, or will belong, to another request's record.
           return false;
         }
         return await manager.streams.deleteMessage(requestStream, sequence, true);
@@ -145,13 +145,13 @@ class NatsQueue implements RequestQueue {
     const until = this.#until(signal);
     let storeId = '';
     let nextSequence = 1;
-    /** The last record that lay there when the following began. */
+    /** The last record at the start of following. */
     let lastFound: number | undefined;
     while (!until.aborted) {
       try {
         await this.#link.opened(until);
         const { stream, manager } = await this.#link.session();
-        // The client makes a consumer again that its server lost, but finds that out by heartbeats: 30 to 60 s late.
+        // The client recreates a consumer that its server lost, but notices by heartbeats only: 30 to 60 s late.
         const stop = AbortSignal.any([until, this.#link.connectionLost, this.#link.storeReplaced]);
         if (storeId !== this.#link.storeId) {
           lastFound = storeId === '' ? undefined : 0;
@@ -168,8 +168,8 @@ class NatsQueue implements RequestQueue {
           const bytes = Buffer.from(message.headers?.get(summaryHeader) ?? '', 'base64');
           const record = this.#decoded(bytes, RequestSummary);
           if (record !== undefined) {
-            // The server's clock is compared with itself. What comes later comes at once, so that a server whose clock is
-            // set meanwhile makes nothing old.
+            // The server's clock is compared only with itself. Later records arrive at once, so their age is about
+            // zero even if the server's clock is set meanwhile.
             const storedMs = message.time.getTime();
             const ageMs = message.seq > state.last_seq ? 0 : Math.max(0, beganMs - storedMs);
             yield { storeId, sequence: message.seq, record, isArrival: message.seq > lastFound, ageMs };
@@ -209,7 +209,7 @@ class NatsQueue implements RequestQueue {
         error instanceof errors.NoRespondersError ||
         (error instanceof Error && error.cause instanceof errors.NoRespondersError);
       if (nobody) {
-        const text = `gateway ${gatewayId} does not listen for assignments`;
+        const text = `gateway ${gatewayId} is not listening for assignments`;
         throw new ClusterError('not_found', text, { cause: error });
       }
       throw unavailable(`gateway ${gatewayId} did not answer within ${ownerTimeoutMs} ms`, error);
@@ -231,7 +231,7 @@ class NatsQueue implements RequestQueue {
         if (isNoMessage(error)) {
           return null;
         }
-        throw unavailable('the queue did not answer', error);
+        throw unavailable('the queue did not answer in time', error);
       });
     const record = stored === null ? undefined : this.#decoded(stored.data, RequestRecord);
     if (record?.tenant !== cancellation.tenant) {
@@ -323,7 +323,7 @@ class NatsQueue implements RequestQueue {
       close: async () => {
         stop.abort();
         await serving;
-        // Once closed, a question finds nobody at once, where the server did not know yet it would time out.
+        // Unsubscribing reaches the server now, so that a question fails at once instead of timing out.
         await this.#link
           .session()
           .then(({ connection }) => connection.flush())
@@ -332,7 +332,9 @@ class NatsQueue implements RequestQueue {
     };
   }
 
-  /** Core messages are for now: what would wait in the client's buffer for a reconnection would arrive stale. */
+  /**
+   * Core messages are sent now or never: after a wait in the client's buffer for a reconnection they would be stale.
+   */
   #send(subject: string, bytes: Uint8Array): void {
     void this.#link
       .session()
@@ -374,7 +376,7 @@ class NatsQueue implements RequestQueue {
     try {
       return message.decode(bytes);
     } catch (error) {
-      this.#log.error({ error: ClusterError.from(error) }, 'queue message not understood');
+      this.#log.error({ error: ClusterError.from(error) }, 'cannot parse a queue message');
       return undefined;
     }
   }
@@ -392,7 +394,7 @@ function isNoMessage(error: unknown): boolean {
   );
 }
 
-/** Tells once when what a consumer found at its beginning has been taken. */
+/** Reports once when the consumer has read what existed at its start. */
 class Replay {
   readonly #consumer: Consumer;
   #onReplayed: (() => void) | undefined;
@@ -416,7 +418,7 @@ class Replay {
     this.#endIfDone();
   }
 
-  /** What is deleted while it is replayed never comes: then the server's own count tells the end. */
+  /** A record deleted during the replay never arrives: then the server's own count marks the end. */
   async #watch(stop: AbortSignal): Promise<void> {
     while (this.#onReplayed !== undefined && !stop.aborted) {
       await pause(replayCheckMs, stop);
@@ -436,7 +438,7 @@ class Replay {
   }
 }
 
-/** A consumer of a model's messages from a sequence on. The client makes it again where the server loses it. */
+/** A consumer of a model's messages from a sequence on. The client recreates it if the server loses it. */
 function consumerFrom(
   stream: JetStreamClient,
   from: { readonly model: string; readonly nextSequence: number },

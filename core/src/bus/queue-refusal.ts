@@ -1,4 +1,4 @@
-// Why the queue does not store a record. A refusal is an error with a reason from a closed set, which metrics can bear, and a
+// Why the queue rejects a record. A refusal is an error with a reason from a closed set, fit for metric labels, and a
 // text that names the cause, for clients and the log.
 
 import { JetStreamApiError } from '@nats-io/jetstream';
@@ -7,8 +7,9 @@ import { errors } from '@nats-io/transport-node';
 import { ClusterError, type ErrorCode } from '../process/errors.ts';
 
 /**
- * `disconnected`: no server can be reached. `missing`: the server has no such stream. `unanswered`: the stream acknowledges
- * nothing. `disk_failed`: the server cannot write, as where its disk is full. `full`: a limit of the stream or of the server
+ * `disconnected`: no server can be reached. `missing`: the server has no such stream. `unanswered`: the stream does
+ * not acknowledge. `disk_failed`: the server cannot write, for example because its disk is full. `full`: a limit of
+ * the stream or of the server
  * is reached, or nearly. `too_large`: this one record is over the server's limit. `failed`: anything else.
  */
 export type RefusalReason =
@@ -31,10 +32,10 @@ const codes: Readonly<Record<RefusalReason, ErrorCode>> = {
 };
 
 const retryAfterMs = 1_000;
-/** What is full empties as requests end, which takes seconds. */
+/** A full queue gets room as requests end, which takes seconds. */
 const retryFullAfterMs = 5_000;
 
-/** A record that is not stored. */
+/** The error for a record that was not stored. */
 export class QueueRefusal extends ClusterError {
   readonly reason: RefusalReason;
 
@@ -46,13 +47,13 @@ export class QueueRefusal extends ClusterError {
   }
 }
 
-// The server's codes: insufficient resources, storage resources exceeded, and a store that failed for the reason it gives.
+// The server's codes: insufficient resources, storage resources exceeded, store failed (with a reason in its text).
 const fullCodes = new Set([10023, 10047]);
 const storeFailedCode = 10077;
 /** What operating systems say; the paths around it are the operator's business. */
 const diskFailures = /no space left on device|disk quota exceeded|read-only file system|input\/output error/;
 
-/** Reads what a publish failed with; `text` says what was not done. */
+/** Turns the error of a publish into a refusal; `text` says what failed. */
 export function refusalOf(error: unknown, text = 'the queue did not store the request'): QueueRefusal {
   if (error instanceof QueueRefusal) {
     return error;
@@ -62,7 +63,7 @@ export function refusalOf(error: unknown, text = 'the queue did not store the re
     return new QueueRefusal('missing', `${text}: its stream is missing`, error);
   }
   if (error instanceof errors.TimeoutError) {
-    return new QueueRefusal('unanswered', `${text}: it did not acknowledge it in time`, error);
+    return new QueueRefusal('unanswered', `${text}: it did not acknowledge in time`, error);
   }
   const diskFailure = diskFailures.exec(message)?.[0];
   if (diskFailure !== undefined) {

@@ -16,7 +16,7 @@ import type { Heartbeat } from '@mimo/proto/worker';
 import { ClusterError } from '../process/errors.ts';
 import type { QueueRefusal } from './queue-refusal.ts';
 
-/** Where a record lies: sequences only grow within a store, so they are also the order of arrival. */
+/** The position of a record. Sequences only grow within a store, so they are also the order of arrival. */
 export interface RecordPlace {
   readonly storeId: string;
   readonly sequence: number;
@@ -29,35 +29,35 @@ export interface QueuedRecord extends RecordPlace {
 
 /** A live record as a follower gets it. */
 export interface FollowedRecord extends QueuedRecord {
-  /** It came after the following began; false: it lay there then. */
+  /** True: it arrived after the following began. False: it existed before. */
   readonly isArrival: boolean;
-  /** For how long it had been stored when it was handed over, by the store's own clock alone; about 0 for what arrives. */
+  /** How long it had been stored when it was delivered, by the store's own clock; about 0 for new records. */
   readonly ageMs: number;
 }
 
-/** The right to dispatch for one model. Only one holder has it at a time, as far as clocks and the network allow. */
+/** The right to dispatch for one model. Only one process holds it at a time, as far as clocks and the network allow. */
 export interface Lease {
   /** Larger than that of every earlier lease of the model in this store: it fences the holder's assignments. */
   readonly epoch: number;
   /** Fires when the lease is no longer held: lost, expired or released. */
   readonly lost: AbortSignal;
-  /** Gives the lease up at once, so that another need not wait for its expiry. */
+  /** Releases the lease at once, so that others need not wait for its expiry. */
   release(): Promise<void>;
 }
 
-/** A group that is alive, as the dispatcher sees it. */
+/** A live group, as the dispatcher sees it. */
 export interface QueueGroupState {
   readonly group: string;
   readonly incarnation: string;
   readonly revision: string;
-  /** What it computes with: model-identity.ts. */
+  /** The identity of its model (model-identity.ts). */
   readonly identity: string;
   /**
-   * The dispatcher's gateway holds a greeted, unbroken session with the group's leader, its heartbeats are fresh, and it
-   * says READY, which it does only when all of its ranks have joined.
+   * The dispatcher's gateway holds a greeted, unbroken session with the group's leader, its heartbeats are fresh, and
+   * it reports READY, which it does only when all of its ranks have joined.
    */
   readonly routable: boolean;
-  /** The dispatcher has seen the group's drain mark, or the group says it drains: it is assigned nothing more. */
+  /** The dispatcher has seen the group's drain mark, or the group reports that it drains: it gets no more requests. */
   readonly draining: boolean;
   /** Sequences that it can run at once. */
   readonly slots: number;
@@ -66,29 +66,32 @@ export interface QueueGroupState {
 }
 
 /**
- * What a dispatcher publishes about its queue, at every change and once a second. A reader that has received none for
- * `queueStateFreshMs` knows nothing, which is not zero. Tokens are prompt plus permitted completion: known in advance.
+ * What a dispatcher publishes about its queue, at every change and once a second. Without one for `queueStateFreshMs`
+ * the state is unknown, which is not zero. Tokens are prompt plus permitted completion: known in advance.
  */
 export interface QueueState {
   readonly model: string;
   readonly dispatcherEpoch: number;
   readonly waitingRequests: number;
   readonly runningRequests: number;
-  /** Requests whose clients take nothing at present: they need no group. */
+  /** Requests whose clients are not reading now: they need no group. */
   readonly parkedRequests: number;
   readonly waitingTokens: number;
   readonly inFlightTokens: number;
   readonly oldestWaitingMs: number;
   readonly readyGroups: number;
-  /** Sequences that the ready groups that do not drain can run at once. */
+  /** Sequences that all groups, ready and not draining, can run at once. */
   readonly slots: number;
   /**
    * Tokens of the requests that arrived, and that ended in a group, since this dispatcher took its lease: counters that
-   * begin anew with `dispatcherEpoch`. What it found in the queue is no arrival.
+   * restart with `dispatcherEpoch`. Requests already in the queue do not count as arrivals.
    */
   readonly arrivedTokens: number;
   readonly endedTokens: number;
-  /** What waits, by the identity of the groups that alone may run it; empty: any. Only those for which something waits. */
+  /**
+   * Waiting work by the identity of the groups that may run it; an empty identity means any. Only identities with
+   * waiting work.
+   */
   readonly waitingFor: readonly {
     readonly identity: string;
     readonly requests: number;
@@ -98,9 +101,9 @@ export interface QueueState {
   readonly groups: readonly QueueGroupState[];
 }
 
-/** A group's drain mark: nothing more is assigned to it. */
+/** A group's drain mark: it gets no more requests. */
 export interface DrainMark {
-  /** For people: nobody decides by it. */
+  /** For people: no decision depends on it. */
   readonly sinceUnixMs: number;
 }
 
@@ -114,47 +117,47 @@ export interface Closeable {
 
 /**
  * The queue. Methods fail with `unavailable` (and `retryAfterMs`) while the server cannot be reached; connections are
- * made again for ever. Iterations end without an error when their signal fires or the queue is closed.
+ * retried forever. Iterations end without an error when their signal fires or the queue is closed.
  */
 export interface RequestQueue extends Closeable {
-  /** `memory` is not durable and lives in one process; whoever starts it says so. */
+  /** `memory` is not durable and lives in one process; the code that starts it tells the user. */
   readonly kind: 'nats' | 'memory';
   readonly connected: boolean;
   /**
-   * Why records are not stored, as the latest writes show, or undefined. A record is tried out every second, so that this is
-   * known without any requests.
+   * Why records cannot be stored, according to the latest writes; undefined if they can. A test record is written
+   * every second, so this is known without any requests.
    */
   readonly fault: QueueRefusal | undefined;
-  /** Which store is behind it: another one when a server came back empty. Sequences and lease epochs begin anew then. */
+  /** The id of the store: it changes when a server came back empty. Sequences and lease epochs then start over. */
   readonly storeId: string;
-  /** Waits for the first connection. Rejects with the signal's reason where that fires first. */
+  /** Waits for the first connection. Rejects with the signal's reason if the signal fires first. */
   opened(signal: AbortSignal): Promise<void>;
 
   /**
-   * Writes a record and waits until it is stored. Fails with a QueueRefusal: before the store is full, unless the record
-   * outlived a store, and where it cannot be written.
+   * Writes a record and waits until it is stored. Fails with a QueueRefusal if it cannot be written, or if the store
+   * is nearly full and the record is new (not one that outlived a store).
    */
   publish(record: RequestRecord): Promise<RecordPlace>;
-  /** Records in another store than this, and records before this one, are not stored any more. */
+  /** Records of any other store, and records before this one, are gone. */
   readonly oldest: RecordPlace;
   /**
-   * Deletes a record, and overwrites it on disk where the server keeps it in plain text. True where this call deleted it, false where it was gone, perhaps with its whole store. Waits
-   * through disconnections.
+   * Deletes a record, and overwrites it on disk if the server stores plain text. True if this call deleted
+   * it, false if it was gone already, perhaps with its whole store. Waits through disconnections.
    */
   delete(place: RecordPlace): Promise<boolean>;
   /**
    * Replays the live records of a model in order, then follows new ones; each record once. `onReplayed` is called when
-   * what was there at the beginning has been taken, and again where the store was replaced.
+   * the records from before the start have been read, and again after the store was replaced.
    */
   follow(model: string, signal: AbortSignal, onReplayed?: () => void): AsyncIterable<FollowedRecord>;
   /** Live records of every model, counted by the server. */
   counts(): Promise<{ readonly records: number }>;
 
-  /** Waits until the lease of a model is free and takes it. Rejects when the signal fires first. */
+  /** Waits until the lease of a model is free and takes it. Rejects if the signal fires first. */
   acquireLease(model: string, holder: string, signal: AbortSignal): Promise<Lease>;
 
   /**
-   * Offers a request to its owning gateway. Fails with `not_found` where no such gateway listens, `unavailable` where
+   * Offers a request to its owning gateway. Fails with `not_found` if no such gateway listens, `unavailable` if
    * it does not answer in time.
    */
   assign(gatewayId: string, assignment: Assignment): Promise<AssignmentReply>;
@@ -162,53 +165,56 @@ export interface RequestQueue extends Closeable {
   serveAssignments(gatewayId: string, handler: (assignment: Assignment) => AssignmentReply): Closeable;
 
   /**
-   * Has the gateway that owns a request end it. False where the tenant has no such record, or its owner says that the request
-   * has ended; fails with `unavailable` where a record is there and its owner does not answer.
+   * Asks the gateway that owns a request to end it. False if the tenant has no such record, or its owner reports that
+   * the request has ended; fails with `unavailable` if the record exists and its owner does not answer.
    */
   cancel(cancellation: Cancellation): Promise<boolean>;
-  /** Answers the cancellations that reach this gateway until closed: whether it ended the request. May not throw. */
+  /**
+   * Answers cancellations for this gateway until closed; the handler returns whether it ended the request and may not
+   * throw.
+   */
   serveCancellations(gatewayId: string, handler: (cancellation: Cancellation) => boolean): Closeable;
 
   /** Sends a heartbeat; lost without an error while disconnected. */
   publishHeartbeat(heartbeat: Heartbeat): void;
   /** Follows the heartbeats of every group of every model. */
   followHeartbeats(signal: AbortSignal): AsyncIterable<Heartbeat>;
-  /** Tells the dispatcher that a request has ended; lost without an error while disconnected. */
+  /** Notifies the dispatcher that a request has ended; lost without an error while disconnected. */
   publishEnded(ended: RequestEnded): void;
   followEnded(model: string, signal: AbortSignal): AsyncIterable<RequestEnded>;
   publishState(state: QueueState): void;
   followState(model: string, signal: AbortSignal): AsyncIterable<QueueState>;
 
   /**
-   * Marks a group: dispatchers give it nothing more, until the mark is cleared. Marking a marked group keeps the older
-   * mark; clearing an unmarked one changes nothing. Marks outlive whoever set them, so that nothing need be repeated.
+   * Marks a group: dispatchers assign it no requests until the mark is cleared. Marking a marked group keeps the
+   * older mark; clearing an unmarked one changes nothing. Marks outlive the process that set them.
    */
   markDraining(model: string, group: string, mark: DrainMark): Promise<void>;
   clearDraining(model: string, group: string): Promise<void>;
-  /** The marks of a model: all of them first, then all of them again at every change. */
+  /** The marks of a model: all of them first, and all again after every change. */
   followDrains(model: string, signal: AbortSignal): AsyncIterable<DrainMarks>;
 }
 
-/** How long a lease outlives its holder: a takeover takes at most this long, a hiccup shorter than this is survived. */
+/** How long a lease outlives its holder: a takeover takes at most this long, and the holder survives shorter pauses. */
 export const leaseTtlMs = 5_000;
 
-/** How often a holder renews: two renewals may be lost. */
+/** How often a holder renews: it can miss two renewals. */
 export const leaseRenewMs = leaseTtlMs / 3;
 
-/** How long an owning gateway has to answer; its handlers only look into a map. */
+/** How long to wait for the owning gateway's answer; its handlers only look into a map. */
 export const ownerTimeoutMs = 2_000;
 
-/** What followers learn of a record. */
+/** What followers get of a record. */
 export function summaryOf(record: RequestRecord): RequestSummary {
   const { requestId, model, gatewayId, identity, timeLeftMs, storesOutlived, firstSequence } = record;
   const tokens = record.promptTokenIds.length + (record.sampling?.maxTokens ?? 0);
   return { requestId, model, gatewayId, tokens, identity, timeLeftMs, storesOutlived, firstSequence };
 }
 
-/** A state that was received longer ago than this says nothing any more. */
+/** A state older than this counts as unknown. */
 export const queueStateFreshMs = 5_000;
 
-/** What `cancel` fails with where the owner of a request does not answer. */
+/** The error of `cancel` if the owner of a request does not answer. */
 export function ownerSilent(gatewayId: string, cause?: unknown): ClusterError {
   const text = `gateway ${gatewayId}, which holds the request's stream, does not answer: the request may still run`;
   return new ClusterError('unavailable', text, { cause, detail: { retryAfterMs: 1_000 } });

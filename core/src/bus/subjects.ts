@@ -1,23 +1,25 @@
 // Every NATS name of the cluster. A subject's token may not hold '.', '*', '>' or spaces, and model names hold '/' and
 // '.': such characters are written as '=' and two hex digits of each UTF-8 byte, which key-value keys allow too.
 
-/** The stream of the records of accepted requests, and the buckets of the dispatchers' leases and of the drain marks. */
+/**
+ * The stream of the records of accepted requests, and the buckets of the dispatchers' leases and of the drain marks.
+ */
 export const requestStream = 'REQUESTS';
 export const leaseBucket = 'DISPATCHERS';
 export const drainBucket = 'GROUPS';
 
-/** Where a stream is tried out: subjects that nobody follows and no name of ours is encoded as. */
+/** Subjects for test writes to a stream: nobody follows them, and no encoded name equals them. */
 export const trialSubjects = {
   [requestStream]: 'requests.trial',
   [`KV_${leaseBucket}`]: `$KV.${leaseBucket}.=trial`,
   [`KV_${drainBucket}`]: `$KV.${drainBucket}.=trial`,
 } as const;
 
-/** The object store of the model catalogue, and the one beside it where a model is tried out. */
+/** The object store of the model catalogue, and a second one for test writes. */
 export const modelBucket = 'MODELS';
 export const trialModelBucket = 'MODELS_TRIAL';
 
-/** Where the store of models is tried out: no part of any model. */
+/** The subject of test writes to the store of models: not part of any model. */
 export const modelTrialSubject = `$O.${modelBucket}.C.=trial`;
 
 /** Writes a name as one subject token; `nameFromToken` reads it back. Injective; empty names throw a RangeError. */
@@ -63,7 +65,7 @@ export const subjects = {
   assignments: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.assign`,
   /** From the gateway that was asked to cancel a request to the one that owns it, with a reply. */
   cancellations: (gatewayId: string): string => `gateways.${tokenFromName(gatewayId)}.cancel`,
-  /** Said when a lease was given back, so that who waits for it need not find out. */
+  /** Announces a released lease, so that a waiting process need not poll. */
   leaseFreed: (name: string): string => `leases.${tokenFromName(name)}.freed`,
   ended: (model: string): string => `ended.${tokenFromName(model)}`,
   /** The dispatcher's view of its queue, JSON. */
