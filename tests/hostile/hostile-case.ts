@@ -21,6 +21,8 @@ interface HostileCase {
   readonly code: CallEnd['code'] | readonly CallEnd['code'][];
   /** What the message must say: the field, the limit, the value. */
   readonly message?: RegExp;
+  /** The message may quote what its caller sent. */
+  readonly quotes?: true;
 }
 
 /** The inputs of one kind, with the models that they need beside models/mimo-demo. */

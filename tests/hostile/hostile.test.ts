@@ -9,6 +9,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { waitFor } from '../harness/wait-for.ts';
 import { startBystander, type Bystander } from './bystander.ts';
 import { subjects } from './corpus/all.ts';
+import { quotedMarker } from './corpus/quotes.ts';
 import type { CallEnd } from './hostile-case.ts';
 import { frame } from './raw-call.ts';
 import { openWorld, type Footprint, type HostileWorld } from './world.ts';
@@ -19,8 +20,23 @@ const keptBytes = 192 * 2 ** 20;
 /** The gateway's default. */
 const maxReadersPerModel = 2;
 
-/** In the keys file, in a prompt, in headers: found nowhere else. */
-const markers = ['marker-in-keys-file-5e1d', 'marker in prompt 7c02', 'marker-in-header-91fa'];
+/** Each is found nowhere but where it was put. */
+const markers = {
+  keysFile: 'marker-in-keys-file-5e1d',
+  header: 'marker-in-header-91fa',
+  /** A name that is not served, or a request that is not there: who asked may read it again. */
+  name: 'marker-as-a-name-3d70',
+};
+
+/** Everywhere that a prompt comes from. */
+const promptMarkers = {
+  system: 'marker in a system message 20aa',
+  user: 'marker in a user message 7c02',
+  assistant: 'marker in an answer given back 51d3',
+  continued: 'marker in an answer to be continued 9e4f',
+  raw: 'marker in a raw prompt c3b6',
+  stop: 'marker in a stop text 66f1',
+};
 
 /** Everywhere that a header may hold one. */
 function headersWith(marker: string): Record<string, string>[] {
@@ -35,6 +51,51 @@ function headersWith(marker: string): Record<string, string>[] {
     { 'grpc-encoding': marker },
     { 'user-agent': marker },
   ];
+}
+
+/** Prompts and stop texts that are read, and the same where something else about them is refused. */
+async function sendPrompts(): Promise<void> {
+  const { system, user, assistant, continued, raw, stop } = promptMarkers;
+  const { SYSTEM, USER, ASSISTANT } = Role;
+  const turns = [
+    { role: SYSTEM, content: system },
+    { role: USER, content: user },
+    { role: ASSISTANT, content: assistant },
+  ];
+  const sampling = { maxTokens: 1, stop: [stop] };
+  const hot = { ...sampling, temperature: 9 };
+  const chats = [
+    [...turns, { role: USER, content: user }],
+    [...turns.slice(0, 2), { role: ASSISTANT, content: continued }],
+  ];
+  for (const messages of chats) {
+    const value = { model: 'mimo-demo', messages };
+    const ends = [
+      await world.chat({ messages, sampling }),
+      await world.chat({ messages, sampling: hot }),
+      await world.countTokens({ request: { $case: 'chat', value } }),
+    ];
+    expect(ends.map(({ code }) => code)).toEqual(['ok', 'invalid_argument', 'ok']);
+    said.push(...ends.map(({ message }) => message));
+  }
+  const input = { $case: 'prompt' as const, value: raw };
+  const ends = [await world.generate({ input, sampling }), await world.generate({ input, sampling: hot })];
+  expect(ends.map(({ code }) => code)).toEqual(['ok', 'invalid_argument']);
+  said.push(...ends.map(({ message }) => message));
+}
+
+/** Keys pasted where a name belongs. */
+async function sendNames(): Promise<void> {
+  const { name } = markers;
+  const messages = [{ role: Role.USER, content: 'x' }];
+  const ends = [
+    await world.chat({ model: name, messages }),
+    await world.countTokens({ request: { $case: 'chat', value: { model: name, messages } } }),
+    await world.raw({ path: `/mimo.inference.v1.InferenceService/${name}`, body: frame(Buffer.alloc(0)) }),
+    await world.raw({ path: `/${name}`, body: frame(Buffer.alloc(0)) }),
+  ];
+  expect(ends.map(({ code }) => code)).toEqual(['not_found', 'not_found', 'unimplemented', 'unimplemented']);
+  expect((await world.cancel({ requestId: name })).code).not.toBe('internal');
 }
 
 let world: HostileWorld;
@@ -52,10 +113,11 @@ beforeAll(async () => {
 afterAll(() => world?.close());
 
 describe.each(subjects.map((subject) => [subject.name, subject] as const))('%s', (subjectName, { cases }) => {
-  it.each(cases.map((each) => [each.name, each] as const))('%s', async (name, { send, code, message }) => {
+  it.each(cases.map((each) => [each.name, each] as const))('%s', async (name, hostileCase) => {
+    const { send, code, message, quotes = false } = hostileCase;
     bystander.mark(`${subjectName}: ${name}`);
     const end = await send(world);
-    said.push(end.message);
+    said.push(quotes ? '' : end.message);
     expect(end).toEqual({
       code: expect.toSatisfy((seen: CallEnd['code']) => [code].flat().includes(seen), String(code)),
       message: expect.stringMatching(message ?? /^/),
@@ -88,20 +150,14 @@ describe('afterwards', () => {
 
   it('has told nobody a key, a header, a prompt or what is in a file', async () => {
     const good = await readFile(world.keysFile, 'utf8');
-    await writeFile(world.keysFile, `${markers[0]} is not JSON`);
+    await writeFile(world.keysFile, `${markers.keysFile} is not JSON`);
     await waitFor('the gateway to refuse its keys file', async () =>
       [...(await world.readLogs()).values()].some((text) => text.includes('keys file not usable')),
     );
     await writeFile(world.keysFile, good);
-    for (const content of markers.slice(1, 2)) {
-      const request = {
-        messages: [{ role: Role.USER, content }],
-        sampling: { maxTokens: 1, stop: [content] },
-      };
-      expect(await world.chat(request)).toMatchObject({ code: 'ok' });
-      said.push((await world.chat({ ...request, sampling: { temperature: 9 } })).message);
-    }
-    for (const headers of markers.slice(2).flatMap(headersWith)) {
+    await sendPrompts();
+    await sendNames();
+    for (const headers of headersWith(markers.header)) {
       const body = frame(ChatRequest.encode(ChatRequest.fromPartial({ model: 'none' })).finish());
       const path = '/mimo.inference.v1.InferenceService/Chat';
       said.push((await world.raw({ path, body, headers, from: '127.0.3.1' })).message);
@@ -115,7 +171,14 @@ describe('afterwards', () => {
       ['statuses', said.join('\n')],
       ['events', world.cluster.events.join('\n')],
     ];
-    const secrets = [...markers, world.apiKey, world.bystanderKey, 'wrong-key-'];
+    const secrets = [
+      ...Object.values(markers),
+      ...Object.values(promptMarkers),
+      quotedMarker,
+      world.apiKey,
+      world.bystanderKey,
+      'wrong-key-',
+    ];
     const found = places.flatMap(([place, text]) =>
       secrets.filter((secret) => text.includes(secret)).map((secret) => `${secret} in ${place}`),
     );

@@ -97,9 +97,10 @@ export async function openWorld(subjects: readonly HostileSubject[]): Promise<Ho
   const cluster = await startTestCluster({
     tensorParallel: 1,
     apiKey: keys.bystander,
-    workerEnv: { TMPDIR: temporary },
+    workerEnv: { TMPDIR: temporary, MIMO_WORKER_LOG_LEVEL: 'debug' },
     gatewayEnv: {
       TMPDIR: temporary,
+      MIMO_GATEWAY_LOG_LEVEL: 'debug',
       MIMO_GATEWAY_MODELS: Object.entries(models)
         .map(([name, path]) => `${name}=${path}`)
         .join(','),

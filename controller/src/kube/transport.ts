@@ -12,6 +12,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 
 import type { ApiClock } from './api-clock.ts';
 import { isApiStatus, statusError } from './api-status.ts';
+import { redactStatus } from './redaction.ts';
 
 /** One request; the path includes the query. */
 export interface ApiRequest {
@@ -170,7 +171,10 @@ export class Transport {
     if (response.statusCode !== undefined && response.statusCode < 300) {
       return response;
     }
-    throw refusal(request, response, await readBody(response));
+    throw refusal(request, response, {
+      text: await readBody(response),
+      credentials: [credentials.headers['Authorization']?.replace(/^\w+ /, '') ?? '', credentials.auth ?? ''],
+    });
   }
 
   /** TLS material and headers as they are now: files are read again, plugins run again where theirs expired. */
@@ -227,7 +231,11 @@ function describe({ method, path }: ApiRequest): string {
   return `${method} ${path.replace(/\?.*/, '')}`;
 }
 
-function refusal(request: ApiRequest, response: http.IncomingMessage, text: string): ClusterError {
+function refusal(
+  request: ApiRequest,
+  response: http.IncomingMessage,
+  { text, credentials }: { readonly text: string; readonly credentials: readonly string[] },
+): ClusterError {
   const code = response.statusCode ?? 0;
   const seconds = Number(response.headers['retry-after']);
   const retryAfterMs = Number.isFinite(seconds) ? seconds * 1000 : undefined;
@@ -239,7 +247,8 @@ function refusal(request: ApiRequest, response: http.IncomingMessage, text: stri
     body = undefined;
   }
   const status = isApiStatus(body) ? { ...body, code } : { code, message: text.trim().slice(0, 500) };
-  return statusError(status, describe(request), retryAfterMs);
+  const redacted = redactStatus(status, { body: request.body, credentials });
+  return statusError(redacted, describe(request), retryAfterMs);
 }
 
 function throttleOf(error: unknown): number | undefined {

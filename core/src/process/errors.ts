@@ -80,7 +80,7 @@ export class ClusterError extends Error {
 
   /**
    * Turns what a `catch` received into a ClusterError. An abort becomes `canceled`, a time-out `deadline_exceeded`,
-   * anything unknown `internal`; a ClusterError stays itself. Parsers' text is withheld, see `textOf`.
+   * anything unknown `internal`; a ClusterError stays itself. Texts that may quote input are withheld, see `textOf`.
    */
   static from(error: unknown): ClusterError {
     if (error instanceof ClusterError) {
@@ -97,16 +97,33 @@ export class ClusterError extends Error {
       }
       return new ClusterError('internal', textOf(error), { cause: error });
     }
-    return new ClusterError('internal', String(error));
+    return new ClusterError('internal', withheldTextOf(error));
   }
 }
 
-const parserErrors = new Set(['SyntaxError', 'ZodError', '$ZodError']);
+/** Parsers quote what they read; a TypeError quotes values: "Cannot create property 'x' on string '…'", "Received '…'". */
+const quotingErrors = new Set(['SyntaxError', 'ZodError', '$ZodError', 'YAMLException', 'TypeError']);
 
-/**
- * The message of an error, unless it comes from a parser: V8's JSON parser and zod quote what they read, which may be a
- * key, a prompt or a template.
- */
+/** The message of an error, unless it is of a kind that quotes what was being read: a key, a prompt, a template. */
 export function textOf(error: Error): string {
-  return parserErrors.has(error.name) ? `${error.name}: withheld, it may quote what was read` : error.message;
+  return quotingErrors.has(error.name) ? withheldTextOf(error) : error.message;
+}
+
+/** The kind of an error and its place in the code, for errors whose message may quote anything. */
+export function withheldTextOf(error: unknown): string {
+  if (!(error instanceof Error)) {
+    return `a value of type ${typeof error} was thrown, which is not an Error`;
+  }
+  // The first in a file: the engine's own functions have none.
+  const [, place] = /([\w.-]+:\d+:\d+)\)?$/m.exec(placesOf(error).join('\n')) ?? [];
+  const at = place === undefined ? '' : ` at ${place}`;
+  return `${error.name}${at}: withheld, it may quote what was read`;
+}
+
+/** The lines of a stack that name places in the code; its first lines repeat the message, which may look like such lines. */
+export function placesOf({ stack = '', message }: Error): readonly string[] {
+  const at = stack.indexOf(message);
+  return (at < 0 ? stack : stack.slice(at + message.length))
+    .split('\n')
+    .filter((line) => /^ +at /.test(line));
 }

@@ -5,6 +5,25 @@ import { describe, expect, it, vi } from 'vitest';
 import { ClusterError } from './errors.ts';
 import { createLog } from './log.ts';
 
+/** What the language and Node quote values in. */
+const quotingErrors: readonly ((text: string) => unknown)[] = [
+  (text) => JSON.parse(text),
+  (text) => Reflect.apply(Function.prototype.call, text, []),
+  (text) => 'x' in (text as unknown as object),
+  (text) => new RegExp(`(${text}`),
+  (text) => BigInt(text),
+  (text) => Buffer.from('x', text as BufferEncoding),
+  (text) => new Headers([['authorization', `${text}\n\0`]]),
+];
+
+function errorOf(act: () => unknown): unknown {
+  try {
+    return act();
+  } catch (error) {
+    return error;
+  }
+}
+
 describe('createLog', () => {
   it('writes one JSON object a line, with process, level by name, fields and errors', () => {
     const lines: string[] = [];
@@ -62,6 +81,11 @@ describe('createLog', () => {
     const fromZod = Object.assign(new Error('Unrecognized key: "sk-secret-4"'), { name: 'ZodError' });
     log.error({ error: ClusterError.from(fromZod) }, 'failed');
     log.error({ error: 'sk-secret-5' }, 'failed');
+    log.error({ error: ClusterError.from('sk-secret-6') }, 'failed');
+    for (const quoting of quotingErrors) {
+      log.error({ error: ClusterError.from(errorOf(() => quoting('sk-secret-7'))) }, 'failed');
+      log.error({ error: errorOf(() => quoting('sk-secret-8')) }, 'failed');
+    }
     expect(lines.join('')).not.toContain('sk-secret');
     expect(JSON.parse(lines[0] ?? '')).toMatchObject({
       error: { message: 'call failed', code: 'ERR_CALL', cause: { type: 'SyntaxError' } },

@@ -5,7 +5,7 @@
 
 import { pino, type DestinationStream, type LogFn, type Logger } from 'pino';
 
-import { textOf } from './errors.ts';
+import { placesOf, textOf } from './errors.ts';
 
 export type Log = Logger;
 
@@ -89,7 +89,7 @@ function describeError(error: unknown, depth = 0): DescribedError | undefined {
     type: error.name,
     ...(typeof code === 'string' || typeof code === 'number' ? { code } : {}),
     message: textOf(error).slice(0, maxTextCharacters),
-    stack: stackOf(error).slice(0, maxTextCharacters),
+    stack: placesOf(error).join('\n').slice(0, maxTextCharacters),
     ...(cause === undefined ? {} : { cause }),
   };
 }
@@ -97,17 +97,11 @@ function describeError(error: unknown, depth = 0): DescribedError | undefined {
 /** What broke and where, without the message: of an error that nobody expected, nobody knows what it quotes. */
 function wordless(error: unknown): Error {
   const text = new Error('withheld, it may quote what was being served');
-  const { name, stack } = error instanceof Error ? { name: error.name, stack: stackOf(error) } : {};
-  return Object.assign(text, { name: name ?? typeof error, stack: stack ?? '' });
-}
-
-/** The places in a stack; its first lines repeat the message, which may look like places. */
-function stackOf({ stack = '', message }: Error): string {
-  const at = stack.indexOf(message);
-  return (at < 0 ? stack : stack.slice(at + message.length))
-    .split('\n')
-    .filter((line) => /^ +at /.test(line))
-    .join('\n');
+  const isError = error instanceof Error;
+  return Object.assign(text, {
+    name: isError ? error.name : typeof error,
+    stack: isError ? placesOf(error).join('\n') : '',
+  });
 }
 
 /**

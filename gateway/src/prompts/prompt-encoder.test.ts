@@ -228,6 +228,20 @@ describe('PromptEncoder of a bad model', () => {
     await expect(ask(encoder, chat('good'))).resolves.toMatchObject({ tokenIds: expect.any(Array) });
   });
 
+  it('says of a tokenizer that breaks where it broke, and not over which prompt', async () => {
+    const pattern = '(?:(a)|(b)|(c))+$|\\p{L}+|[^a]';
+    const directory = await writeModel('pattern-overflows', { pattern });
+    const encoder = await openEncoder(directory, { model: 'overflows' });
+    await expect(ask(encoder, text(`${'a'.repeat(4_000_000)}marker`))).rejects.toMatchObject({
+      code: 'failed_precondition',
+      message: expect.stringContaining('model overflows cannot read this prompt: its tokenizer failed'),
+    });
+    expect(failures).toEqual([{ model: 'overflows', cause: 'crash' }]);
+    expect(logged.join('')).toMatch(/"model":"overflows".*RangeError at [\w-]+\.ts:\d+:\d+: withheld/);
+    expect(logged.join('')).not.toContain('aaaa');
+    await expect(ask(encoder, text('good'))).resolves.toMatchObject({ begun: '' });
+  });
+
   it('does not hold up the prompts of other tenants for longer than the limit', async () => {
     const directory = await writeModel('loop-for-others', { template: onDemand.replace('BAD', loop) });
     const encoder = await openEncoder(directory, { timeoutMs });

@@ -184,19 +184,28 @@ export class PromptEncoder {
       case 'failed':
         reject(new ClusterError(reply.code, reply.message));
         break;
+      case 'broken':
+        reject(this.#failure(reply, performance.now() - beganMs));
+        break;
     }
   }
 
-  /** The reader ended over a prompt, or had to be ended: the caller, the log and the metric learn of which model. */
+  /** Reading a prompt ended the reader, had to be ended or broke: the caller, the log and the metric learn of which model. */
   #failure(reply: ReaderMessage | undefined, tookMs: number): ClusterError {
     const { timeoutMs, metrics, log } = this.#options;
     const model = this.#model;
-    const stage = reply?.kind === 'timed out' ? reply.stage : 'chat template or tokenizer';
-    const isLate = tookMs >= timeoutMs;
+    const stage =
+      reply?.kind === 'timed out' || reply?.kind === 'broken' ? reply.stage : 'chat template or tokenizer';
+    const error = reply?.kind === 'broken' ? new ClusterError('internal', reply.error) : undefined;
+    const isLate = error === undefined && tookMs >= timeoutMs;
     metrics.promptFailures({ model, cause: isLate ? 'timeout' : 'crash' });
     log.warn(
-      { model, stage, timeoutMs },
-      isLate ? 'a prompt took too long to read' : 'reading a prompt ended its process',
+      { model, stage, timeoutMs, error },
+      isLate
+        ? 'a prompt took too long to read'
+        : error === undefined
+          ? 'reading a prompt ended its process'
+          : 'reading a prompt failed',
     );
     const what = isLate ? `did not end within ${timeoutMs} ms` : 'failed, such as for lack of memory';
     return new ClusterError(

@@ -26,5 +26,7 @@ export type ReaderMessage =
   | { readonly kind: 'read'; readonly prompt: EncodedPrompt }
   | { readonly kind: 'too many tokens'; readonly leastTokens: number }
   | { readonly kind: 'failed'; readonly code: ErrorCode; readonly message: string }
+  /** An error that nobody expected; `error` is its kind and place, without words that could quote the prompt. */
+  | { readonly kind: 'broken'; readonly stage: PromptStage; readonly error: string }
   /** The reader ends after this one. */
   | { readonly kind: 'timed out'; readonly stage: PromptStage };

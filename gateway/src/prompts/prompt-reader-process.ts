@@ -4,7 +4,7 @@
 
 import { createContext, Script } from 'node:vm';
 
-import { ClusterError } from '@mimo/core/process/errors';
+import { ClusterError, withheldTextOf } from '@mimo/core/process/errors';
 import {
   defaultChatTemplate,
   encodeChat,
@@ -66,9 +66,10 @@ function answer(message: ReadPromptMessage, model: Parameters<typeof read>[1]): 
     } else if (isTimeout(error)) {
       // What it was at may be half done, so nothing is read here any more.
       send({ kind: 'timed out', stage }, () => process.exit(1));
+    } else if (error instanceof ClusterError) {
+      send({ kind: 'failed', code: error.code, message: error.message });
     } else {
-      const { code, message: text } = ClusterError.from(error);
-      send({ kind: 'failed', code, message: text });
+      send({ kind: 'broken', stage, error: withheldTextOf(error) });
     }
   }
 }

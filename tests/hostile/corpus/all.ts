@@ -5,6 +5,7 @@ import { cancel } from './cancel.ts';
 import { modelFiles } from './model-files.ts';
 import { deadlines } from './deadlines.ts';
 import { numbers } from './numbers.ts';
+import { quotes } from './quotes.ts';
 import { requests } from './requests.ts';
 import { stalledReaders } from './stalled-readers.ts';
 import { text } from './text.ts';
@@ -15,6 +16,7 @@ export const subjects: readonly HostileSubject[] = [
   deadlines,
   modelFiles,
   numbers,
+  quotes,
   requests,
   stalledReaders,
   text,
