@@ -1,7 +1,7 @@
 """Exact-answer accuracy and draft acceptance of a model, by greedy decoding.
 
 Owns the batched greedy loop with a KV cache and the k=1 acceptance count. Acceptance is counted as
-the engine's loop would see it (reference section 3.5): draft y from slot (h_(n-1), x_n); if y is the
+the engine's loop would see it (worker/src/engines/mimo/engine.ts): draft y from slot (h_(n-1), x_n); if y is the
 greedy x_(n+1) the loop moves on by two tokens, else by one. Greedy output does not depend on drafts,
 so the walk is replayed over the finished sequence. Rounded weights stand for the engine's int8 and
 int4 profiles (block 32, symmetric).

@@ -2,7 +2,7 @@
 
 Owns config.json, generation_config.json and model.safetensors (bf16, MiMo's tensor names), swaps a
 finished folder into place, and, run as a program, checks one: the backbone against transformers'
-Qwen2ForCausalLM and the template against the rendering used in training. Source: reference sections 1, 3.1 and 5.
+Qwen2ForCausalLM and the template against the rendering used in training.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Owns shapes, the forward pass for training and for cached decoding, and the fake int4 rounding that
 training uses. Parameter names equal MiMo's tensor names, so a state dict is the checkpoint.
-Source: reference sections 2 (backbone) and 3.2 (MTP slot); Qwen2 technical report; MiMo-7B report
-section 2.2. As there: bias on q, k, v only, half-rotation RoPE, fp32 norms, untied head, MTP fed the
+Source: Qwen2 technical report; MiMo-7B report (arXiv 2505.07608) section 2.2. As there: bias on q, k, v only, half-rotation RoPE, fp32 norms, untied head, MTP fed the
 hidden state before model.norm, concatenated [hidden ; embedding], no zeroing of slot 0.
 """
 

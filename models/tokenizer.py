@@ -2,8 +2,8 @@
 
 Owns the byte-level BPE (256 bytes plus merges learnt from the problems), the 22 added tokens in
 Qwen2's order with their special flags, and the ChatML template. Writes tokenizer.json, vocab.json,
-merges.txt and tokenizer_config.json. Source: reference section 4 (Qwen2 pre-tokenizer, single
-digits, NFC; reasoning tags are plain text, not vocabulary entries).
+merges.txt and tokenizer_config.json. As in MiMo-7B: Qwen2's pre-tokenizer, single
+digits, NFC; reasoning tags are plain text, not vocabulary entries.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import {
 
 import { code, pageOf, tableOf } from './markdown.ts';
 
-/** Numbers of the fields in descriptor.proto that lead to a thing: its path in the source's comments. */
+/** Field numbers in google-proto-files/google/protobuf/descriptor.proto: a thing's path in its file. */
 const inFile = { messages: 4, enums: 5, services: 6 } as const;
 const memberOf = 2;
 

@@ -43,7 +43,7 @@ const models = {
   'mimo-7b': { config: mimo7b, parameters: 7.83e9, ranks: [2], batches: [1] },
 } as const;
 
-/** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
+/** MiMo's layer accepts about this share of drafts on mathematics (arXiv 2509.18362, table 1). */
 const syntheticAcceptance = 0.85;
 const prefillChunkTokens = 64;
 

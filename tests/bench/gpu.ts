@@ -54,7 +54,7 @@ const hostBatches = [1, 8, 32] as const;
 /** Of a step of sampling: enough for a median. */
 const samplingTokens = 48;
 const hostTokens = 16;
-/** MiMo's layer accepts about this share of drafts on mathematics (reference mimo-architecture.md §3.7). */
+/** MiMo's layer accepts about this share of drafts on mathematics (arXiv 2509.18362, table 1). */
 const syntheticAcceptance = 0.9;
 const engineTokens = 96;
 

@@ -100,7 +100,7 @@ const definitions: readonly ResourceDefinition[] = [
 /** The CRDs as text, by file name. The same sources give the same bytes. */
 export function generateCrds(): ReadonlyMap<string, string> {
   const head =
-    '# Written by controller/src/resources/crd-generate.ts from resources.ts and status.ts; do not edit.\n';
+    '# Written by controller/src/resources/crd-generate.ts from the schemas beside it; do not edit.\n';
   return new Map(
     definitions.map((definition) => [
       `${definition.plural}.yaml`,

@@ -26,7 +26,7 @@ export function timeoutMsOf(header: string): number | undefined {
   return factor === undefined ? undefined : Number(digits) * factor;
 }
 
-/** What of a call of grpc-js is used; grpc-server.test.ts notices when a release keeps it elsewhere. */
+/** What of a call of grpc-js is used; server.test.ts notices when a release keeps it elsewhere. */
 interface DeadlineCall {
   deadline: number;
   readonly stream: { once(event: 'close', listener: () => void): unknown };

@@ -150,7 +150,7 @@ function nameOf(definition: grpc.ServiceDefinition): string {
 /**
  * Sets what grpc-js has no option for, in the options that it hands to http2, before the first port is bound:
  * node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds, and the size of headers.
- * grpc-server.test.ts notices when a release of grpc-js keeps them elsewhere.
+ * server.test.ts notices when a release of grpc-js keeps them elsewhere.
  */
 function setHttp2Options(server: grpc.Server, limits: GateLimits | undefined): void {
   const http2Options: unknown = Reflect.get(server, 'commonServerOptions');

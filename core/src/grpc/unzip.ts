@@ -23,7 +23,7 @@ export function maxUnzippedBytes(compressedBytes: number, maxMessageBytes: numbe
   return Math.min(maxMessageBytes, freeBytes + maxGrowth * compressedBytes);
 }
 
-/** What of a call of grpc-js is used; grpc-gate.test.ts notices when a release keeps it elsewhere. */
+/** What of a call of grpc-js is used; gate.test.ts notices when a release keeps it elsewhere. */
 interface UnzippingCall {
   /** -1: any. */
   readonly maxReceiveMessageSize: number;

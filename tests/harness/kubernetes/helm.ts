@@ -25,7 +25,7 @@ export interface KubernetesObject {
   readonly [field: string]: unknown;
 }
 
-/** What a chart's user sets; helm merges it into values.yaml. */
+/** What a chart's user sets; helm merges it over the chart's defaults. */
 export type Values = Readonly<Record<string, unknown>>;
 
 /**

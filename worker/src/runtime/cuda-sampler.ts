@@ -1,5 +1,5 @@
 // Chooses tokens on a CUDA device from the logits that lie there (sampling.cu). Owns the layout of its requests and
-// answers; the rule is the engine's (../engine/sampler.ts), id for id.
+// answers; the rule is the engine's (../engines/mimo/sampler.ts), id for id.
 
 import { readFileSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';

@@ -76,7 +76,7 @@ export interface MemoryInfo {
   readonly totalBytes: number;
 }
 
-/** How a token is drawn: what the engine's sampler is given (../engine/sampler.ts), in plain data. */
+/** How a token is drawn: what the engine's sampler is given (../engines/mimo/sampler.ts), in plain data. */
 export interface DrawRequest {
   readonly sampling: {
     readonly temperature: number;

@@ -1,4 +1,4 @@
-// One token for each row of float32 logits, by the rule of ../engine/sampler.ts and to its ids: penalties, forbidden ids,
+// One token for each row of float32 logits, by the rule of ../engines/mimo/sampler.ts and to its ids: penalties, forbidden ids,
 // temperature, min-p, top-k, top-p, and the Gumbel maximum over PCG3D(seed, position, id); with log-probabilities.
 // For NVRTC, without headers. cuda-sampler.ts defines VOCABULARY, the length of a row, and FIRST_ID, the id of its first
 // logit; it lays out Request and Batch and reads Answer and Top.

@@ -2,7 +2,7 @@
 // sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank: passes
 // go through a PassExecutor (step-thread.ts over the group, or a model of the test's own).
 //
-// Speculation with one draft token (reference mimo-architecture.md §3.5, written so that no hidden state is carried over):
+// Speculation with one draft token, written so that no hidden state is carried from step to step:
 // after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next prompt
 // token, for the last row the chosen one. So the MTP layer runs for exactly the surviving rows in the same step; slot s
 // pairs the hidden state of row s with token s+1, and the MTP cache is as long as the backbone's. A draft is accepted iff
@@ -72,7 +72,7 @@ interface StepRows {
   readonly firstRow: number;
 }
 
-/** The step loop's state. `step` until `hasWork` is false. */
+/** The step loop's state. Call `step` until it returns undefined. */
 export class Engine {
   readonly #executor: PassExecutor;
   readonly #limits: EngineLimits;

@@ -1,6 +1,6 @@
 // One rank's execution of passes: the loaded segments, the scratch rows and the KV buffers, and the sums with the other
 // ranks. Owns the forward pass; knows no sequence, no sampling and no schedule. Plans come from rank 0 (step-plan.ts).
-// Source: reference mimo-architecture.md §2 and §3.2; segment signatures are in model/shard.ts.
+// Source: Qwen2's decoder with MiMo's MTP layer, as in models/model.py; segment signatures are in shards/shard.ts.
 //
 // H hidden size; T worldSize; D head dim; Q = queryHeads/T * D; W = (queryHeads + 2 kvHeads)/T * D; V vocabulary.
 
