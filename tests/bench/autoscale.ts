@@ -12,7 +12,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 
 import { engineMs, runCluster, type Policy, type RunOptions, type RunResult } from './autoscale/cluster.ts';
 import { runOracle } from './autoscale/oracle.ts';
-import { plotPareto } from './autoscale/plot.ts';
+import { plotPareto, type ArmResult } from './autoscale/plot.ts';
 import {
   createHpaOnCpu,
   createKeda,
@@ -27,18 +27,6 @@ import { createTraces, type Trace } from './autoscale/traces.ts';
 
 const startUpSeconds = [30, 60, 180];
 const maxGroups = 80;
-
-/** One arm on one trace with one start-up delay. */
-export interface ArmResult extends RunResult {
-  readonly trace: string;
-  readonly startUpSeconds: number;
-  readonly arm: string;
-  /** Replica seconds over the oracle's. */
-  readonly costRatio: number;
-  /** Arms (those with hindsight aside) with at least the attainment for at most the cost, and one of the two better. */
-  readonly dominatedBy: readonly string[];
-  readonly reversalsPer10Minutes: number;
-}
 
 /** Arms that know the trace: they bound what can be had, and take no part in who dominates whom. */
 const hindsightArms = new Set(['oracle', 'best constant', 'static peak']);

@@ -2,7 +2,7 @@
 
 import { parentPort } from 'node:worker_threads';
 import { chooseToken } from '@mimo/worker/engines/mimo/head-rows';
-import type { SampledToken } from '@mimo/worker/runtime/runtime';
+import type { SampledToken } from '@mimo/worker/runtime/kernel';
 import { drawOf, fillRow, type RowKind } from './draw-cases.ts';
 
 /** One row's work. */

@@ -3,12 +3,10 @@
 
 import { availableParallelism } from 'node:os';
 import { Worker } from 'node:worker_threads';
-import {
-  createRuntime,
-  type Runtime,
-  type RuntimeMemory,
-  type SampledToken,
-} from '@mimo/worker/runtime/runtime';
+import { createRuntime } from '@mimo/worker/runtime/create-runtime';
+import type { SampledToken } from '@mimo/worker/runtime/kernel';
+import type { RuntimeMemory } from '@mimo/worker/runtime/memory';
+import type { Runtime } from '@mimo/worker/runtime/runtime';
 import { median } from './engine-run.ts';
 import { drawOf, fillRow, rowKinds } from './draw-cases.ts';
 import type { DrawCheck, DrawVerdict } from './gpu-draws-thread.ts';
@@ -75,7 +73,7 @@ async function compare(
   const rows = new Float32Array(new SharedArrayBuffer(4 * count * rowLength));
   const memory = runtime.allocate('float', rows.length, 'exchanged');
   const startedMs = performance.now();
-  const sampler = runtime.createSampler({ rowLength, firstId: 0, usable: usableIds, maxRows: count });
+  const sampler = runtime.createSampler?.({ rowLength, firstId: 0, usable: usableIds, maxRows: count });
   if (sampler === undefined) {
     throw new Error('no sampler on this device');
   }
@@ -166,7 +164,7 @@ function add(to: DrawVerdict, more: DrawVerdict): void {
 function timeLaunches(runtime: Runtime, rowLength: number, report: Report): void {
   const maxRows = Math.max(...timedRows);
   const memory = runtime.allocate('float', maxRows * rowLength, 'exchanged');
-  const sampler = runtime.createSampler({ rowLength, firstId: 0, usable: rowLength, maxRows });
+  const sampler = runtime.createSampler?.({ rowLength, firstId: 0, usable: rowLength, maxRows });
   const base = new Float32Array(rowLength);
   const shapes = [
     ['greedy', 'usual', { temperature: 0, topP: 1 }],

@@ -23,7 +23,7 @@ import { compile } from '@mimo/worker/compiler/compile';
 import type { ModelConfig } from '@mimo/worker/shards/model-config';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
 import type { Precision } from '@mimo/worker/shards/shard';
-import type { OwnKernel } from '@mimo/worker/runtime/runtime';
+import type { OwnKernel } from '@mimo/worker/runtime/kernel';
 import {
   CompiledFixtures,
   fixtureNames,

@@ -9,10 +9,12 @@ import type { EngineLimits, PassExecutor } from '@mimo/worker/engines/mimo/engin
 import type { HeadRow } from '@mimo/worker/engines/mimo/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
 import { gatherMemories } from '@mimo/worker/engines/mimo/memory-budget';
+import { createGroupId } from '@mimo/worker/engines/mimo/reduce';
 import { ShardRunner } from '@mimo/worker/engines/mimo/shard-runner';
 import { encodeStepPlan, type PassPlan, type RowSpan } from '@mimo/worker/engines/mimo/step-plan';
 import { readShardManifest, type ShardManifest } from '@mimo/worker/shards/shard';
-import { createRuntime, type RuntimeImplementation, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
+import { createRuntime } from '@mimo/worker/runtime/create-runtime';
+import type { RuntimeImplementation, RuntimeOptions } from '@mimo/worker/runtime/runtime';
 
 const defaultKvBlocks = 64;
 
@@ -83,7 +85,7 @@ export async function openLocalGroup({
     maxRows,
     maxHeadRows,
     usableVocab: usableVocab ?? manifest.config.vocabSize,
-    deviceGroupId: worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
+    deviceGroupId: createGroupId(runtime, collective),
   } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);

@@ -7,10 +7,12 @@ import { createNetworkCollective } from '@mimo/worker/collective/network';
 import type { HeadRow } from '@mimo/worker/engines/mimo/head-rows';
 import { kvBlockTokens } from '@mimo/worker/engines/mimo/kv-cache';
 import { gatherMemories } from '@mimo/worker/engines/mimo/memory-budget';
+import { createGroupId } from '@mimo/worker/engines/mimo/reduce';
 import { ShardRunner } from '@mimo/worker/engines/mimo/shard-runner';
 import { encodeStepPlan, type PassPlan } from '@mimo/worker/engines/mimo/step-plan';
 import { readShardManifest } from '@mimo/worker/shards/shard';
-import { createRuntime, type RuntimeOptions } from '@mimo/worker/runtime/runtime';
+import { createRuntime } from '@mimo/worker/runtime/create-runtime';
+import type { RuntimeOptions } from '@mimo/worker/runtime/runtime';
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { RankProcess } from './engine-ranks.ts';
 import type { LocalGroup } from './local-group.ts';
@@ -78,7 +80,7 @@ export async function openProcessGroup(options: ProcessGroupOptions): Promise<Lo
     maxRows,
     maxHeadRows,
     usableVocab: manifest.config.vocabSize,
-    deviceGroupId: options.sumOnHost === true ? new Int32Array(0) : runtime.createGroupId(),
+    deviceGroupId: options.sumOnHost === true ? new Int32Array(0) : createGroupId(runtime, collective),
   } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);

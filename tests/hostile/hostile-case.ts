@@ -1,16 +1,8 @@
 // One hostile input: what it sends, and how it must end. The corpus is a list of these; hostile.test.ts runs them against
 // the processes of world.ts.
 
-import type { ErrorCode } from '@mimo/core/process/errors';
-
-import type { HostileWorld } from './world.ts';
-
-/** How a call ended for its client. `ok`: it finished. `reset`: the connection or stream broke without a status. */
-export interface CallEnd {
-  readonly code: ErrorCode | 'ok' | 'reset';
-  /** Of the status; empty where it finished. */
-  readonly message: string;
-}
+import type { CallEnd } from './raw-call.ts';
+import type { HostileWorld, ModelWriter } from './world.ts';
 
 interface HostileCase {
   /** Says the input, unique within its subject. */
@@ -26,9 +18,7 @@ interface HostileCase {
 }
 
 /** The inputs of one kind, with the models that they need beside models/mimo-demo. */
-export interface HostileSubject {
+export interface HostileSubject extends ModelWriter {
   readonly name: string;
   readonly cases: readonly HostileCase[];
-  /** Writes checkpoints' front halves (config, tokenizer, template) below `directory`; gives their directories by name. */
-  readonly writeModels?: (directory: string) => Promise<Readonly<Record<string, string>>>;
 }

@@ -10,8 +10,7 @@ import { waitFor } from '../harness/wait-for.ts';
 import { startBystander, type Bystander } from './bystander.ts';
 import { subjects } from './corpus/all.ts';
 import { quotedMarker } from './corpus/quotes.ts';
-import type { CallEnd } from './hostile-case.ts';
-import { frame } from './raw-call.ts';
+import { frame, type CallEnd } from './raw-call.ts';
 import { openWorld, type Footprint, type HostileWorld } from './world.ts';
 
 /** What a process may keep of the corpus: heaps and caches that grew once. Leaks of a case's input are larger. */

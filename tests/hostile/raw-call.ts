@@ -5,7 +5,13 @@ import { connect, constants, type ClientHttp2Session, type OutgoingHttpHeaders }
 import { errorTable, type ErrorCode } from '@mimo/core/process/errors';
 
 import { openSocket } from '../harness/raw-http2.ts';
-import type { CallEnd } from './hostile-case.ts';
+
+/** How a call ended for its client. `ok`: it finished. `reset`: the connection or stream broke without a status. */
+export interface CallEnd {
+  readonly code: ErrorCode | 'ok' | 'reset';
+  /** Of the status; empty where it finished. */
+  readonly message: string;
+}
 
 /** What is sent. Bytes go as they are: `frame` makes a well-formed message of them. */
 export interface RawCall {

@@ -25,8 +25,7 @@ import {
   startTestCluster,
   type TestCluster,
 } from '../harness/cluster.ts';
-import type { CallEnd, HostileSubject } from './hostile-case.ts';
-import { frame, rawCall, type RawCall } from './raw-call.ts';
+import { frame, rawCall, type CallEnd, type RawCall } from './raw-call.ts';
 
 /** What the processes hold: all of it must be back where it was once the corpus has been tried. */
 export interface Footprint {
@@ -69,6 +68,12 @@ export interface HostileWorld {
   close(): Promise<void>;
 }
 
+/** What a subject adds to the world. */
+export interface ModelWriter {
+  /** Writes checkpoints' front halves (config, tokenizer, template) below `directory`; gives their directories by name. */
+  readonly writeModels?: (directory: string) => Promise<Readonly<Record<string, string>>>;
+}
+
 interface CallOptions {
   /** Sent as `grpc-timeout`. */
   readonly timeout?: string;
@@ -82,7 +87,7 @@ const temporaryName = 'temporary';
 const keys = { hostile: 'hostile-key-0f3a9c57', bystander: 'bystander-key-7bd2e641' };
 
 /** Starts the processes with the models of every subject. */
-export async function openWorld(subjects: readonly HostileSubject[]): Promise<HostileWorld> {
+export async function openWorld(subjects: readonly ModelWriter[]): Promise<HostileWorld> {
   const directory = await mkdtemp(join(tmpdir(), 'mimo-hostile-'));
   const models: Record<string, string> = { 'mimo-demo': demoModel };
   for (const subject of subjects) {

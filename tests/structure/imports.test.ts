@@ -107,6 +107,40 @@ function packageOf({ file, specifier }: Import): string | undefined {
   return undefined;
 }
 
+/**
+ * Files that import one another in a circle, each circle sorted; Tarjan's strongly connected components. Type-only imports
+ * count: a reader who follows them goes in circles too.
+ */
+function circles(graph: ReadonlyMap<string, readonly string[]>): string[][] {
+  const found: string[][] = [];
+  const order = new Map<string, number>();
+  const stack: string[] = [];
+  /** The earliest visited file on the stack that this one reaches. */
+  const visit = (file: string): number => {
+    const index = order.size;
+    order.set(file, index);
+    const depth = stack.push(file) - 1;
+    const reached = (graph.get(file) ?? []).map((target) => {
+      const seen = order.get(target);
+      return seen === undefined ? visit(target) : stack.includes(target) ? seen : index;
+    });
+    const earliest = Math.min(index, ...reached);
+    if (earliest === index) {
+      const component = stack.splice(depth);
+      if (component.length > 1 || (graph.get(file) ?? []).includes(file)) {
+        found.push(component.toSorted());
+      }
+    }
+    return earliest;
+  };
+  for (const file of graph.keys()) {
+    if (!order.has(file)) {
+      visit(file);
+    }
+  }
+  return found;
+}
+
 describe('imports', () => {
   for (const [name, mayImport] of Object.entries(allowed)) {
     it(`of ${name} reach only ${mayImport.join(', ') || 'nothing of ours'}`, () => {
@@ -157,6 +191,25 @@ describe('imports', () => {
         return leaves || !engineImports.test(specifier);
       });
     expect(stray).toEqual([]);
+  });
+
+  it.each(Object.keys(allowed))('of %s form no circle', (name) => {
+    const files = sources(`${name}/**/*.ts`);
+    const graph = new Map(
+      files.map((file) => {
+        const targets = importsOf(file).filter(({ specifier }) => specifier.startsWith('.'));
+        return [file, targets.map(({ specifier }) => join(file, '..', specifier))] as const;
+      }),
+    );
+    expect(graph.size).toBeGreaterThan(1);
+    expect(circles(graph)).toEqual([]);
+  });
+
+  it('finds circles of any length, and none in a diamond', () => {
+    const diamond = { a: ['b', 'c'], b: ['d'], c: ['d'], d: [] };
+    expect(circles(new Map(Object.entries(diamond)))).toEqual([]);
+    const rings = { a: ['b'], b: ['c'], c: ['e'], e: ['b', 'd'], d: ['d'] };
+    expect(circles(new Map(Object.entries(rings)))).toEqual([['d'], ['b', 'c', 'e']]);
   });
 
   it.each(pureFiles)('%s decides only: no clock, no chance, nothing that waits', (file) => {

@@ -1,6 +1,18 @@
 // The Pareto picture: a panel for each trace and start-up delay, cost against attainment, as SVG text. Knows no rules.
 
-import type { ArmResult } from '../autoscale.ts';
+import type { RunResult } from './cluster.ts';
+
+/** One arm on one trace with one start-up delay. */
+export interface ArmResult extends RunResult {
+  readonly trace: string;
+  readonly startUpSeconds: number;
+  readonly arm: string;
+  /** Replica seconds over the oracle's. */
+  readonly costRatio: number;
+  /** Arms (those with hindsight aside) with at least the attainment for at most the cost, and one of the two better. */
+  readonly dominatedBy: readonly string[];
+  readonly reversalsPer10Minutes: number;
+}
 
 const colours: Readonly<Record<string, string>> = {
   ours: '#d6001c',

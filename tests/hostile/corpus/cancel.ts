@@ -8,8 +8,8 @@ import { callServerStream } from '@mimo/core/grpc/client';
 import { ChatRequest, InferenceServiceService, Role } from '@mimo/proto/inference';
 
 import { createClient } from '../../harness/cluster.ts';
-import type { CallEnd, HostileSubject } from '../hostile-case.ts';
-import { frame } from '../raw-call.ts';
+import type { HostileSubject } from '../hostile-case.ts';
+import { frame, type CallEnd } from '../raw-call.ts';
 import type { HostileWorld } from '../world.ts';
 
 const odd: Readonly<Record<string, string>> = {

@@ -6,7 +6,8 @@ import { join } from 'node:path';
 
 import { Role, type Message } from '@mimo/proto/inference';
 
-import type { CallEnd, HostileSubject } from '../hostile-case.ts';
+import type { HostileSubject } from '../hostile-case.ts';
+import type { CallEnd } from '../raw-call.ts';
 import type { HostileWorld } from '../world.ts';
 
 const demo = join(import.meta.dirname, '../../../models/mimo-demo');

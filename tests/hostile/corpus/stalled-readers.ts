@@ -4,7 +4,8 @@ import { ChatRequest, Role } from '@mimo/proto/inference';
 import type { SamplingParams } from '@mimo/proto/sampling';
 
 import { openSlowReader, type SlowReader } from '../../harness/slow-reader.ts';
-import type { CallEnd, HostileSubject } from '../hostile-case.ts';
+import type { HostileSubject } from '../hostile-case.ts';
+import type { CallEnd } from '../raw-call.ts';
 import type { HostileWorld } from '../world.ts';
 
 interface Stall {

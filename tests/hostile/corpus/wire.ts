@@ -13,8 +13,8 @@ import {
   http2Frame,
   openSocket,
 } from '../../harness/raw-http2.ts';
-import type { CallEnd, HostileSubject } from '../hostile-case.ts';
-import { frame, type RawCall } from '../raw-call.ts';
+import type { HostileSubject } from '../hostile-case.ts';
+import { frame, type CallEnd, type RawCall } from '../raw-call.ts';
 import type { HostileWorld } from '../world.ts';
 
 type Case = HostileSubject['cases'][number];

@@ -6,7 +6,8 @@ import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { compileKernels, CudaKernels } from './cuda-kernels.ts';
 import { elementBytes } from '../shards/element-type.ts';
-import type { DecodeAttention, DecodeLayer, DecodeShape, DecodeSpan, RuntimeMemory } from './runtime.ts';
+import type { DecodeAttention, DecodeLayer, DecodeShape, DecodeSpan } from './kernel.ts';
+import type { RuntimeMemory } from './memory.ts';
 
 /** attention.cu has them too: query heads of a KV head, and dimensions of a head. */
 const groupHeads = 4;

@@ -4,7 +4,7 @@
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
 import { decodeHalves, elementBytes, type ElementType, encodeHalves } from '../shards/element-type.ts';
-import type { MemoryInfo, RuntimeMemory, RuntimeTensor } from './runtime.ts';
+import type { MemoryInfo, RuntimeMemory, RuntimeTensor } from './memory.ts';
 
 /** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 is linked to. */
 const libraryName = 'libcudart.so.13';
@@ -236,10 +236,6 @@ export class DeviceMemory implements RuntimeMemory {
     return this.type === 'float16' || this.type === 'bfloat16'
       ? decodeHalves(new Uint16Array(buffer, offset, count), this.type)
       : new Float32Array(buffer, offset, count);
-  }
-
-  copyFrom(): void {
-    throw new ClusterError('internal', 'device memory is copied by segments alone');
   }
 
   release(): void {

@@ -4,7 +4,7 @@
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ElementType } from '../shards/element-type.ts';
-import type { DeviceGroupMember } from './runtime.ts';
+import type { DeviceGroupMember } from './reduce.ts';
 
 const libraryName = 'libnccl.so.2';
 const idBytes = 128;

@@ -5,7 +5,8 @@ import { readFileSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';
 import { compileKernels, CudaKernels } from './cuda-kernels.ts';
 import { type CudaDevice, DeviceMemory, PinnedMemory } from './cuda-device.ts';
-import type { DrawRequest, RuntimeMemory, SampledToken, SamplerShape, TokenSampler } from './runtime.ts';
+import type { DrawRequest, SampledToken, SamplerShape, TokenSampler } from './kernel.ts';
+import type { RuntimeMemory } from './memory.ts';
 
 /** sampling.cu has them too. */
 const threads = 512;

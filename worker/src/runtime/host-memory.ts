@@ -2,9 +2,8 @@
 // knows no library.
 
 import { totalmem } from 'node:os';
-import { ClusterError } from '@mimo/core/process/errors';
 import { decodeHalves, type ElementType, encodeHalves } from '../shards/element-type.ts';
-import type { CopyRange, MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './runtime.ts';
+import type { MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './memory.ts';
 
 /** What the container's limit leaves to this process; undefined without a limit. */
 export function hostMemoryInfo(
@@ -16,11 +15,6 @@ export function hostMemoryInfo(
     return undefined;
   }
   return { freeBytes: Math.max(0, limitBytes - usedBytes), totalBytes: limitBytes };
-}
-
-/** What a runtime that computes on the host answers to whoever wants its device to sum. */
-export function noDeviceGroup(): ClusterError {
-  return new ClusterError('internal', 'this runtime has no device that could reach other ranks');
 }
 
 /** Makes a native view of `data`, whose elements are of `type`. */
@@ -62,11 +56,6 @@ export class HostMemory implements RuntimeMemory {
     return this.type === 'float16' || this.type === 'bfloat16'
       ? decodeHalves(values as Uint16Array<ArrayBuffer>, this.type)
       : (values as Float32Array);
-  }
-
-  copyFrom(source: RuntimeMemory, { from, to, count }: CopyRange): void {
-    const values = (source as HostMemory).#data.subarray(from, from + count);
-    (this.#data as Float32Array).set(values as Float32Array, to);
   }
 
   release(): void {}

@@ -13,21 +13,16 @@ import { addresses, bundledLibrary, nativeText, ort, OrtApi, tensorElementTypes 
 import type {
   DecodeAttention,
   DecodeShape,
-  DeviceGroupMember,
-  MemoryInfo,
-  MemoryUse,
   OptionalKernels,
   OwnKernel,
-  Runtime,
-  RuntimeMemory,
-  RuntimeOptions,
-  RuntimeTensor,
   SamplerShape,
   Segment,
   SegmentSource,
-  TensorData,
   TokenSampler,
-} from './runtime.ts';
+} from './kernel.ts';
+import type { MemoryInfo, MemoryUse, RuntimeMemory, RuntimeTensor, TensorData } from './memory.ts';
+import type { DeviceLink } from './reduce.ts';
+import type { Runtime, RuntimeOptions } from './runtime.ts';
 
 class CapiTensor implements RuntimeTensor {
   // Nothing on the native side roots JavaScript memory: this reference keeps it alive.
@@ -161,23 +156,15 @@ class OrtCapiRuntime implements Runtime {
   }
 
   createSampler(shape: SamplerShape): TokenSampler | undefined {
-    return this.#without.includes('sampling') ? undefined : this.#provider.createSampler(shape);
+    return this.#without.includes('sampling') ? undefined : this.#provider.createSampler?.(shape);
   }
 
   createDecodeAttention(shape: DecodeShape): DecodeAttention | undefined {
-    return this.#without.includes('attention') ? undefined : this.#provider.createDecodeAttention(shape);
+    return this.#without.includes('attention') ? undefined : this.#provider.createDecodeAttention?.(shape);
   }
 
-  createGroupId(): Int32Array {
-    return this.#provider.createGroupId();
-  }
-
-  joinGroup(id: Int32Array, member: DeviceGroupMember): void {
-    this.#provider.joinGroup(id, member);
-  }
-
-  sum(memory: RuntimeMemory, count: number): void {
-    this.#provider.sum(memory, count);
+  get deviceLink(): DeviceLink | undefined {
+    return this.#provider.deviceLink;
   }
 
   #view(at: TensorData | bigint, dims: readonly number[], type: ElementType): RuntimeTensor {

@@ -7,17 +7,10 @@ import { createRequire } from 'node:module';
 import { Tensor, type InferenceSession } from 'onnxruntime-node';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ElementType } from '../shards/element-type.ts';
-import { HostMemory, hostMemoryInfo, noDeviceGroup } from './host-memory.ts';
-import type {
-  MemoryInfo,
-  Runtime,
-  RuntimeMemory,
-  RuntimeOptions,
-  RuntimeTensor,
-  Segment,
-  SegmentSource,
-  TensorData,
-} from './runtime.ts';
+import { HostMemory, hostMemoryInfo } from './host-memory.ts';
+import type { Segment, SegmentSource } from './kernel.ts';
+import type { MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './memory.ts';
+import type { Runtime, RuntimeOptions } from './runtime.ts';
 
 /** The part of `onnxruntime-node/dist/binding.js` that is used (version 1.30.0). */
 interface Binding {
@@ -118,26 +111,6 @@ class OrtNodeRuntime implements Runtime {
 
   replay(_key: string, work: () => void): void {
     work();
-  }
-
-  createSampler(): undefined {
-    return undefined;
-  }
-
-  createDecodeAttention(): undefined {
-    return undefined;
-  }
-
-  createGroupId(): Int32Array {
-    return new Int32Array(0);
-  }
-
-  joinGroup(): void {
-    throw noDeviceGroup();
-  }
-
-  sum(): void {
-    throw noDeviceGroup();
   }
 
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void {

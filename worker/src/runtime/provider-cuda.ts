@@ -12,7 +12,7 @@ import { createCudaSampler } from './cuda-sampler.ts';
 import type { ElementType } from '../shards/element-type.ts';
 import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
-import type { RuntimeMemory } from './runtime.ts';
+import type { RuntimeMemory } from './memory.ts';
 
 /** Throws `failed_precondition`: the provider is a library of its own, which ONNX Runtime looks for beside itself. */
 export function assertCudaProvider(library: string): void {
@@ -106,25 +106,28 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
       orWarn('decode passes use the attention of ONNX Runtime', () =>
         createCudaAttention(device, shape, { allocate, cacheDirectory: kernelDirectory }),
       ),
-    createGroupId: createCudaGroupId,
-    joinGroup: (id, member) => {
-      group = new CudaGroup(id, member);
-      device.watch = (waitedMs) => {
-        try {
-          member.watch(waitedMs);
-        } catch (error) {
-          // A sum that waits for a lost rank would keep the stream for ever.
-          group?.abort();
-          throw error;
-        }
-      };
-    },
-    sum: (shares: RuntimeMemory, count) => {
-      if (group === undefined) {
-        throw new ClusterError('internal', 'the device has joined no group');
-      }
-      const { address, type } = shares as DeviceMemory;
-      group.sum(address, { type, count, stream: device.stream });
+    deviceLink: {
+      createGroupId: createCudaGroupId,
+      join: (id, member) => {
+        const joined = new CudaGroup(id, member);
+        group = joined;
+        device.watch = (waitedMs) => {
+          try {
+            member.watch(waitedMs);
+          } catch (error) {
+            // A sum that waits for a lost rank would keep the stream for ever.
+            joined.abort();
+            throw error;
+          }
+        };
+        return {
+          crossesHost: false,
+          sum: (shares, count) => {
+            const { address, type } = shares as DeviceMemory;
+            joined.sum(address, { type, count, stream: device.stream });
+          },
+        };
+      },
     },
     stop: () => {
       try {

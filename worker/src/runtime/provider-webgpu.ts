@@ -6,10 +6,10 @@
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { elementBytes, type ElementType } from '../shards/element-type.ts';
-import { HostMemory, noDeviceGroup } from './host-memory.ts';
+import { HostMemory } from './host-memory.ts';
 import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
-import type { RuntimeMemory, RuntimeTensor } from './runtime.ts';
+import type { RuntimeMemory, RuntimeTensor } from './memory.ts';
 
 /** See `Provider`. Throws `failed_precondition` naming what is missing. */
 export function createWebgpuProvider({ api, view, anySession }: ProviderParts): Provider {
@@ -55,15 +55,6 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
     },
     memoryInfo: () => undefined,
     replay: (_key, work) => work(),
-    createSampler: () => undefined,
-    createDecodeAttention: () => undefined,
-    createGroupId: () => new Int32Array(0),
-    joinGroup: () => {
-      throw noDeviceGroup();
-    },
-    sum: () => {
-      throw noDeviceGroup();
-    },
     stop: () => {
       // A session's allocator must not outlive it.
       if (allocator !== undefined) {
@@ -125,10 +116,6 @@ class BufferMemory implements RuntimeMemory {
   }
 
   read(): Float32Array {
-    throw resident();
-  }
-
-  copyFrom(): void {
     throw resident();
   }
 

@@ -1,9 +1,11 @@
-// What differs between execution providers of the C API: where memory lies, how runs are told to it, and whether the
-// devices of a group reach one another. Owns the interface only.
+// What differs between execution providers of the C API: where memory lies, how runs reach it, and whether the devices of
+// a group reach one another. Owns the interface only.
 
 import type { ElementType, FloatType } from '../shards/element-type.ts';
 import type { OrtApi } from './ort-api.ts';
-import type { OptionalKernels, Runtime, RuntimeTensor, TensorData } from './runtime.ts';
+import type { OptionalKernels } from './kernel.ts';
+import type { RuntimeTensor, TensorData } from './memory.ts';
+import type { Runtime } from './runtime.ts';
 
 /** What a provider is made from. */
 export interface ProviderParts {
@@ -20,14 +22,7 @@ export interface ProviderParts {
 /** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
 export interface Provider extends Pick<
   Runtime,
-  | 'allocate'
-  | 'memoryInfo'
-  | 'replay'
-  | 'createSampler'
-  | 'createDecodeAttention'
-  | 'createGroupId'
-  | 'joinGroup'
-  | 'sum'
+  'allocate' | 'memoryInfo' | 'replay' | 'createSampler' | 'createDecodeAttention' | 'deviceLink'
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;

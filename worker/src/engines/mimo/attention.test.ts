@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import * as path from 'node:path';
 import { afterAll, expect, it } from 'vitest';
-import { createRuntime } from '../../runtime/runtime.ts';
+import { createRuntime } from '../../runtime/create-runtime.ts';
 import { ShardRunner } from './shard-runner.ts';
 import { createSingleRankCollective } from '../../collective/collective.ts';
 import { compile } from '../../compiler/compile.ts';

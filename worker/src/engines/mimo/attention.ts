@@ -5,13 +5,9 @@ import { ClusterError } from '@mimo/core/process/errors';
 import { activationType, pageTokens, type ShardManifest } from '../../shards/shard.ts';
 import { ropeTables } from '../../shards/rope.ts';
 import { decodeHalves, encodeHalves } from '../../shards/element-type.ts';
-import type {
-  DecodeAttention,
-  Runtime,
-  RuntimeMemory,
-  RuntimeTensor,
-  Segment,
-} from '../../runtime/runtime.ts';
+import type { DecodeAttention, Segment } from '../../runtime/kernel.ts';
+import type { RuntimeMemory, RuntimeTensor } from '../../runtime/memory.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
 import { KvBuffers } from './kv-buffers.ts';
 import type { Rows } from './scratch.ts';
 import type { RowSpan } from './step-plan.ts';
@@ -176,7 +172,7 @@ class PagedAttention implements Attention {
     const slotPages = Math.ceil(maxPositions / pageTokens) + 1;
     this.#places = runtime.allocate('int32', 1 + maxSpans * (2 + slotPages), 'exchanged');
     this.#boundsTensor = runtime.tensor(this.#bounds, [3]);
-    this.#decode = runtime.createDecodeAttention({
+    this.#decode = runtime.createDecodeAttention?.({
       floatType: activationType(precision),
       queryHeads: config.queryHeads / tensorParallel,
       kvHeads: config.kvHeads / tensorParallel,

@@ -4,7 +4,9 @@
 import type { Collective } from '../../collective/collective.ts';
 import { planShards } from '../../shards/shard-plan.ts';
 import type { ShardManifest } from '../../shards/shard.ts';
-import type { Runtime, RuntimeTensor, Segment, TokenSampler } from '../../runtime/runtime.ts';
+import type { Segment, TokenSampler } from '../../runtime/kernel.ts';
+import type { RuntimeTensor } from '../../runtime/memory.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
 import { bestToken, chooseToken, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
 import { Rows } from './scratch.ts';
 import type { PassPlan } from './step-plan.ts';
@@ -50,7 +52,7 @@ export class HeadOutput {
     this.#usableEnd = runtime.tensor(BigInt64Array.of(BigInt(this.#usableIds)), [1]);
     this.#sampler =
       this.#usableIds > 0
-        ? runtime.createSampler({
+        ? runtime.createSampler?.({
             rowLength: vocabRows,
             firstId: vocabStart,
             usable: this.#usableIds,

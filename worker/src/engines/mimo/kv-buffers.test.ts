@@ -1,5 +1,6 @@
 import { afterAll, describe, expect, it } from 'vitest';
-import { createRuntime, type RuntimeTensor } from '../../runtime/runtime.ts';
+import { createRuntime } from '../../runtime/create-runtime.ts';
+import type { RuntimeTensor } from '../../runtime/memory.ts';
 import { KvBuffers, type KvShape } from './kv-buffers.ts';
 
 const runtime = await createRuntime({ implementation: 'auto', executionProvider: 'cpu', intraOpThreads: 1 });

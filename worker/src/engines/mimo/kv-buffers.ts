@@ -4,7 +4,8 @@
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { FloatType } from '../../shards/element-type.ts';
-import type { Runtime, RuntimeMemory, RuntimeTensor } from '../../runtime/runtime.ts';
+import type { RuntimeMemory, RuntimeTensor } from '../../runtime/memory.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
 
 export interface KvShape {
   readonly floatType: FloatType;
@@ -56,7 +57,7 @@ export class KvBuffers {
     const grow = (old: Buffer | undefined): Buffer => {
       const buffer = this.#take(capacity);
       if (old !== undefined && current !== undefined) {
-        this.#copyRows(old.memory, buffer.memory, { from: current.capacity, to: capacity, rows: keepTokens });
+        this.#copyRows(old, buffer, { from: current.capacity, to: capacity, rows: keepTokens });
         this.#give(current.capacity, old);
       }
       return buffer;
@@ -126,18 +127,13 @@ export class KvBuffers {
     }
   }
 
-  #copyRows(
-    source: RuntimeMemory,
-    target: RuntimeMemory,
-    size: { from: number; to: number; rows: number },
-  ): void {
+  #copyRows(source: Buffer, target: Buffer, size: { from: number; to: number; rows: number }): void {
     const { kvHeads, headDim } = this.#shape;
+    // Kernels that want these buffers compute on the host, so that the memory is JavaScript's.
+    const [from, to] = [source, target].map(({ tensor }) => tensor.data as Float32Array);
     for (let head = 0; head < kvHeads; head++) {
-      target.copyFrom(source, {
-        from: head * size.from * headDim,
-        to: head * size.to * headDim,
-        count: size.rows * headDim,
-      });
+      const start = head * size.from * headDim;
+      to!.set(from!.subarray(start, start + size.rows * headDim), head * size.to * headDim);
     }
   }
 }

@@ -3,7 +3,7 @@
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
-import type { MemoryInfo } from '../../runtime/runtime.ts';
+import type { MemoryInfo } from '../../runtime/memory.ts';
 
 /** Left for activations, arenas, recorded passes and the buffers of collectives, as a share of all. */
 export const reservedShare = 0.1;

@@ -13,7 +13,7 @@
 // finite logit stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are
 // the model's faults.
 
-import type { DrawRequest } from '../../runtime/runtime.ts';
+import type { DrawRequest } from '../../runtime/kernel.ts';
 import { listLeft, topIds, wholeWeight } from './cut.ts';
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 

@@ -2,7 +2,9 @@
 // ranges. Owns sizes and views; knows no segment and no sequence.
 
 import type { ElementType, FloatType } from '../../shards/element-type.ts';
-import type { MemoryUse, Runtime, RuntimeMemory, RuntimeTensor } from '../../runtime/runtime.ts';
+import type { MemoryUse, RuntimeMemory, RuntimeTensor } from '../../runtime/memory.ts';
+import type { Reducer } from '../../runtime/reduce.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
 
 /** A scratch buffer and its views by first row and row count. */
 export class Rows {
@@ -25,9 +27,9 @@ export class Rows {
     return this.#view(start, rows, [1, rows, this.width]);
   }
 
-  /** Replaces the first rows by their sums over the ranks, where the device does that. */
-  sum(rows: number, runtime: Runtime): void {
-    runtime.sum(this.memory, rows * this.width);
+  /** Replaces the first rows by their sums over the ranks. */
+  sum(rows: number, reducer: Reducer): void {
+    reducer.sum(this.memory, rows * this.width);
   }
 
   /** The first rows, or those from `start` on, as float32; see RuntimeMemory. */

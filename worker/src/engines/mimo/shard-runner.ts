@@ -8,10 +8,13 @@ import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
 import { activationType, type ShardManifest } from '../../shards/shard.ts';
-import type { Runtime, Segment } from '../../runtime/runtime.ts';
+import type { Segment } from '../../runtime/kernel.ts';
+import type { Reducer } from '../../runtime/reduce.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
 import { type Attention, createAttention } from './attention.ts';
 import { HeadOutput } from './head-output.ts';
 import type { HeadRow } from './head-rows.ts';
+import { createReducer } from './reduce.ts';
 import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
 import type { ConfigurePlan, PassPlan } from './step-plan.ts';
 
@@ -28,8 +31,7 @@ interface Memory extends Scratch {
   readonly attention: Attention;
   readonly head: HeadOutput;
   readonly maxHeadRows: number;
-  /** Devices add the ranks' shares, or the host does; with one rank nobody. */
-  readonly sums: 'none' | 'device' | 'host';
+  readonly reducer: Reducer;
 }
 
 /** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
@@ -112,19 +114,14 @@ export class ShardRunner {
   configure(plan: ConfigurePlan, blockTokens: number): void {
     const { config, tensorParallel, precision } = this.manifest;
     const floatType = activationType(precision);
-    const { rank, worldSize } = this.#collective;
-    if (plan.deviceGroupId.length > 0) {
-      const watch = (waitedMs: number): void => this.#collective.watch(waitedMs);
-      this.#runtime.joinGroup(plan.deviceGroupId, { rank, worldSize, watch });
-    }
-    const sums = worldSize === 1 ? 'none' : plan.deviceGroupId.length > 0 ? 'device' : 'host';
+    const reducer = createReducer(this.#runtime, this.#collective, plan.deviceGroupId);
     const scratch = createScratch(this.#runtime, {
       maxRows: plan.maxRows,
       floatType,
       hidden: config.hiddenSize,
       attended: (config.queryHeads / tensorParallel) * config.headDim,
       qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
-      sumsOnHost: sums === 'host',
+      sumsOnHost: reducer.crossesHost,
     });
     const attention = createAttention({
       runtime: this.#runtime,
@@ -143,7 +140,7 @@ export class ShardRunner {
       maxHeadRows: plan.maxHeadRows,
       usableVocab: plan.usableVocab,
     });
-    this.#memory = { ...scratch, attention, head, maxHeadRows: plan.maxHeadRows, sums };
+    this.#memory = { ...scratch, attention, head, maxHeadRows: plan.maxHeadRows, reducer };
   }
 
   /** Runs one pass with the other ranks. Rank 0 gets what the plan asks of its head rows, other ranks get nothing. */
@@ -171,7 +168,7 @@ export class ShardRunner {
       memory.head.run(normed.first(rows));
     };
     // Many rows keep a device busy for longer than it takes to tell it what to do.
-    if (memory.sums !== 'host' && rows <= maxReplayedRows) {
+    if (!memory.reducer.crossesHost && rows <= maxReplayedRows) {
       this.#runtime.replay([plan.kind, rows, heads, places].join(), work);
     } else {
       work();
@@ -226,17 +223,6 @@ export class ShardRunner {
     this.#runtime.run(this.#embed, [memory.tokenIds.first(rows)], [target.first(rows)]);
   }
 
-  /** Adds the ranks' shares of the first rows, in place. */
-  #addRanks(shares: Rows, rows: number, { sums }: Memory): void {
-    if (sums === 'device') {
-      shares.sum(rows, this.#runtime);
-    } else if (sums === 'host') {
-      const values = shares.read(rows);
-      this.#collective.allReduce(values);
-      shares.write(values);
-    }
-  }
-
   /**
    * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
    * layer takes no delta.
@@ -251,9 +237,9 @@ export class ShardRunner {
     runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
     memory.attention.run(at.layer, memory.qkv, memory.attended);
     runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
-    this.#addRanks(memory.deltaNext, rows, memory);
+    memory.deltaNext.sum(rows, memory.reducer);
     runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
-    this.#addRanks(memory.delta, rows, memory);
+    memory.delta.sum(rows, memory.reducer);
   }
 }
 

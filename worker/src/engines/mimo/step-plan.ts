@@ -44,7 +44,7 @@ export interface ConfigurePlan {
   readonly maxHeadRows: number;
   /** Ids at or above are never the best. */
   readonly usableVocab: number;
-  /** By which the ranks' devices find one another (`Runtime.createGroupId`); empty: they sum on the host. */
+  /** By which the ranks' devices find one another (reduce.ts); empty: they sum on the host. */
   readonly deviceGroupId: Int32Array;
 }
 

@@ -8,7 +8,9 @@ import { createSingleRankCollective, type Collective } from '../../collective/co
 import { createInProcessCollective, type InProcessGroup } from '../../collective/in-process.ts';
 import { createNetworkCollective, type NetworkOptions } from '../../collective/network.ts';
 import { pageTokens, type ShardManifest } from '../../shards/shard.ts';
-import { createRuntime, type MemoryInfo, type Runtime, type RuntimeOptions } from '../../runtime/runtime.ts';
+import { createRuntime } from '../../runtime/create-runtime.ts';
+import type { MemoryInfo } from '../../runtime/memory.ts';
+import type { Runtime, RuntimeOptions } from '../../runtime/runtime.ts';
 import { Engine, type EngineLimits } from './engine.ts';
 import type { EngineFrame, SequenceRequest } from './engine-api.ts';
 import { slackPages } from './attention.ts';
@@ -16,6 +18,7 @@ import { kvBlockBytes } from './engine-options.ts';
 import type { HeadRow } from './head-rows.ts';
 import { kvBlockTokens } from './kv-cache.ts';
 import { assertWeightsFit, fitKvBlocks, gatherMemories } from './memory-budget.ts';
+import { createGroupId } from './reduce.ts';
 import { ShardRunner } from './shard-runner.ts';
 import { decodeStepPlan, encodeStepPlan, type PassPlan } from './step-plan.ts';
 import { beginTurn, endTurn } from './step-watch.ts';
@@ -164,7 +167,7 @@ async function lead({
     maxRows: limits.maxBatchTokens,
     maxHeadRows: headRowsOf(limits),
     usableVocab: limits.usableVocab,
-    deviceGroupId: collective.worldSize === 1 ? new Int32Array(0) : runtime.createGroupId(),
+    deviceGroupId: createGroupId(runtime, collective),
   } as const;
   collective.broadcast(encodeStepPlan(configure));
   runner.configure(configure, kvBlockTokens);

@@ -2,7 +2,8 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import * as path from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
-import { createRuntime, type RuntimeOptions } from './runtime.ts';
+import { createRuntime } from './create-runtime.ts';
+import type { RuntimeOptions } from './runtime.ts';
 
 const directory = mkdtempSync(path.join(tmpdir(), 'mimo-runtime-'));
 afterAll(() => rmSync(directory, { recursive: true, force: true }));

@@ -1,0 +1,37 @@
+// How the ranks' shares of a value are added: by nobody where there is one rank, by the devices where they reach one another,
+// else on the host over the collective. Owns the choice, which rank 0 makes for all by the group id in its plan.
+
+import { ClusterError } from '@mimo/core/process/errors';
+import type { Collective } from '../../collective/collective.ts';
+import type { Reducer } from '../../runtime/reduce.ts';
+import type { Runtime } from '../../runtime/runtime.ts';
+
+/** What the devices of a group join with; empty: the host sums. For rank 0, which sends it to the others. */
+export function createGroupId({ deviceLink }: Runtime, { worldSize }: Collective): Int32Array {
+  return (worldSize === 1 ? undefined : deviceLink?.createGroupId()) ?? new Int32Array(0);
+}
+
+/** Blocks until all devices have joined, where they do. Throws `failed_precondition` where this rank's cannot. */
+export function createReducer({ deviceLink }: Runtime, collective: Collective, groupId: Int32Array): Reducer {
+  const { rank, worldSize } = collective;
+  if (worldSize === 1) {
+    return { crossesHost: false, sum: () => undefined };
+  }
+  if (groupId.length === 0) {
+    return {
+      crossesHost: true,
+      sum: (memory, count) => {
+        const values = memory.read(0, count);
+        collective.allReduce(values);
+        memory.write(0, values);
+      },
+    };
+  }
+  if (deviceLink === undefined) {
+    throw new ClusterError(
+      'failed_precondition',
+      `rank 0 sums on devices, rank ${rank} has none that reach others`,
+    );
+  }
+  return deviceLink.join(groupId, { rank, worldSize, watch: (waitedMs) => collective.watch(waitedMs) });
+}

@@ -1,0 +1,145 @@
+// What computes: segments (ONNX graphs), and kernels of our own where a device has them. Interfaces only; ort-capi.ts and
+// ort-node.ts run segments, cuda-kernels.ts compiles and launches ours.
+
+import type { FloatType } from '../shards/element-type.ts';
+import type { RuntimeMemory, RuntimeTensor } from './memory.ts';
+
+/** One loaded graph. `run` takes inputs and outputs in the order in which the segment was declared. */
+export interface Segment {
+  readonly name: string;
+}
+
+/** What to load: a graph file, and the order of its inputs and outputs. */
+export interface SegmentSource {
+  readonly name: string;
+  readonly path: string;
+  readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
+}
+
+/** Kernels that not every execution provider has. */
+export interface OptionalKernels {
+  /** PagedAttention; GroupQueryAttention is then not used. */
+  readonly pagedAttention: boolean;
+  /** TopK over a vocabulary, faster than looking through it on the host. */
+  readonly topK: boolean;
+}
+
+/** How a token is drawn: what the engine's sampler is given (../engines/mimo/sampler.ts), in plain data. */
+export interface DrawRequest {
+  readonly sampling: {
+    readonly temperature: number;
+    readonly topP: number;
+    readonly topK: number;
+    readonly minP: number;
+    readonly repetitionPenalty: number;
+    readonly presencePenalty: number;
+    readonly frequencyPenalty: number;
+    readonly seed: number;
+    readonly logprobs: number;
+  };
+  readonly position: number;
+  /** Ids and their counts; `pairs`, where there are any, are the same one after another. */
+  readonly seen: Iterable<readonly [number, number]> & { readonly pairs?: Int32Array };
+  readonly forbidden: readonly number[];
+}
+
+/** What the engine's sampler answers, and the token's logit. */
+export interface SampledToken {
+  readonly tokenId: number;
+  /** After penalties; not finite where the row has a NaN or no finite maximum. */
+  readonly logit: number;
+  readonly logprob?: {
+    readonly tokenId: number;
+    readonly logprob: number;
+    readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
+  };
+}
+
+/** The rows of logits that a sampler chooses from. */
+export interface SamplerShape {
+  readonly rowLength: number;
+  /** The id of a row's first logit. */
+  readonly firstId: number;
+  /** Logits of a row that have ids; those after them are padding. */
+  readonly usable: number;
+  readonly maxRows: number;
+}
+
+/**
+ * Chooses tokens where the logits lie, to the ids of the engine's sampler. For each pass: `ask`, then `run` (which may be
+ * part of what is replayed, for as many rows), then `answers`. `release` it before the memories.
+ */
+export interface TokenSampler {
+  /** Of every row in turn: how its token is drawn, or undefined for the largest logit. */
+  ask(requests: readonly (DrawRequest | undefined)[]): void;
+  /** `logits` holds the rows one after another. */
+  run(logits: RuntimeMemory): void;
+  /** Waits for the device. */
+  answers(): readonly SampledToken[];
+  release(): void;
+}
+
+/** What decode passes attend to, of one rank. */
+export interface DecodeShape {
+  readonly floatType: FloatType;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly pageTokens: number;
+  readonly maxSpans: number;
+  /** Pages that a span may have. */
+  readonly maxSpanPages: number;
+  /** Makes those of the rotation, [positions, headDim / 2] each. */
+  readonly ropeTables: () => { readonly cos: Float32Array; readonly sin: Float32Array };
+}
+
+/** Rows of one sequence after `start` positions, and the pages that hold them. */
+export interface DecodeSpan {
+  readonly start: number;
+  readonly rows: number;
+  readonly pages: readonly number[];
+}
+
+/** Memory of one layer: qkv [rows, W], keys and values [pages, pageTokens, kvHeads, D], attended [rows, Q]. */
+export interface DecodeLayer {
+  readonly qkv: RuntimeMemory;
+  readonly keys: RuntimeMemory;
+  readonly values: RuntimeMemory;
+  readonly attended: RuntimeMemory;
+}
+
+/** Attention over spans of few rows, faster than a segment's. `place` a pass, then `run` each layer. */
+export interface DecodeAttention {
+  readonly mostSpanRows: number;
+  /** Returns a key: passes of equal keys run the same. */
+  place(spans: readonly DecodeSpan[]): string;
+  run(layer: DecodeLayer): void;
+  release(): void;
+}
+
+/** Kernels of our own beside ONNX Runtime's. */
+export type OwnKernel = 'sampling' | 'attention';
+
+/** The kernels of one runtime. */
+export interface Kernels {
+  readonly kernels: OptionalKernels;
+  /** Types of activations that have kernels for everything a model does. */
+  readonly floatTypes: readonly FloatType[];
+  /** Throws `data_loss` when the file cannot be loaded. */
+  loadSegment(source: SegmentSource): Segment;
+  /**
+   * Computes into the outputs' memory; a device may still be computing on return, reads wait for it. An output may be the
+   * same memory as an input where the graph allows it (attention's KV). Throws `internal` with ONNX Runtime's message.
+   */
+  run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void;
+  /**
+   * Does `work`, which only runs segments and sums. A device may remember what it launched under a key and launch it again
+   * without `work`: all calls with a key must work on the same memory, with the same values where kernels read the host.
+   */
+  replay(key: string, work: () => void): void;
+  /** Absent, or undefined, where tokens are chosen on the host. The first on a machine may take some seconds. */
+  createSampler?(shape: SamplerShape): TokenSampler | undefined;
+  /** Absent, or undefined, where segments attend in decode passes too. */
+  createDecodeAttention?(shape: DecodeShape): DecodeAttention | undefined;
+}
