@@ -24,7 +24,7 @@ import {
   type SegmentEntry,
 } from '../shards/shard.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from '../shards/shard-plan.ts';
-import { createWeightLayout, type Part, type WeightLayout } from './weight-layout.ts';
+import { type Part, WeightLayout } from './weight-layout.ts';
 
 /** Everything that decides one rank's graphs. */
 export interface RankSpec {
@@ -47,7 +47,7 @@ export interface RankSegments {
 
 /** Builds every segment of one rank. */
 export function buildSegments(spec: RankSpec): RankSegments {
-  const layout = createWeightLayout(activationType(spec.precision));
+  const layout = new WeightLayout(activationType(spec.precision));
   const segments: { entry: SegmentEntry; model: Uint8Array }[] = [];
   const add = (name: string, fill: (segment: Segment) => void): void => {
     const segment = createSegment(spec, layout);

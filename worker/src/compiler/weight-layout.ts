@@ -32,19 +32,6 @@ export interface Constant {
   readonly bytes: Uint8Array<ArrayBuffer>;
 }
 
-/** Allocates weights one after another; what it hands out goes into graphs, what it collects into the compile. */
-export interface WeightLayout {
-  readonly transfers: readonly Transfer[];
-  readonly constants: readonly Constant[];
-  /** Bytes of each file so far. */
-  readonly fileBytes: ReadonlyMap<string, number>;
-  /** Parts of equal width one below the other, [rows, columns], in the layout's float type or as stored. */
-  plain(name: string, parts: readonly Part[], stored?: ElementDtype): GraphWeight;
-  /** As `plain`, in the blocks and scales that MatMulNBits takes. */
-  quantized(name: string, parts: readonly Part[], bits: 4 | 8): { blocks: GraphWeight; scales: GraphWeight };
-  constant(name: string, dims: readonly number[], values: Float32Array<ArrayBuffer>): GraphWeight;
-}
-
 /** The rank's own weights. */
 const weightsFile = 'weights.bin';
 /** What every rank holds alike and unquantised: the embedding. */
@@ -68,86 +55,97 @@ export function rowBytes(form: 'int8' | 'int4', columns: number): number {
   return form === 'int8' ? columns : columns / 2;
 }
 
-/** A fresh, empty layout; `floatType` is that of everything that is neither quantised nor kept as stored. */
-export function createWeightLayout(floatType: FloatType): WeightLayout {
-  const transfers: Transfer[] = [];
-  const constants: Constant[] = [];
-  const fileBytes = new Map<string, number>();
+/** Allocates weights one after another; what it hands out goes into graphs, what it collects into the compile. */
+export class WeightLayout {
+  readonly transfers: Transfer[] = [];
+  readonly constants: Constant[] = [];
+  readonly #floatType: FloatType;
+  readonly #fileBytes = new Map<string, number>();
 
-  const allocate = (
-    file: string,
-    weight: Pick<GraphWeight, 'name' | 'type' | 'dims' | 'bytes'>,
-  ): GraphWeight => {
-    const offset = Math.ceil((fileBytes.get(file) ?? 0) / alignmentBytes) * alignmentBytes;
-    fileBytes.set(file, offset + weight.bytes);
+  /** `floatType` is that of everything that is neither quantised nor kept as stored. */
+  constructor(floatType: FloatType) {
+    this.#floatType = floatType;
+  }
+
+  /** Bytes of each file so far. */
+  get fileBytes(): ReadonlyMap<string, number> {
+    return this.#fileBytes;
+  }
+
+  /** Parts of equal width one below the other, [rows, columns], in the layout's float type or as stored. */
+  plain(name: string, parts: readonly Part[], stored?: ElementDtype): GraphWeight {
+    const { rows, columns } = shapeOf(parts);
+    const type = stored === undefined ? this.#floatType : storedTypes[stored];
+    const bytes = elementBytes[type];
+    const weight = this.#allocate(stored === undefined ? weightsFile : sharedFile, {
+      name,
+      type,
+      dims: columns === 1 ? [rows] : [rows, columns],
+      bytes: rows * columns * bytes,
+    });
+    let row = 0;
+    for (const part of parts) {
+      this.transfers.push({
+        ...part,
+        form: stored === undefined ? this.#floatType : 'stored',
+        file: weight.file,
+        offset: weight.offset + row * columns * bytes,
+        scalesOffset: 0,
+      });
+      row += rangeLength(part.rows);
+    }
+    return weight;
+  }
+
+  /** As `plain`, in the blocks and scales that MatMulNBits takes. */
+  quantized(
+    name: string,
+    parts: readonly Part[],
+    bits: 4 | 8,
+  ): { readonly blocks: GraphWeight; readonly scales: GraphWeight } {
+    const { rows, columns } = shapeOf(parts);
+    const form = bits === 8 ? 'int8' : 'int4';
+    const rowBlocks = columns / blockSize;
+    const blocks = this.#allocate(weightsFile, {
+      name: `${name}.blocks`,
+      type: 'uint8',
+      dims: [rows, rowBlocks, rowBytes(form, blockSize)],
+      bytes: rows * rowBytes(form, columns),
+    });
+    const scales = this.#allocate(weightsFile, {
+      name: `${name}.scales`,
+      type: 'float',
+      dims: [rows, rowBlocks],
+      bytes: rows * rowBlocks * elementBytes.float,
+    });
+    let row = 0;
+    for (const part of parts) {
+      this.transfers.push({
+        ...part,
+        form,
+        file: weightsFile,
+        offset: blocks.offset + row * rowBytes(form, columns),
+        scalesOffset: scales.offset + row * rowBlocks * elementBytes.float,
+      });
+      row += rangeLength(part.rows);
+    }
+    return { blocks, scales };
+  }
+
+  constant(name: string, dims: readonly number[], values: Float32Array<ArrayBuffer>): GraphWeight {
+    const type = this.#floatType;
+    const encoded = type === 'float' ? values : encodeHalves(values, type);
+    const bytes = new Uint8Array(encoded.buffer);
+    const weight = this.#allocate(weightsFile, { name, type, dims, bytes: bytes.length });
+    this.constants.push({ file: weight.file, offset: weight.offset, bytes });
+    return weight;
+  }
+
+  #allocate(file: string, weight: Pick<GraphWeight, 'name' | 'type' | 'dims' | 'bytes'>): GraphWeight {
+    const offset = Math.ceil((this.#fileBytes.get(file) ?? 0) / alignmentBytes) * alignmentBytes;
+    this.#fileBytes.set(file, offset + weight.bytes);
     return { ...weight, file, offset };
-  };
-
-  return {
-    transfers,
-    constants,
-    fileBytes,
-    plain(name, parts, stored) {
-      const { rows, columns } = shapeOf(parts);
-      const type = stored === undefined ? floatType : storedTypes[stored];
-      const bytes = elementBytes[type];
-      const weight = allocate(stored === undefined ? weightsFile : sharedFile, {
-        name,
-        type,
-        dims: columns === 1 ? [rows] : [rows, columns],
-        bytes: rows * columns * bytes,
-      });
-      let row = 0;
-      for (const part of parts) {
-        const form = stored === undefined ? floatType : 'stored';
-        transfers.push({
-          ...part,
-          form,
-          file: weight.file,
-          offset: weight.offset + row * columns * bytes,
-          scalesOffset: 0,
-        });
-        row += rangeLength(part.rows);
-      }
-      return weight;
-    },
-    quantized(name, parts, bits) {
-      const { rows, columns } = shapeOf(parts);
-      const form = bits === 8 ? 'int8' : 'int4';
-      const rowBlocks = columns / blockSize;
-      const blocks = allocate(weightsFile, {
-        name: `${name}.blocks`,
-        type: 'uint8',
-        dims: [rows, rowBlocks, rowBytes(form, blockSize)],
-        bytes: rows * rowBytes(form, columns),
-      });
-      const scales = allocate(weightsFile, {
-        name: `${name}.scales`,
-        type: 'float',
-        dims: [rows, rowBlocks],
-        bytes: rows * rowBlocks * elementBytes.float,
-      });
-      let row = 0;
-      for (const part of parts) {
-        transfers.push({
-          ...part,
-          form,
-          file: weightsFile,
-          offset: blocks.offset + row * rowBytes(form, columns),
-          scalesOffset: scales.offset + row * rowBlocks * elementBytes.float,
-        });
-        row += rangeLength(part.rows);
-      }
-      return { blocks, scales };
-    },
-    constant(name, dims, values) {
-      const encoded = floatType === 'float' ? values : encodeHalves(values, floatType);
-      const bytes = new Uint8Array(encoded.buffer);
-      const weight = allocate(weightsFile, { name, type: floatType, dims, bytes: bytes.length });
-      constants.push({ file: weight.file, offset: weight.offset, bytes });
-      return weight;
-    },
-  };
+  }
 }
 
 function shapeOf(parts: readonly Part[]): { rows: number; columns: number } {

@@ -4,7 +4,8 @@
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ElementType } from '../shards/element-type.ts';
-import type { DeviceGroupMember } from './reduce.ts';
+import type { CudaDevice, DeviceMemory } from './cuda-device.ts';
+import type { DeviceGroupMember, DeviceLink, Reducer } from './reduce.ts';
 
 const libraryName = 'libnccl.so.2';
 const idBytes = 128;
@@ -55,59 +56,59 @@ function check(status: number): void {
   }
 }
 
-/** What all ranks of a group join with; empty without NCCL, and partial sums then cross the host. */
-export function createCudaGroupId(): Int32Array {
-  let nccl: ReturnType<typeof bindNccl>;
-  try {
-    nccl = loadNccl();
-  } catch {
-    return new Int32Array(0);
-  }
-  const id = new Int32Array(idBytes / 4);
-  check(nccl.getUniqueId(id));
-  return id;
-}
-
-/** This rank's communicator. `abort` ends it. */
-export class CudaGroup {
-  readonly #nccl = loadNccl();
+/** This device's way to those of the other ranks. `abort` ends it, joined or not. */
+export class CudaLink implements DeviceLink {
+  readonly #device: CudaDevice;
   #communicator: bigint | undefined;
 
-  /** Blocks until all ranks have come. */
-  constructor(id: Int32Array, { rank, worldSize }: DeviceGroupMember) {
-    const out: [bigint | null] = [null];
-    check(
-      this.#nccl.commInitRank(out, worldSize, { bytes: new Uint8Array(Int32Array.from(id).buffer) }, rank),
-    );
-    this.#communicator = out[0] ?? undefined;
+  constructor(device: CudaDevice) {
+    this.#device = device;
   }
 
-  /** Replaces `count` elements by their sums over the ranks, in the stream. */
-  sum(
-    address: bigint,
-    { type, count, stream }: { readonly type: ElementType; readonly count: number; readonly stream: bigint },
-  ): void {
-    if (this.#communicator === undefined) {
-      throw new ClusterError('unavailable', 'the group of devices is lost');
+  /** Empty without NCCL: partial sums then cross the host. */
+  createGroupId(): Int32Array {
+    let nccl: ReturnType<typeof bindNccl>;
+    try {
+      nccl = loadNccl();
+    } catch {
+      return new Int32Array(0);
     }
-    check(
-      this.#nccl.allReduce(
-        address,
-        address,
-        count,
-        dataTypes[type],
-        sumOperation,
-        this.#communicator,
-        stream,
-      ),
-    );
+    const id = new Int32Array(idBytes / 4);
+    check(nccl.getUniqueId(id));
+    return id;
+  }
+
+  join(groupId: Int32Array, { rank, worldSize, watch }: DeviceGroupMember): Reducer {
+    const nccl = loadNccl();
+    const out: [bigint | null] = [null];
+    const id = { bytes: new Uint8Array(Int32Array.from(groupId).buffer) };
+    check(nccl.commInitRank(out, worldSize, id, rank));
+    this.#communicator = out[0] ?? undefined;
+    this.#device.watch = (waitedMs) => {
+      try {
+        watch(waitedMs);
+      } catch (error) {
+        // A sum that waits for a lost rank would keep the stream for ever.
+        this.abort();
+        throw error;
+      }
+    };
+    return { crossesHost: false, sum: (memory, count) => this.#sum(nccl, memory as DeviceMemory, count) };
   }
 
   /** Ends sums that wait for lost ranks, and the communicator. Idempotent. */
   abort(): void {
     if (this.#communicator !== undefined) {
-      this.#nccl.commAbort(this.#communicator);
+      loadNccl().commAbort(this.#communicator);
       this.#communicator = undefined;
     }
+  }
+
+  #sum(nccl: ReturnType<typeof bindNccl>, { address, type }: DeviceMemory, count: number): void {
+    if (this.#communicator === undefined) {
+      throw new ClusterError('unavailable', 'the group of devices is lost');
+    }
+    const { stream } = this.#device;
+    check(nccl.allReduce(address, address, count, dataTypes[type], sumOperation, this.#communicator, stream));
   }
 }

@@ -6,7 +6,7 @@ import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
 import { createCudaAttention } from './cuda-attention.ts';
 import { CudaDevice, DeviceMemory } from './cuda-device.ts';
-import { CudaGroup, createCudaGroupId } from './cuda-group.ts';
+import { CudaLink } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
 import { createCudaSampler } from './cuda-sampler.ts';
 import type { ElementType } from '../shards/element-type.ts';
@@ -60,23 +60,33 @@ function orWarn<T>(otherwise: string, create: () => T): T | undefined {
   }
 }
 
-/** See `Provider`. Throws `failed_precondition` naming what is missing. */
-export function createCudaProvider({ api, env, view, kernelDirectory }: ProviderParts): Provider {
+/** Of the provider and of its runs: everything in the device's stream, and nothing waits for it. */
+function createOptions(
+  api: OrtApi,
+  { stream }: CudaDevice,
+): { readonly cudaOptions: bigint; readonly runOptions: bigint } {
   const { functions } = api;
-  const device = new CudaDevice();
-  const replays = new CudaReplays(device);
-  let group: CudaGroup | undefined;
   const cudaOptions = api.create((out) => functions.createCudaOptions(out));
   const options = new NativeOptions({
     device_id: '0',
     // Without it the address below is taken for none, and everything runs in the legacy stream.
     has_user_compute_stream: '1',
-    user_compute_stream: String(device.stream),
+    user_compute_stream: String(stream),
     arena_extend_strategy: 'kSameAsRequested',
   });
   api.check(functions.updateCudaOptions(cudaOptions, options.keys, options.values, options.count));
   const runOptions = api.create((out) => functions.createRunOptions(out));
   api.check(functions.addRunConfigEntry(runOptions, 'disable_synchronize_execution_providers', '1'));
+  return { cudaOptions, runOptions };
+}
+
+/** See `Provider`. Throws `failed_precondition` naming what is missing. */
+export function createCudaProvider({ api, env, view, kernelDirectory }: ProviderParts): Provider {
+  const { functions } = api;
+  const device = new CudaDevice();
+  const replays = new CudaReplays(device);
+  const link = new CudaLink(device);
+  const { cudaOptions, runOptions } = createOptions(api, device);
   const memory = api.create((out) =>
     functions.createMemoryInfo('Cuda', ort.deviceAllocator, 0, ort.memTypeDefault, out),
   );
@@ -106,29 +116,7 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
       orWarn('decode passes use the attention of ONNX Runtime', () =>
         createCudaAttention(device, shape, { allocate, cacheDirectory: kernelDirectory }),
       ),
-    deviceLink: {
-      createGroupId: createCudaGroupId,
-      join: (id, member) => {
-        const joined = new CudaGroup(id, member);
-        group = joined;
-        device.watch = (waitedMs) => {
-          try {
-            member.watch(waitedMs);
-          } catch (error) {
-            // A sum that waits for a lost rank would keep the stream for ever.
-            joined.abort();
-            throw error;
-          }
-        };
-        return {
-          crossesHost: false,
-          sum: (shares, count) => {
-            const { address, type } = shares as DeviceMemory;
-            joined.sum(address, { type, count, stream: device.stream });
-          },
-        };
-      },
-    },
+    deviceLink: link,
     stop: () => {
       try {
         device.synchronize();
@@ -136,7 +124,7 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
         // Its group is lost, and aborted; whoever waited was told.
       }
       replays.close();
-      group?.abort();
+      link.abort();
     },
     close: () => {
       functions.releaseCudaOptions(cudaOptions);

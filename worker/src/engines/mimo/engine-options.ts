@@ -115,57 +115,10 @@ const speculatingSequences: Readonly<Record<Precision, number>> = {
  * `failed_precondition` where the shards are not those of the group.
  */
 export async function completeOptions(options: EngineOptions): Promise<CompleteOptions> {
-  const { group, shardDirectories: directories } = options;
-  const problems: string[] = [];
-  const count = (name: keyof EngineOptions, fallback: number): number => {
-    const value = (options[name] ?? fallback) as number;
-    if (!Number.isInteger(value) || value < 1) {
-      problems.push(`${name}: must be an integer from 1, is ${value}`);
-    }
-    return value;
-  };
-  const size = (name: Size, fallback: number): number =>
-    options[name] === 'auto' ? fallback : count(name, fallback);
-  const ours = defaults[options.executionProvider ?? 'cpu'];
-  const maxSequences = size('maxSequences', ours.maxSequences);
-  const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
-  const prefillChunkTokens = size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens));
-  const threads = count('threads', 1);
-  const stepTimeoutMs = count('stepTimeoutMs', defaultStepTimeoutMs);
-  const isKvAuto = options.kvBlocks === undefined && (options.kvBytes ?? 'auto') === 'auto';
-  const kvBytes = options.kvBlocks !== undefined || isKvAuto ? Infinity : count('kvBytes', 1);
-  if (maxBatchTokens < 2 * maxSequences) {
-    problems.push(
-      `maxBatchTokens: must be at least 2 x maxSequences (${2 * maxSequences}), is ${maxBatchTokens}`,
-    );
-  }
-  const local = group.kind === 'network' ? 1 : Math.max(1, directories.length);
-  if (directories.length !== local) {
-    problems.push(`shardDirectories: a ${group.kind} group takes ${local} here, has ${directories.length}`);
-  }
-  if (problems.length > 0) {
-    throw new ClusterError('invalid_argument', problems.join('; '));
-  }
-
+  const { shardDirectories: directories } = options;
+  const sizes = checkSizes(options);
   const manifests = await Promise.all(directories.map((directory) => readShardManifest(directory)));
   assertGroupShards(manifests, options);
-  const manifest = manifests[0]!;
-  const { config } = manifest;
-  const contextBlocks = Math.ceil(manifest.maxPositions / kvBlockTokens);
-  const wantedBlocks =
-    options.kvBlocks === undefined ? Math.floor(kvBytes / kvBlockBytes(manifest)) : count('kvBlocks', 1);
-  const kvBlocks = Math.min(wantedBlocks, maxSequences * blocksFor(manifest.maxPositions, contextBlocks));
-  if (!(kvBlocks >= 1)) {
-    throw new ClusterError(
-      'invalid_argument',
-      `kvBytes: one block takes ${kvBlockBytes(manifest)}, are ${kvBytes}`,
-    );
-  }
-  const usableVocab = count('usableVocab', config.vocabSize);
-  if (problems.length > 0 || usableVocab > config.vocabSize) {
-    problems.push(`usableVocab: must be at most ${config.vocabSize}, is ${usableVocab}`);
-    throw new ClusterError('invalid_argument', problems.join('; '));
-  }
   return {
     manifests,
     directories,
@@ -175,23 +128,92 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
       ...(options.runtimeLibrary === undefined ? {} : { libraryPath: options.runtimeLibrary }),
       ...(options.kernelDirectory === undefined ? {} : { kernelDirectory: options.kernelDirectory }),
     },
-    threads,
-    isKvAuto,
-    stepTimeoutMs,
-    limits: {
-      maxSequences,
-      maxBatchTokens,
-      prefillChunkTokens,
-      kvBlocks,
-      maxContextTokens: Math.min(manifest.maxPositions, kvBlocks * kvBlockTokens),
-      vocabSize: config.vocabSize,
-      usableVocab,
-      eosTokenIds: config.eosTokenIds,
-      draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
-      maxSpeculatingSequences:
-        options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
-      parkAfterMs: count('parkAfterMs', defaultParkAfterMs),
-    },
+    threads: sizes.threads,
+    isKvAuto: options.kvBlocks === undefined && sizes.kvBytes === 'auto',
+    stepTimeoutMs: sizes.stepTimeoutMs,
+    limits: limitsOf(options, sizes, manifests[0]!),
+  };
+}
+
+/** The options that need no manifest. */
+type Sizes = ReturnType<typeof checkSizes>;
+
+/** Throws `invalid_argument` listing every problem that shows without a manifest. */
+function checkSizes(options: EngineOptions) {
+  const { group, shardDirectories } = options;
+  const problems: string[] = [];
+  const count = (name: keyof EngineOptions, fallback: number, least = 1): number => {
+    const value = (options[name] ?? fallback) as number;
+    if (!Number.isInteger(value) || value < least) {
+      problems.push(`${name}: must be an integer from ${least}, is ${value}`);
+    }
+    return value;
+  };
+  const size = (name: Size, fallback: number): number =>
+    options[name] === 'auto' ? fallback : count(name, fallback);
+  const ours = defaults[options.executionProvider ?? 'cpu'];
+  const maxSequences = size('maxSequences', ours.maxSequences);
+  const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
+  const sizes = {
+    maxSequences,
+    maxBatchTokens,
+    prefillChunkTokens: size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens)),
+    threads: count('threads', 1),
+    stepTimeoutMs: count('stepTimeoutMs', defaultStepTimeoutMs),
+    parkAfterMs: count('parkAfterMs', defaultParkAfterMs, 0),
+    kvBlocks: options.kvBlocks === undefined ? undefined : count('kvBlocks', 1),
+    kvBytes: (options.kvBytes ?? 'auto') === 'auto' ? ('auto' as const) : count('kvBytes', 1),
+    usableVocab: options.usableVocab === undefined ? undefined : count('usableVocab', 1),
+  };
+  if (maxBatchTokens < 2 * maxSequences) {
+    problems.push(
+      `maxBatchTokens: must be at least 2 x maxSequences (${2 * maxSequences}), is ${maxBatchTokens}`,
+    );
+  }
+  const local = group.kind === 'network' ? 1 : Math.max(1, shardDirectories.length);
+  if (shardDirectories.length !== local) {
+    problems.push(
+      `shardDirectories: a ${group.kind} group takes ${local} here, has ${shardDirectories.length}`,
+    );
+  }
+  throwIfAny(problems);
+  return sizes;
+}
+
+function throwIfAny(problems: readonly string[]): void {
+  if (problems.length > 0) {
+    throw new ClusterError('invalid_argument', problems.join('; '));
+  }
+}
+
+/** What the engine decides by. Throws `invalid_argument` for options that the model does not allow. */
+function limitsOf(options: EngineOptions, sizes: Sizes, manifest: ShardManifest): EngineLimits {
+  const { config, maxPositions } = manifest;
+  const { maxSequences, maxBatchTokens, prefillChunkTokens, parkAfterMs, kvBytes } = sizes;
+  const usableVocab = sizes.usableVocab ?? config.vocabSize;
+  const blockBytes = kvBlockBytes(manifest);
+  const givenBlocks = kvBytes === 'auto' ? Infinity : Math.floor(kvBytes / blockBytes);
+  const mostBlocks = maxSequences * blocksFor(maxPositions, Math.ceil(maxPositions / kvBlockTokens));
+  const kvBlocks = Math.min(sizes.kvBlocks ?? givenBlocks, mostBlocks);
+  throwIfAny([
+    ...(kvBlocks < 1 ? [`kvBytes: one block takes ${blockBytes}, are ${kvBytes}`] : []),
+    ...(usableVocab > config.vocabSize
+      ? [`usableVocab: must be at most ${config.vocabSize}, is ${usableVocab}`]
+      : []),
+  ]);
+  return {
+    maxSequences,
+    maxBatchTokens,
+    prefillChunkTokens,
+    kvBlocks,
+    maxContextTokens: Math.min(maxPositions, kvBlocks * kvBlockTokens),
+    vocabSize: config.vocabSize,
+    usableVocab,
+    eosTokenIds: config.eosTokenIds,
+    draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
+    maxSpeculatingSequences:
+      options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
+    parkAfterMs,
   };
 }
 
