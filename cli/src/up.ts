@@ -10,7 +10,7 @@ import { beforeAbort } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
 import { compile } from '@mimo/worker/compiler/compile';
 import { createProgressPrinter } from '@mimo/worker/compiler/compile-command';
-import { precisions } from '@mimo/worker/shards/shard';
+import { precisions } from '@mimo/worker/shards/target-profile';
 import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
 import { commandLine } from './command-line.ts';

@@ -15,7 +15,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import { compile } from '@mimo/worker/compiler/compile';
 import type { ModelConfig } from '@mimo/worker/shards/model-config';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
-import type { Precision } from '@mimo/worker/shards/shard';
+import type { Precision } from '@mimo/worker/shards/target-profile';
 import { openLocalGroup } from '../harness/local-group.ts';
 import { measureEngine, type EngineFigures, type Speculation } from './engine-run.ts';
 

@@ -22,7 +22,7 @@ import type { PassPlan, RowSpan } from '@mimo/worker/engines/mimo/step-plan';
 import { compile } from '@mimo/worker/compiler/compile';
 import type { ModelConfig } from '@mimo/worker/shards/model-config';
 import { mimo7b, writeRandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
-import type { Precision } from '@mimo/worker/shards/shard';
+import type { Precision } from '@mimo/worker/shards/target-profile';
 import type { OwnKernel } from '@mimo/worker/runtime/kernel';
 import {
   CompiledFixtures,

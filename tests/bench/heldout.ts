@@ -12,7 +12,7 @@ import { parseArgs } from 'node:util';
 import { Connection } from '@mimo/cli/connection';
 import { Role } from '@mimo/proto/inference';
 import { compile } from '@mimo/worker/compiler/compile';
-import type { Precision } from '@mimo/worker/shards/shard';
+import type { Precision } from '@mimo/worker/shards/target-profile';
 
 import { startLocalCluster } from '../../cli/src/local/local-cluster.ts';
 import { cacheDirectoryFrom, findNatsServer } from '../../cli/src/local/nats-server.ts';

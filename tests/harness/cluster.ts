@@ -23,7 +23,7 @@ import {
 import { SamplingParams, type TokenLogprob } from '@mimo/proto/sampling';
 import { WorkerServiceClient, WorkerServiceService, type StatsResponse } from '@mimo/proto/worker';
 import { compile } from '@mimo/worker/compiler/compile';
-import type { Precision } from '@mimo/worker/shards/shard';
+import type { Precision } from '@mimo/worker/shards/target-profile';
 import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 
 import { startLocalCluster, type LocalCluster } from '../../cli/src/local/local-cluster.ts';

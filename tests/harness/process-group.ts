@@ -58,7 +58,7 @@ export async function openProcessGroup(options: ProcessGroupOptions): Promise<Lo
     );
   });
   const manifest = await readShardManifest(directories[0]!);
-  const member = { rank: 0, worldSize, shardKey: manifest.key, precision: manifest.precision };
+  const member = { rank: 0, worldSize, shardKey: manifest.key, precision: manifest.profile.weights };
   const peers = await joinGroup(
     { member, addresses, listenAddress: addresses[0]!, token, timeoutMs: startTimeoutMs },
     AbortSignal.timeout(startTimeoutMs),

@@ -18,7 +18,7 @@ import {
   type Setting,
 } from '@mimo/core/process/config';
 import { logLevels } from '@mimo/core/process/log';
-import { precisions } from './shards/shard.ts';
+import { precisions } from './shards/target-profile.ts';
 import { executionProviders } from './runtime/runtime.ts';
 
 const maxPort = 65_535;

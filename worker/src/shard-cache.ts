@@ -10,7 +10,7 @@ import type { Log } from '@mimo/core/process/log';
 import type { WorkerConfig } from './config.ts';
 import type { EngineOptions } from './engines/mimo/engine-host.ts';
 import { compile } from './compiler/compile.ts';
-import type { Precision } from './shards/shard.ts';
+import type { Precision } from './shards/target-profile.ts';
 
 const logProgressMs = 5_000;
 /** Of a checkpoint's name; a file's name has at most 255 bytes, and a character up to four. */

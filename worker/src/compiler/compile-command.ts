@@ -4,7 +4,7 @@
 import { parseArgs } from 'node:util';
 import { ClusterError } from '@mimo/core/process/errors';
 import { compile, type CompileOptions, type CompileProgress } from './compile.ts';
-import { precisions } from '../shards/shard.ts';
+import { precisions } from '../shards/target-profile.ts';
 
 /** The flags of `mimo compile`, for its usage text. */
 export const compileUsage = `mimo compile --model DIR --out DIR [options]

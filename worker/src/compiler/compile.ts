@@ -12,12 +12,8 @@ import { backboneTensors, type Checkpoint, hashCheckpoint, openCheckpoint } from
 import { elementBytes, type TensorLocation } from './safetensors.ts';
 import { openPartial, type RankOutput, rankDirectory } from './partial-shards.ts';
 import { buildSegments } from './segments.ts';
-import {
-  type Precision,
-  readShardManifest,
-  shardFormatVersion,
-  type ShardManifest,
-} from '../shards/shard.ts';
+import { readShardManifest, shardFormatVersion, type ShardManifest } from '../shards/shard.ts';
+import { profileOf, type Precision, type TargetProfile } from '../shards/target-profile.ts';
 import { planShards, rangeLength, type RankPlan } from '../shards/shard-plan.ts';
 import type { TransferJob } from './transfer.ts';
 import { runTransfers } from './transfer-pool.ts';
@@ -76,7 +72,7 @@ const maxThreads = 8;
 export async function compile(options: CompileOptions, signal: AbortSignal): Promise<CompileResult> {
   const checkpoint = await openCheckpoint(options.modelDirectory);
   const settings = completeSettings(options, checkpoint);
-  const plans = planShards(checkpoint.config, settings.tensorParallel, settings.precision);
+  const plans = planShards(checkpoint.config, settings.tensorParallel, settings.profile.weights);
   const key = createHash('sha256')
     .update(JSON.stringify([shardFormatVersion, settings, await hashCheckpoint(checkpoint, signal)]))
     .digest('hex');
@@ -106,7 +102,7 @@ export async function compile(options: CompileOptions, signal: AbortSignal): Pro
 
 interface Settings {
   readonly tensorParallel: number;
-  readonly precision: Precision;
+  readonly profile: TargetProfile;
   readonly accuracyLevel: 0 | 4;
   readonly mtpHidden: ShardManifest['mtpHidden'];
   readonly maxPositions: number;
@@ -122,7 +118,7 @@ function completeSettings(options: CompileOptions, { config }: Checkpoint): Sett
   }
   return {
     tensorParallel: options.tensorParallel,
-    precision: options.precision,
+    profile: profileOf(options.precision),
     accuracyLevel: options.accuracyLevel ?? 4,
     mtpHidden: options.mtpHidden ?? 'pre-norm',
     maxPositions,
@@ -144,7 +140,7 @@ function buildRank(from: {
     manifest: {
       formatVersion: shardFormatVersion,
       key,
-      precision: settings.precision,
+      profile: settings.profile,
       tensorParallel: settings.tensorParallel,
       rank: plan.rank,
       config,

@@ -10,7 +10,8 @@ import { type Checkpoint, openCheckpoint } from './checkpoint.ts';
 import { compile } from './compile.ts';
 import type { ModelConfig } from '../shards/model-config.ts';
 import { mimo7b, writeRandomCheckpoint } from './random-checkpoint.ts';
-import { type Precision, readShardManifest, type ShardManifest } from '../shards/shard.ts';
+import { readShardManifest, type ShardManifest } from '../shards/shard.ts';
+import type { Precision } from '../shards/target-profile.ts';
 
 const config: ModelConfig = {
   ...mimo7b,

@@ -16,13 +16,8 @@ import {
 } from './onnx-graph.ts';
 import { ropeTables } from '../shards/rope.ts';
 import type { ElementDtype } from './safetensors.ts';
-import {
-  activationType,
-  attentionSegments,
-  pageTokens,
-  type Precision,
-  type SegmentEntry,
-} from '../shards/shard.ts';
+import { pageTokens, type SegmentEntry } from '../shards/shard.ts';
+import type { TargetProfile } from '../shards/target-profile.ts';
 import { blockSize, type Range, rangeLength, type RankPlan } from '../shards/shard-plan.ts';
 import { type Part, WeightLayout } from './weight-layout.ts';
 
@@ -30,7 +25,7 @@ import { type Part, WeightLayout } from './weight-layout.ts';
 export interface RankSpec {
   readonly config: ModelConfig;
   readonly plan: RankPlan;
-  readonly precision: Precision;
+  readonly profile: TargetProfile;
   /** MatMulNBits' accuracy_level: 4 computes in int8, 0 in fp32. */
   readonly accuracyLevel: 0 | 4;
   /** Positions that the RoPE tables cover. */
@@ -47,7 +42,7 @@ export interface RankSegments {
 
 /** Builds every segment of one rank. */
 export function buildSegments(spec: RankSpec): RankSegments {
-  const layout = new WeightLayout(activationType(spec.precision));
+  const layout = new WeightLayout(spec.profile.activations);
   const segments: { entry: SegmentEntry; model: Uint8Array }[] = [];
   const add = (name: string, fill: (segment: Segment) => void): void => {
     const segment = createSegment(spec, layout);
@@ -63,7 +58,7 @@ export function buildSegments(spec: RankSpec): RankSegments {
   };
 
   add('embed', fillEmbed);
-  for (const name of attentionSegments(spec.precision)) {
+  for (const name of spec.profile.attention) {
     add(name, (segment) => fillAttention(segment, name === 'attention.paged'));
   }
   for (let layer = 0; layer < spec.config.layers; layer++) {
@@ -71,7 +66,7 @@ export function buildSegments(spec: RankSpec): RankSegments {
   }
   add('final', (segment) => fillFinal(segment, backboneTensors.norm));
   add('head', fillHead);
-  if (activationType(spec.precision) !== 'float') {
+  if (spec.profile.head === 'best') {
     add('best', fillBest);
   }
   for (let layer = 0; layer < spec.config.mtpLayers; layer++) {
@@ -97,7 +92,7 @@ function fillEmbed(segment: Segment): void {
   const { config, embeddingDtype } = segment.spec;
   const { hiddenSize, vocabSize } = config;
   segment.input('tokenIds', ['rows'], 'int32');
-  const type = activationType(segment.spec.precision);
+  const type = segment.spec.profile.activations;
   const parts = [whole(backboneTensors.embedding, vocabSize, hiddenSize)];
   // WebGPU, which computes fp16 shards, has no bfloat16 to cast from.
   const table =
@@ -232,7 +227,7 @@ function fillHead(segment: Segment): void {
   segment.input('normed', ['rows', config.hiddenSize]);
   segment.input('headRows', ['n'], 'int32');
   segment.node({ op: 'Gather', inputs: ['normed', 'headRows'], outputs: ['chosen'], ints: { axis: 0 } });
-  const isHalf = activationType(segment.spec.precision) !== 'float';
+  const isHalf = segment.spec.profile.activations !== 'float';
   linear(segment, {
     input: 'chosen', // [n, H]
     output: isHalf ? 'halfLogits' : 'logits', // [n, V]
@@ -341,11 +336,12 @@ interface Linear {
   readonly bias?: readonly Part[];
 }
 
-/** y = W x + b in the rank's precision, from [rows, in] to [rows, out]. */
+/** y = W x + b with weights as the profile stores them, from [rows, in] to [rows, out]. */
 function linear(segment: Segment, { input, output, name, parts, bias }: Linear): void {
-  const { precision, accuracyLevel } = segment.spec;
+  const { profile, accuracyLevel } = segment.spec;
+  const { weights } = profile;
   const biasNames = bias === undefined ? [] : [segment.weight(segment.layout.plain('bias', bias))];
-  if (precision !== 'int8' && precision !== 'int4') {
+  if (weights !== 'int8' && weights !== 'int4') {
     // Gemm takes the matrix as the checkpoint lays it out; MatMul would want it transposed.
     const weight = segment.weight(segment.layout.plain(name, parts));
     segment.node({
@@ -356,7 +352,7 @@ function linear(segment: Segment, { input, output, name, parts, bias }: Linear):
     });
     return;
   }
-  const bits = precision === 'int8' ? 8 : 4;
+  const bits = weights === 'int8' ? 8 : 4;
   const { blocks, scales } = segment.layout.quantized(name, parts, bits);
   const [rows = 0, rowBlocks = 0] = blocks.dims;
   const optional = bias === undefined ? [] : ['', '', ...biasNames];
@@ -389,7 +385,7 @@ function createSegment(spec: RankSpec, layout: WeightLayout): Segment {
   const outputs: GraphValue[] = [];
   const weights: GraphWeight[] = [];
   const nodes: GraphNode[] = [];
-  const floatType = activationType(spec.precision);
+  const floatType = spec.profile.activations;
   return {
     spec,
     layout,

@@ -7,7 +7,7 @@
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ModelConfig } from './model-config.ts';
-import type { Precision } from './shard.ts';
+import type { Precision } from './target-profile.ts';
 
 /** Weights along the input dimension that share one scale. */
 export const blockSize = 32;

@@ -19,7 +19,7 @@
 //   final              residual [rows, H], delta [rows, H]              -> hidden [rows, H] (pre-norm), normed [rows, H]
 //   head               normed [rows, H], headRows int32 [n]             -> logits [n, Vr] of those rows
 //   best               logits [n, Vr], end int64 [1]                    -> best [n, 2]: the largest logit of the ids below
-//                      (fp16 and bf16)                                     vocabStart + end, and its id, the lowest at ties
+//                      (profiles with best)                                 vocabStart + end, and its id, the lowest at ties
 //   mtp.{j}.input      hidden [all, H], hiddenRows int32 [rows], embedding [rows, H]
 //                                                                       -> residual [rows, H] (W_in . [norm(hidden) ; norm(embedding)])
 //   mtp.{j}.qkv .o .mlp .final: the same signatures as a layer's and the backbone's `final`; the shared `head` follows.
@@ -31,29 +31,8 @@
 import { readFile, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
-import type { FloatType } from './element-type.ts';
 import type { ModelConfig } from './model-config.ts';
-
-/**
- * How matrices are stored: fp32 as the reference, int8 block 32 (default on CPUs), int4 block 32 (speed); fp16 and bf16
- * for GPUs, where activations, keys and values have that type too (logits stay float).
- */
-export const precisions = ['fp32', 'fp16', 'bf16', 'int8', 'int4'] as const;
-
-export type Precision = (typeof precisions)[number];
-
-/** The type of activations, keys and values: what every float input and output of a segment is, the logits aside. */
-export function activationType(precision: Precision): FloatType {
-  return precision === 'fp16' ? 'float16' : precision === 'bf16' ? 'bfloat16' : 'float';
-}
-
-/** The segments of attention that a shard has: there are kernels of bf16 and of pages on GPUs only. */
-export function attentionSegments(precision: Precision): readonly ('attention' | 'attention.paged')[] {
-  if (precision === 'bf16') {
-    return ['attention.paged'];
-  }
-  return precision === 'fp16' ? ['attention', 'attention.paged'] : ['attention'];
-}
+import type { TargetProfile } from './target-profile.ts';
 
 /** Positions of a page. The fastest kernel wants its tile of positions within one page. */
 export const pageTokens = 256;
@@ -69,9 +48,9 @@ export interface SegmentEntry {
 /** `shard.json` of one rank's directory. */
 export interface ShardManifest {
   readonly formatVersion: number;
-  /** Hash of checkpoint contents, precision, tensorParallel, format and graph options; equal on all ranks of a group. */
+  /** Hash of checkpoint contents, profile, tensorParallel, format and graph options; equal on all ranks of a group. */
   readonly key: string;
-  readonly precision: Precision;
+  readonly profile: TargetProfile;
   readonly tensorParallel: number;
   readonly rank: number;
   readonly config: ModelConfig;
@@ -88,7 +67,7 @@ export interface ShardManifest {
 }
 
 /** Raised whenever graphs, layout or manifest change; part of the key. */
-export const shardFormatVersion = 3;
+export const shardFormatVersion = 4;
 
 /** The manifest's name inside a rank's directory. */
 export const manifestFile = 'shard.json';

@@ -2,7 +2,7 @@
 // Owns both ways of it; knows no layer's weights. Which slot may hold how much is the leader's decision (kv-cache.ts).
 
 import { ClusterError } from '@mimo/core/process/errors';
-import { activationType, pageTokens, type ShardManifest } from '../../shards/shard.ts';
+import { pageTokens, type ShardManifest } from '../../shards/shard.ts';
 import { ropeTables } from '../../shards/rope.ts';
 import { decodeHalves, encodeHalves } from '../../shards/element-type.ts';
 import type { DecodeAttention, Segment } from '../../runtime/kernel.ts';
@@ -63,11 +63,11 @@ class SequenceAttention implements Attention {
   #placed: readonly RowSpan[] = [];
 
   constructor({ runtime, segment, manifest, layers, maxSpans, budgetTokens }: AttentionOptions) {
-    const { config, tensorParallel, precision } = manifest;
+    const { config, tensorParallel, profile } = manifest;
     this.#runtime = runtime;
     this.#segment = segment;
     this.#kv = new KvBuffers(runtime, {
-      floatType: activationType(precision),
+      floatType: profile.activations,
       layers,
       kvHeads: config.kvHeads / tensorParallel,
       headDim: config.headDim,
@@ -157,14 +157,14 @@ class PagedAttention implements Attention {
   readonly #decode: DecodeAttention | undefined;
 
   constructor({ runtime, segment, manifest, layers, maxSpans, budgetTokens }: AttentionOptions) {
-    const { config, tensorParallel, precision, maxPositions } = manifest;
+    const { config, tensorParallel, profile, maxPositions } = manifest;
     this.#runtime = runtime;
     this.#segment = segment;
     const pages = Math.ceil(budgetTokens / pageTokens) + slackPages(maxSpans, runtime);
     const dims = [pages, pageTokens, config.kvHeads / tensorParallel, config.headDim];
     const pool = (): Pool => {
       const length = dims.reduce((product, dim) => product * dim, 1);
-      const memory = runtime.allocate(activationType(precision), length, 'resident');
+      const memory = runtime.allocate(profile.activations, length, 'resident');
       return { memory, tensor: memory.tensor(0, dims) };
     };
     this.#pools = Array.from({ length: layers }, () => ({ keys: pool(), values: pool() }));
@@ -173,7 +173,7 @@ class PagedAttention implements Attention {
     this.#places = runtime.allocate('int32', 1 + maxSpans * (2 + slotPages), 'exchanged');
     this.#boundsTensor = runtime.tensor(this.#bounds, [3]);
     this.#decode = runtime.createDecodeAttention?.({
-      floatType: activationType(precision),
+      floatType: profile.activations,
       queryHeads: config.queryHeads / tensorParallel,
       kvHeads: config.kvHeads / tensorParallel,
       headDim: config.headDim,
@@ -273,13 +273,13 @@ class PagedAttention implements Attention {
 }
 
 /** As the segment has them: in the type of the activations. */
-function roundedRopeTables({ config, maxPositions, precision }: ShardManifest): {
+function roundedRopeTables({ config, maxPositions, profile }: ShardManifest): {
   readonly cos: Float32Array;
   readonly sin: Float32Array;
 } {
   const { headDim, ropeTheta } = config;
   const { cos, sin } = ropeTables({ headDim, ropeTheta, positions: maxPositions });
-  const type = activationType(precision);
+  const type = profile.activations;
   const round = (table: Float32Array): Float32Array =>
     type === 'float' ? table : decodeHalves(encodeHalves(table, type), type);
   return { cos: round(cos), sin: round(sin) };

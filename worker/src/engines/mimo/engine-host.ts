@@ -6,7 +6,7 @@ import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
 import { exitAtOnce } from '../../collective/libc.ts';
 import type { ModelConfig } from '../../shards/model-config.ts';
-import type { Precision } from '../../shards/shard.ts';
+import type { Precision } from '../../shards/target-profile.ts';
 import { idleStats, type EngineFrame, type EngineStats, type SequenceRequest } from './engine-api.ts';
 import type { EngineLimits } from './engine.ts';
 import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
@@ -140,7 +140,7 @@ class RunningEngine implements EngineHost {
       worldSize: manifest.tensorParallel,
       runtime: this.#runtime,
       shardKey: manifest.key,
-      precision: manifest.precision,
+      precision: manifest.profile.weights,
       config: manifest.config,
       maxContextTokens: limits.maxContextTokens,
       draftTokens: limits.draftTokens,

@@ -2,7 +2,8 @@
 // the limits that follow from the shards. Reads manifests, and nothing else from disk.
 
 import { ClusterError } from '@mimo/core/process/errors';
-import { activationType, readShardManifest, type Precision, type ShardManifest } from '../../shards/shard.ts';
+import { readShardManifest, type ShardManifest } from '../../shards/shard.ts';
+import type { Precision } from '../../shards/target-profile.ts';
 import { elementBytes } from '../../shards/element-type.ts';
 import type { ExecutionProvider, RuntimeOptions } from '../../runtime/runtime.ts';
 import type { EngineLimits } from './engine.ts';
@@ -99,16 +100,22 @@ const defaultStepTimeoutMs = 120_000;
 
 /**
  * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
- * arithmetic (reference, section MTP: about 4 rows with int4, 6 with int8).
+ * arithmetic. On processors by how matrices are stored (reference, section MTP: about 4 rows with int4, 6 with int8).
  */
-const speculatingSequences: Readonly<Record<Precision, number>> = {
+const speculatingOnProcessors: Readonly<Record<Precision, number>> = {
   int4: 4,
   int8: 6,
   fp32: 8,
-  // Reading the weights takes as long as computing some 300 rows on the GPUs that these are for.
-  fp16: 64,
-  bf16: 64,
+  fp16: 8,
+  bf16: 8,
 };
+
+/** Reading the weights takes a GPU as long as computing some 300 rows. */
+const speculatingOnDevices = 64;
+
+function speculatingSequences({ executionProvider = 'cpu' }: EngineOptions, weights: Precision): number {
+  return executionProvider === 'cpu' ? speculatingOnProcessors[weights] : speculatingOnDevices;
+}
 
 /**
  * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
@@ -212,15 +219,17 @@ function limitsOf(options: EngineOptions, sizes: Sizes, manifest: ShardManifest)
     eosTokenIds: config.eosTokenIds,
     draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
     maxSpeculatingSequences:
-      options.adaptiveSpeculation === false ? Infinity : speculatingSequences[manifest.precision],
+      options.adaptiveSpeculation === false
+        ? Infinity
+        : speculatingSequences(options, manifest.profile.weights),
     parkAfterMs,
   };
 }
 
 /** Bytes that one block takes on one rank: keys and values of every layer, the MTP layer included. */
-export function kvBlockBytes({ config, tensorParallel, precision }: ShardManifest): number {
+export function kvBlockBytes({ config, tensorParallel, profile }: ShardManifest): number {
   const layers = config.layers + Math.min(1, config.mtpLayers);
-  const bytes = elementBytes[activationType(precision)];
+  const bytes = elementBytes[profile.activations];
   return bytes * 2 * layers * (config.kvHeads / tensorParallel) * kvBlockTokens * config.headDim;
 }
 

@@ -43,9 +43,9 @@ export class HeadOutput {
 
   constructor(options: HeadOptions) {
     const { runtime, manifest, collective, maxHeadRows, usableVocab } = options;
-    const { config, tensorParallel, precision, vocabStart, vocabRows } = manifest;
+    const { config, tensorParallel, profile, vocabStart, vocabRows } = manifest;
     this.#options = options;
-    this.#rankVocabulary = planShards(config, tensorParallel, precision).map(
+    this.#rankVocabulary = planShards(config, tensorParallel, profile.weights).map(
       ({ vocabulary }) => vocabulary.end - vocabulary.start,
     );
     this.#usableIds = Math.min(vocabRows, Math.max(0, usableVocab - vocabStart));

@@ -47,7 +47,7 @@ export async function openGroup(
     rank: group.rank,
     worldSize: group.addresses.length,
     shardKey: manifest.key,
-    precision: manifest.precision,
+    precision: manifest.profile.weights,
   };
   const listenAddress = group.listenAddress ?? group.addresses[group.rank]!;
   const peers = await joinGroup(

@@ -7,7 +7,8 @@
 import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
-import { activationType, type ShardManifest } from '../../shards/shard.ts';
+import type { ShardManifest } from '../../shards/shard.ts';
+import type { AttentionSegment, TargetProfile } from '../../shards/target-profile.ts';
 import type { Segment } from '../../runtime/kernel.ts';
 import type { Reducer } from '../../runtime/reduce.ts';
 import type { Runtime } from '../../runtime/runtime.ts';
@@ -83,27 +84,14 @@ export class ShardRunner {
       o: load(`${prefix}.o`),
       mlp: load(`${prefix}.mlp`),
     });
-    const { config, precision } = manifest;
-    const floatType = activationType(precision);
-    if (!runtime.floatTypes.includes(floatType)) {
-      throw new ClusterError(
-        'failed_precondition',
-        `${directory}: precision ${precision} computes in ${floatType}; this runtime computes in ${runtime.floatTypes.join(' or ')}`,
-      );
-    }
-    const attention = runtime.kernels.pagedAttention ? 'attention.paged' : 'attention';
-    if (!entries.has(attention)) {
-      throw new ClusterError(
-        'failed_precondition',
-        `${directory}: precision ${precision} has no segment ${attention}, which this runtime computes`,
-      );
-    }
+    const { config, profile } = manifest;
+    const attention = chooseAttention(profile, runtime, directory);
     this.#embed = load('embed');
     this.#attention = load(attention);
     this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
     this.#final = load('final');
     this.#head = load('head');
-    this.#best = runtime.kernels.topK && entries.has('best') ? load('best') : undefined;
+    this.#best = runtime.kernels.topK && profile.head === 'best' ? load('best') : undefined;
     this.#mtp =
       config.mtpLayers > 0
         ? { input: load('mtp.0.input'), block: loadBlock('mtp.0'), final: load('mtp.0.final') }
@@ -112,12 +100,11 @@ export class ShardRunner {
 
   /** Allocates scratch rows and the KV pool. */
   configure(plan: ConfigurePlan, blockTokens: number): void {
-    const { config, tensorParallel, precision } = this.manifest;
-    const floatType = activationType(precision);
+    const { config, tensorParallel, profile } = this.manifest;
     const reducer = createReducer(this.#runtime, this.#collective, plan.deviceGroupId);
     const scratch = createScratch(this.#runtime, {
       maxRows: plan.maxRows,
-      floatType,
+      floatType: profile.activations,
       hidden: config.hiddenSize,
       attended: (config.queryHeads / tensorParallel) * config.headDim,
       qkv: ((config.queryHeads + 2 * config.kvHeads) / tensorParallel) * config.headDim,
@@ -241,6 +228,24 @@ export class ShardRunner {
     runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
     memory.delta.sum(rows, memory.reducer);
   }
+}
+
+/** The profile's attention that this runtime computes. Throws `failed_precondition` where it cannot compute the shard. */
+function chooseAttention(
+  { weights, activations, attention }: TargetProfile,
+  { floatTypes, kernels }: Runtime,
+  directory: string,
+): AttentionSegment {
+  const problem = (text: string): ClusterError =>
+    new ClusterError('failed_precondition', `${directory}: precision ${weights} ${text}`);
+  if (!floatTypes.includes(activations)) {
+    throw problem(`computes in ${activations}; this runtime computes in ${floatTypes.join(' or ')}`);
+  }
+  const ours = kernels.pagedAttention ? 'attention.paged' : 'attention';
+  if (!attention.includes(ours)) {
+    throw problem(`has no segment ${ours}, which this runtime computes`);
+  }
+  return ours;
 }
 
 /** The forward pass's rows that a draft pass continues, [rows]. */
