@@ -13,7 +13,14 @@ interface BystanderReport {
   /** One line for each stream that failed or came out different. */
   readonly harmed: readonly string[];
   readonly ttftMs: Spread;
+  /** The streams whose first token took longest, and what was tried meanwhile. */
+  readonly slowest: readonly Wait[];
   readonly longestGapMs: Spread;
+}
+
+interface Wait {
+  readonly ttftMs: number;
+  readonly during: string;
 }
 
 interface Spread {
@@ -37,7 +44,7 @@ export async function startBystander(address: string, apiKey: string): Promise<B
   const metadata = new grpc.Metadata();
   metadata.set('authorization', `Bearer ${apiKey}`);
   const expected = (await ask(client, { request, metadata })).text;
-  const ttftMs: number[] = [];
+  const waits: Wait[] = [];
   const longestGapMs: number[] = [];
   const harmed: string[] = [];
   let during = 'nothing yet';
@@ -56,7 +63,7 @@ export async function startBystander(address: string, apiKey: string): Promise<B
           if (event?.$case === 'delta' && event.value.tokenIds.length > 0) {
             const nowMs = performance.now();
             if (tokens === 0) {
-              ttftMs.push(nowMs - beganMs);
+              waits.push({ ttftMs: Math.round(nowMs - beganMs), during: `${begunDuring} .. ${during}` });
             } else {
               gapMs = Math.max(gapMs, nowMs - lastMs);
             }
@@ -88,9 +95,10 @@ export async function startBystander(address: string, apiKey: string): Promise<B
       await running;
       client.close();
       return {
-        streams: ttftMs.length,
+        streams: waits.length,
         harmed,
-        ttftMs: spreadOf(ttftMs),
+        ttftMs: spreadOf(waits.map(({ ttftMs }) => ttftMs)),
+        slowest: waits.toSorted((a, b) => b.ttftMs - a.ttftMs).slice(0, 5),
         longestGapMs: spreadOf(longestGapMs),
       };
     },

@@ -103,7 +103,10 @@ export const workerSettings = {
   maxSequences: autoOr(integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 })),
   /** A size, or `auto`: what the device or the container's limit leaves after the weights. */
   kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES')),
-  /** A sequence whose client has taken nothing for this long gives its place up when another one comes. */
+  /**
+   * A sequence whose client has taken nothing for this long, or for as long as it ran before, gives its place up when another
+   * one comes.
+   */
   parkAfterMs: durationSetting('MIMO_WORKER_PARK_AFTER', '2s'),
   maxBatchTokens: autoOr(integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 })),
   prefillChunkTokens: autoOr(integerSetting('MIMO_WORKER_PREFILL_CHUNK_TOKENS', { min: 1, max: 65_536 })),

@@ -350,6 +350,8 @@ describe('Engine', () => {
     const engine = new Engine(new HashModel(), { ...limits, maxSequences: 1 }, { clockMs: () => nowMs });
     const endless = { sampling: { ...greedy, ignoreEos: true, maxTokens: 60 } };
     engine.submit(request(1, [1, 2, 3], { ...endless, creditTokens: 5 }));
+    engine.step();
+    nowMs += limits.parkAfterMs;
     runOut(engine);
     expect(engine.stats()).toMatchObject({ runningSequences: 1, parkableSequences: 0 });
     expect(engine.idleMs).toBe(limits.parkAfterMs);

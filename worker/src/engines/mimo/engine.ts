@@ -24,6 +24,7 @@ import { kvBlockTokens, KvCache } from './kv-cache.ts';
 import {
   capacityTokens,
   isParkable,
+  patienceMs,
   planStep,
   type ScheduledRows,
   type SchedulerLimits,
@@ -232,10 +233,10 @@ export class Engine {
   /** Milliseconds until something changes by itself: a sequence without credit may be parked then. Infinity: nothing. */
   get idleMs(): number {
     const nowMs = this.#clockMs();
-    const { parkAfterMs } = this.#limits;
     const waits = [...this.#sequences.values()]
       .filter(({ creditTokens }) => creditTokens === 0)
-      .map((sequence) => parkAfterMs - sequence.stalledMs(nowMs));
+      .map((sequence) => this.#view(sequence, nowMs))
+      .map((view) => patienceMs(view, this.#schedulerLimits) - view.stalledMs);
     return Math.min(Infinity, ...waits.filter((waitMs) => waitMs > 0));
   }
 
@@ -263,7 +264,9 @@ export class Engine {
       this.#sequences.get(id)!.overtakes += 1;
     }
     for (const id of decision.admitted) {
-      this.#sequences.get(id)!.overtakes = 0;
+      const sequence = this.#sequences.get(id)!;
+      sequence.overtakes = 0;
+      sequence.admittedMs = nowMs;
     }
     let firstRow = 0;
     return decision.rows.map((scheduled) => {
@@ -293,6 +296,7 @@ export class Engine {
       blocks: this.#kv.grantOf(sequence.id)?.blocks ?? 0,
       creditTokens: sequence.creditTokens,
       stalledMs: sequence.stalledMs(nowMs),
+      ranMs: sequence.ranMs(nowMs),
       overtakes: sequence.overtakes,
       hasDraft: sequence.draft >= 0,
     };
@@ -418,6 +422,7 @@ export class Engine {
   #preempt(sequence: Sequence): void {
     this.#releaseKv(sequence);
     sequence.kvTokens = 0;
+    sequence.admittedMs = undefined;
   }
 
   #free(sequence: Sequence): void {

@@ -26,6 +26,7 @@ function sequence(sequenceId: number, more: Partial<SchedulerSequence> = {}): Sc
     blocks: 1,
     creditTokens: 9,
     stalledMs: 0,
+    ranMs: 60_000,
     overtakes: 0,
     hasDraft: false,
     ...more,
@@ -51,6 +52,7 @@ const arbitrarySequence = fc.record({
   kvTokens: fc.nat(300),
   creditTokens: fc.constantFrom(0, 1, 9),
   stalledMs: fc.constantFrom(0, 1999, 2000, 3000),
+  ranMs: fc.constantFrom(0, 500, 60_000),
   overtakes: fc.constantFrom(0, 0, 0, maxOvertakes),
   hasDraft: fc.boolean(),
   isRunning: fc.boolean(),
@@ -228,6 +230,22 @@ describe('planStep', () => {
     expect(plan([waiting(1, { creditTokens: 0, stalledMs: 2000 })]).parked, 'it waits for nothing').toEqual([
       1,
     ]);
+  });
+
+  it.each([
+    { ranMs: 0, patience: 200 },
+    { ranMs: 199, patience: 200 },
+    { ranMs: 700, patience: 700 },
+    { ranMs: 2001, patience: 2000 },
+  ])('parks who ran for $ranMs ms after $patience ms without credit', ({ ranMs, patience }) => {
+    const parkedAfter = (stalledMs: number): readonly number[] =>
+      plan([
+        ...Array.from({ length: limits.maxSequences }, (_, id) =>
+          sequence(id, id === 0 ? { creditTokens: 0, stalledMs, ranMs } : {}),
+        ),
+        waiting(9),
+      ]).parked;
+    expect([parkedAfter(patience - 1), parkedAfter(patience)]).toEqual([[], [0]]);
   });
 
   it('stays within rows, sequences and blocks, and gives the oldest with credit a row, whatever the state', () => {

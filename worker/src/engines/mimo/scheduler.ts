@@ -7,8 +7,9 @@
 //    in it, so that short ones do not wait while theirs are computed.
 // 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. In
 //    `maxOvertakes` steps later ones may be admitted though there is no room for it; then it is the next.
-// 5. A sequence without credit gets no rows. One that has been without for `parkAfterMs` is *parked* when its slot or its
-//    blocks let another one in, the longest without credit first: it leaves the engine and is computed again later.
+// 5. A sequence without credit gets no rows. One that has been without for as long as it ran before, or for `parkAfterMs`,
+//    is *parked* when its slot or its blocks let another one in, the longest without credit first: it leaves the engine
+//    and is computed again later.
 // 6. Where blocks are short, a sequence that must grow takes them from a sequence without credit, which is parked; else
 //    from the youngest younger one, which is preempted: it gives all back and waits. Nobody is admitted in such a step.
 //
@@ -41,6 +42,8 @@ export interface SchedulerSequence {
   readonly creditTokens: number;
   /** For how long it has had no credit; 0 where it has some. */
   readonly stalledMs: number;
+  /** From its admission until it had none; 0 where it waits. */
+  readonly ranMs: number;
   /** In how many steps later sequences were admitted while there was no room for it. */
   readonly overtakes: number;
   /** A draft is at hand and may be verified. */
@@ -61,7 +64,7 @@ export interface SchedulerLimits {
   readonly prefillChunkTokens: number;
   /** Blocks of the longest context. */
   readonly maxSequenceBlocks: number;
-  /** A sequence without credit for this long gives way to others. */
+  /** A sequence without credit for this long gives way to others, however long it ran. */
   readonly parkAfterMs: number;
 }
 
@@ -90,12 +93,24 @@ export interface StepDecision {
   readonly isQuick: boolean;
 }
 
+/** A client, or the gateway before it, may stand still for this long and read on. */
+const leastPatienceMs = 200;
+
+/**
+ * For how long a sequence without credit keeps its place though others wait. Computing it again takes about as long as it
+ * ran, so waiting that long before parking it costs at most twice what the better of the two would have; and a client
+ * that takes one message and stops holds a slot for a moment only.
+ */
+export function patienceMs(
+  { ranMs }: Pick<SchedulerSequence, 'ranMs'>,
+  { parkAfterMs }: Pick<SchedulerLimits, 'parkAfterMs'>,
+): number {
+  return Math.min(parkAfterMs, Math.max(leastPatienceMs, ranMs));
+}
+
 /** May it be parked for another one? */
-export function isParkable(
-  { creditTokens, stalledMs }: SchedulerSequence,
-  { parkAfterMs }: SchedulerLimits,
-): boolean {
-  return creditTokens === 0 && stalledMs >= parkAfterMs;
+export function isParkable(sequence: SchedulerSequence, limits: SchedulerLimits): boolean {
+  return sequence.creditTokens === 0 && sequence.stalledMs >= patienceMs(sequence, limits);
 }
 
 /** Decides the next step. An empty plan means that nothing can run until credit or a request comes. */

@@ -74,6 +74,8 @@ export class Sequence {
   creditTokens: number;
   /** In how many steps later sequences were admitted while there was no room for it. */
   overtakes = 0;
+  /** Since when it holds a slot; undefined while it waits. */
+  admittedMs: number | undefined;
   /** The guess for the token after the last, or -1. */
   draft = -1;
   draftedTokens = 0;
@@ -139,6 +141,11 @@ export class Sequence {
   stalledMs(nowMs: number): number {
     this.#stalledSinceMs = this.creditTokens > 0 ? undefined : (this.#stalledSinceMs ?? nowMs);
     return nowMs - (this.#stalledSinceMs ?? nowMs);
+  }
+
+  /** For how long it ran before that: since its admission; 0 where it waits. */
+  ranMs(nowMs: number): number {
+    return this.admittedMs === undefined ? 0 : nowMs - this.stalledMs(nowMs) - this.admittedMs;
   }
 
   /** Takes the next token: appends it, or ends at it. */
