@@ -48,6 +48,12 @@ export const gatewaySettings = {
   queueMaxBytes: sizeSetting('MIMO_GATEWAY_QUEUE_MAX_BYTES', '1Gi'),
   /** The server's memory holds a few hundred bytes for each. */
   queueMaxRequests: integerSetting('MIMO_GATEWAY_QUEUE_MAX_REQUESTS', { min: 1, max: 10_000_000 }, 200_000),
+  /**
+   * What an ended request leaves in an encrypted store is removed at most twice this long after its end, and the server's
+   * `sync_interval` more. Live records are written again at this pace, and the dispatcher of a model that has requests fills up
+   * the store's file (8 MiB). `0s`: never, as for a store in plain text, where each deletion overwrites.
+   */
+  eraseAfterMs: durationSetting('MIMO_GATEWAY_ERASE_AFTER', '60s'),
   /** Addresses of group leaders that are asked for their heartbeats directly, for want of NATS. */
   workers: listSetting('MIMO_GATEWAY_WORKERS', ''),
   /** JSON file with API keys, read again when it changes; empty: everybody is let in as tenant `anonymous`. */

@@ -114,11 +114,13 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir()).catch(leave);
   const groups = new Groups();
   const sessions = new Sessions(gatewayId, log);
+  const eraseAfterMs = config.eraseAfterMs === 0 ? Number.POSITIVE_INFINITY : config.eraseAfterMs;
   const requests = new Requests({
     queue,
     sessions,
     groups,
     maxWaitMs: config.maxWaitMs,
+    eraseAfterMs,
     clientStallMs: config.clientStallMs,
     metrics,
     log,
@@ -137,7 +139,11 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     };
     await Promise.all([
       followState(),
-      runDispatcher({ model, gatewayId, queue, groups, sessions, metrics, log }, signal, resigning.signal),
+      runDispatcher(
+        { model, gatewayId, queue, groups, sessions, eraseAfterMs, metrics, log },
+        signal,
+        resigning.signal,
+      ),
     ]);
   };
   const openGroups = (model: string): readonly Heartbeat[] => {

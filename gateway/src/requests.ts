@@ -29,6 +29,8 @@ export interface RequestsParts {
   readonly sessions: Sessions;
   readonly groups: Pick<Groups, 'runningIn'>;
   readonly maxWaitMs: number;
+  /** A record that is older is written again, so that what ended around it can be erased; Infinity: never. */
+  readonly eraseAfterMs: number;
   /** A client that takes nothing for this long loses its request. */
   readonly clientStallMs: number;
   readonly metrics: GatewayMetrics;
@@ -48,6 +50,8 @@ interface HeldRequest {
   recorded: Promise<RecordPlace>;
   /** Where that is, once it is. */
   place: RecordPlace | undefined;
+  /** When it was written last; by performance.now(). */
+  recordedMs: number;
   readonly deadline: Timer | undefined;
   /** By performance.now(), as all times here. */
   readonly acceptedMs: number;
@@ -74,7 +78,7 @@ const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 /** In a full gateway, a client that takes nothing for this long gives way to a new request. */
 const giveWayAfterMs = 2_000;
 
-interface LostRecord {
+interface PlacedRecord {
   readonly held: HeldRequest;
   readonly place: RecordPlace;
 }
@@ -85,9 +89,9 @@ interface Origin {
   readonly sequence: number;
 }
 
-function originOf({ held: { record }, place }: LostRecord): Origin {
+function originOf({ held: { record }, place }: PlacedRecord): Origin {
   const { storesOutlived, firstSequence } = record;
-  return { outlived: storesOutlived, sequence: storesOutlived === 0 ? place.sequence : firstSequence };
+  return { outlived: storesOutlived, sequence: firstSequence === 0 ? place.sequence : firstSequence };
 }
 
 function compareOrigins(one: Origin, other: Origin): number {
@@ -139,6 +143,7 @@ export class Requests {
       recorded,
       record,
       place: undefined,
+      recordedMs: nowMs,
       deadline: timeLeftMs === undefined ? undefined : startTimer(timeLeftMs, () => this.#expire(held)),
       acceptedMs: nowMs,
       waitingSinceMs: nowMs,
@@ -158,7 +163,10 @@ export class Requests {
     return held;
   }
 
-  /** Records again, in their old order, what the store has lost while its request goes on; until the signal fires. */
+  /**
+   * Records again, in their old order, what the store has lost while its request goes on, and what was recorded long ago; until
+   * the signal fires.
+   */
   async keepRecorded(signal: AbortSignal): Promise<void> {
     let known: RecordPlace | undefined;
     while (!signal.aborted) {
@@ -166,6 +174,9 @@ export class Requests {
       const isNew = known?.storeId !== oldest.storeId || known.sequence !== oldest.sequence;
       if (isNew && (fault === undefined || fault.reason === 'full')) {
         known = (await this.#recordLost(oldest)) ? oldest : undefined;
+      }
+      if (known !== undefined && fault === undefined) {
+        await this.#moveOld();
       }
       await pause(known === undefined ? retryMs : lookMs, signal);
     }
@@ -335,18 +346,59 @@ export class Requests {
     return stored === lost.length;
   }
 
-  async #recordAgain(lost: LostRecord): Promise<void> {
+  async #recordAgain(lost: PlacedRecord): Promise<void> {
     const { held } = lost;
-    const { relay, record } = held;
-    if (relay.ended) {
-      return;
+    const { queue } = this.#parts;
+    if (!held.relay.ended) {
+      const { outlived, sequence } = originOf(lost);
+      const origin = { storesOutlived: outlived + 1, firstSequence: sequence };
+      await this.#rewrite(held, origin, (record) => queue.publish(record));
     }
-    const { outlived, sequence } = originOf(lost);
-    const again = { ...record, storesOutlived: outlived + 1, firstSequence: sequence };
+  }
+
+  /** Puts what was recorded long ago behind what came since, so that the store can remove the files of that time. */
+  async #moveOld(): Promise<void> {
+    const { eraseAfterMs, queue, log } = this.#parts;
+    const { storeId, sequence } = queue.oldest;
+    const nowMs = performance.now();
+    const old = [...this.#held.values()].flatMap((held) => {
+      const { place, recordedMs, relay } = held;
+      const isOld =
+        place?.storeId === storeId &&
+        place.sequence >= sequence &&
+        nowMs - recordedMs >= eraseAfterMs &&
+        !relay.ended;
+      return isOld ? [{ held, place }] : [];
+    });
+    // Evenly over the time, and twice as fast as they come of age.
+    const atOnce = Math.max(16, Math.ceil((2 * this.#held.size * lookMs) / eraseAfterMs));
+    await Promise.allSettled(
+      old.slice(0, atOnce).map(async ({ held, place }) => {
+        const { storesOutlived } = held.record;
+        const firstSequence = originOf({ held, place }).sequence;
+        await this.#rewrite(held, { storesOutlived, firstSequence }, async (record) =>
+          queue.publishAgain(record, place).catch((error: unknown) => {
+            // It stays where it is.
+            log.debug({ error: ClusterError.from(error) }, 'record not written again');
+            return place;
+          }),
+        );
+      }),
+    );
+  }
+
+  async #rewrite(
+    held: HeldRequest,
+    origin: Pick<RequestRecord, 'storesOutlived' | 'firstSequence'>,
+    write: (record: RequestRecord) => Promise<RecordPlace>,
+  ): Promise<void> {
+    const nowMs = performance.now();
+    const again = { ...held.record, ...origin, heldMs: Math.round(nowMs - held.acceptedMs) };
     // Known at once, so that a request that ends meanwhile waits for it and deletes it.
-    held.recorded = this.#parts.queue.publish({ ...again, promptTokenIds: [...again.promptTokenIds] });
+    held.recorded = write({ ...again, promptTokenIds: [...again.promptTokenIds] });
     held.place = await held.recorded;
     held.record = again;
+    held.recordedMs = nowMs;
   }
 
   #noteRefusal(error: unknown): void {

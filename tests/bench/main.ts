@@ -15,6 +15,7 @@ const benches: Readonly<Record<string, () => Promise<Bench>>> = {
   prefill: () => import('./prefill.ts'),
   prompts: () => import('./prompts.ts'),
   queue: () => import('./queue.ts'),
+  records: () => import('./records.ts'),
   reconcile: () => import('./reconcile.ts'),
   sampler: () => import('./sampler.ts'),
   'stalled-readers': () => import('./stalled-readers.ts'),

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
+import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
 import {
   summaryOf,
@@ -207,6 +208,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
         sampling: SamplingParams.fromPartial({ maxTokens: 40 }),
         storesOutlived: 2,
         firstSequence: 2 ** 40,
+        heldMs: 7,
         identity: 'i',
       }),
     );
@@ -220,7 +222,27 @@ describe.each(Object.keys(backends))('%s', (name) => {
       timeLeftMs: 10 * 365 * 86_400_000,
       storesOutlived: 2,
       firstSequence: 2 ** 40,
+      heldMs: 7,
     });
+  });
+
+  it('writes a record again in the place of the one before, where that is still there', async () => {
+    const queue = await open();
+    const first = await queue.publish(record('a', { heldMs: 0 }));
+    const other = await queue.publish(record('b'));
+    const again = record('a', { firstSequence: first.sequence, heldMs: 50_000 });
+    const second = await queue.publishAgain(again, first);
+    expect(second.sequence).toBeGreaterThan(other.sequence);
+    expect(await queue.counts()).toEqual({ records: 2 });
+    const found = await take(queue.follow(model, never), 2);
+    expect(found.map(({ sequence }) => sequence)).toEqual([other.sequence, second.sequence]);
+    expect(found[1]?.ageMs).toBeGreaterThanOrEqual(50_000);
+    await queue.turnFile();
+    expect(await queue.counts()).toEqual({ records: 2 });
+    expect(await queue.delete(first)).toBe(false);
+    expect(await queue.delete(second)).toBe(true);
+    await expect(queue.publishAgain(again, second)).rejects.toThrow(ClusterError);
+    expect(await queue.counts()).toEqual({ records: 1 });
   });
 
   it('deletes a record once', async () => {

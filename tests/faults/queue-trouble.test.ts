@@ -409,6 +409,18 @@ describe('a queue whose disk was full', () => {
   });
 });
 
+/** The files of the stream's blocks, by path. */
+async function readBlocks(storeDirectory: string): Promise<ReadonlyMap<string, Buffer>> {
+  const files = await readdir(storeDirectory, { recursive: true, withFileTypes: true });
+  const paths = files
+    .map(({ parentPath, name }) => join(parentPath, name))
+    .filter((path) => path.includes('/REQUESTS/') && path.endsWith('.blk'));
+  const contents = await Promise.all(
+    paths.map(async (path) => [path, await readFile(path).catch(() => Buffer.alloc(0))] as const),
+  );
+  return new Map(contents);
+}
+
 describe('records on disk', () => {
   const secret = Array.from({ length: 64 }, (_, index) => 140_000 + index * 37);
   const secretRecord = RequestRecord.fromPartial({
@@ -444,6 +456,53 @@ describe('records on disk', () => {
     expect(await queue.delete(place)).toBe(true);
     await waitFor('the record to be gone from the disk', async () => !(await isOnDisk(storeDirectory)));
     expect((await queue.counts()).records).toBe(2);
+  });
+
+  it('are gone from an encrypted store too, while older ones that share their file live on in their turn', async () => {
+    const storeDirectory = join(directory, 'nats');
+    const config = `jetstream { sync_interval: "1s", cipher: chachapoly, key: "${'k'.repeat(64)}" }`;
+    await startServer({ storeDirectory, config });
+    const queue = openQueue();
+    const doors = [
+      await openDoor({ MIMO_GATEWAY_ERASE_AFTER: '2s' }),
+      await openDoor({ MIMO_GATEWAY_ERASE_AFTER: '2s' }),
+    ] as const;
+    const older = [ask(doors[1], [10]), ask(doors[1], [11])];
+    await Promise.all(older.map((each) => each.started));
+    // As long as no move comes between, what the file grows by is the record's ciphertext.
+    let written: readonly Buffer[] = [];
+    await waitFor('a record to be written at the end of a file', async () => {
+      const before = await readBlocks(storeDirectory);
+      const secretAsked = ask(
+        doors[1],
+        Array.from({ length: 1_900 }, (_, index) => 300 + (index % 97)),
+      );
+      await secretAsked.started;
+      await waitFor('the record to be in a file', async () => {
+        written = [...(await readBlocks(storeDirectory))].map(([path, content]) =>
+          content.subarray(before.get(path)?.length ?? 0),
+        );
+        return written.some(({ length }) => length > 1_900);
+      }).catch(() => (written = []));
+      secretAsked.leave();
+      await secretAsked.end;
+      return written.some(({ length }) => length > 1_900);
+    });
+    const pieces = written.flatMap((bytes) =>
+      Array.from({ length: Math.floor(bytes.length / 64) }, (_, at) => bytes.subarray(64 * at, 64 * at + 64)),
+    );
+    await waitFor('its ciphertext to be gone', async () => {
+      const files = [...(await readBlocks(storeDirectory)).values()];
+      return pieces.every((piece) => files.every((file) => !file.includes(piece)));
+    });
+    expect((await queue.counts()).records).toBe(2);
+    // Another dispatcher finds what was written again.
+    await doors[0].gateway.close();
+    const younger = await askUntilTaken(doors[1], [12]);
+    const group = await openGroup(queue, { maxSequences: 1 });
+    expect(await Promise.all([...older, younger].map((each) => each.end))).toEqual([[10], [11], [12]]);
+    expect(firstIds(group)).toEqual([10, 11, 12]);
+    await waitFor('nothing to be left', async () => (await queue.counts()).records === 0);
   });
 
   it('are complete, and unreadable where the server encrypts them, also those from before it did', async () => {

@@ -183,7 +183,8 @@ async function startGateway(shared: SharedParts): Promise<Supervisor> {
           MIMO_GATEWAY_GRACE: '2s',
           ...(natsUrl === undefined
             ? { MIMO_GATEWAY_WORKERS: leaderAddresses.join(',') }
-            : { MIMO_GATEWAY_NATS: natsUrl }),
+            : // Its store is in plain text, where each deletion overwrites.
+              { MIMO_GATEWAY_NATS: natsUrl, MIMO_GATEWAY_ERASE_AFTER: '0s' }),
           ...options.gatewayEnv,
         },
       }),

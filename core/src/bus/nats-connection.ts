@@ -192,7 +192,7 @@ export class NatsLink {
     const { replicas, recordMaxAgeMs, limits } = this.#options;
     const stream = jetstream(connection, { timeout: requestTimeoutMs });
     const manager = await stream.jetstreamManager();
-    const { created, config } = await manager.streams.info(requestStream).catch((error: unknown) => {
+    const { created, config: found } = await manager.streams.info(requestStream).catch((error: unknown) => {
       if (error instanceof JetStreamApiError && error.code === streamNotFoundCode) {
         return manager.streams.add({
           name: requestStream,
@@ -201,12 +201,18 @@ export class NatsLink {
           storage: StorageType.File,
           discard: DiscardPolicy.New,
           max_age: nanos(recordMaxAgeMs),
+          max_msgs_per_subject: 1,
           num_replicas: replicas,
           allow_direct: true,
         });
       }
       throw error;
     });
+    // What is written again replaces what was there, also in a stream from before that was so.
+    const config =
+      found.max_msgs_per_subject === 1
+        ? found
+        : (await manager.streams.update(requestStream, { max_msgs_per_subject: 1 })).config;
     if (limits !== undefined) {
       await boundStream(manager, config, { limits, log: this.#options.log });
     }

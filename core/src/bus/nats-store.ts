@@ -33,6 +33,9 @@ const remakePauseMs = { first: 5_000, most: 60_000 };
  * Records are rejected from this share of a limit on, so that records of other gateways and repeated ones still fit.
  */
 const refuseAtShare = 0.9;
+/** The largest file of a stream; what fills it comes in parts that take no more than this share of a stream's bound. */
+const fileBytes = 8 * 2 ** 20;
+const partShare = 1 / 16;
 
 type StreamName = keyof typeof trialSubjects;
 
@@ -44,8 +47,11 @@ interface Write {
   readonly subject: string;
   readonly bytes: Uint8Array;
   readonly headers: MsgHdrs;
-  /** It was accepted before: only the stream's own limits can reject it. */
-  readonly isRestored: boolean;
+  /**
+   * Sequence of the message that must be stored under its subject, 0 for none. If set, the record was accepted before:
+   * only the stream's own limits can reject it.
+   */
+  readonly after: number | undefined;
 }
 
 /** The stream of one connection; runs until the connection closes. */
@@ -102,10 +108,10 @@ export class NatsStore {
   /** Writes a record; creates a missing stream and repeats the write. Fails with a QueueRefusal. */
   async write(write: Write): Promise<RecordPlace> {
     const fault = this.fault;
-    if (fault !== undefined && (fault.reason !== 'full' || !write.isRestored)) {
+    if (fault !== undefined && (fault.reason !== 'full' || write.after === undefined)) {
       throw fault;
     }
-    if (!write.isRestored) {
+    if (write.after === undefined) {
       this.#assertRoom(write.bytes.length);
     }
     // Counted before they are stored: records in transit need room too.
@@ -139,15 +145,14 @@ export class NatsStore {
     }
   }
 
-  async #publish({ subject, bytes, headers, isRestored }: Write): Promise<RecordPlace> {
+  async #publish({ subject, bytes, headers, after }: Write): Promise<RecordPlace> {
     const { stream, manager } = await this.#link.session();
     const { storeId } = this.#link;
-    const expect = isRestored ? { lastSubjectSequence: 0 } : {};
+    const expect = after === undefined ? {} : { lastSubjectSequence: after };
     const { seq } = await stream
       .publish(subject, bytes, { headers, expect })
       .catch(async (error: unknown): Promise<{ readonly seq: number }> => {
-        // The stream was recreated without this process knowing: the record is there, with a position of the old
-        // stream.
+        // The record is there: an answer was lost, or the stream was recreated without this process knowing.
         const there = isTaken(error)
           ? await manager.streams.getMessage(requestStream, { last_by_subj: subject })
           : null;
@@ -157,6 +162,22 @@ export class NatsStore {
         return there;
       });
     return { storeId, sequence: seq };
+  }
+
+  /**
+   * Fills the file that the stream writes to with a message that is taken away again, in parts that a small stream has room for.
+   * nats-server offers no other way to close one.
+   */
+  async turnFile(): Promise<void> {
+    const { connection, stream, manager } = await this.#link.session();
+    const filter = trialSubjects[requestStream];
+    const payloadBytes = connection.info?.max_payload ?? fileBytes;
+    const partBytes = Math.min(payloadBytes, fileBytes, this.#limits.maxBytes * partShare);
+    const part = Buffer.alloc(Math.ceil(partBytes));
+    for (let written = 0; written < fileBytes; written += part.length) {
+      await stream.publish(filter, part);
+      await manager.streams.purge(requestStream, { filter });
+    }
   }
 
   #assertRoom(bytes: number): void {

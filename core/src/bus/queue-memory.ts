@@ -115,6 +115,18 @@ class MemoryQueue implements RequestQueue {
     return place;
   }
 
+  async publishAgain(record: RequestRecord, { sequence }: RecordPlace): Promise<RecordPlace> {
+    this.#assertOpen();
+    if (!this.#broker.records.delete(sequence)) {
+      throw new ClusterError('not_found', `no record is stored at ${sequence}`);
+    }
+    return this.publish(record);
+  }
+
+  async turnFile(): Promise<void> {
+    this.#assertOpen();
+  }
+
   async delete({ sequence }: RecordPlace): Promise<boolean> {
     return this.#broker.records.delete(sequence);
   }
@@ -137,7 +149,7 @@ class MemoryQueue implements RequestQueue {
     for await (const queued of this.#broker.arrivals.follow(this.#until(signal), live)) {
       const stored = this.#broker.records.get(queued.sequence);
       if (queued.record.model === model && stored !== undefined) {
-        const ageMs = performance.now() - stored.storedMs;
+        const ageMs = queued.record.heldMs + performance.now() - stored.storedMs;
         yield { ...queued, isArrival: queued.sequence > lastFound, ageMs };
       }
       toReplay -= 1;

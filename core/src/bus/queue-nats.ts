@@ -95,7 +95,20 @@ class NatsQueue implements RequestQueue {
     await this.#link.opened(signal);
   }
 
-  async publish(record: RequestRecord): Promise<RecordPlace> {
+  publish(record: RequestRecord): Promise<RecordPlace> {
+    return this.#write(record, record.storesOutlived > 0 ? 0 : undefined);
+  }
+
+  publishAgain(record: RequestRecord, { sequence }: RecordPlace): Promise<RecordPlace> {
+    return this.#write(record, sequence);
+  }
+
+  turnFile(): Promise<void> {
+    return this.#store.turnFile();
+  }
+
+  /** `after`: the sequence of what the store must have of the request; 0: nothing. */
+  async #write(record: RequestRecord, after: number | undefined): Promise<RecordPlace> {
     const { connection } = await this.#link.session();
     const bytes = RequestRecord.encode(record).finish();
     const limitBytes = connection.info?.max_payload ?? Number.POSITIVE_INFINITY;
@@ -112,7 +125,7 @@ class NatsQueue implements RequestQueue {
       subject: subjects.request(record.model, record.requestId),
       bytes,
       headers: summary,
-      isRestored: record.storesOutlived > 0,
+      after,
     });
   }
 
@@ -171,7 +184,8 @@ class NatsQueue implements RequestQueue {
             // The server's clock is compared only with itself. Later records arrive at once, so their age is about
             // zero even if the server's clock is set meanwhile.
             const storedMs = message.time.getTime();
-            const ageMs = message.seq > state.last_seq ? 0 : Math.max(0, beganMs - storedMs);
+            const storedForMs = message.seq > state.last_seq ? 0 : Math.max(0, beganMs - storedMs);
+            const ageMs = record.heldMs + storedForMs;
             yield { storeId, sequence: message.seq, record, isArrival: message.seq > lastFound, ageMs };
           }
           nextSequence = message.seq + 1;

@@ -138,6 +138,13 @@ export interface RequestQueue extends Closeable {
    * is nearly full and the record is new (not one that outlived a store).
    */
   publish(record: RequestRecord): Promise<RecordPlace>;
+  /**
+   * Writes the record of a request again, behind all others; it replaces the stored one at `place`. Fails like
+   * `publish`, and if there is no record at `place` any more.
+   */
+  publishAgain(record: RequestRecord, place: RecordPlace): Promise<RecordPlace>;
+  /** Has the store begin another file. The store removes a file once it holds no live record. */
+  turnFile(): Promise<void>;
   /** Records of any other store, and records before this one, are gone. */
   readonly oldest: RecordPlace;
   /**
@@ -206,9 +213,9 @@ export const ownerTimeoutMs = 2_000;
 
 /** What followers get of a record. */
 export function summaryOf(record: RequestRecord): RequestSummary {
-  const { requestId, model, gatewayId, identity, timeLeftMs, storesOutlived, firstSequence } = record;
+  const { requestId, model, gatewayId, identity, timeLeftMs, storesOutlived, firstSequence, heldMs } = record;
   const tokens = record.promptTokenIds.length + (record.sampling?.maxTokens ?? 0);
-  return { requestId, model, gatewayId, tokens, identity, timeLeftMs, storesOutlived, firstSequence };
+  return { requestId, model, gatewayId, tokens, identity, timeLeftMs, storesOutlived, firstSequence, heldMs };
 }
 
 /** A state older than this counts as unknown. */

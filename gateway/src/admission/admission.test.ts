@@ -102,6 +102,7 @@ describe('admitRequest', () => {
       promptTokenIds: encode(prompt),
       storesOutlived: 0,
       firstSequence: 0,
+      heldMs: 0,
       sampling: {
         temperature: 0.6,
         topP: 0.95,

@@ -105,6 +105,7 @@ export function admitRequest(
     timeLeftMs: context.timeLeftMs,
     storesOutlived: 0,
     firstSequence: 0,
+    heldMs: 0,
     promptTokenIds,
     sampling: {
       ...defaults,

@@ -1,4 +1,4 @@
-import type { DrainMarks } from '@mimo/core/bus/queue';
+import type { DrainMarks, FollowedRecord } from '@mimo/core/bus/queue';
 import { Company, Needs, RequestSummary } from '@mimo/proto/queue';
 import { GroupState, Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 import * as fc from 'fast-check';
@@ -46,6 +46,12 @@ function beat(group: string, more: Partial<Heartbeat> = {}): Heartbeat {
 }
 
 const waitingIn = (state: DispatchState): string[] => [...state.waiting()].map(({ requestId }) => requestId);
+
+/** A record that arrives; with `firstSequence` it is written again. */
+function arrival(requestId: string, sequence: number, firstSequence = 0): FollowedRecord {
+  const record = RequestSummary.fromPartial({ requestId, tokens: 10, firstSequence });
+  return { storeId: 's', sequence, record, isArrival: true, ageMs: 0 };
+}
 
 describe('DispatchState', () => {
   it('is rebuilt from records and heartbeats: what a group runs does not wait', () => {
@@ -370,6 +376,20 @@ describe('DispatchState', () => {
         expect(state.summary(at).waitingTokens).toBe(records.length);
       }),
     );
+  });
+
+  it('keeps the turn of what is written again, and counts it once', () => {
+    const state = new DispatchState('s');
+    [arrival('a', 1), arrival('b', 2), arrival('a', 3, 1), arrival('c', 4)].forEach((each) =>
+      state.add(each, at),
+    );
+    expect(waitingIn(state)).toEqual(['a', 'b', 'c']);
+    expect(state.get('a')?.sequence).toBe(3);
+    expect(state.summary(at)).toMatchObject({ waitingTokens: 30, arrivedTokens: 30 });
+    // Another dispatcher finds only what is there.
+    const next = new DispatchState('s');
+    [arrival('b', 2), arrival('a', 3, 1), arrival('c', 4)].forEach((each) => next.add(each, at));
+    expect(waitingIn(next)).toEqual(['a', 'b', 'c']);
   });
 
   it('keeps its place for what was lost with the store and is not recorded again yet', () => {

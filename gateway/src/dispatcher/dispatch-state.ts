@@ -98,6 +98,10 @@ export class DispatchState {
     const { record, storeId } = queued;
     const known = this.#requests.get(record.requestId);
     if (known?.storeId === storeId) {
+      if (known.sequence < queued.sequence) {
+        // Written again: it keeps its turn.
+        this.#requests.set(record.requestId, { ...known, ...queued });
+      }
       return;
     }
     const seen = { seenMs: nowMs, storedMs: nowMs - ageMs, ...known, ...queued };
@@ -111,7 +115,7 @@ export class DispatchState {
     this.#last = seen;
     if (known === undefined) {
       this.#countWaiting(record, 1);
-      this.#arrivedTokens += isArrival && record.storesOutlived === 0 ? record.tokens : 0;
+      this.#arrivedTokens += isArrival && record.firstSequence === 0 ? record.tokens : 0;
     }
   }
 
@@ -466,7 +470,7 @@ export class DispatchState {
   } {
     return {
       outlived: record.storesOutlived + (storeId === this.#storeId ? 0 : 1),
-      sequence: record.storesOutlived === 0 ? sequence : record.firstSequence,
+      sequence: record.firstSequence === 0 ? sequence : record.firstSequence,
     };
   }
 

@@ -23,6 +23,8 @@ export interface DispatcherParts {
   readonly queue: RequestQueue;
   readonly groups: Groups;
   readonly sessions: Pick<Sessions, 'hold' | 'isRoutable'>;
+  /** So often the store begins another file while records come; Infinity: never. */
+  readonly eraseAfterMs: number;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
 }
@@ -83,6 +85,9 @@ class Dispatcher {
   readonly #beganMs = performance.now();
   #planning = false;
   #lookedMs = 0;
+  #turnedMs = performance.now();
+  /** Records came since the file was begun. */
+  #isFileUsed = false;
   /** What lay in the queue at the beginning is known; before that its state would be told too small. */
   #replayed = false;
   /** Undefined until they are known: before that nothing is assigned. */
@@ -126,6 +131,7 @@ class Dispatcher {
     };
     for await (const queued of queue.follow(model, this.#until, onReplayed)) {
       this.#state.add(queued, performance.now());
+      this.#isFileUsed = true;
       this.#planSoon();
     }
   }
@@ -167,8 +173,22 @@ class Dispatcher {
           this.#orphan(requestId),
         );
       }
+      if (this.#isFileUsed && performance.now() - this.#turnedMs >= this.#parts.eraseAfterMs) {
+        void this.#turnFile();
+      }
       await pause(tickMs, this.#until);
     }
+  }
+
+  /** What ends from now on lies in a file that the store will remove: owners write again what lives for longer. */
+  async #turnFile(): Promise<void> {
+    const { queue, log } = this.#parts;
+    this.#isFileUsed = false;
+    this.#turnedMs = performance.now();
+    await queue.turnFile().catch((error: unknown) => {
+      this.#isFileUsed = true;
+      log.debug({ error: ClusterError.from(error) }, 'no new file of the queue begun');
+    });
   }
 
   #reconcile(): void {

@@ -252,6 +252,7 @@ class World {
           queue,
           sessions,
           groups: this.#seen,
+          eraseAfterMs: Number.POSITIVE_INFINITY,
           maxWaitMs: 1e9,
           clientStallMs: 1e9,
           metrics,

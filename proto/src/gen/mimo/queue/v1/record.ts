@@ -174,7 +174,10 @@ export interface RequestRecord {
     | undefined;
   /** How often the store of this record was lost and the owner recorded it again, and its sequence in the first store. */
   storesOutlived: number;
+  /** Where it was written again in the same store, too. 0: this is its first place. */
   firstSequence: number;
+  /** For how long its owner had held the request when it wrote this. */
+  heldMs: number;
 }
 
 /**
@@ -191,6 +194,7 @@ export interface RequestSummary {
   timeLeftMs?: number | undefined;
   storesOutlived: number;
   firstSequence: number;
+  heldMs: number;
 }
 
 /** Assignment tells the owning gateway where a request runs: a core NATS request on `gateways.<gatewayId>.assign`. */
@@ -282,6 +286,7 @@ function createBaseRequestRecord(): RequestRecord {
     timeLeftMs: undefined,
     storesOutlived: 0,
     firstSequence: 0,
+    heldMs: 0,
   };
 }
 
@@ -320,6 +325,9 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     }
     if (message.firstSequence !== 0) {
       writer.uint32(104).uint64(message.firstSequence);
+    }
+    if (message.heldMs !== 0) {
+      writer.uint32(112).uint64(message.heldMs);
     }
     return writer;
   },
@@ -427,6 +435,14 @@ export const RequestRecord: MessageFns<RequestRecord> = {
             message.firstSequence = longToNumber(reader.uint64());
             continue;
           }
+          case 14: {
+            if (tag !== 112) {
+              break;
+            }
+
+            message.heldMs = longToNumber(reader.uint64());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -475,6 +491,11 @@ export const RequestRecord: MessageFns<RequestRecord> = {
         : isSet(object.first_sequence)
         ? globalThis.Number(object.first_sequence)
         : 0,
+      heldMs: isSet(object.heldMs)
+        ? globalThis.Number(object.heldMs)
+        : isSet(object.held_ms)
+        ? globalThis.Number(object.held_ms)
+        : 0,
     };
   },
 
@@ -510,6 +531,9 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     if (message.firstSequence !== 0) {
       obj.firstSequence = Math.round(message.firstSequence);
     }
+    if (message.heldMs !== 0) {
+      obj.heldMs = Math.round(message.heldMs);
+    }
     return obj;
   },
 
@@ -530,6 +554,7 @@ export const RequestRecord: MessageFns<RequestRecord> = {
     message.timeLeftMs = object.timeLeftMs ?? undefined;
     message.storesOutlived = object.storesOutlived ?? 0;
     message.firstSequence = object.firstSequence ?? 0;
+    message.heldMs = object.heldMs ?? 0;
     return message;
   },
 };
@@ -544,6 +569,7 @@ function createBaseRequestSummary(): RequestSummary {
     timeLeftMs: undefined,
     storesOutlived: 0,
     firstSequence: 0,
+    heldMs: 0,
   };
 }
 
@@ -572,6 +598,9 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     }
     if (message.firstSequence !== 0) {
       writer.uint32(104).uint64(message.firstSequence);
+    }
+    if (message.heldMs !== 0) {
+      writer.uint32(112).uint64(message.heldMs);
     }
     return writer;
   },
@@ -653,6 +682,14 @@ export const RequestSummary: MessageFns<RequestSummary> = {
             message.firstSequence = longToNumber(reader.uint64());
             continue;
           }
+          case 14: {
+            if (tag !== 112) {
+              break;
+            }
+
+            message.heldMs = longToNumber(reader.uint64());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -695,6 +732,11 @@ export const RequestSummary: MessageFns<RequestSummary> = {
         : isSet(object.first_sequence)
         ? globalThis.Number(object.first_sequence)
         : 0,
+      heldMs: isSet(object.heldMs)
+        ? globalThis.Number(object.heldMs)
+        : isSet(object.held_ms)
+        ? globalThis.Number(object.held_ms)
+        : 0,
     };
   },
 
@@ -724,6 +766,9 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     if (message.firstSequence !== 0) {
       obj.firstSequence = Math.round(message.firstSequence);
     }
+    if (message.heldMs !== 0) {
+      obj.heldMs = Math.round(message.heldMs);
+    }
     return obj;
   },
 
@@ -740,6 +785,7 @@ export const RequestSummary: MessageFns<RequestSummary> = {
     message.timeLeftMs = object.timeLeftMs ?? undefined;
     message.storesOutlived = object.storesOutlived ?? 0;
     message.firstSequence = object.firstSequence ?? 0;
+    message.heldMs = object.heldMs ?? 0;
     return message;
   },
 };
