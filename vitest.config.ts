@@ -1,10 +1,13 @@
-// The layers of `npm test`, fastest first. `servers` and `kubernetes` start real processes, so their files run one after
-// another.
+// The layers of `npm test`, fastest first. In `servers` most of the time is spent waiting for real processes, so that
+// several files run beside one another, also on two cores: each has its own directories and ports.
 
 import { defineConfig } from 'vitest/config';
 
 /** Builds and fetches what the layer needs, outside any time limit. */
 const globalSetup = ['tests/harness/set-up.ts'];
+
+/** Only what hangs is to be ended: on a machine with forty busy processes, what takes seconds takes minutes. */
+const limits = { testTimeout: 600_000, hookTimeout: 600_000 };
 
 export default defineConfig({
   test: {
@@ -23,8 +26,7 @@ export default defineConfig({
         test: {
           name: 'golden',
           include: ['tests/golden/**/*.test.ts'],
-          testTimeout: 120_000,
-          hookTimeout: 120_000,
+          ...limits,
         },
       },
       {
@@ -33,8 +35,7 @@ export default defineConfig({
           include: ['tests/webgpu/**/*.test.ts'],
           globalSetup,
           fileParallelism: false,
-          testTimeout: 180_000,
-          hookTimeout: 180_000,
+          ...limits,
         },
       },
       {
@@ -42,10 +43,9 @@ export default defineConfig({
           name: 'servers',
           include: ['tests/{harness,cluster,faults}/**/*.test.ts'],
           globalSetup,
-          fileParallelism: false,
-          // Only what hangs is to be ended: the storms of thousands take minutes beside forty busy processes.
-          testTimeout: 600_000,
-          hookTimeout: 600_000,
+          maxWorkers: 3,
+          sequence: { groupOrder: 1 },
+          ...limits,
         },
       },
       {
@@ -54,8 +54,7 @@ export default defineConfig({
           include: ['tests/hostile/**/*.test.ts'],
           globalSetup,
           fileParallelism: false,
-          testTimeout: 120_000,
-          hookTimeout: 180_000,
+          ...limits,
         },
       },
       {
@@ -64,8 +63,7 @@ export default defineConfig({
           include: ['tests/kubernetes/**/*.test.ts'],
           globalSetup,
           fileParallelism: false,
-          testTimeout: 300_000,
-          hookTimeout: 300_000,
+          ...limits,
         },
       },
     ],

@@ -49,8 +49,8 @@ function findNode(moduleFolders) {
     return process.execPath;
   }
   throw new Error(
-    `Node ${minNodeMajor} or later is needed and this is ${process.versions.node}: no package brings Node for ` +
-      `${process.platform}-${process.arch}, or it was left out (--omit=optional)`,
+    `needs Node ${minNodeMajor} or later, this is ${process.versions.node}: no package brings Node for ` +
+      `${process.platform}-${process.arch}, or npm left it out (--omit=optional)`,
   );
 }
 
