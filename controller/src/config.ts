@@ -1,5 +1,5 @@
-// The controller's settings: one table with the defaults and their reasons, and the checks across fields. Its input is the
-// environment as main.ts hands it over; nothing else reads it.
+// The controller's settings: one table with the defaults and their reasons, and the checks across fields. Its input
+// is the environment that main.ts passes; nothing else reads it.
 
 import {
   addressSetting,
@@ -28,33 +28,36 @@ export const controllerSettings = {
   kubeconfig: textSetting('MIMO_CONTROLLER_KUBECONFIG', ''),
   /** Comma-separated. */
   natsUrls: natsServersSetting('MIMO_CONTROLLER_NATS_URLS'),
-  /** What `nsc` writes for a user, or one line with user:password or a token; empty: the servers ask for none. */
+  /** A .creds file from `nsc`, or one line with user:password or a token; empty: the servers require none. */
   natsCredentialsFile: textSetting('MIMO_CONTROLLER_NATS_CREDENTIALS_FILE', ''),
-  /** As the gateways have them: whoever connects first makes the stream. */
+  /** Must match the gateways: the first client creates the stream. */
   natsReplicas: integerSetting('MIMO_CONTROLLER_NATS_REPLICAS', { min: 1, max: 5 }, 1),
   recordMaxAgeMs: durationSetting('MIMO_CONTROLLER_RECORD_MAX_AGE', '24h'),
 
   workerImage: textSetting('MIMO_CONTROLLER_WORKER_IMAGE'),
-  /** For services that ask for accelerators; default: the same image. */
+  /** Image for services with accelerators; default: the same image. */
   workerCudaImage: textSetting('MIMO_CONTROLLER_WORKER_CUDA_IMAGE', ''),
   workerImagePullPolicy: choiceSetting(
     'MIMO_CONTROLLER_WORKER_IMAGE_PULL_POLICY',
     ['Always', 'IfNotPresent', 'Never'],
     'IfNotPresent',
   ),
-  /** Where workers reach the queue; default: as this process does. */
+  /** The queue's address for workers; default: the same as for this process. */
   workerNatsUrl: textSetting('MIMO_CONTROLLER_WORKER_NATS_URL', ''),
-  /** The Secret with the workers' credentials, in its entry `credentials`; empty: the servers ask for none. */
+  /** The Secret with the workers' credentials, in its entry `credentials`; empty: the servers require none. */
   workerNatsCredentialsSecret: textSetting('MIMO_CONTROLLER_WORKER_NATS_CREDENTIALS_SECRET', ''),
-  /** Where compiled shards are kept, unless a service names a claim; neither: in each pod, compiled at each start. */
+  /**
+   * Volume claim for compiled shards, unless a service names its own. Without a claim or host path each pod compiles
+   * at every start.
+   */
   cacheVolumeClaim: textSetting('MIMO_CONTROLLER_CACHE_VOLUME_CLAIM', ''),
   cacheHostPath: textSetting('MIMO_CONTROLLER_CACHE_HOST_PATH', ''),
 
-  /** Of worker pods, unless a service names another; empty: the namespace's default. */
+  /** Service account of worker pods, unless a service names another; empty: the namespace's default. */
   workerServiceAccount: textSetting('MIMO_CONTROLLER_WORKER_SERVICE_ACCOUNT', ''),
   /** Names of Secrets with registry credentials, for every worker pod. */
   imagePullSecrets: listSetting('MIMO_CONTROLLER_IMAGE_PULL_SECRETS', ''),
-  /** Where pods that ask for accelerators run, unless a service says otherwise; empty: the machine's default runtime. */
+  /** Runtime class of pods with accelerators, unless a service sets one; empty: the machine's default runtime. */
   acceleratorRuntimeClass: textSetting('MIMO_CONTROLLER_ACCELERATOR_RUNTIME_CLASS', ''),
   /** `label=value`, comma-separated. */
   acceleratorNodeSelector: listSetting('MIMO_CONTROLLER_ACCELERATOR_NODE_SELECTOR', ''),
@@ -63,7 +66,7 @@ export const controllerSettings = {
 
   /** One controller acts at a time: the holder of this Lease. */
   leaseName: textSetting('MIMO_CONTROLLER_LEASE_NAME', 'mimo-controller'),
-  /** Of this process among the candidates: the pod's name; default: made up. */
+  /** This process's name among the candidates; the pod's name in a cluster. Default: generated. */
   identity: textSetting('MIMO_CONTROLLER_IDENTITY', ''),
   /** The Secret that gateways read their API keys from. */
   tenantSecret: textSetting('MIMO_CONTROLLER_TENANT_SECRET', 'mimo-tenant-keys'),
@@ -72,10 +75,10 @@ export const controllerSettings = {
   logLevel: choiceSetting('MIMO_CONTROLLER_LOG_LEVEL', logLevels, 'info'),
 } as const;
 
-/** The controller's configuration; '' where an optional text was not given. */
+/** The controller's configuration; '' for optional texts that are not set. */
 export type ControllerConfig = ConfigOf<typeof controllerSettings>;
 
-/** Reads the environment; fails with `invalid_argument` listing every problem. */
+/** Reads the environment; fails with `invalid_argument` and lists every problem. */
 export function parseControllerConfig(env: Environment): ControllerConfig {
   return parseConfig(
     {
@@ -111,7 +114,7 @@ export function parseControllerConfig(env: Environment): ControllerConfig {
   );
 }
 
-/** What the configuration says about workers. */
+/** The worker part of the configuration. */
 export function workerSettingsOf(config: ControllerConfig): WorkerSettings {
   const { workerImage, workerCudaImage, cacheVolumeClaim, cacheHostPath, natsUrls, workerNatsUrl } = config;
   return {

@@ -1,6 +1,7 @@
-// The controller put together: client, watches, queue, leadership, the rounds of every service, the tenants' keys, metrics
-// and health. Its input is the configuration; main.ts owns the process. Watches run on every controller, so that one that
-// takes over knows the cluster already; everything that acts runs on the leader alone.
+// Assembles the controller: client, watches, queue, leadership, the rounds of every service, the tenants' keys,
+// metrics and health.
+// Its input is the configuration; main.ts owns the process. Watches run on every controller, so that a new leader
+// already knows the cluster; actions run only on the leader.
 
 import { hostname } from 'node:os';
 
@@ -25,25 +26,25 @@ import { Reconciler, type Caches } from './reconcile.ts';
 import { readPod, readService, readSupport, readTenant, type TenantRecord } from './observe/records.ts';
 import { keepTenantKeys } from './observe/tenants.ts';
 
-/** Between two looks at a service that nothing was heard of: drains end and rules of time apply. */
+/** Interval of rounds for a service without events: drains end, and rules with times apply. */
 const roundMs = 2_000;
 /** After a failed round; doubles with each in a row. */
 const retryMinMs = 500;
 const retryMaxMs = 30_000;
-/** Rounds that wait for the API server at the same time. */
+/** Rounds that may wait for the API server at the same time. */
 const takers = 4;
 
-/** A running controller. Close it to give the lease back and let go of everything. */
+/** A running controller. Close it to release the lease and all resources. */
 export interface RunningController {
   /** host:port of /metrics, /healthz and /readyz. */
   readonly address: string | undefined;
   readonly leading: boolean;
-  /** Rejects where the controller cannot go on. */
+  /** Rejects if the controller cannot continue. */
   readonly ended: Promise<void>;
   close(): Promise<void>;
 }
 
-/** Starts the controller; it acts as soon as it leads. Fails where the configuration cannot be used. */
+/** Starts the controller; it acts once it leads. Fails if the configuration cannot be used. */
 export async function startController(config: ControllerConfig, log: Log): Promise<RunningController> {
   const controller = new Controller(config, log);
   await controller.start();
@@ -150,7 +151,7 @@ class Controller implements RunningController {
     return [...Object.entries(this.#caches), ['tenants', this.#tenants]];
   }
 
-  /** Acts until the signal fires: leadership is lost, or the process stops. */
+  /** Acts until the signal fires because lost the leadership or the process stops. */
   async #lead(signal: AbortSignal): Promise<void> {
     await Promise.all(this.#informers().map(([, informer]) => informer.whenSynced(signal)));
     const { services, pods, budgets, rankServices } = this.#caches;
@@ -273,22 +274,21 @@ class Controller implements RunningController {
         },
       },
     });
-    this.#countRound = metrics.counter(
-      'controller_reconcile_total',
-      'Rounds of services, by how they ended.',
-    );
+    this.#countRound = metrics.counter('controller_reconcile_total', 'Rounds of services, by outcome.');
     this.#timeRound = metrics.duration('controller_reconcile_seconds', 'How long a round of a service took.');
     this.#countDecision = metrics.counter(
       'controller_scale_decisions_total',
-      'Decisions that changed the count of a service, by their reason.',
+      'Decisions that changed the number of groups of a service, by reason.',
     );
-    metrics.gauge('controller_leader', 'Whether this controller acts.', () => [[this.leading ? 1 : 0, {}]]);
-    metrics.gauge('controller_work_queue_keys', 'Services that wait for a round.', () => [
+    metrics.gauge('controller_leader', '1 if this controller is the leader.', () => [
+      [this.leading ? 1 : 0, {}],
+    ]);
+    metrics.gauge('controller_work_queue_keys', 'Services waiting for a round.', () => [
       [this.#work?.length ?? 0, {}],
     ]);
     metrics.gauge(
       'controller_last_event_age_seconds',
-      'Time since the API server said anything about a resource.',
+      'Time since the API server last sent anything about a resource.',
       () => this.#informers().map(([resource, { lastEventAgeMs }]) => [lastEventAgeMs / 1000, { resource }]),
     );
     const groups = (which: 'wanted' | 'ready') => () =>
@@ -296,7 +296,7 @@ class Controller implements RunningController {
         (gauge) => [gauge[which], { service: gauge.service }] as const,
       );
     metrics.gauge('controller_wanted_groups', 'Groups that a service should have.', groups('wanted'));
-    metrics.gauge('controller_ready_groups', 'Groups of a service that serve.', groups('ready'));
+    metrics.gauge('controller_ready_groups', 'Groups of a service that are ready.', groups('ready'));
     return metrics;
   }
 }

@@ -1,5 +1,5 @@
-// The controller as a process: environment -> configuration -> running controller; SIGTERM gives its lease back. Nothing
-// else of the controller reads the environment or ends the process.
+// The controller as a process: environment -> configuration -> running controller; SIGTERM releases its lease. Only
+// this file reads the environment or ends the process.
 
 import { printableConfig } from '@mimo/core/process/config';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -9,7 +9,7 @@ import { createLog, logCrashes } from '@mimo/core/process/log';
 import { controllerSettings, parseControllerConfig } from './config.ts';
 import { startController } from './controller.ts';
 
-/** Giving the lease back takes one request; below Kubernetes' own 30 s. */
+/** Releasing the lease takes one request; below Kubernetes' own 30 s. */
 const graceMs = 10_000;
 
 try {

@@ -1,6 +1,6 @@
-// One ModelService: observe, decide, act. Owns what is remembered of a service between rounds (decisions, failures, own
-// writes), which is kept in memory only: after a restart it begins with what the status and the pods say. Everything that
-// is decided is decided by decide/; everything that is done is done by act.ts.
+// One ModelService: observe, decide, act. Owns a service's memory between rounds (decisions, failures, own writes),
+// which is lost at a restart and rebuilt from the status and the pods. All decisions are made in decide/, all actions
+// by act.ts.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
@@ -27,7 +27,7 @@ import type { ModelService } from './resources/resources.ts';
 import { modelHashOf, revisionOf } from './decide/revision.ts';
 import type { Condition, ModelServiceStatus, ScaleDecision } from './resources/status.ts';
 
-/** What the API server says, kept up by watches. Pods are indexed by their service, services by their model. */
+/** The API server's state, kept current by watches. Pods are indexed by their service, services by their model. */
 export interface Caches {
   readonly services: Informer<ServiceRecord>;
   readonly pods: Informer<PodRecord>;
@@ -39,7 +39,7 @@ export interface ReconcilerOptions {
   readonly namespace: string;
   readonly caches: Caches;
   readonly watch: QueueWatch;
-  /** The API server's time, in which everything is decided. */
+  /** The API server's time, which all decisions use. */
   readonly clock: ApiClock;
   readonly actor: Actor;
   readonly events: EventRecorder;
@@ -58,20 +58,20 @@ interface ServiceMemory {
   disruption: DisruptionMemory;
   /** Our last write of the service, until the watch shows one as new. */
   written: { readonly resourceVersion: string; readonly status: ModelServiceStatus } | undefined;
-  /** Creations that the API server refused: not tried again before `untilMs`, by performance.now(). */
+  /** Creations that the API server rejected: not retried before `untilMs`, by performance.now(). */
   refused: { readonly count: number; readonly untilMs: number; readonly message: string } | undefined;
   queueKnown: boolean;
   modelCondition: string;
 }
 
-/** What a service has, for metrics. */
+/** A service's figures, for metrics. */
 export interface ServiceGauge {
   readonly service: string;
   readonly wanted: number;
   readonly ready: number;
 }
 
-/** A refused creation is tried again after 2 s, 4 s ... 2 min. */
+/** A rejected creation is retried after 2 s, 4 s ... 2 min. */
 const firstRefusalMs = 2_000;
 const longestRefusalMs = 120_000;
 
@@ -90,7 +90,7 @@ export class Reconciler {
     return this.#gauges.values();
   }
 
-  /** One round for the service of this name; false where it is gone. Fails with what an action failed with. */
+  /** One round for the service of this name; false if it is gone. Fails with the error of an action. */
   async reconcile(name: string, signal: AbortSignal): Promise<boolean> {
     const record = this.#options.caches.services.get(`${this.#options.namespace}/${name}`);
     if (record === undefined) {
@@ -153,7 +153,7 @@ export class Reconciler {
       loadsComplete: queue.loadsComplete,
       marks: queue.marks,
       preparation,
-      // Also what the catalogue has lost: gateways may still have it, and would publish it again.
+      // Models that the catalogue lost, too: gateways may still have them, and would publish them again.
       ownsCatalogueEntry: sharers.length === 0 && (queue.published === 'unknown' ? 'unknown' : true),
       settled,
       decision,
@@ -255,7 +255,7 @@ export class Reconciler {
     }
   }
 
-  /** All actions in order. One that fails keeps only those from being done that need it; the first failure is thrown. */
+  /** All actions in order. A failure skips only the actions that depend on it; the first failure is thrown. */
   async #actAll(actions: readonly Action[], on: ActOn, memory: ServiceMemory): Promise<void> {
     let failure: ClusterError | undefined;
     let refusal: ClusterError | undefined;
@@ -289,7 +289,7 @@ export class Reconciler {
     }
   }
 
-  /** Events and counters of what has changed with this round. */
+  /** Events and counters for the changes of this round. */
   #tell(
     record: ServiceRecord,
     memory: ServiceMemory,
@@ -333,7 +333,7 @@ export class Reconciler {
     this.#options.events.record({ ...resourceTypes.modelServices, metadata }, { type, reason, message });
   }
 
-  /** The status as far as is known: our own last write may be newer than what the watch shows. */
+  /** The latest known status: our own last write may be newer than what the watch shows. */
   #statusOf({ metadata, status }: ServiceRecord): ModelServiceStatus {
     const memory = this.#memories.get(metadata.name);
     if (memory?.written === undefined || memory.uid !== metadata.uid) {
@@ -370,7 +370,10 @@ export class Reconciler {
     return memory;
   }
 
-  /** A service whose spec breaks a rule: it says so, and otherwise is left as it is; deleted, its pods go at once. */
+  /**
+   * A service whose spec breaks a rule: reports it and changes nothing else; if it is deleted, its pods are deleted
+   * at once.
+   */
   async #refuse(record: ServiceRecord, signal: AbortSignal): Promise<void> {
     const { caches, actor } = this.#options;
     const { metadata, status, problem } = record;
@@ -403,10 +406,10 @@ export class Reconciler {
   }
 }
 
-/** So many requests for one service are under way at once. */
+/** Parallel requests for one service. */
 const batchMax = 16;
 
-/** Actions of one kind that follow one another do not need one another. */
+/** Successive actions of one kind are independent. */
 function batchesOf(actions: readonly Action[]): readonly (readonly [Action, ...Action[]])[] {
   const batches: [Action, ...Action[]][] = [];
   for (const action of actions) {
@@ -425,7 +428,7 @@ function modelConditionOf({ conditions }: ModelServiceStatus): string {
   return found === undefined ? '' : `${found.status} ${found.reason}`;
 }
 
-/** Of two services of one model the older serves it; one that is being deleted does not. */
+/** Of two services with one model, the older serves it; a service being deleted does not. */
 function isOlder(other: ServiceRecord, than: ServiceRecord): boolean {
   const [a, b] = [other.metadata, than.metadata];
   if (a.deletionTimestamp !== undefined) {

@@ -199,7 +199,7 @@ describe('the model catalogue', () => {
 
   it.each([
     ['no files', {}, /it must have 1 to 16 files, not 0/],
-    ['a path', { '../config.json': '{}' }, /"\.\.\/config\.json" is no plain file name/],
+    ['a path', { '../config.json': '{}' }, /"\.\.\/config\.json" is not a plain file name/],
     ['too many bytes', { 'tokenizer.json': Buffer.alloc(65 * 2 ** 20) }, /over the limit of 67108864/],
   ])('refuses a model with %s', async (_what, files, message) => {
     await expect(open().publish(modelOf(files), within(20_000))).rejects.toMatchObject({
@@ -217,7 +217,7 @@ describe('the model catalogue', () => {
     await tamper((metadata) => metadata, 'aaaacccc');
     await expect(catalog.fetch(model, join(directory, 'bad'), within(20_000))).rejects.toMatchObject({
       code: 'data_loss',
-      message: `model ${name}: tokenizer.json is not what its digest says`,
+      message: `model ${name}: tokenizer.json does not match its digest`,
     });
     await tamper((metadata) => ({ ...metadata, files: '[]' }), 'aaaabbbb');
     await expect(catalog.fetch(model, join(directory, 'bad'), within(20_000))).rejects.toMatchObject({

@@ -1,5 +1,5 @@
-// `node worker/src/main.ts prepare` as a pod runs it: a process with nothing but its environment, a hub on loopback, a real
-// nats-server; judged by its exit code, its last line on standard error, and what it leaves on disk.
+// `node worker/src/main.ts prepare` as a pod runs it: a process with nothing but its environment, a hub on loopback,
+// a real nats-server; judged by its exit code, its last line on standard error, and what it leaves on disk.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
@@ -268,7 +268,7 @@ describe('prepare', () => {
     expect(await run.ended).toEqual({
       code: 2,
       last:
-        'prepare: the configuration has problems:; MIMO_WORKER_HUB_REPOSITORY must be organisation/name, not "a/b/c"; ' +
+        'prepare: invalid configuration:; MIMO_WORKER_HUB_REPOSITORY must be organisation/name, not "a/b/c"; ' +
         'MIMO_WORKER_HUB_ENDPOINT must be a URL such as https://huggingface.co',
     });
     expect(await prepare(['--comple']).ended).toMatchObject({ code: 2 });

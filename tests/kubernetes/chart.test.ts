@@ -463,6 +463,6 @@ describe('before an uninstall', () => {
     await createServices('held');
     const { code, said } = await removeServices(15);
     expect(code).toBe(1);
-    expect(said).toMatch(/^remove-services: still there: held\. Does the controller run\?/);
+    expect(said).toMatch(/^remove-services: still there: held\. Is the controller running\?/);
   });
 });

@@ -1,5 +1,6 @@
-// What the controller writes: its log, its statuses, its events and its metrics hold no key, no password, no token and no
-// Secret, also where the API server quotes what it refuses, or fails. Markers stand in every place that one can come from.
+// What the controller writes: its log, its statuses, its events and its metrics hold no key, no password, no token
+// and no Secret, also where the API server quotes what it refuses, or fails. Markers stand in every place that one
+// can come from.
 
 import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
@@ -201,7 +202,7 @@ describe('a controller', () => {
     });
     try {
       await waitFor('the Secret to be refused', async () =>
-        (await readLog()).includes('tenant keys not written'),
+        (await readLog()).includes('cannot write the tenant keys'),
       );
       await makeService('quoted', [
         { name: 'REFUSED', value: markers.refusedVariable },
@@ -214,12 +215,12 @@ describe('a controller', () => {
         await stage.plane.kubectl(['delete', `validatingadmissionpolicybinding/${policy}`]);
       }
       await waitFor('the keys to be written', async () =>
-        (await readLog()).includes('"tenant keys written"'),
+        (await readLog()).includes('"wrote the tenant keys"'),
       );
       await waitFor('a group', () => stage.kubelet.runningGroups.length === 1, 60_000);
 
       await stage.plane.stopApiserver('SIGKILL');
-      await waitFor('the API server to be missed', async () => (await readLog()).includes('broke off'));
+      await waitFor('the API server to be missed', async () => (await readLog()).includes('list or watch failed'));
       await stage.plane.startApiserver();
       await stage.stopNats();
       await waitFor('NATS to be missed', async () => (await readLog()).includes('queue disconnected'));

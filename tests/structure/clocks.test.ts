@@ -1,5 +1,6 @@
-// Wall clocks differ between machines and are set while processes run. So nothing is decided by one: what crosses a process
-// is time left, and what counts within one is performance.now(). These are the places that may read a wall clock.
+// Wall clocks differ between machines and are set while processes run. So nothing is decided by one: what crosses a
+// process is time left, and what counts within one is performance.now(). These are the places that may read a wall
+// clock.
 
 import { globSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -10,7 +11,7 @@ const root = join(import.meta.dirname, '../..');
 
 /** File -> why it needs the wall clock, and how often it reads it. */
 const allowed: Readonly<Record<string, number>> = {
-  // grpc-js takes a point in time and makes the time that is left of it again.
+  // grpc-js takes a point in time and converts it back to the time left.
   'core/src/grpc/client.ts': 1,
   // The time of a file, of which only the changing counts.
   'core/src/process/file-lock.ts': 1,

@@ -1,6 +1,7 @@
-// Carries out one action at a time: API server, queue, catalogue. Owns which request an action is, its preconditions and
-// the event that tells of it. Knows no order and no reason: decide/plan.ts has both. An object that is gone, or is another
-// one of its name, is no error: the plan was made from an old observation, and the next one will know.
+// Carries out one action at a time: API server, queue, catalogue. Owns the request behind an action, its
+// preconditions and the event that reports it. Order and reasons belong to decide/plan.ts. An object that is gone, or
+// was replaced by another of its name, is not an error: the plan came from an old observation, and the next one will
+// know.
 
 import { randomBytes, randomUUID } from 'node:crypto';
 
@@ -22,7 +23,7 @@ import { resourceTypes, type KubeObject, type ObjectManifest } from '../kube/res
 import type { ServiceRecord } from '../observe/records.ts';
 import type { ModelService } from '../resources/resources.ts';
 
-/** What actions are carried out with. */
+/** What actions need. */
 export interface ActorOptions {
   readonly client: KubeClient;
   readonly queue: RequestQueue;
@@ -32,13 +33,13 @@ export interface ActorOptions {
   readonly log: Log;
 }
 
-/** Actions that need no spec: all that can be done for a service whose spec cannot be read. */
+/** Actions that need no spec: the only ones for a service whose spec is invalid. */
 export type PlainAction = Extract<
   Action,
   { readonly kind: 'removeFinalizer' | 'deletePreparePod' | 'patchStatus' }
 >;
 
-/** The service that is acted for. */
+/** The service that the actions are for. */
 export interface ActOn extends PlainActOn {
   readonly service: ModelService;
 }
@@ -46,16 +47,16 @@ export interface ActOn extends PlainActOn {
 export interface PlainActOn {
   readonly record: ServiceRecord;
   readonly signal: AbortSignal;
-  /** Called for each write that the watches will show, also where a later one of the same action fails. */
+  /** Called for each write that the watches will show, even if a later one of the same action fails. */
   readonly onWrite: (write: OwnWrite) => void;
   /** Called with the service's new version. */
   readonly onServiceWrite: (object: KubeObject) => void;
 }
 
-/** The catalogue is not waited for longer: the next round tries again. */
+/** The longest wait for the catalogue: the next round tries again. */
 const catalogueTimeoutMs = 5_000;
 
-/** Carries out actions; it holds nothing that has to be closed. */
+/** Carries out actions; holds nothing that needs closing. */
 export class Actor {
   readonly #options: ActorOptions;
 
@@ -63,13 +64,13 @@ export class Actor {
     this.#options = options;
   }
 
-  /** Does it. Fails with the API server's or the queue's error. */
+  /** Carries out an action. Fails with the API server's or the queue's error. */
   async act(action: Action, on: ActOn): Promise<void> {
     const { record, service } = on;
     switch (action.kind) {
       case 'addFinalizer': {
         const { uid, resourceVersion, finalizers = [] } = record.metadata;
-        // The version keeps others' finalizers that were added meanwhile.
+        // The version protects finalizers that others added meanwhile.
         const metadata = { uid, resourceVersion, finalizers: [...finalizers, drainFinalizer] };
         await this.#patchService({ metadata }, {}, on);
         break;
@@ -81,7 +82,7 @@ export class Actor {
       }
       case 'createPreparePod': {
         await this.#create(preparePod(service, action.modelHash, this.#options.settings), on);
-        this.#tell(on, 'Normal', 'PrepareStarted', `${action.name} looks for the model and prepares it`);
+        this.#tell(on, 'Normal', 'PrepareStarted', `${action.name} finds and prepares the model`);
         break;
       }
       case 'setRoutable': {
@@ -178,12 +179,12 @@ export class Actor {
     }
   }
 
-  /** Makes the headless Service, or makes it right again. */
+  /** Creates or corrects the headless Service. */
   async applyRankService({ service, signal }: Pick<ActOn, 'service' | 'signal'>): Promise<void> {
     await this.#apply(resourceTypes.services, rankService(service), signal);
   }
 
-  /** Makes the disruption budget say what was planned. */
+  /** Updates the disruption budget to the plan. */
   async applyBudget(
     minAvailable: number,
     { service, signal }: Pick<ActOn, 'service' | 'signal'>,
@@ -255,12 +256,12 @@ export class Actor {
     });
   }
 
-  /** Does something to a pod, or nothing where it is gone, or another one has its name. */
+  /** Changes a pod; does nothing if it is gone or was replaced by another of its name. */
   async #ifThere({ name, uid }: PodRef, { signal }: PlainActOn, act: () => Promise<void>): Promise<void> {
     try {
       await act();
     } catch (error) {
-      // 409 and 422 are what a precondition on the uid is refused with, among other things: only a look tells.
+      // A failed precondition on the uid gives 409 or 422, and so do other errors: read the pod to find out.
       const status = httpStatusOf(error);
       if (
         status !== 404 &&
@@ -287,7 +288,9 @@ export class Actor {
     await this.#options.client.apply(type, manifest as unknown as ObjectManifest, {}, signal);
   }
 
-  /** Tells the dispatcher at once. Where that fails the pods' annotation is the truth, and the next plan follows it. */
+  /**
+   * Notifies the dispatcher at once. If that fails, the pods' annotation is the truth, and the next plan follows it.
+   */
   async #mark(
     group: string,
     act: (queue: RequestQueue, model: string) => Promise<void>,
@@ -296,7 +299,7 @@ export class Actor {
     try {
       await act(this.#options.queue, spec.model.name);
     } catch (error) {
-      this.#options.log.warn({ error: ClusterError.from(error), group }, 'drain mark not written');
+      this.#options.log.warn({ error: ClusterError.from(error), group }, 'cannot write the drain mark');
     }
   }
 
@@ -312,7 +315,7 @@ function writeOf({ metadata }: KubeObject): OwnWrite {
   return { name: metadata.name, uid: metadata.uid, resourceVersion: metadata.resourceVersion };
 }
 
-/** Waits for all, then fails with the first failure: what succeeded has been told. */
+/** Waits for all, then fails with the first failure; successes were reported. */
 async function settleAll(acts: readonly Promise<void>[]): Promise<void> {
   const results = await Promise.allSettled(acts);
   const failed = results.find((result) => result.status === 'rejected');

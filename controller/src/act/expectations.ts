@@ -1,7 +1,7 @@
-// Own writes that the watches have not shown yet. A plan made before they do would be made from old pods, and would create
-// or delete twice. One set for each ModelService. A write counts as seen when the watched object is at least as new, or is
-// another one (by uid); one that never shows is forgotten after a while, because names and uids make acting on an old
-// observation safe, only wasteful.
+// Own writes that the watches have not shown yet. A plan made earlier would see old pods, and would create or delete
+// twice. One set for each ModelService. A write counts as seen when the watched object is at least as new, or is
+// another one (by uid). A write that never shows is forgotten after a while: acting on an old observation is safe
+// because of names and uids, only wasteful.
 
 /** A write to an object: its resource version afterwards; undefined: it was deleted. */
 export interface OwnWrite {
@@ -15,10 +15,10 @@ export type WatchedObject =
   | { readonly uid: string; readonly resourceVersion: string; readonly deleting: boolean }
   | undefined;
 
-/** An object that came and went between two looks never shows. */
+/** An object that was created and deleted between two observations never shows. */
 const forgetMs = 15_000;
 
-/** Collects own writes; `settle` says whether all were seen. */
+/** Collects own writes; `settle` reports whether all were seen. */
 export class Expectations {
   readonly #writes = new Map<string, OwnWrite & { readonly atMs: number }>();
 
@@ -26,7 +26,7 @@ export class Expectations {
     this.#writes.set(write.name, { ...write, atMs: nowMs });
   }
 
-  /** Drops what has been seen; true where nothing is left. */
+  /** Drops the writes that were seen; true if none is left. */
   settle(find: (name: string) => WatchedObject, nowMs: number): boolean {
     for (const [name, write] of this.#writes) {
       if (nowMs - write.atMs >= forgetMs || hasSeen(write, find(name))) {

@@ -1,6 +1,6 @@
 // The image's other command, run before `helm uninstall`: deletes the namespace's ModelServices and waits until the
-// controller, which still runs, has drained their groups and let them go. Nobody could do that once it is gone. Its input
-// is its arguments; it talks as the pod's own service account, or by --kubeconfig.
+// controller, which still runs, has drained their groups and removed their finalizers. Afterwards nobody could. Its
+// input is its arguments; it uses the pod's own service account, or --kubeconfig.
 
 import { parseArgs } from 'node:util';
 
@@ -13,7 +13,7 @@ import { resourceTypes } from '../kube/resource.ts';
 
 const pollMs = 500;
 
-/** Resolves with how many there were when none is left; fails with `deadline_exceeded`, naming those that stay. */
+/** Resolves with their number once none is left; fails with `deadline_exceeded` and names those that remain. */
 async function removeServices(client: KubeClient, signal: AbortSignal): Promise<number> {
   const type = resourceTypes.modelServices;
   const asked = new Set<string>();
@@ -32,7 +32,7 @@ async function removeServices(client: KubeClient, signal: AbortSignal): Promise<
         asked.add(metadata.name);
       }
     } catch (error) {
-      // Gone meanwhile, or the API server is away for a moment; what it refuses, it will refuse again.
+      // Gone meanwhile, or the API server is briefly unreachable; a rejection, however, would repeat.
       const known = ClusterError.from(error);
       if (!signal.aborted && !hasReason(error, 'NotFound') && known.code !== 'unavailable') {
         throw known;
@@ -42,7 +42,7 @@ async function removeServices(client: KubeClient, signal: AbortSignal): Promise<
   }
   throw new ClusterError(
     'deadline_exceeded',
-    `still there: ${left.join(', ') || 'nobody knows'}. Does the controller run? kubectl describe modelservice says what it waits for`,
+    `still there: ${left.join(', ') || 'unknown'}. Is the controller running? kubectl describe modelservice shows what it waits for`,
   );
 }
 

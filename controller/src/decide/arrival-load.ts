@@ -1,8 +1,11 @@
-// What the autoscaler remembers of the load: tokens that arrived, in bins of two seconds, and how fast full groups retire
-// them. Pure. Fed with the queue's cumulative counters, so that a missed reading loses nothing. replay.ts reads the past,
+// The autoscaler's memory of the load: arrived tokens, in bins of two seconds, and the speed of full groups. Pure.
+// Its input is the queue's cumulative counters, so a missed reading loses nothing. replay.ts reads the past,
 // autoscale.ts decides.
 
-/** The queue as the dispatcher reports it. Tokens are prompt plus permitted completion: what is known in advance. */
+/**
+ * The queue as the dispatcher reports it. Tokens are prompt plus permitted completion, because both are known in
+ * advance.
+ */
 export interface QueueReading {
   readonly waitingRequests: number;
   readonly waitingTokens: number;
@@ -14,7 +17,7 @@ export interface QueueReading {
   /** Tokens of all requests that arrived, and that ended, since the counters began. */
   readonly arrivedTokens: number;
   readonly endedTokens: number;
-  /** Changes when the counters begin again at zero. */
+  /** Changes when the counters restart at zero. */
   readonly countersEpoch: number;
 }
 
@@ -31,16 +34,16 @@ export interface LoadMemory {
 
 /** Length of a bin of arrivals. */
 export const binMs = 2000;
-/** Over how long the present rate is taken: a single large request should not make one, a burst of seconds should. */
+/** Window of the current rate: a burst of seconds should count, a single large request should not. */
 export const rateBins = 5;
-/** How long arrivals are remembered at least: bursts have to be seen a few times before they are known as such. */
+/** Shortest memory of arrivals: bursts must be seen a few times before they are recognised. */
 const precedentMs = 1_800_000;
-/** A moment at least half as busy as the present is like it; two separate ones say how such moments go on. */
+/** A moment at least half as busy as now counts as similar; two separate ones predict how such moments continue. */
 const precedentRatio = 0.5;
 const leastMoments = 2;
 /** Below half the slots a step's fixed cost hides how fast a full group would be. */
 const measurableSlotsRatio = 0.5;
-/** The mix of requests changes over the day; and the first guess weighs as much as this many seconds of one group. */
+/** The mix of requests changes over the day. The first guess weighs as much as this many seconds of one group. */
 const speedFadeMs = 900_000;
 const guessSeconds = 30;
 
@@ -62,7 +65,7 @@ interface LoadReading {
   readonly nowMs: number;
 }
 
-/** Adds a reading. Arrivals of a gap between readings are spread over it; counters that began again count from zero. */
+/** Adds a reading. Arrivals during a gap between readings are spread over it; restarted counters count from zero. */
 export function observeLoad(
   before: LoadMemory,
   { queue, readyGroups, memoryMs, nowMs }: LoadReading,
@@ -87,7 +90,7 @@ export function observeLoad(
   if (known && readyGroups > 0 && usedRatio >= measurableSlotsRatio) {
     const elapsedMs = nowMs - before.lastReadMs;
     const keep = Math.exp(-elapsedMs / speedFadeMs);
-    // Requests in flight are half done on average, so that bursts are not judged by their beginning, when none has ended.
+    // Requests in flight count as half done, so that a burst is not judged by its beginning, when none has ended.
     const begunTokens = (queue.inFlightTokens - last.inFlightTokens) / 2;
     retiredTokens = Math.max(0, retiredTokens * keep + queue.endedTokens - last.endedTokens + begunTokens);
     fullGroupSeconds = fullGroupSeconds * keep + (readyGroups * usedRatio * elapsedMs) / 1000;
@@ -102,23 +105,23 @@ export function observeLoad(
   };
 }
 
-/** Tokens that a full group retires a second: measured, mixed with the first guess while little has been seen. */
+/** Tokens per second of a full group: measured, and mixed with the first guess while there is little data. */
 export function groupSpeed(memory: LoadMemory, guessPerSecond: number): number {
   const seen = memory.retiredTokens + guessPerSecond * guessSeconds;
   return Math.max(1, seen / (memory.fullGroupSeconds + guessSeconds));
 }
 
-/** Tokens that arrived a second, of late. */
+/** Recently arrived tokens per second. */
 export function arrivalRate(memory: LoadMemory): number {
   const recent = memory.arrivals.slice(-rateBins);
   return recent.reduce((sum, tokens) => sum + tokens, 0) / ((recent.length * binMs) / 1000);
 }
 
 /**
- * Tokens that will arrive a second over the next `horizonMs`, going by how remembered moments went on that were at least
- * half as busy as the present: a burst like many before it will pass like them. Where there are too few such moments the
- * present rate lasts for as long as anything has been known (Lindy): what never happened before is taken seriously by a
- * controller that has seen a lot, and less so by one that has just started.
+ * Expected tokens per second over the next `horizonMs`, from how remembered moments continued that were at least half
+ * as busy as now: a burst like many before it will pass like them. With too few such moments, the current rate is
+ * expected to last as long as the memory reaches (Lindy): a controller with a long memory takes an unprecedented load
+ * seriously, a newly started one less so.
  */
 export function expectedRate(memory: LoadMemory, horizonMs: number): number {
   const { arrivals } = memory;

@@ -63,7 +63,9 @@ function runSteady(
   return { counts, memory: current };
 }
 
-/** Arrivals of a tenth of a token a second with a burst of `height` tokens a second, `burstSeconds` long, every 200 s. */
+/**
+ * Arrivals of a tenth of a token a second with a burst of `height` tokens a second, `burstSeconds` long, every 200 s.
+ */
 function memoryOfBursts(height: number, burstSeconds: number, bursts: number): LoadMemory {
   // Bins of two seconds.
   const period = Array.from({ length: 100 }, (_, bin) => (bin >= 100 - burstSeconds / 2 ? height * 2 : 0.2));
@@ -104,7 +106,7 @@ describe('decideScale', () => {
     const { decision } = decideScale(spec, seen, createScaleMemory(0, 0), 2000);
     expect(decision).toMatchObject({ wanted: 4, before: 0, reason: 'Backlog', clamps: [] });
     expect(decision.formula).toContain('backlog ceil(40000 / (1000 * 10 s)) = 4');
-    expect(decision.message).toBe('0 -> 4: more waits than the groups at hand would work off in time');
+    expect(decision.message).toBe('0 -> 4: more work waits than the existing groups can finish in time');
   });
 
   it('does not ask again for what starts already', () => {

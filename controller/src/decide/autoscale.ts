@@ -1,5 +1,6 @@
 // How many replica groups a model needs. Pure: time and memory are arguments. It reads the queue in tokens (prompt plus
-// permitted completion), because requests differ a thousandfold. It knows no pods. The result explains itself (status.ts).
+// permitted completion), because requests differ a thousandfold. It knows no pods. The result explains itself
+// (status.ts).
 //
 //   speed    tokens per second of a full group, measured while at least half of its slots run (arrival-load.ts)
 //   T        targetWaitSeconds
@@ -26,8 +27,9 @@
 //   - while the oldest request has waited longer than 2 T.
 // The last group stays until scaleToZeroAfterSeconds after the last work. An unknown queue holds the count.
 //
-// The plain rule (waiting + in flight) / (speed T) is a peer in tests/bench/autoscale.ts, which shows what each term gains.
-// INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue changes the count only to keep it within its limits.
+// The plain rule (waiting + in flight) / (speed T) is a peer in tests/bench/autoscale.ts, which shows what each term
+// gains. INVARIANT: min <= wanted <= max. INVARIANT: an unknown queue changes the count only to keep it within its
+// limits.
 
 import type { ScalingSpec } from '../resources/resources.ts';
 import type { ScaleDecision, ScaleReason } from '../resources/status.ts';
@@ -41,23 +43,23 @@ import {
 } from './arrival-load.ts';
 import { groupsForRecent, groupsToRelease, isBacklog, planBacklog, type ServiceRule } from './replay.ts';
 
-/** What the decision is made from. */
+/** The inputs of a decision. */
 export interface ScaleObservation {
   readonly queue: QueueReading | 'unknown';
-  /** Groups on which requests run. */
+  /** Groups that run requests. */
   readonly readyGroups: number;
-  /** For each group that starts: when it will be ready, going by what start-ups take; 0 where it is overdue. */
+  /** For each starting group, the expected time until it is ready, from measured start-ups; 0 if it is overdue. */
   readonly startingReadyInMs: readonly number[];
   /** How long a start-up takes, measured; undefined before the first one. */
   readonly startUpMs: number | undefined;
-  /** Why groups that should start cannot, in the scheduler's words. */
+  /** Why groups cannot start, in the scheduler's words. */
   readonly blocker?: string | undefined;
 }
 
-/** What one decision leaves for the next. Kept in the controller's memory; after a restart it begins again. */
+/** What one decision passes to the next. Kept in the controller's memory; a restart resets it. */
 export interface ScaleMemory {
   readonly beganMs: number;
-  /** The count that it began with. */
+  /** The count at its beginning. */
   readonly foundGroups: number;
   readonly wanted: number;
   readonly load: LoadMemory;
@@ -72,12 +74,12 @@ export interface ScaleResult {
   readonly memory: ScaleMemory;
 }
 
-/** A count is lowered only to what would do for groups this much slower: it keeps the count from flapping. */
+/** The count falls only to what would suffice for groups this much slower, which prevents flapping. */
 const downMarginRatio = 0.95;
-/** A fraction of a group this small is not worth one. */
+/** A fraction of a group this small does not add a group. */
 const roundingGroups = 0.25;
 
-/** A memory that knows nothing; `wanted` is the count that exists. */
+/** An empty memory; `wanted` is the existing count. */
 export function createScaleMemory(wanted: number, nowMs: number): ScaleMemory {
   return {
     beganMs: nowMs,
@@ -90,13 +92,13 @@ export function createScaleMemory(wanted: number, nowMs: number): ScaleMemory {
   };
 }
 
-/** The three terms of the rule, and what they were computed from. */
+/** The three terms of the rule, and their inputs. */
 interface Terms {
   readonly recent: number;
   readonly backlog: number;
   readonly oldest: number;
   readonly rate: number;
-  /** Whether the oldest has waited so long that the tokens cannot be right. */
+  /** Whether the oldest request has waited so long that the token counts must be wrong. */
   readonly overdue: boolean;
   readonly formula: string;
 }
@@ -124,7 +126,7 @@ export function decideScale(
       startUpMs,
       perSecond: groupSpeed(before.load, spec.groupTokensPerSecond),
     });
-    // Nobody knows what passed unseen: silence is counted from the next reading.
+    // Unseen arrivals are possible: idle time counts from the next reading.
     const memory = { ...before, wanted: decided.wanted, decidedMs: nowMs, lastWorkMs: nowMs };
     return { decision: decided, memory };
   }
@@ -160,12 +162,12 @@ export function decideScale(
         : 'RecentLoad';
   if (asked < before.wanted) {
     const learning = !idle && nowMs - before.beganMs < memoryMs;
-    // What the last moments changed has hardly moved the smoothed figure, and may last.
+    // A recent change has hardly moved the smoothed figure yet, and may last.
     const needed = Math.max(recentGroups, replayed) / downMarginRatio;
     const slotsPerGroup = queue.slots / Math.max(1, seen.readyGroups);
     const floor = Math.max(
       asked,
-      // What runs on a group that goes is moved to a free slot of another.
+      // Requests of a removed group move to free slots of other groups.
       slotsPerGroup > 0 ? Math.ceil(queue.inFlightRequests / slotsPerGroup) : 0,
       idle ? 0 : Math.ceil(needed - roundingGroups),
       groupsToRelease(queue.waitingTokens, rule),
@@ -176,7 +178,7 @@ export function decideScale(
     reason = held ? (learning && !terms.overdue ? 'Learning' : 'Stabilising') : reason;
   }
   if (wanted === 0) {
-    // A group that serves or starts outlives short silences; what is at zero stays there without work.
+    // A serving or starting group survives short idle times; a count of zero stays without work.
     wanted = !idle && existing > 0 && before.wanted > 0 ? 1 : 0;
     reason = wanted === 0 ? 'Idle' : 'KeepWarm';
   }
@@ -227,7 +229,7 @@ function computeTerms(
     const planned = planBacklog({ waitingTokens, rate, groupMs }, rule);
     const speed = Math.round(perSecond);
     const fromNothing = Math.ceil((waitingTokens * 1000) / (perSecond * targetMs));
-    // What waits is all that is known then: the beginning of a burst promises too much of it.
+    // Only the waiting work counts then: the beginning of a burst overstates its size.
     if (existing === 0 || (readyGroups === 0 && fromNothing < planned.groups)) {
       backlog = fromNothing;
       parts.push(`backlog ceil(${waitingTokens} / (${speed} * ${targetMs / 1000} s)) = ${backlog}`);
@@ -268,16 +270,16 @@ interface Explained {
 
 const reasonTexts: Readonly<Record<ScaleReason, string>> = {
   QueueUnknown: 'the queue cannot be read, so the count is held',
-  Oldest: 'the oldest request has waited twice the target and nothing starts',
-  Backlog: 'more waits than the groups at hand would work off in time',
-  RecentLoad: 'the recent arrivals need it',
-  Learning: 'too little has been seen since the controller started to go below what it found',
-  Stabilising: 'fewer would do, but not for long enough or not with a margin',
-  KeepWarm: 'the last group stays for scaleToZeroAfterSeconds after the last work',
+  Oldest: 'the oldest request has waited twice the target and no group is starting',
+  Backlog: 'more work waits than the existing groups can finish in time',
+  RecentLoad: 'the recent arrivals need this count',
+  Learning: 'the controller started too recently to go below the count that it found',
+  Stabilising: 'fewer groups would do, but not yet for long enough, or without a margin',
+  KeepWarm: 'the last group stays until scaleToZeroAfterSeconds after the last work',
   Idle: 'there is nothing to do',
 };
 
-/** Clamps the count and says why it is what it is. */
+/** Clamps the count and explains it. */
 function explain({
   spec,
   seen,

@@ -1,5 +1,5 @@
 // The status of a ModelService, from its groups and the last decision. Pure. Each condition names the generation it was
-// judged from, and its time changes only with its status. Written so that `kubectl describe` answers "why not?".
+// judged from, and its time changes only with its status. The words let `kubectl describe` answer "why not?".
 
 import type { ModelService } from '../resources/resources.ts';
 import type { Condition, ConditionType, ModelServiceStatus, ScaleDecision } from '../resources/status.ts';
@@ -21,12 +21,12 @@ export interface StatusInput {
   readonly nowMs: number;
 }
 
-/** Figures that change all the time are not written more often. */
+/** Shortest interval between writes of figures that change all the time. */
 const figuresIntervalMs = 15_000;
 
 type Judged = Pick<Condition, 'status' | 'reason' | 'message'>;
 
-/** The status to write, or undefined where the observed one will do. */
+/** The status to write, or undefined if the observed one is up to date. */
 export function planStatus(input: StatusInput): ModelServiceStatus | undefined {
   const { service, revision, groups, decision, queue, preparation, previous, nowMs } = input;
   const time = new Date(nowMs).toISOString();
@@ -81,7 +81,7 @@ export function planStatus(input: StatusInput): ModelServiceStatus | undefined {
   return changed || (figures && figuresDue) ? status : undefined;
 }
 
-/** What is written as soon as it changes. */
+/** The part that is written as soon as it changes. */
 function essenceOf({
   lastDecision,
   observedGeneration,
@@ -102,7 +102,7 @@ function essenceOf({
   };
 }
 
-/** What is written once in a while. */
+/** The part that is written from time to time. */
 function figuresOf({ queue, lastDecision }: ModelServiceStatus): unknown {
   const { waitingRequests, waitingTokens, oldestWaitingSeconds } = queue ?? {};
   return [waitingRequests, waitingTokens, oldestWaitingSeconds, lastDecision?.formula];
@@ -115,7 +115,11 @@ function judgeReady(
 ): Judged {
   const ready = groups.filter(({ state }) => state === 'ready').length;
   if (ready > 0) {
-    return { status: 'True', reason: 'GroupsReady', message: `${ready} of ${decision.wanted} groups serve` };
+    return {
+      status: 'True',
+      reason: 'GroupsReady',
+      message: `${ready} of ${decision.wanted} groups are ready`,
+    };
   }
   if (!found) {
     return { status: 'False', reason: `Model${condition.reason}`, message: condition.message };
@@ -123,7 +127,11 @@ function judgeReady(
   if (decision.wanted === 0) {
     return { status: 'True', reason: 'AtZero', message: 'no group is needed; the next request starts one' };
   }
-  return { status: 'False', reason: 'NoGroupReady', message: `none of ${decision.wanted} groups serves yet` };
+  return {
+    status: 'False',
+    reason: 'NoGroupReady',
+    message: `none of ${decision.wanted} groups is ready yet`,
+  };
 }
 
 function judgeProgress(groups: readonly ReplicaGroup[], decision: ScaleDecision, revision: string): Judged {
@@ -134,13 +142,13 @@ function judgeProgress(groups: readonly ReplicaGroup[], decision: ScaleDecision,
     return {
       status: 'True',
       reason: 'RollingOut',
-      message: `${ready} of ${decision.wanted} groups of revision ${revision} serve, ${old} of earlier ones are left`,
+      message: `${ready} of ${decision.wanted} groups of revision ${revision} are ready, ${old} of earlier revisions remain`,
     };
   }
   if (ready !== decision.wanted || active.length !== decision.wanted) {
-    return { status: 'True', reason: 'Scaling', message: `${ready} of ${decision.wanted} groups serve` };
+    return { status: 'True', reason: 'Scaling', message: `${ready} of ${decision.wanted} groups are ready` };
   }
-  return { status: 'False', reason: 'Complete', message: `all groups are of revision ${revision}` };
+  return { status: 'False', reason: 'Complete', message: `all groups have revision ${revision}` };
 }
 
 function judgeDegraded({ groups, decision, failures, nowMs }: StatusInput): Judged {
@@ -159,5 +167,5 @@ function judgeDegraded({ groups, decision, failures, nowMs }: StatusInput): Judg
   if (decision.blocker !== undefined) {
     return { status: 'True', reason: 'Blocked', message: decision.blocker };
   }
-  return { status: 'False', reason: 'AsExpected', message: 'nothing stands in the way' };
+  return { status: 'False', reason: 'AsExpected', message: 'no failures' };
 }

@@ -1,6 +1,6 @@
 // The containers and volumes of a group's pods and of the prepare pod. Pure. Owns ports, probes, volumes, the worker's
-// variables (worker/src/config.ts reads them) and the security context: Pod Security "restricted", except that a hostPath
-// breaks it.
+// variables (worker/src/config.ts reads them) and the security context: Pod Security "restricted", which only a
+// hostPath violates.
 
 import { amountOf } from '../resources/quantity.ts';
 import { executionProviderOf, type ModelService, type ModelServiceSpec } from '../resources/resources.ts';
@@ -9,23 +9,23 @@ import { podName, rankServiceName } from './labels.ts';
 /** A Kubernetes object, or a part of one. */
 export type Manifest = Readonly<Record<string, unknown>>;
 
-/** Where shards are kept: on a claim or a host's directory, shared by pods, or in each pod by itself. */
+/** Where shards are stored: on a claim or in a directory of the host, shared by pods, or separately in each pod. */
 export type ModelCache =
   | { readonly kind: 'claim'; readonly claimName: string }
   | { readonly kind: 'hostPath'; readonly path: string }
   | { readonly kind: 'pod' };
 
-/** What the controller's own configuration says about workers. */
+/** The worker part of the controller's configuration. */
 export interface WorkerSettings {
   readonly image: string;
-  /** For services that ask for accelerators. */
+  /** For services with accelerators. */
   readonly cudaImage: string;
   readonly imagePullPolicy: string;
   readonly natsUrl: string;
-  /** A Secret whose entry `credentials` the servers ask for; absent or empty: they ask for none. */
+  /** The Secret whose entry `credentials` the servers require; absent or empty: they require none. */
   readonly natsCredentialsSecret?: string;
   readonly cache: ModelCache;
-  /** What pods get that their service does not say; absent: nothing. */
+  /** Defaults for pods whose service sets no value. */
   readonly podDefaults?: PodDefaults;
 }
 
@@ -37,7 +37,7 @@ interface PodDefaults {
   readonly accelerated: AcceleratedPods;
 }
 
-/** Where pods that ask for accelerators run; each part gives way to the service's own. */
+/** Placement of pods with accelerators; a service's own values win, part by part. */
 interface AcceleratedPods {
   /** Empty: the machine's default. */
   readonly runtimeClassName: string;
@@ -56,19 +56,19 @@ export interface GroupIdentity {
   readonly group: string;
   readonly revision: string;
   readonly index: number;
-  /** Random for each life of a group: ranks turn away those of another life. */
+  /** Random for each life of a group: ranks reject ranks of another life. */
   readonly groupToken: string;
 }
 
 export const workerPort = 50_052;
 const peerPort = 50_152;
 const metricsPort = 9464;
-/** Between SIGTERM and SIGKILL: handing over takes seconds, long work has drained before the pod is deleted. */
+/** Time between SIGTERM and SIGKILL: a hand-over takes seconds, and long work has drained before the pod is deleted. */
 export const terminationGraceSeconds = 30;
-/** Loading 7B from a slow volume takes most of an hour at the worst. */
+/** Loading 7B from a slow volume takes almost an hour in the worst case. */
 const startUpLimitSeconds = 3600;
 const threadsMax = 256;
-/** A directory, not a file: only so does the kubelet bring changed credentials into running pods. */
+/** A directory, not a file: only then does the kubelet update changed credentials in running pods. */
 const credentialsDirectory = '/etc/mimo/nats';
 
 export function imageOf({ resources, template }: ModelServiceSpec, settings: WorkerSettings): string {
@@ -112,7 +112,10 @@ export function rankContainer(
   };
 }
 
-/** Finds the checkpoint and compiles its shards into the cache; `publish` also offers the model to the gateways. */
+/**
+ * Finds the checkpoint and compiles its shards into the cache; with `publish` it also publishes the model to the
+ * gateways.
+ */
 export function prepareContainer(
   service: ModelService,
   identity: GroupIdentity,
@@ -126,7 +129,7 @@ export function prepareContainer(
     args: [
       'prepare',
       ...(options.publish ? ['--publish'] : []),
-      // What a prepare pod compiles into a cache of its own is gone with it.
+      // A prepare pod's private cache is deleted with the pod.
       ...(options.publish && !shared ? [] : ['--compile']),
     ],
     env: rankVariables(service, identity, options),
@@ -160,7 +163,7 @@ function imageFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest
   };
 }
 
-/** Ranks of one pod share its address, so each has ports of its own. */
+/** Ranks of one pod share its address, so each has its own ports. */
 function portOffset({ placement }: ModelServiceSpec, rank: number): number {
   return placement === 'spread' ? 0 : rank;
 }
@@ -215,12 +218,12 @@ function rankVariables(
           MIMO_WORKER_PEERS: peers.join(','),
           MIMO_WORKER_PEER_LISTEN: `${spread ? '0.0.0.0' : '127.0.0.1'}:${peerPort + offset}`,
         }),
-    // The template's own variables come last and win.
+    // The template's variables come last and win.
     ...Object.fromEntries(template.env.map(({ name, value }) => [name, value])),
   };
   const { tokenSecret } = hub ?? {};
   return [
-    // First: $(POD_IP) is replaced in what follows.
+    // First: later variables may contain $(POD_IP).
     { name: 'POD_IP', valueFrom: { fieldRef: { fieldPath: 'status.podIP' } } },
     ...(tokenSecret === undefined
       ? []
@@ -276,7 +279,7 @@ function cacheVolume(cache: ModelCache): Manifest {
   if (cache.kind === 'claim') {
     return claimOf(cache.claimName, false);
   }
-  // A host's directory must be there, and be the workers' user's: the kubelet would make one that only root may write.
+  // The directory must exist and belong to the workers' user: the kubelet would create one that only root can write.
   return cache.kind === 'pod' ? { emptyDir: {} } : { hostPath: { path: cache.path, type: 'Directory' } };
 }
 

@@ -1,18 +1,19 @@
 // The disruption budget of a service, counted in groups although Kubernetes counts pods. Pure.
 //
-// `maxUnavailable` would not do: the disruption controller then takes the expected count from the scale subresource, which
-// is the floor in groups, so at `min: 0` it would allow everything. `minAvailable` is compared with the pods that are Ready:
+// `maxUnavailable` does not work: the disruption controller would take the expected count from the scale subresource,
+// which is the minimum in groups, so at `min: 0` it would allow every eviction. `minAvailable` is compared with the
+// Ready pods:
 //
 //   minAvailable = pods of the protected groups - 1 + Ready pods of draining groups
 //
-// With all protected groups Ready one eviction is allowed. It makes its group unready, because the readiness gate is that of
-// the whole group; its other ranks are then unhealthy and may be evicted freely, and no other group's may. A group stays
-// protected while it is rebuilt, but for ten minutes at most: a group that cannot be placed again must not keep the other
-// machines from being emptied. Groups that drain are Ready for a while and are not to be taken for spare ones.
+// With all protected groups Ready, one eviction is allowed. It makes its group unready, because the readiness gate
+// covers the whole group; the group's other ranks may then be evicted freely, those of other groups may not. A group
+// stays protected while it is rebuilt, but for at most ten minutes: a group that cannot be placed again must not
+// block the draining of other machines. Draining groups are Ready for a while and must not count as spare ones.
 
 import type { ReplicaGroup } from './groups.ts';
 
-/** What was protected, and since when less than that has been Ready. */
+/** What was protected, and since when fewer pods have been Ready. */
 export interface DisruptionMemory {
   readonly protectedPods: number;
   readonly belowSinceMs: number | undefined;
@@ -27,7 +28,9 @@ export interface DisruptionPlan {
   readonly memory: DisruptionMemory;
 }
 
-/** Plans the budget. `wantedPods` is what the wanted groups have together: what was protected above it is forgotten at once. */
+/**
+ * Plans the budget. `wantedPods` is the number of pods of all wanted groups; protection above it is dropped at once.
+ */
 export function planDisruption(
   groups: readonly ReplicaGroup[],
   wantedPods: number,

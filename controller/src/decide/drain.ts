@@ -1,13 +1,14 @@
-// Which group goes first, when a draining group may be deleted, and which drain marks the dispatcher is to see. Pure.
+// Which groups to remove first, when a draining group may be deleted, and which drain marks the dispatcher shall see.
+// Pure.
 
 import type { DrainMarks } from '@mimo/core/bus/queue';
 
 import { isServing, type ReplicaGroup } from './groups.ts';
 
 /**
- * The `count` groups that are the cheapest to take away: those that serve nobody yet, youngest first; then those that are
- * becoming ready, then those that are, each with the fewest tokens in flight first. Unknown load counts as most. Ties go to
- * the higher index, so that the answer is always the same.
+ * The `count` groups that are cheapest to remove: first those that serve nobody yet, youngest first; then those
+ * becoming ready, then ready ones, each with the fewest tokens in flight first. Unknown load counts as the highest.
+ * Ties go to the higher index, so that the result is deterministic.
  */
 export function chooseVictims(groups: readonly ReplicaGroup[], count: number): readonly ReplicaGroup[] {
   return groups
@@ -26,8 +27,8 @@ function tokensOf(group: ReplicaGroup): number {
 }
 
 /**
- * Why a draining group can be deleted at this moment: it holds nothing and gets nothing any more, nobody reaches it, or its
- * time is up (the rest moves to other groups). Undefined: it drains on, also where nothing is known of it.
+ * Why a draining group can be deleted now: it has no requests and gets no new ones, no gateway reaches it, or its
+ * time is up (the rest moves to other groups). Undefined: it keeps draining, also if nothing is known about it.
  */
 export function drainEnd(
   { drainingSinceMs, load }: ReplicaGroup,
@@ -41,10 +42,10 @@ export function drainEnd(
     return 'drained: it holds no requests';
   }
   if (nowMs - drainingSinceMs >= drainMs) {
-    return `drained: ${drainMs / 1000} s are over, what it holds moves to other groups`;
+    return `drained: ${drainMs / 1000} s are over, its requests move to other groups`;
   }
   if (loadsComplete && load?.routable !== true && (load?.inFlightRequests ?? 0) === 0) {
-    return 'drained: it does not serve';
+    return 'drained: it is not reachable';
   }
   return undefined;
 }
@@ -55,8 +56,8 @@ export interface MarkPlan {
 }
 
 /**
- * What has to change for the marks to be those of the groups that drain. A mark stays until the last pod is gone: nothing
- * is to be assigned to a group that ends; and it goes before another group can have the name.
+ * The changes that make the marks match the draining groups. A mark stays until the last pod is gone, so that an
+ * ending group gets no requests, and is removed before another group can take the name.
  */
 export function planMarks(groups: readonly ReplicaGroup[], marks: DrainMarks | 'unknown'): MarkPlan {
   if (marks === 'unknown') {

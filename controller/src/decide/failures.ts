@@ -1,14 +1,15 @@
-// How often groups of the current revision failed of late, and when the next may be created. Pure. Keeps a model that cannot
-// start (no such checkpoint, no memory) from being tried without end, while a group that dies once is rebuilt at once.
+// How often groups of the current revision failed recently, and when the next may be created. Pure. A model that
+// cannot start (no such checkpoint, no memory) is retried ever more slowly, while a group that dies once is rebuilt
+// at once.
 
 import type { ReplicaGroup } from './groups.ts';
 
-/** Rebuilds of late, so that a model that cannot start is not tried without end. */
+/** Recent rebuilds, to slow down retries of a model that cannot start. */
 export interface FailureMemory {
   readonly revision: string;
   readonly count: number;
   readonly lastMs: number;
-  /** First pods of the broken groups that are counted already and still there. */
+  /** First pods of the broken groups that still exist and are already counted. */
   readonly countedUids: readonly string[];
 }
 
@@ -27,7 +28,10 @@ export function retryAtMs({ count, lastMs }: FailureMemory): number {
   return lastMs + Math.min(longestBackoffMs, firstBackoffMs * 2 ** (count - 2));
 }
 
-/** Counts the groups that failed since the last call; a changed template or ten quiet minutes begin anew. */
+/**
+ * Counts the groups that failed since the last call; a changed template or ten minutes without failures reset the
+ * count.
+ */
 export function countFailures(
   before: FailureMemory,
   groups: readonly ReplicaGroup[],

@@ -1,7 +1,7 @@
-// Observed pods -> replica groups and their states. Pure. A group is a whole: with one rank lost it is broken, and the
-// ranks that are left are of no use. Knows no spec.
+// Observed pods -> replica groups and their states. Pure. A group is a whole: if one rank is lost it is broken, and
+// its other ranks are useless. Independent of the spec.
 
-/** What is known of one pod: its labels, its state, and what the dispatcher says of its group. */
+/** One pod: its labels, its state, and the dispatcher's report on its group. */
 export interface ObservedPod {
   readonly name: string;
   readonly uid: string;
@@ -9,7 +9,7 @@ export interface ObservedPod {
   readonly revision: string;
   readonly index: number;
   readonly rank: number;
-  /** Pods of its group, by the label it was created with: another revision may have another size. */
+  /** Number of pods of its group, from its label: another revision may have another size. */
   readonly groupPods: number;
   readonly phase: 'Pending' | 'Running' | 'Succeeded' | 'Failed';
   /** The Ready condition, readiness gate included: the dispatcher holds a live channel to the whole group. */
@@ -18,12 +18,12 @@ export interface ObservedPod {
   readonly createdMs: number;
   /** The drain mark, set by the controller. */
   readonly drainingSinceMs: number | undefined;
-  /** The scheduler's words where the pod cannot be placed. */
+  /** The scheduler's message if the pod cannot be placed. */
   readonly blocker: string | undefined;
-  /** The last words of a container that failed, and when the controller saw it. */
+  /** The last message of a failed container, and when the controller saw it. */
   readonly failure: string | undefined;
   readonly failedMs: number | undefined;
-  /** The readiness gate as it is set: whether the dispatcher was last known to reach the whole group. */
+  /** The current readiness gate: whether the dispatcher last reported that it reaches the whole group. */
   readonly routable: boolean;
 }
 
@@ -33,21 +33,21 @@ export interface PodRef {
   readonly uid: string;
 }
 
-/** What the dispatcher reports of a group. Absent where it knows nothing of it. */
+/** The dispatcher's report on a group; absent if it does not know the group. */
 export interface GroupLoad {
   /** The dispatcher holds a live channel to the whole group. */
   readonly routable: boolean;
-  /** The dispatcher has seen the drain mark: what is in flight only gets less. */
+  /** The dispatcher has seen the drain mark: the group gets no new requests. */
   readonly draining: boolean;
   readonly inFlightRequests: number;
   readonly inFlightTokens: number;
-  /** Requests wait that only groups which compute what this one does may run, and those are full. */
+  /** Requests wait that only groups with this model identity may run, and those groups are full. */
   readonly waitedFor?: boolean;
 }
 
 /**
- * starting: complete, not ready yet; ready: serves; draining: takes nothing new; broken: a rank is missing, over or being
- * deleted while others are there; ending: every pod is being deleted.
+ * starting: complete, not ready yet; ready: serves; draining: gets no new requests; broken: a rank is missing,
+ * finished or being deleted while others exist; ending: every pod is being deleted.
  */
 export type GroupState = 'starting' | 'ready' | 'draining' | 'broken' | 'ending';
 
@@ -65,7 +65,7 @@ export interface ReplicaGroup {
   readonly load: GroupLoad | undefined;
 }
 
-/** Whether requests run there: it is ready, or the dispatcher reaches it already, which makes it ready a moment later. */
+/** Whether it can run requests: it is ready, or the dispatcher already reaches it, which makes it ready soon. */
 export function isServing({ state, load }: ReplicaGroup): boolean {
   return state === 'ready' || (state === 'starting' && load?.routable === true);
 }
@@ -113,7 +113,7 @@ function stateOf(pods: readonly ObservedPod[], ready: boolean, draining: boolean
   return ready ? 'ready' : 'starting';
 }
 
-/** The words of the pod that failed first: the others of its group fail because of it. */
+/** The message of the pod that failed first: the group's other pods fail because of it. */
 function firstFailure(pods: readonly ObservedPod[]): string | undefined {
   const failed = pods.filter(({ failure }) => failure !== undefined);
   return failed.toSorted((a, b) => (a.failedMs ?? 0) - (b.failedMs ?? 0))[0]?.failure;

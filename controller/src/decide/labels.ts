@@ -1,4 +1,4 @@
-// Labels, annotations and names of what the controller makes, by which it finds it again. Names are deterministic: the
+// Labels, annotations and names of the controller's objects, by which it finds them again. Names are deterministic: the
 // same group of the same revision always has the same pods.
 
 import { resourceGroup } from '../resources/resources.ts';
@@ -19,19 +19,19 @@ export const prepareLabels = {
   hash: `${resourceGroup}/model-hash`,
 } as const;
 
-/** On everything that the controller makes; its watches select by it. */
+/** On every object of the controller; its watches select by it. */
 export const managedBy = { 'app.kubernetes.io/managed-by': 'mimo-controller' } as const;
 
 /** The mark of a draining group: since when, ISO time. */
 export const drainAnnotation = `${resourceGroup}/draining-since`;
 
-/** One life of a group, the same on all its pods: tells a pod that this creation made from one that was there. */
+/** One life of a group, the same on all its pods: distinguishes a pod of this creation from an older one. */
 export const lifeAnnotation = `${resourceGroup}/life`;
 
 /** The readiness gate: true while the dispatcher holds a live channel to the whole group. */
 export const routableCondition = `${resourceGroup}/routable`;
 
-/** Keeps a ModelService until its groups have drained and its model is out of the catalogue. */
+/** Keeps a ModelService until its groups have drained and its model is removed from the catalogue. */
 export const drainFinalizer = `${resourceGroup}/drain`;
 
 export function groupName(service: string, revision: string, index: number): string {
@@ -55,7 +55,7 @@ export function disruptionBudgetName(service: string): string {
   return `${service}-groups`;
 }
 
-/** The service of a pod, by the pod's name: all that is left of one that is gone. */
+/** The service of a pod, from the pod's name: the only thing known about a deleted pod. */
 export function serviceOfPodName(pod: string): string | undefined {
   return /^(.+)-[0-9a-f]{8}-(?:\d+-\d+|prepare)$/.exec(pod)?.[1];
 }

@@ -32,7 +32,8 @@ import {
 } from './labels.ts';
 
 /**
- * A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five minutes.
+ * A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five
+ * minutes.
  */
 const lostMachineTolerations = ['not-ready', 'unreachable'].map((condition) => ({
   key: `node.kubernetes.io/${condition}`,
@@ -41,7 +42,10 @@ const lostMachineTolerations = ['not-ready', 'unreachable'].map((condition) => (
   tolerationSeconds: 30,
 }));
 
-/** Whether a pod's tolerations say how long it outlives its machine's failing: of several Kubernetes takes the shortest. */
+/**
+ * Whether a pod's tolerations limit how long it outlives its machine's failure; Kubernetes takes the shortest of
+ * several.
+ */
 function isSaid(condition: string, tolerations: ModelServiceSpec['template']['tolerations']): boolean {
   return tolerations.some(
     ({ key = condition, value = '', effect = 'NoExecute' }) =>
@@ -49,7 +53,7 @@ function isSaid(condition: string, tolerations: ModelServiceSpec['template']['to
   );
 }
 
-/** The longest that fetching and compiling a model may take. */
+/** Time limit for fetching and compiling a model. */
 const prepareLimitSeconds = 3 * 3600;
 
 /** The pods of a group in order of rank: one for `pod`, tensorParallel of them for `spread`. */
@@ -124,7 +128,7 @@ export function preparePod(service: ModelService, modelHash: string, settings: W
   };
 }
 
-/** Gives every rank its stable name, also before it is ready: ranks find one another in order to become ready. */
+/** Gives every rank a stable name before it is ready: ranks must find each other to become ready. */
 export function rankService(service: ModelService): Manifest {
   return {
     apiVersion: 'v1',
@@ -158,7 +162,7 @@ export function disruptionBudget(service: ModelService, minAvailable: number): M
     spec: {
       minAvailable,
       selector: { matchLabels: { [labels.service]: service.metadata.name } },
-      // Without this a group that never became ready would keep its machine from ever being emptied.
+      // Otherwise a group that never became ready would block the draining of its machine forever.
       unhealthyPodEvictionPolicy: 'AlwaysAllow',
     },
   };
@@ -194,7 +198,7 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
     ...(podDefaults?.imagePullSecrets ?? []),
   ]);
   return {
-    // A rank that ends takes its group with it; the controller rebuilds groups, the kubelet must not.
+    // When a rank ends, so does its group; the controller rebuilds groups, not the kubelet.
     restartPolicy: 'Never',
     terminationGracePeriodSeconds: terminationGraceSeconds,
     enableServiceLinks: false,
@@ -217,8 +221,8 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
 }
 
 /**
- * Groups go to different machines and zones, so that one failure takes one group; the ranks of one group go to one zone,
- * because they exchange sums at every layer. All of it gives way where there is no such room.
+ * Groups go to different machines and zones, so that one failure takes one group; the ranks of one group go to one
+ * zone, because they exchange sums at every layer. These are preferences, not requirements.
  */
 function placementOf(
   { metadata }: ModelService,
@@ -226,7 +230,7 @@ function placementOf(
   { pod, pods }: { readonly pod: number; readonly pods: number },
 ): Manifest {
   const zone = 'topology.kubernetes.io/zone';
-  // The same rank of every group: the ranks of one group are not to be kept apart.
+  // Selects the same rank of every group: ranks of one group need not be apart.
   const peers = { matchLabels: { [labels.service]: metadata.name, [labels.rank]: String(pod) } };
   const spreadOver = (topologyKey: string): Manifest => ({
     maxSkew: 1,

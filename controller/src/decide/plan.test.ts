@@ -232,7 +232,7 @@ describe('planService', () => {
         creates = plan.actions.some(({ kind }) => kind === 'createGroup');
         const degraded = statusOf(plan.actions).conditions?.find(({ type }) => type === 'Degraded');
         expect(degraded?.status).toBe(failures.count >= 2 ? 'True' : 'False');
-        expect(degraded?.message).toContain(failures.count >= 2 ? 'no such checkpoint' : 'nothing stands');
+        expect(degraded?.message).toContain(failures.count >= 2 ? 'no such checkpoint' : 'no failures');
         nowMs += creates ? 0 : 1000;
       }
       waits.push((nowMs - begin) / 1000);

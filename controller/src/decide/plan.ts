@@ -1,21 +1,21 @@
-// What is to be done for one ModelService: observation -> ordered actions. Pure; act.ts carries them out, and whatever
-// fails is planned again from the next observation. Owns the order and the life of groups; rollout.ts counts them,
-// drain.ts chooses among them, conditions.ts words the status.
+// The plan for one ModelService: observation -> ordered actions. Pure; act.ts carries them out, and a failed action
+// is planned again from the next observation. Owns the order and the life of groups; rollout.ts counts them, drain.ts
+// chooses among them, conditions.ts writes the status.
 //
 // In this order:
-//   finalizer   before anything is created; taken away when the service is being deleted and nothing is left
+//   finalizer   before anything is created; removed when the service is being deleted and nothing is left
 //   prepare     the pod that finds the model: prepare.ts
-//   gate        the readiness gate of each pod follows what the dispatcher says of its group
+//   gate        the readiness gate of each pod follows the dispatcher's report on its group
 //   mark        the dispatcher's drain marks follow the groups that drain
-//   delete      broken groups, whole; draining groups that are done; groups that have to go and serve nobody
-//   drain       the mark on groups that have to go and serve: nothing is assigned to them any more
-//   resume      the mark off again
-//   create      whole groups, at the lowest free indexes, once the model is found: a group that still ends keeps its name
+//   delete      broken groups, whole; drained groups; unneeded groups that serve nobody
+//   drain       the mark on serving groups that have to go: they get no new requests
+//   resume      removes the mark
+//   create      whole groups, at the lowest free indexes, once the model is found; an ending group keeps its name
 //   status      last, from what was observed
 //
-// Nothing is planned but the status while own writes have not come back in the observation (`settled`): a second look at old
-// pods would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
-// INVARIANT: an observation that is what the plan wants gives an empty plan.
+// Only the status is planned until own writes appear in the observation (`settled`): a second plan from old pods
+// would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
+// INVARIANT: if the observation matches the target, the plan is empty.
 
 import type { DrainMarks } from '@mimo/core/bus/queue';
 
@@ -37,7 +37,7 @@ import { planRollout } from './rollout.ts';
 
 export type Action =
   | { readonly kind: 'addFinalizer' }
-  /** Takes the model out of the catalogue. */
+  /** Removes the model from the catalogue. */
   | { readonly kind: 'removeModel' }
   | { readonly kind: 'removeFinalizer' }
   | PrepareAction
@@ -49,7 +49,7 @@ export type Action =
       readonly group: string;
       readonly pods: readonly PodRef[];
       readonly reason: string;
-      /** It broke; else it is not needed any more. */
+      /** True: it broke. False: it is no longer needed. */
       readonly failed: boolean;
     }
   | {
@@ -72,14 +72,17 @@ export interface PlanInput extends Pick<StatusInput, 'decision' | 'queue' | 'pre
   readonly revision: string;
   readonly pods: readonly ObservedPod[];
   readonly loads: ReadonlyMap<string, GroupLoad>;
-  /** False: a group without a load is one of which nothing is known, and its gate is left as it is. */
+  /** False: nothing is known about groups without a load, and their gates stay as they are. */
   readonly loadsComplete: boolean;
   /** The drain marks as the dispatcher sees them. */
   readonly marks: DrainMarks | 'unknown';
   readonly preparation: Preparation;
-  /** No other service serves the model: its entry of the catalogue goes with this one. Unknown: no answer from there. */
+  /**
+   * No other service serves the model: its catalogue entry is removed with this service. Undefined: the catalogue did
+   * not answer.
+   */
   readonly ownsCatalogueEntry: boolean | 'unknown';
-  /** False while writes of ours have not been observed yet. */
+  /** False until own writes have been observed. */
   readonly settled: boolean;
   readonly failures: FailureMemory;
   readonly nowMs: number;
@@ -144,10 +147,10 @@ export function planService(input: PlanInput): Plan {
   };
 }
 
-/** How long a deletion waits for a catalogue that cannot be reached: an entry that stays offers a model at zero. */
+/** How long a deletion waits for an unreachable catalogue: a leftover entry would offer a model with zero groups. */
 const catalogueLimitMs = 60_000;
 
-/** The end of a service that has no pods any more. */
+/** The end of a service without pods. */
 function planEnd({ service, ownsCatalogueEntry, nowMs }: PlanInput): Action[] {
   const sinceMs = Date.parse(service.metadata.deletionTimestamp ?? '');
   if (ownsCatalogueEntry === 'unknown' && nowMs - sinceMs < catalogueLimitMs) {
@@ -180,7 +183,7 @@ function planDeletions(groups: readonly ReplicaGroup[], input: PlanInput): Actio
   return groups.flatMap((group) => {
     const reason =
       group.state === 'broken'
-        ? `broken: ${group.failure ?? 'a rank is missing or over'}`
+        ? `broken: ${group.failure ?? 'a rank is missing or has ended'}`
         : group.state === 'draining'
           ? drainEnd(group, drainMs, input)
           : undefined;

@@ -1,20 +1,20 @@
-// Whether the model of a ModelService is found and prepared, and what the prepare pod has to do with it. Pure. The pod runs
+// Whether the model of a ModelService is found and prepared, and what to do with its prepare pod. Pure. The pod runs
 // before any group exists, at min 0 too: it finds or fetches the checkpoint, compiles it where the cache is shared, and
 // publishes tokenizer and config to the catalogue, from which gateways learn that the model exists.
 //
-//   prepared   status.preparedModel is the hash of source, precision and tensorParallel: groups may be created
-//   create     not prepared, or the catalogue has lost the model; and no pod of this hash is there
+//   prepared   status.preparedModel equals the hash of source, precision and tensorParallel: groups may be created
+//   create     not prepared, or the catalogue has lost the model; and no pod of this hash exists
 //   delete     pods of another hash; a pod that succeeded, once the status says so; a failed one when it is time to try again
 //
-// A model that cannot be found (exit code 3) is tried again after five minutes, anything else after 10 s, 20 s ... 5 min,
-// and both at once after a change of the spec. A model that was prepared and cannot be found any more keeps its groups and
-// gets no others.
+// A model that cannot be found (exit code 3) is retried after five minutes, other failures after 10 s, 20 s ... 5
+// min, and both at once after a change of the spec. A prepared model that can no longer be found keeps its groups but
+// gets no new ones.
 
 import type { Condition } from '../resources/status.ts';
 import { preparePodName } from './labels.ts';
 import type { PodRef } from './groups.ts';
 
-/** What is known of one prepare pod. */
+/** One prepare pod. */
 export interface PreparePod {
   readonly name: string;
   readonly uid: string;
@@ -22,23 +22,23 @@ export interface PreparePod {
   readonly phase: 'Pending' | 'Running' | 'Succeeded' | 'Failed';
   readonly deleting: boolean;
   readonly exitCode: number | undefined;
-  /** When the controller saw that it had failed. */
+  /** When the controller first saw its failure. */
   readonly failedMs: number | undefined;
-  /** Why it does not start: the scheduler's words, or those of an image that cannot be pulled. */
+  /** Why it does not start: the message of the scheduler or of a failed image pull. */
   readonly blocker: string | undefined;
   /** The last words of the container. */
   readonly failure: string | undefined;
 }
 
-/** Attempts that failed. Kept in the controller's memory; after a restart it begins with the pod that is there. */
+/** Failed attempts. Kept in the controller's memory; after a restart counting begins with the existing pod. */
 export interface PrepareMemory {
   readonly modelHash: string;
   readonly failures: number;
   readonly lastMs: number;
-  /** The model cannot be found, as the last attempt said. */
+  /** The last attempt reported that the model cannot be found. */
   readonly notFound: boolean;
   readonly message: string;
-  /** Of the spec that was tried. */
+  /** Hash of the spec of the attempts. */
   readonly generation: number;
   readonly countedUid: string;
   /** Since when the catalogue has been without a prepared model. */
@@ -80,7 +80,7 @@ export interface Preparation {
   /** Groups may be created. */
   readonly found: boolean;
   readonly condition: Pick<Condition, 'status' | 'reason' | 'message'>;
-  /** What keeps the model from being prepared, where something does. */
+  /** What prevents the preparation, if anything. */
   readonly blocker: string | undefined;
   /** For the status. */
   readonly preparedModel: string | undefined;
@@ -89,12 +89,12 @@ export interface Preparation {
   readonly memory: PrepareMemory;
 }
 
-/** How a prepare pod says that there is no such model: worker/src/prepare.ts. */
+/** The exit code of a prepare pod for a model that does not exist: worker/src/prepare.ts. */
 const notFoundExitCode = 3;
 const notFoundRetryMs = 300_000;
 const firstBackoffMs = 10_000;
 const longestBackoffMs = 300_000;
-/** The pod's end and the catalogue's news come by different ways. */
+/** The pod's end and the catalogue's change arrive by different channels. */
 const unpublishedGraceMs = 15_000;
 
 /** Plans the preparation of one service's model. The same input always gives the same plan. */
@@ -113,7 +113,7 @@ export function planPrepare(input: PrepareInput): Preparation {
 
   const actions: PrepareAction[] = stale
     .filter(({ deleting }) => !deleting)
-    .map((pod) => remove(pod, 'of no use any more'));
+    .map((pod) => remove(pod, 'no longer needed'));
   if (!input.deleting && nameTakenBy === undefined) {
     const due = nowMs >= retryAtMs(memory, input.generation);
     if (current === undefined) {
@@ -143,7 +143,7 @@ function remove({ name, uid }: PreparePod, reason: string): PrepareAction {
   return { kind: 'deletePreparePod', pod: { name, uid }, reason };
 }
 
-/** Counts a failed pod once; forgets all where the model is another one, or the attempt succeeded. */
+/** Counts a failed pod once; resets if the model changed or the attempt succeeded. */
 function remember(input: PrepareInput, current: PreparePod | undefined): PrepareMemory {
   const { modelHash, memory, nowMs } = input;
   const known = memory.modelHash === modelHash ? memory : { ...noPreparation, modelHash };
@@ -160,7 +160,7 @@ function remember(input: PrepareInput, current: PreparePod | undefined): Prepare
     failures: known.failures + 1,
     lastMs: current.failedMs ?? nowMs,
     notFound: current.exitCode === notFoundExitCode,
-    message: current.failure ?? 'the prepare pod failed without a word',
+    message: current.failure ?? 'the prepare pod failed without a message',
     generation: input.generation,
     countedUid: current.uid,
     unpublishedSinceMs,
@@ -187,12 +187,12 @@ function judge(
   { memory, prepared, current }: Known,
 ): Pick<Preparation, 'condition' | 'blocker'> {
   if (nameTakenBy !== undefined) {
-    const message = `ModelService ${nameTakenBy} serves a model of this name already: requests are queued by name`;
+    const message = `ModelService ${nameTakenBy} already serves a model of this name: requests are queued by name`;
     return { condition: { status: 'False', reason: 'NameTaken', message }, blocker: message };
   }
   const again = new Date(retryAtMs(memory, generation)).toISOString();
   if (memory.notFound) {
-    const message = `${memory.message} (tried again ${again}, or when the spec changes)`;
+    const message = `${memory.message} (next attempt ${again}, or when the spec changes)`;
     return { condition: { status: 'False', reason: 'NotFound', message }, blocker: memory.message };
   }
   if (prepared) {
@@ -200,10 +200,10 @@ function judge(
     return { condition: { status: 'True', reason: 'Prepared', message }, blocker: undefined };
   }
   if (memory.failures > 0) {
-    const message = `attempt ${memory.failures} failed, tried again ${again}: ${memory.message}`;
+    const message = `attempt ${memory.failures} failed, next attempt ${again}: ${memory.message}`;
     return { condition: { status: 'Unknown', reason: 'PrepareFailed', message }, blocker: memory.message };
   }
   const blocker = current?.blocker;
-  const message = blocker ?? 'the checkpoint is looked for and prepared';
+  const message = blocker ?? 'looking for the checkpoint and preparing it';
   return { condition: { status: 'Unknown', reason: 'Preparing', message }, blocker };
 }

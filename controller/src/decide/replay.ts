@@ -1,46 +1,49 @@
-// What a backlog asks for, and what count would have been best for the recent arrivals, given that a backlog is helped so.
-// Pure. Reads the memory of arrival-load.ts; autoscale.ts decides. Work is a fluid of tokens, served in order of arrival.
+// How many groups a backlog needs, and which count would have been best for the recent arrivals, given that help for
+// backlogs. Pure. Reads the memory of arrival-load.ts; autoscale.ts decides. Work is a fluid of tokens, served in
+// order of arrival.
 
 import { binMs, rateBins, type LoadMemory } from './arrival-load.ts';
 
-/** How fast groups are, and how fast they have to be. */
+/** The speed of groups, and the target. */
 export interface ServiceRule {
-  /** Tokens that one group retires a second. */
+  /** Tokens per second of one group. */
   readonly perSecond: number;
   readonly targetMs: number;
   readonly startUpMs: number;
 }
 
-/** Half of the target may be spent waiting before it counts as a backlog; what helped goes when it is a third. */
+/** Waiting work counts as a backlog from half of the target; extra groups are released at a third. */
 const backlogTargets = 1 / 2;
 const releasesPerTarget = 3;
 /**
- * What waits once new groups are up is worked off in the target and another start-up, but no longer than this many targets:
- * what was long in coming should not take as long again.
+ * Work that waits when new groups are ready is finished within the target plus another start-up, but within at most
+ * this many targets: long start-ups should not also mean slow recovery.
  */
 const longestClearTargets = 2;
-/** Part of the recent tokens that may have waited longer than the target. */
+/** Share of the recent tokens that may have waited longer than the target. */
 const lateRatio = 0.05;
 
-/** Whether more waits than `groups` work off in half the target. */
+/** Whether more work waits than `groups` finish in half the target. */
 export function isBacklog(waitingTokens: number, groups: number, rule: ServiceRule): boolean {
   return waitingTokens > (backlogTargets * groups * rule.perSecond * rule.targetMs) / 1000;
 }
 
-/** The count to come down to while this much waits: it works that off in a third of the target. */
+/** The lowest count for this much waiting work: it finishes that in a third of the target. */
 export function groupsToRelease(waitingTokens: number, rule: ServiceRule): number {
   return Math.ceil((waitingTokens * releasesPerTarget * 1000) / (rule.perSecond * rule.targetMs));
 }
 
 interface Backlog {
   readonly waitingTokens: number;
-  /** Tokens that arrive a second. */
+  /** Arriving tokens per second. */
   readonly rate: number;
-  /** What the groups that exist can work over the next start-up, summed: those that start, from when they are ready. */
+  /** The capacity of existing groups over the next start-up; starting groups count from when they are ready. */
   readonly groupMs: number;
 }
 
-/** The count that keeps up with the rate and works off what will be left (tokens) after one start-up, within clearMs. */
+/**
+ * The count that keeps up with the rate and finishes the remaining work (tokens) after one start-up, within clearMs.
+ */
 export function planBacklog(
   { waitingTokens, rate, groupMs }: Backlog,
   { perSecond, targetMs, startUpMs }: ServiceRule,
@@ -54,17 +57,20 @@ interface Replayed {
   readonly lateTokens: number;
   /** The same without help. */
   readonly lateAloneTokens: number;
-  /** Groups that existed in each bin, summed: the bill. */
+  /** Groups that existed in each bin, summed: the cost. */
   readonly groupBins: number;
 }
 
-/** The arrivals again, with `held` groups that stay; others are ordered on a backlog, ready a start-up later, and let go. */
+/**
+ * Replays the arrivals with `held` constant groups; more are ordered on a backlog, are ready after a start-up, and
+ * are released again.
+ */
 function replay(arrivals: readonly number[], held: number, rule: ServiceRule): Replayed {
   const perBin = (rule.perSecond * binMs) / 1000;
   const targetBins = rule.targetMs / binMs;
   const startUpBins = Math.max(1, Math.ceil(rule.startUpMs / binMs));
   let ready = held;
-  /** Orders by when they are ready, and how many groups they are in all. */
+  /** Orders by the time they are ready, and their total number of groups. */
   let starting: { readonly at: number; readonly groups: number }[] = [];
   let ordered = 0;
   let waiting = 0;
@@ -79,7 +85,7 @@ function replay(arrivals: readonly number[], held: number, rule: ServiceRule): R
       ordered -= due.groups;
       starting.shift();
     }
-    /** Bins of one group that are worked in the next `bins`. */
+    /** Group-bins of capacity in the next `bins`. */
     const worked = (bins: number): number =>
       starting.reduce((sum, order) => sum + order.groups * Math.max(0, at + bins - order.at), ready * bins);
     waiting += tokens;
@@ -119,9 +125,10 @@ interface RecentRule extends ServiceRule {
 }
 
 /**
- * The count (at most maxGroups) that, held through the arrivals of the last `memoryMs`, would have made the smallest bill with
- * all but a twentieth of the tokens in time. Where groups start within the target, help is in time and few are held; where
- * bursts pass faster than groups start, help is late, and those that are held must do alone. 0 where nothing arrived.
+ * The constant count (at most maxGroups) that would have cost the fewest replica-seconds over the last `memoryMs`,
+ * with 19 of 20 tokens in time. If groups start within the target, help comes in time and few constant groups are
+ * needed; if bursts pass faster than groups start, help comes late and the constant groups must suffice. 0 without
+ * arrivals.
  */
 export function groupsForRecent(memory: LoadMemory, rule: RecentRule): number {
   const arrivals = memory.arrivals.slice(-Math.max(1, Math.ceil(rule.memoryMs / binMs)));
@@ -132,7 +139,7 @@ export function groupsForRecent(memory: LoadMemory, rule: RecentRule): number {
   let best = rule.maxGroups;
   let leastBins = Infinity;
   let aloneTokens = Infinity;
-  // Fewer than the mean would only push the work past the end of the memory. Steps of 3 % where there are many.
+  // Fewer than the mean would only push work past the end of the memory. Steps of 3 % for large counts.
   let held = Math.ceil((total * 1000) / (arrivals.length * binMs * rule.perSecond));
   for (; held < rule.maxGroups && aloneTokens > lateRatio * total; held += Math.ceil(held / 32)) {
     const { lateTokens, lateAloneTokens, groupBins } = replay(arrivals, held, rule);

@@ -7,8 +7,8 @@ import { imageOf, type WorkerSettings } from './containers.ts';
 import type { ModelServiceSpec } from '../resources/resources.ts';
 
 /**
- * Eight hex digits. Fields that only say how many pods there are and how they are replaced take no part; what the
- * controller itself puts into the pods does, so that an upgrade of the cluster replaces the groups.
+ * Eight hex digits. Fields that only affect the number of pods and their replacement are left out. The controller's
+ * own additions to the pods are included, so that an upgrade of the cluster replaces the groups.
  */
 export function revisionOf(spec: ModelServiceSpec, settings: WorkerSettings): string {
   const { model, tensorParallel, speculation, engine, resources, placement, template } = spec;
@@ -20,8 +20,8 @@ export function revisionOf(spec: ModelServiceSpec, settings: WorkerSettings): st
 }
 
 /**
- * Eight hex digits of what is prepared before groups exist: the checkpoint, and how it is compiled; also the variables, which
- * may say otherwise. What changes it is published anew, so that gateways know what groups to come compute.
+ * Eight hex digits of what is prepared before groups exist: the checkpoint, its compilation, and the variables, which
+ * may override both. A change is published again, so that gateways know what future groups compute.
  */
 export function modelHashOf({ model, tensorParallel, template }: ModelServiceSpec): string {
   return hashOf({ model, tensorParallel, env: template.env });

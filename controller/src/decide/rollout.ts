@@ -1,17 +1,17 @@
-// How the groups get from what they are to `wanted` groups of the current revision. Pure; counts groups, not pods.
+// How to get from the existing groups to `wanted` groups of the current revision. Pure; counts groups, not pods.
 //
 //   active     groups that neither drain nor end nor are broken;  old = active ones of other revisions
 //   create     min(wanted - current, wanted + surge - active), where surge is maxSurge while there are old ones, else 0;
-//              current groups that drain and still serve are taken back first
+//              draining current groups that still serve are resumed first
 //   drain      old groups that do not serve: all. Old groups that serve: as long as wanted - maxUnavailable serve without
-//              them, but once a current one serves not while requests wait that nothing else may run: such a backlog only
-//              gets less. Current groups above wanted: the cheapest
+//              them. But once a current group serves, they stay while requests wait that no other group may run: such a
+//              backlog only shrinks. Current groups above wanted: the cheapest
 //
-// While the current revision's model is not found there is nothing to replace the groups with: only what is above wanted goes.
+// While the current revision's model is not found, nothing can replace the groups: only those above wanted are removed.
 //
-// A revert makes the serving groups current again: they are kept, and the groups of the abandoned revision are the old ones.
-// INVARIANT: after the plan, active <= wanted + maxSurge, or nothing was created.
-// INVARIANT: a rollout alone never takes the serving groups below min(serving, wanted - maxUnavailable).
+// A revert makes the serving groups current again: they are kept, and the groups of the abandoned revision are the
+// old ones. INVARIANT: after the plan, active <= wanted + maxSurge, or nothing was created. INVARIANT: a rollout
+// alone never takes the serving groups below min(serving, wanted - maxUnavailable).
 
 import { chooseVictims } from './drain.ts';
 import type { ReplicaGroup } from './groups.ts';
@@ -28,7 +28,7 @@ export interface RolloutRule {
 export interface RolloutPlan {
   /** New groups of the current revision. */
   readonly create: number;
-  /** Groups that drain and serve again instead. */
+  /** Draining groups that resume instead. */
   readonly resume: readonly ReplicaGroup[];
   readonly drain: readonly { readonly group: ReplicaGroup; readonly reason: string }[];
 }
@@ -60,7 +60,7 @@ export function planRollout(groups: readonly ReplicaGroup[], rule: RolloutRule):
 
   const serving = active.filter(({ ready }) => ready).length;
   const spare = Math.max(0, serving - Math.max(0, wanted - maxUnavailable));
-  // Once a current group serves, what comes goes there where the old ones are full.
+  // Once a current group serves, new requests go there if the old groups are full.
   const mayWait = wanted > 0 && current.some(({ ready }) => ready);
   const oldServing = old.filter(({ ready, load }) => ready && !(mayWait && load?.waitedFor === true));
   const replaced = [...old.filter(({ ready }) => !ready), ...chooseVictims(oldServing, spare)];

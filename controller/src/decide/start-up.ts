@@ -1,9 +1,9 @@
-// How long groups take from their creation until they serve, measured. Pure. A group that could not be placed tells how
-// full the cluster is, not how long a start-up takes, so it is left out.
+// The measured time from a group's creation until it serves. Pure. A group that could not be placed reflects a full
+// cluster, not a slow start-up, so it is left out.
 
 import { isServing, type ReplicaGroup } from './groups.ts';
 
-/** What was measured; `startingUids` are the first pods of groups that are being timed. */
+/** The measurement; `startingUids` are the first pods of groups being timed. */
 export interface StartUpMemory {
   readonly startUpMs: number | undefined;
   readonly startingUids: ReadonlySet<string>;
@@ -14,7 +14,7 @@ export const noStartUp: StartUpMemory = { startUpMs: undefined, startingUids: ne
 /** Weight of the latest start-up: images and caches make the next ones like it. */
 const latestWeight = 0.5;
 
-/** Takes in the groups as they are: call it at every look. */
+/** Updates from the current groups: call it in every round. */
 export function observeStartUps(
   before: StartUpMemory,
   groups: readonly ReplicaGroup[],
@@ -34,7 +34,7 @@ export function observeStartUps(
   return { startUpMs, startingUids };
 }
 
-/** For each group that starts and does not serve yet, when it will; 0 where it is overdue. */
+/** For each starting group, the expected time until it serves; 0 if it is overdue. */
 export function readyInMs(
   groups: readonly ReplicaGroup[],
   startUpMs: number,

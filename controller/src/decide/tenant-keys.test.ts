@@ -52,7 +52,7 @@ describe('planTenantKeys', () => {
     expect(status).toBe('False');
     expect(message).toContain('Secret nowhere does not exist');
     expect(message).toContain('Secret team-b has no entry other');
-    expect(message).toContain('Secret broken: entry apiKey is no SHA-256 in hex');
+    expect(message).toContain('Secret broken: entry apiKey is not a SHA-256 in hex');
     expect(message).not.toContain('sk-not-a-hash');
   });
 

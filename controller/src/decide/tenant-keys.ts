@@ -1,6 +1,6 @@
-// Tenants and the Secrets that they name -> the gateways' keys file (gateway/src/admission/auth.ts reads it) and a condition for each
-// tenant. Pure. A key that is missing or wrong takes nothing from the tenant's other keys; one that two tenants claim
-// belongs to neither, because whose requests they are could not be told.
+// Tenants and the Secrets that they name -> the gateways' keys file (gateway/src/admission/auth.ts reads it) and a
+// condition for each tenant. Pure. A missing or malformed key does not affect the tenant's other keys. A key that two
+// tenants claim belongs to neither, because its requests could not be attributed.
 
 import type { Tenant } from '../resources/resources.ts';
 import type { Condition } from '../resources/status.ts';
@@ -69,7 +69,7 @@ function findKeys({ spec }: Tenant, secrets: ReadonlyMap<string, SecretEntries>)
       keys.add(text);
     } else {
       // Not the text itself: it may be the key.
-      problems.push(`Secret ${secretName}: entry ${key} is no SHA-256 in hex`);
+      problems.push(`Secret ${secretName}: entry ${key} is not a SHA-256 in hex`);
     }
   }
   return { keys: [...keys].toSorted(), problems };

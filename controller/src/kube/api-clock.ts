@@ -1,15 +1,15 @@
-// The API server's time. The API server stamps the objects, so any time that is compared with a stamp uses this clock:
-// this machine's clock may be minutes off, and may be set. Measured from the `Date` of its answers and kept up by our
-// monotonic clock. Stamps of kubelets are by other clocks again, and are compared with nothing.
+// The API server's time. The API server stamps the objects, so any time that is compared with a stamp uses this
+// clock: this machine's clock may be minutes off, and may be set. Measured from the `Date` of its answers and
+// continued by our monotonic clock. Kubelets stamp by other clocks; their stamps are never compared.
 
-/** One API server's time, as far as its answers tell: to about a second after one, to much less after some. */
+/** One API server's time, from its answers: exact to about a second after one, and to much less after several. */
 export class ApiClock {
-  /** The server's time less performance.now(). Until it has answered this machine's clock has to do. */
+  /** The server's time minus performance.now(). Until the first answer, this machine's clock is used. */
   #offsetMs = Date.now() - performance.now();
   #lowestMs = Number.NEGATIVE_INFINITY;
   #highestMs = Number.POSITIVE_INFINITY;
 
-  /** Unix milliseconds. Goes backwards only where the server's clock was set back. */
+  /** Unix milliseconds. Goes backwards only if the server's clock was set back. */
   nowMs(): number {
     return performance.now() + this.#offsetMs;
   }

@@ -3,7 +3,7 @@
 
 import { ClusterError, type ErrorCode, type ErrorDetail } from '@mimo/core/process/errors';
 
-/** What the API server says of a request that it did not grant, or of a watch that it ends. */
+/** The API server's answer to a rejected request, or at the end of a watch. */
 export interface ApiStatus {
   /** HTTP status. */
   readonly code: number;
@@ -15,7 +15,7 @@ export interface ApiStatus {
   };
 }
 
-/** Reasons that callers tell apart: both `Conflict` and `AlreadyExists` are 409, `Expired` and `Gone` are 410. */
+/** Reasons that callers distinguish: both `Conflict` and `AlreadyExists` are 409, `Expired` and `Gone` are 410. */
 export type StatusReason = 'AlreadyExists' | 'Conflict' | 'Expired' | 'NotFound';
 
 const codes: Readonly<Record<number, ErrorCode>> = {
@@ -47,7 +47,7 @@ export function hasReason(error: unknown, reason: StatusReason): boolean {
   return reason === 'Expired' ? status?.code === 410 : status?.reason === reason;
 }
 
-/** The HTTP status that the API server gave; undefined where it gave none. */
+/** The API server's HTTP status; undefined without one. */
 export function httpStatusOf(error: unknown): number | undefined {
   return statusOf(error)?.code;
 }

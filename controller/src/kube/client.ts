@@ -1,6 +1,6 @@
 // The API server's verbs, the same for every type of object. Owns paging, the media types of patches, the lines of a
-// watch; transport.ts owns the connection. Errors are ClusterErrors: not_found; aborted (someone else was first: see
-// hasReason); invalid_argument with the fields; permission_denied; unavailable (worth another try, with retryAfterMs).
+// watch; transport.ts owns the connection. Errors are ClusterErrors: not_found; aborted (another client was first:
+// see hasReason); invalid_argument with the fields; permission_denied; unavailable (retry, with retryAfterMs).
 
 import { KubeConfig } from '@kubernetes/client-node';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -22,18 +22,18 @@ export interface Selection {
 /** A collection as of one resource version. */
 export interface ObjectList<T> {
   readonly items: readonly T[];
-  /** Where a watch goes on from. */
+  /** Where a watch continues. */
   readonly resourceVersion: string;
 }
 
 export interface WatchOptions extends Selection {
-  /** What happened after this version is told. */
+  /** Changes after this version are reported. */
   readonly resourceVersion: string;
   /** The server ends the watch after this; seconds, as the API has it. */
   readonly timeoutSeconds: number;
 }
 
-/** One line of a watch. A bookmark only says how far the watch has come. */
+/** One line of a watch. A bookmark only reports the watch's position. */
 export type WatchEvent<T> =
   | { readonly type: 'ADDED' | 'MODIFIED' | 'DELETED'; readonly object: T }
   | { readonly type: 'BOOKMARK'; readonly resourceVersion: string };
@@ -45,11 +45,11 @@ export interface JsonPatchOperation {
   readonly value?: unknown;
 }
 
-/** Writes to a part of the object that has its own path and its own permission. */
+/** A part of the object with its own path and permission. */
 export type Subresource = 'status' | 'scale';
 
 export interface DeleteOptions {
-  /** Refused with `Conflict` where the object is another one of this name. */
+  /** Rejected with `Conflict` if another object has this name now. */
   readonly uid?: string;
   readonly resourceVersion?: string;
   readonly gracePeriodSeconds?: number;
@@ -59,13 +59,13 @@ export interface DeleteOptions {
 export interface KubeClientOptions {
   /** Default: the namespace of the kubeconfig's context; in a cluster, the pod's own. */
   readonly namespace?: string;
-  /** How long one request, or the beginning of a watch, may take. */
+  /** Time limit of one request, or of the start of a watch. */
   readonly timeoutMs?: number;
   /** Objects per request of a list. */
   readonly pageSize?: number;
 }
 
-/** Finds the API server: by a kubeconfig file, or as a pod of its cluster where none is given. */
+/** Finds the API server: from a kubeconfig file, or without one as a pod of its cluster. */
 export function loadKubeConfig(file: string | undefined): KubeConfig {
   const config = new KubeConfig();
   try {
@@ -119,7 +119,7 @@ export class KubeClient {
     try {
       return await this.#list<T>(type, { ...selection, limit: this.#pageSize }, signal);
     } catch (error) {
-      // The moment of the first page is not kept for ever. In one piece there is nothing to expire.
+      // The version of the first page can expire. A list in one piece cannot.
       if (!hasReason(error, 'Expired')) {
         throw error;
       }
@@ -129,7 +129,7 @@ export class KubeClient {
 
   /**
    * Follows a collection from a version on. Ends when the server ends it, which it does by itself after
-   * `timeoutSeconds`; fails with reason `Expired` where the version is too old, and then a list is due.
+   * `timeoutSeconds`; fails with reason `Expired` if the version is too old, and then needs a new list.
    */
   async *watch<T extends KubeObject = KubeObject>(
     type: ResourceType,
@@ -150,7 +150,7 @@ export class KubeClient {
     }
   }
 
-  /** Creates an object; fails with reason `AlreadyExists` where the name is taken. */
+  /** Creates an object; fails with reason `AlreadyExists` if the name is in use. */
   async create<T extends KubeObject = KubeObject>(
     type: ResourceType,
     object: ObjectManifest,
@@ -160,7 +160,7 @@ export class KubeClient {
     return (await this.#transport.json({ method: 'POST', path, body: object }, signal)) as T;
   }
 
-  /** Server-side apply: the fields given become so and ours, fields given before and not now go; others stay. */
+  /** Server-side apply: sets and owns the given fields, removes fields given before but not now, keeps others. */
   async apply<T extends KubeObject = KubeObject>(
     type: ResourceType,
     object: ObjectManifest,
@@ -175,7 +175,7 @@ export class KubeClient {
 
   /**
    * Patches: a list is a JSON patch, an object a merge patch, where null removes a field. A merge patch with
-   * `metadata.resourceVersion`, or a JSON patch with a `test`, fails where the object has changed since.
+   * `metadata.resourceVersion`, or a JSON patch with a `test`, fails if the object has changed since.
    */
   async patch<T extends KubeObject = KubeObject>(
     type: ResourceType,
@@ -189,7 +189,7 @@ export class KubeClient {
     return (await this.#transport.json({ method: 'PATCH', path, contentType, body: patch }, signal)) as T;
   }
 
-  /** Asks for an object's deletion; with finalizers or a grace period it goes on to exist for a while. */
+  /** Requests an object's deletion; with finalizers or a grace period it still exists for a while. */
   async delete(type: ResourceType, name: string, options: DeleteOptions, signal: AbortSignal): Promise<void> {
     const { uid, resourceVersion, gracePeriodSeconds, propagation } = options;
     const body = {
@@ -202,7 +202,7 @@ export class KubeClient {
     await this.#transport.json({ method: 'DELETE', path: this.#path(type, {}, name), body }, signal);
   }
 
-  /** Frees the connections; calls under way fail. */
+  /** Frees the connections; running calls fail. */
   close(): void {
     this.#transport.close();
   }
@@ -244,7 +244,7 @@ interface ListPage {
 
 const newline = 0x0a;
 
-/** The lines of a stream; a rest without an end is a stream that was cut off. */
+/** The lines of a stream; an unfinished last line means that the stream was cut off. */
 async function* linesOf(stream: AsyncIterable<Buffer>): AsyncGenerator<string, void, undefined> {
   let parts: Buffer[] = [];
   for await (const chunk of stream) {
@@ -263,7 +263,7 @@ async function* linesOf(stream: AsyncIterable<Buffer>): AsyncGenerator<string, v
     }
   }
   if (parts.length > 0) {
-    throw new ClusterError('unavailable', 'the stream was cut off in a line');
+    throw new ClusterError('unavailable', 'the stream was cut off within a line');
   }
 }
 
@@ -272,7 +272,7 @@ function readEvent<T extends KubeObject>(type: ResourceType, line: string, doing
   try {
     event = JSON.parse(line) as typeof event;
   } catch (error) {
-    throw new ClusterError('data_loss', `${doing}: a line is no JSON`, { cause: error });
+    throw new ClusterError('data_loss', `${doing}: a line is not valid JSON`, { cause: error });
   }
   switch (event.type) {
     case 'ADDED':

@@ -1,5 +1,5 @@
-// Events: what `kubectl describe` shows under an object. Owns their form, the counting of repeats and the limits; never
-// blocks and never fails, since an event is a note and not a fact that anything depends on.
+// Events: what `kubectl describe` shows under an object. Owns their form, the counting of repeats and the limits.
+// Never blocks and never fails, because nothing depends on an event.
 
 import { createHash } from 'node:crypto';
 
@@ -24,15 +24,15 @@ export interface EventRecorderOptions {
   readonly client: KubeClient;
   /** Such as `mimo-controller`. */
   readonly component: string;
-  /** The pod that says it. */
+  /** The reporting pod. */
   readonly instance: string;
   readonly log: Log;
 }
 
 const maxMessageLength = 1024;
-/** Notes that wait to be sent; what comes on top is dropped. */
+/** Events waiting to be sent; more are dropped. */
 const maxPending = 500;
-/** Series whose repeats are counted; the longest unused is forgotten first, and begins anew. */
+/** Series whose repeats are counted; the least recently used one is forgotten first. */
 const maxSeries = 2_000;
 const retryMs = 1_000;
 const maxTries = 3;
@@ -45,7 +45,7 @@ interface Series {
 
 type Subject = Pick<KubeObject, 'apiVersion' | 'kind' | 'metadata'>;
 
-/** Records events in the background. Close it to send what waits, as far as the signal lets it. */
+/** Records events in the background. Closing it sends the waiting ones until the signal fires. */
 export class EventRecorder {
   readonly #options: EventRecorderOptions;
   readonly #pending: { readonly subject: Subject; readonly note: Note; readonly time: string }[] = [];
@@ -58,12 +58,12 @@ export class EventRecorder {
     this.#options = options;
   }
 
-  /** Notes that were not sent because too many waited or the API server refused them. */
+  /** Events not sent because too many waited or the API server rejected them. */
   get dropped(): number {
     return this.#dropped;
   }
 
-  /** Says something about an object; the same note about it again raises the count of the first. */
+  /** Records an event about an object; repeating the same event raises the count of the first. */
   record(subject: Subject, note: Note): void {
     if (this.#pending.length >= maxPending || this.#closing.signal.aborted) {
       this.#dropped += 1;
@@ -106,7 +106,7 @@ export class EventRecorder {
         const error = ClusterError.from(caught);
         if (closing.aborted || error.code !== 'unavailable' || tries === maxTries) {
           this.#dropped += 1;
-          this.#options.log.warn({ error, reason: note.reason }, 'an event is not recorded');
+          this.#options.log.warn({ error, reason: note.reason }, 'cannot record an event');
           return;
         }
         await pause(error.detail.retryAfterMs ?? retryMs * tries, closing);
@@ -127,7 +127,7 @@ export class EventRecorder {
         this.#remember(key, { ...before, count });
         return;
       } catch (error) {
-        // The API server forgets events after an hour: this one begins anew.
+        // The API server forgets events after an hour: start a new one.
         if (!hasReason(error, 'NotFound')) {
           throw error;
         }
@@ -141,7 +141,7 @@ export class EventRecorder {
         signal,
       );
     } catch (error) {
-      // Written by an earlier try whose answer was lost.
+      // An earlier try wrote it, and its answer was lost.
       if (!hasReason(error, 'AlreadyExists')) {
         throw error;
       }
@@ -191,7 +191,7 @@ export class EventRecorder {
   }
 }
 
-/** One name for one note at one time, so that a repeated try makes no second event. */
+/** One name for one event at one time, so that a repeated try creates no second event. */
 function eventName(subject: string, key: string, time: string): string {
   const hash = createHash('sha256').update(key).update(time).digest('hex').slice(0, 16);
   return `${subject.slice(0, 200)}.${hash}`;

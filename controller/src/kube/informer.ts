@@ -1,6 +1,7 @@
-// A cache of one collection that keeps up by list and watch, whatever happens to the connection. One loop, so there is
-// never a second watch: list, follow until the server ends the watch (which it is asked to do every minute or so, with a
-// bookmark before), go on from the last version; a watch that outlives its own end is silent and is cut. Tells keys only.
+// A cache of one collection that stays current by list and watch, whatever happens to the connection. One loop, so
+// there is never a second watch: list, follow until the server ends the watch (which it is asked to do every minute
+// or so, after a bookmark), continue from the last version. A watch that outlives its own end is dead and is cut.
+// Listeners get only keys.
 
 import { beforeAbort, pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -15,9 +16,9 @@ export interface InformerOptions<T> {
   readonly type: ResourceType;
   readonly selection?: Selection;
   /**
-   * Reads an object, which comes without `managedFields`, into what is cached; `before` is what was cached under its key.
-   * Where it throws, that stays and the error is logged: what must be acted on although it is wrong should be parsed into
-   * a value that says so.
+   * Reads an object, which comes without `managedFields`, into what is cached; `before` is what was cached under its
+   * key. If it throws, `before` stays and the error is logged; an invalid object that needs action should be parsed
+   * into a value that says so.
    */
   readonly parse: (object: KubeObject, before: T | undefined) => T;
   /** Groups the values for `indexed`; undefined leaves one out. */
@@ -27,7 +28,7 @@ export interface InformerOptions<T> {
 }
 
 export interface InformerTiming {
-  /** A watch is asked to end after this and up to twice as long. A connection that went silent is noticed then. */
+  /** The requested length of a watch, up to twice this. A dead connection is noticed then. */
   readonly watchSeconds: number;
   /** How long after its own end a watch counts as silent. */
   readonly graceMs: number;
@@ -43,12 +44,12 @@ const defaultTiming: InformerTiming = {
   retryMaxMs: 30_000,
 };
 
-/** So many watches in a row that could not go on from the last version, and it is listed anew. */
+/** After this many watches in a row that could not continue from the last version, the collection is listed again. */
 const watchesBeforeList = 4;
-/** A watch that ends sooner counts as failed, so that a server that ends each at once is not asked without pause. */
+/** A watch that ends sooner counts as failed, so that a server that ends each one at once is not flooded. */
 const shortWatchMs = 500;
 
-/** What an informer has done so far; for metrics and tests. */
+/** An informer's counters, for metrics and tests. */
 export interface InformerCounts {
   readonly lists: number;
   readonly watches: number;
@@ -56,18 +57,21 @@ export interface InformerCounts {
   readonly failures: number;
 }
 
-/** A cache that keeps up by itself until closed. What it holds is as old as `lastEventAgeMs` says. */
+/** A cache that stays current by itself until closed. Its age is `lastEventAgeMs`. */
 export interface Informer<T> {
-  /** Whether the cache was filled once. Before that, an absent object says nothing. */
+  /** Whether the cache was filled once. Before that, an absent object means nothing. */
   readonly synced: boolean;
-  /** Time since the server last said anything: an answer, an event, a bookmark, the end of a watch. */
+  /** Time since the server last sent anything: an answer, an event, a bookmark, the end of a watch. */
   readonly lastEventAgeMs: number;
   readonly counts: InformerCounts;
   get(key: string): T | undefined;
   list(): Iterable<T>;
   /** The values whose index is this. */
   indexed(index: string): readonly T[];
-  /** Calls back with the key of every object that appeared, changed or went; at first with all. Returns the way out. */
+  /**
+   * Calls back with the key of every added, changed or removed object, and at first with all. Returns a function that
+   * unsubscribes.
+   */
   onChange(listener: (key: string) => void): () => void;
   /** Waits for the first fill. */
   whenSynced(signal: AbortSignal): Promise<void>;
@@ -95,7 +99,7 @@ class ListWatchInformer<T> implements Informer<T> {
   readonly #firstFill = Promise.withResolvers<void>();
   readonly #running: Promise<void>;
   readonly #counts = { lists: 0, watches: 0, events: 0, failures: 0 };
-  /** Where the next watch goes on; undefined: list first. */
+  /** Where the next watch continues; undefined: list first. */
   #version: string | undefined;
   #synced = false;
   #lastEventMs = performance.now();
@@ -103,7 +107,7 @@ class ListWatchInformer<T> implements Informer<T> {
   constructor(options: InformerOptions<T>) {
     this.#options = options;
     this.#timing = { ...defaultTiming, ...options.timing };
-    // Closing before the first fill is no unhandled rejection.
+    // Closing before the first fill must not cause an unhandled rejection.
     this.#firstFill.promise.catch(() => undefined);
     this.#running = this.#run();
   }
@@ -178,12 +182,12 @@ class ListWatchInformer<T> implements Informer<T> {
   #fail(error: ClusterError, failures: number): void {
     const { type, log } = this.#options;
     const expired = hasReason(error, 'Expired');
-    // Whatever else a watch is refused for may lie in its version: a store that was put back to an earlier state.
+    // Any other rejection of a watch may be due to its version, for example after a restore of the store.
     if (expired || error.code !== 'unavailable' || failures >= watchesBeforeList) {
       this.#version = undefined;
     }
     const level = expired || failures < watchesBeforeList ? 'info' : 'warn';
-    log[level]({ error, resource: type.plural, failures }, 'list or watch broke off');
+    log[level]({ error, resource: type.plural, failures }, 'list or watch failed');
   }
 
   #retryAfterMs(failures: number): number {
@@ -193,7 +197,7 @@ class ListWatchInformer<T> implements Informer<T> {
       : Math.min(retryMinMs * 2 ** (failures - 1), retryMaxMs) * (0.5 + Math.random());
   }
 
-  /** Lists, takes over what differs, and gives the version that a watch goes on from. */
+  /** Lists, applies the differences, and returns the version from which a watch continues. */
   async #fill(): Promise<string> {
     const { client, type, selection } = this.#options;
     this.#counts.lists += 1;
@@ -264,7 +268,7 @@ class ListWatchInformer<T> implements Informer<T> {
     } catch (error) {
       this.#options.log.error(
         { error: ClusterError.from(error), resource: this.#options.type.plural, key },
-        'an object cannot be read',
+        'cannot parse an object',
       );
       return;
     }

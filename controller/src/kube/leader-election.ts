@@ -1,6 +1,6 @@
-// Who of several processes acts: whoever holds a coordination.k8s.io Lease. Owns the taking, the renewing, the giving
-// up in time and the giving back. A contender takes a lease that it has seen unchanged for its whole duration, by its
-// own monotonic clock; a holder stops well before that, by its own: clocks are never compared.
+// Leader election: of several processes, the holder of a coordination.k8s.io Lease acts. Owns taking, renewing,
+// giving up in time and releasing. A contender takes a lease that it has seen unchanged for its whole duration, by
+// its own monotonic clock; a holder stops well before that, by its own clock. Clocks are never compared.
 
 import { randomUUID } from 'node:crypto';
 
@@ -22,11 +22,11 @@ export interface LeaderElectionOptions {
 }
 
 export interface LeaderElectionTiming {
-  /** Others take the lease when they have seen it unchanged for so long. */
+  /** Others take the lease after they have seen it unchanged for this long. */
   readonly leaseDurationMs: number;
-  /** Leadership ends so long after the last renewal was asked for; less than the duration. */
+  /** Leadership ends this long after the last renewal was requested; less than the duration. */
   readonly renewDeadlineMs: number;
-  /** Between renewals, and between looks at another's lease. */
+  /** Interval of renewals, and of checks of another's lease. */
   readonly retryMs: number;
 }
 
@@ -47,8 +47,8 @@ interface LeaseSpec {
 /**
  * Contends for the lease until the signal fires, and runs `lead` whenever this process holds it. `lead`'s signal
  * fires as soon as the lease is lost, could not be renewed in time, or the outer signal fires; it should end soon
- * then, since the lease is kept until it has, or contended for again. Resolves at a clean stop, with the lease given
- * back; rejects with what `lead` throws. `lead` that returns by itself gives the lease back and ends this too.
+ * then, since the lease is kept until it has, or contended for again. Resolves at a clean stop, with the lease
+ * released; rejects with the error of `lead`. If `lead` returns by itself, the lease is released and this ends too.
  */
 export async function runLeading(
   options: LeaderElectionOptions,
@@ -73,7 +73,7 @@ class LeaseHolder {
   readonly identity: string;
   readonly #options: LeaderElectionOptions;
   readonly #timing: LeaderElectionTiming;
-  /** The lease as last seen, and since when it is so. */
+  /** The lease as last seen, and since when it is unchanged. */
   #seen: { readonly lease: KubeObject; readonly sinceMs: number } | undefined;
 
   constructor(options: LeaderElectionOptions) {
@@ -87,7 +87,7 @@ class LeaseHolder {
     this.identity = `${options.identity}_${randomUUID()}`;
   }
 
-  /** Waits until the lease is ours and gives the time from which it counts; undefined where the signal fires first. */
+  /** Waits until the lease is ours and returns the time from which it counts; undefined if the signal fires first. */
   async acquire(signal: AbortSignal): Promise<number | undefined> {
     for (;;) {
       const askedMs = performance.now();
@@ -102,7 +102,7 @@ class LeaseHolder {
     }
   }
 
-  /** Leads and renews. True where the lease was lost before the end was wanted. */
+  /** Leads and renews. True if the lease was lost before the signal fired. */
   async whileHeld(
     heldFromMs: number,
     lead: (signal: AbortSignal) => Promise<void>,
@@ -110,7 +110,7 @@ class LeaseHolder {
   ): Promise<boolean> {
     const lost = new AbortController();
     const ended = new AbortController();
-    // Renewals go on while `lead` ends, so that nobody else begins before.
+    // Renewals continue while `lead` ends, so that no other process begins earlier.
     const renewing = this.#renew(heldFromMs, lost, ended.signal);
     try {
       await lead(AbortSignal.any([outer, lost.signal]));
@@ -126,15 +126,15 @@ class LeaseHolder {
       }
     }
     if (lost.signal.aborted) {
-      this.#options.log.warn({ identity: this.identity }, 'leadership is lost');
+      this.#options.log.warn({ identity: this.identity }, 'lost the leadership');
     }
     return lost.signal.aborted && !outer.aborted;
   }
 
-  /** Renews until `ended`, or until the lease is lost. A renewal under way is waited for. */
+  /** Renews until `ended`, or until the lease is lost. Waits for a running renewal. */
   async #renew(heldFromMs: number, lost: AbortController, ended: AbortSignal): Promise<void> {
     const { renewDeadlineMs, retryMs } = this.#timing;
-    const lose = (): void => lost.abort(new ClusterError('aborted', 'leadership is lost'));
+    const lose = (): void => lost.abort(new ClusterError('aborted', 'lost the leadership'));
     // A timer instead of a check between renewals: a renewal itself may outlast the lease.
     const expireFrom = (fromMs: number): NodeJS.Timeout =>
       setTimeout(lose, fromMs + renewDeadlineMs - performance.now());
@@ -173,13 +173,13 @@ class LeaseHolder {
     } catch (error) {
       this.#options.log[signal.aborted ? 'debug' : 'info'](
         { error: ClusterError.from(error), lease: this.#options.leaseName },
-        'cannot take the lease or renewed',
+        'cannot take or renew the lease',
       );
       return false;
     }
   }
 
-  /** Takes or renews the lease where that is allowed. Whoever changes it meanwhile wins. */
+  /** Takes or renews the lease if allowed. A concurrent change by another process wins. */
   async #take(signal: AbortSignal): Promise<boolean> {
     const { client, leaseName } = this.#options;
     let lease: KubeObject;
@@ -210,7 +210,10 @@ class LeaseHolder {
     }
   }
 
-  /** Whether another holds the lease, as far as was seen: it is named, and has renewed within the duration it wrote. */
+  /**
+   * Whether another process holds the lease, as far as observed: it is named, and has renewed within its own
+   * duration.
+   */
   #heldByOther(): boolean {
     if (this.#seen === undefined) {
       return false;
@@ -241,7 +244,7 @@ class LeaseHolder {
     return this.#options.client.clock.now().replace('Z', '000Z');
   }
 
-  /** Lets others take the lease at once. Best effort: it would run out by itself. */
+  /** Lets others take the lease at once. Best effort: it would expire anyway. */
   async #giveBack(): Promise<void> {
     const { client, leaseName, log } = this.#options;
     const seen = this.#seen?.lease;
@@ -253,9 +256,9 @@ class LeaseHolder {
     try {
       const limit = AbortSignal.timeout(this.#exchangeMs);
       await client.patch(resourceTypes.leases, leaseName, { metadata: { resourceVersion }, spec }, {}, limit);
-      log.info({ identity: this.identity }, 'lease given back');
+      log.info({ identity: this.identity }, 'released the lease');
     } catch (error) {
-      log.info({ error: ClusterError.from(error) }, 'lease not given back');
+      log.info({ error: ClusterError.from(error) }, 'cannot release the lease');
     }
   }
 }

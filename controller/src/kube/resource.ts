@@ -1,5 +1,5 @@
 // What every Kubernetes object has, and how a type's objects are addressed. Owns the URL paths of the API and the keys
-// under which objects are cached and queued; knows no spec and no status of any type, apart from which types we touch.
+// under which objects are cached and queued; knows only which types we use, not their spec or status.
 
 import { resourceGroup, resourceVersion } from '../resources/resources.ts';
 
@@ -39,7 +39,7 @@ export interface ObjectMetadata {
   readonly ownerReferences?: readonly OwnerReference[];
 }
 
-/** An object as the API server gives it. What a type adds is read with a schema by whoever uses it. */
+/** An object as the API server gives it. The caller reads a type's own fields with a schema. */
 export interface KubeObject {
   readonly apiVersion: string;
   readonly kind: string;
@@ -48,7 +48,7 @@ export interface KubeObject {
   readonly status?: unknown;
 }
 
-/** An object to be written: what the API server fills in may be left out. */
+/** An object to write, without the fields that the API server fills in. */
 export interface ObjectManifest {
   readonly apiVersion: string;
   readonly kind: string;

@@ -1,6 +1,6 @@
-// HTTP to the API server. Of @kubernetes/client-node only KubeConfig is used, for what is tedious and never ours: TLS,
-// proxies, exec plugins, token files that rotate. The rest of it hides the sockets, and its informers stop at errors;
-// over node:https every request has a time limit, an abort and an error of ours. Knows no resources.
+// HTTP to the API server. Of @kubernetes/client-node only KubeConfig is used: TLS, proxies, exec plugins, rotating
+// token files. The rest of it hides the sockets, and its informers stop at errors; over node:https every request has
+// a time limit, an abort signal and a ClusterError. Independent of resources.
 
 import { once } from 'node:events';
 import http from 'node:http';
@@ -23,14 +23,14 @@ export interface ApiRequest {
 }
 
 export interface TransportOptions {
-  /** How long a whole request, or the beginning of a stream, may take. */
+  /** Time limit of a whole request, or of the start of a stream. */
   readonly timeoutMs: number;
   readonly userAgent: string;
-  /** Hears the time of every answer. */
+  /** Gets the time of every answer. */
   readonly clock: ApiClock;
 }
 
-/** A reply of 429 is waited out so many times within a call, and each time no longer than this. */
+/** How often a call retries after a reply of 429, and the longest wait before each retry. */
 const maxThrottled = 4;
 const maxThrottledWaitMs = 10_000;
 
@@ -78,7 +78,7 @@ class Exchange {
 export class Transport {
   readonly #config: KubeConfig;
   readonly #options: TransportOptions;
-  // The pool is keyed by the TLS material too: connections under a certificate that was replaced are not used again.
+  // The pool is keyed by the TLS material too: connections with a replaced certificate are not reused.
   readonly #secureAgent = new https.Agent({ keepAlive: true, maxFreeSockets: 8 });
   readonly #plainAgent = new http.Agent({ keepAlive: true, maxFreeSockets: 8 });
 
@@ -87,7 +87,7 @@ export class Transport {
     this.#options = options;
   }
 
-  /** Sends a request and reads its answer. 429 is retried a few times, as slowly as the server asks. */
+  /** Sends a request and reads its answer. Retries a 429 a few times, after the delay that the server requests. */
   async json(request: ApiRequest, signal: AbortSignal): Promise<unknown> {
     for (let throttled = 0; ; throttled += 1) {
       const exchange = new Exchange(signal, this.#options.timeoutMs);
@@ -106,7 +106,7 @@ export class Transport {
     }
   }
 
-  /** Sends a request whose answer goes on; the signal, or destroying what is returned, ends it. */
+  /** Sends a request with a streamed answer; the signal, or destroying the returned stream, ends it. */
   async stream(request: ApiRequest, signal: AbortSignal): Promise<http.IncomingMessage> {
     const exchange = new Exchange(signal, this.#options.timeoutMs);
     try {
@@ -120,17 +120,17 @@ export class Transport {
     }
   }
 
-  /** Closes every connection; what is under way fails. */
+  /** Closes every connection; running requests fail. */
   close(): void {
     this.#secureAgent.destroy();
     this.#plainAgent.destroy();
   }
 
-  /** Sends a request and waits for the head of the answer; an answer that is no success is read and thrown. */
+  /** Sends a request and waits for the head of the answer; throws an unsuccessful answer as an error. */
   async #open(request: ApiRequest, signal: AbortSignal): Promise<http.IncomingMessage> {
     const cluster = this.#config.getCurrentCluster();
     if (cluster === null) {
-      throw new ClusterError('invalid_argument', 'the kubeconfig names no cluster');
+      throw new ClusterError('invalid_argument', 'the kubeconfig has no cluster');
     }
     const credentials = await this.#credentials();
     signal.throwIfAborted();
@@ -153,7 +153,7 @@ export class Transport {
       },
       signal,
     });
-    // An error after the head reaches whoever reads the body; without a listener it would end the process.
+    // An error after the head reaches the body's reader; without a listener it would end the process.
     outgoing.on('error', () => undefined);
     const askedMs = performance.now();
     outgoing.end(body);
@@ -177,7 +177,7 @@ export class Transport {
     });
   }
 
-  /** TLS material and headers as they are now: files are read again, plugins run again where theirs expired. */
+  /** Current TLS material and headers: files are read again, plugins run again if their credentials expired. */
   async #credentials(): Promise<Credentials> {
     const options: Credentials = { headers: {} };
     try {
@@ -189,12 +189,12 @@ export class Transport {
     }
   }
 
-  /** What an exchange failed with, as an error of ours. */
+  /** The failure of an exchange as a ClusterError. */
   #failure(request: ApiRequest, exchange: Exchange, error: unknown): ClusterError {
     if (exchange.timedOut) {
-      // The idle connections lead to the same silent peer: the next request opens its own.
+      // Idle connections lead to the same dead peer: the next request opens its own.
       this.#closeIdle();
-      const text = `${describe(request)}: no answer in ${this.#options.timeoutMs} ms`;
+      const text = `${describe(request)}: no response within ${this.#options.timeoutMs} ms`;
       return new ClusterError('unavailable', text, { cause: error });
     }
     return exchange.signal.aborted
@@ -223,7 +223,9 @@ function parseBody(request: ApiRequest, text: string): unknown {
   try {
     return JSON.parse(text);
   } catch (error) {
-    throw new ClusterError('data_loss', `${describe(request)}: the answer is no JSON`, { cause: error });
+    throw new ClusterError('data_loss', `${describe(request)}: the response is not valid JSON`, {
+      cause: error,
+    });
   }
 }
 
@@ -243,7 +245,7 @@ function refusal(
   try {
     body = JSON.parse(text);
   } catch {
-    // Proxies, and the API server where it sheds load, answer in plain text.
+    // Proxies answer in plain text, and so does the API server when it sheds load.
     body = undefined;
   }
   const status = isApiStatus(body) ? { ...body, code } : { code, message: text.trim().slice(0, 500) };
@@ -257,7 +259,7 @@ function throttleOf(error: unknown): number | undefined {
   return throttled === undefined ? undefined : (throttled.detail.retryAfterMs ?? 1000);
 }
 
-/** What sockets fail with is worth another try; errors of ours stay what they are. */
+/** Socket errors can be retried; ClusterErrors stay as they are. */
 export function connectionError(doing: string, error: unknown): ClusterError {
   if (error instanceof ClusterError) {
     return error;

@@ -1,5 +1,5 @@
-// The keys that wait for work: each at most once, never one that is being worked on, and after a failure later and later.
-// Owns order, delays and de-duplication; knows neither the work nor what a key means.
+// The keys waiting for work: each at most once, never one in work, and after failures with growing delays.
+// Owns order, delays and de-duplication; does not know what a key means.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
@@ -14,7 +14,7 @@ export interface Work {
   readonly key: string;
   /** How long the key waited to be taken. */
   readonly waitedMs: number;
-  /** The work is done: the key's failures are forgotten. */
+  /** The work is done: resets the key's failures. */
   done(): void;
   /** The work failed: the key comes back after its back-off; returns how long that is. */
   failed(): number;
@@ -25,7 +25,7 @@ interface Delayed {
   readonly timer: NodeJS.Timeout;
 }
 
-/** A queue of keys for any number of takers. Close it to stop its timers. */
+/** A queue of keys for any number of consumers. Close it to stop its timers. */
 export class WorkQueue {
   readonly #options: WorkQueueOptions;
   /** Ready keys in order, with the time at which each was added. */
@@ -47,7 +47,7 @@ export class WorkQueue {
     return this.#ready.size;
   }
 
-  /** Makes a key ready; one that is ready stays where it is. */
+  /** Makes a key ready; a ready key keeps its place. */
   add(key: string): void {
     if (this.#closed || this.#ready.has(key)) {
       return;
@@ -60,7 +60,7 @@ export class WorkQueue {
     this.#wakeOne();
   }
 
-  /** Makes a key ready later. Of two times the earlier counts. */
+  /** Makes a key ready later; the earlier of two times counts. */
   addAfter(key: string, delayMs: number): void {
     const dueMs = performance.now() + delayMs;
     const before = this.#delayed.get(key);
@@ -79,7 +79,7 @@ export class WorkQueue {
   async take(signal: AbortSignal): Promise<Work> {
     for (;;) {
       if (signal.aborted) {
-        // It may have been this taker that was woken for a key.
+        // This consumer may have been woken for a key.
         this.#wakeOne();
         signal.throwIfAborted();
       }
@@ -94,7 +94,7 @@ export class WorkQueue {
     }
   }
 
-  /** Drops every key; takers are turned away. */
+  /** Drops every key; waiting consumers are rejected. */
   close(): void {
     this.#closed = true;
     for (const { timer } of this.#delayed.values()) {

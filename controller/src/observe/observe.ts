@@ -1,7 +1,7 @@
-// What the API server and the dispatcher say -> what the decisions are made from. Pure. An object of ours that cannot be
-// read (no labels of a group) is none. Words for people are gathered here: why a pod does not start, and what it said last.
-// What a kubelet stamps is by its machine's clock: such stamps order the containers of one pod and nothing else. When
-// something happened to a pod is when the controller first saw it.
+// API server and dispatcher -> the inputs of decisions. Pure. An unreadable object of ours (without a group's labels)
+// is ignored. Collects messages for people: why a pod does not start, and its last message. Kubelets stamp by their
+// machine's clock: such stamps only order the containers of one pod. The time of a pod's event is when the controller
+// first saw it.
 
 import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/queue';
 
@@ -33,7 +33,7 @@ interface ApiContainerStatus {
   };
 }
 
-/** A pod as the API server gives it; what is read of it. */
+/** The fields of a pod that are read. */
 export interface ApiPod {
   readonly metadata: {
     readonly name: string;
@@ -55,12 +55,12 @@ export interface ApiPod {
   };
 }
 
-/** The service that a pod belongs to, as a rank or as a prepare pod. */
+/** The service of a pod, which is a rank or a prepare pod. */
 export function serviceOfPod({ metadata }: ApiPod): string | undefined {
   return metadata.labels?.[labels.service] ?? metadata.labels?.[prepareLabels.service];
 }
 
-/** Whether the ModelService of this uid made the pod: one of an earlier service of the same name is not ours. */
+/** Whether the ModelService with this uid owns the pod: a pod of an earlier service of the same name is not ours. */
 export function isOwnedBy({ metadata }: ApiPod, uid: string): boolean {
   return metadata.ownerReferences?.some((owner) => owner.uid === uid && owner.controller === true) === true;
 }
@@ -129,7 +129,7 @@ function isCount(value: number | undefined): value is number {
   return value !== undefined && Number.isInteger(value) && value >= 0;
 }
 
-/** A rank that ended ends its pod, also while the pod's other ranks still run. */
+/** When a rank ends, its pod counts as ended, even while its other ranks still run. */
 function phaseOf({ status }: ApiPod, failed: Failure | undefined): ObservedPod['phase'] {
   const ended = (status?.containerStatuses ?? []).filter(({ state }) => state?.terminated !== undefined);
   if (failed !== undefined) {
@@ -141,7 +141,7 @@ function phaseOf({ status }: ApiPod, failed: Failure | undefined): ObservedPod['
   return status?.phase === 'Running' ? 'Running' : 'Pending';
 }
 
-/** Reasons of a waiting container that do not pass by themselves soon. */
+/** Reasons of a waiting container that do not resolve soon by themselves. */
 const blockingReasons = new Set([
   'ErrImagePull',
   'ImagePullBackOff',
@@ -154,7 +154,7 @@ const blockingReasons = new Set([
   'RunContainerError',
 ]);
 
-/** Why a pod does not start: the scheduler's words, or those about its images. */
+/** Why a pod does not start: the message of the scheduler, or about its images. */
 function blockerOf({ status }: ApiPod): string | undefined {
   const scheduled = status?.conditions?.find(({ type }) => type === 'PodScheduled');
   if (scheduled?.status === 'False') {
@@ -187,8 +187,9 @@ export interface Failure {
 }
 
 /**
- * What the container that failed first said, or why the pod as a whole failed. A container that ends because its pod is
- * deleted has not failed, whatever its exit code: a pod that is being deleted has failed if it was seen to `before`.
+ * The message of the container that failed first, or the reason why the whole pod failed. A container that ends
+ * because its pod is deleted has not failed, whatever its exit code: a pod being deleted has failed only if it had
+ * failed `before`.
  */
 export function observeFailure(
   { metadata, status }: ApiPod,
@@ -258,14 +259,14 @@ export function queueReading(state: QueueState): QueueReading {
   };
 }
 
-/** How long a dispatcher that took over may not have reached every group yet. */
+/** How long a new dispatcher may need to reach every group. */
 const takeoverMs = 5_000;
 
 export interface QueueSight {
-  /** Undefined: nothing was heard of late. */
+  /** Undefined: no recent state. */
   readonly state: QueueState | undefined;
   readonly receivedMs: number;
-  /** When the first state of this dispatcher was received. */
+  /** When this dispatcher's first state was received. */
   readonly dispatcherSinceMs: number;
 }
 
@@ -276,8 +277,8 @@ export interface ObservedLoads {
 }
 
 /**
- * The groups as the dispatcher sees them. Without a fresh state nothing is known; and a dispatcher that has just taken over
- * is believed what it reaches, not what it does not reach yet.
+ * The groups as the dispatcher sees them. Without a fresh state nothing is known. A new dispatcher's list of
+ * reachable groups is trusted, but groups missing from it may only be not reached yet.
  */
 export function observeLoads(
   { state, receivedMs, dispatcherSinceMs }: QueueSight,
@@ -305,7 +306,7 @@ export function observeLoads(
   };
 }
 
-/** Whether requests wait for groups of an identity that are all full: what comes meanwhile goes to newer ones. */
+/** Whether requests wait for an identity whose groups are all full: meanwhile new requests go to newer groups. */
 function isWaitedFor(identity: string, { waitingFor, groups }: QueueState): boolean {
   const hasRoom = groups.some(
     (group) =>

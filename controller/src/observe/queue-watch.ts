@@ -1,7 +1,6 @@
-// What the queue says of each model that is served: the dispatcher's states, the drain marks, and whether the catalogue has
-// the model. Follows them in the background and calls back where something changed that a decision may depend on. A burst
-// that begins on a calm queue is shown only when it has gone on for a moment, so that forty requests that arrive at zero
-// within it make one decision.
+// The queue's view of each served model: the dispatcher's states, the drain marks, and whether the catalogue has the
+// model. Follows them in the background and calls back on changes that may affect a decision. A burst on a calm queue
+// is shown after a short delay, so that forty requests that arrive within it at zero groups lead to one decision.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { pause } from '@mimo/core/process/abort';
@@ -20,7 +19,7 @@ export interface QueueWatchOptions {
   readonly onChange: (model: string) => void;
 }
 
-/** What the queue says of one model. */
+/** The queue's view of one model. */
 export interface QueueObservation extends ObservedLoads {
   readonly queue: QueueReading | 'unknown';
   readonly marks: DrainMarks | 'unknown';
@@ -44,7 +43,7 @@ export class QueueWatch {
     this.#ended = this.#followCatalogue();
   }
 
-  /** Begins to follow the models that are new in the list, and stops following those that are not in it. */
+  /** Starts following models that are new in the list, and stops following those no longer in it. */
   follow(models: Iterable<string>): void {
     const wanted = new Set(models);
     for (const [model, watch] of this.#models) {
@@ -98,7 +97,7 @@ class ModelWatch {
   readonly #model: string;
   readonly #options: QueueWatchOptions;
   #sight: QueueSight = { state: undefined, receivedMs: 0, dispatcherSinceMs: 0 };
-  /** The state before a burst that has only begun. */
+  /** The state before a burst that has just begun. */
   #held: QueueState | undefined;
   #burst: NodeJS.Timeout | undefined;
   #marks: DrainMarks | undefined;
@@ -123,7 +122,7 @@ class ModelWatch {
   }
 
   close(): void {
-    this.#closing.abort(new ClusterError('canceled', 'the model is not served any more'));
+    this.#closing.abort(new ClusterError('canceled', 'the model is no longer served'));
   }
 
   observe(nowMs: number): Omit<QueueObservation, 'published'> {
@@ -139,7 +138,7 @@ class ModelWatch {
   #receive(state: QueueState, nowMs: number): void {
     const { state: before, dispatcherSinceMs } = this.#sight;
     if (before !== undefined && state.dispatcherEpoch < before.dispatcherEpoch) {
-      // One that has lost its lease and does not know it yet. An emptied store begins its epochs anew, but not for long.
+      // It has lost its lease without knowing. Epochs also start over in an emptied store, but only briefly.
       if (nowMs - this.#sight.receivedMs <= queueStateFreshMs) {
         return;
       }
@@ -164,14 +163,17 @@ class ModelWatch {
       try {
         await follow();
       } catch (error) {
-        this.#options.log.warn({ error: ClusterError.from(error), model: this.#model }, 'queue not followed');
+        this.#options.log.warn(
+          { error: ClusterError.from(error), model: this.#model },
+          'cannot follow the queue',
+        );
       }
       await pause(retryMs, signal);
     }
   }
 }
 
-/** Whether gates, drains or marks may depend on the difference; the load itself is looked at in bursts and rounds. */
+/** Whether the difference may affect gates, drains or marks; the load itself is checked in bursts and rounds. */
 function hasChangedForGroups(before: QueueState, after: QueueState): boolean {
   return groupEssence(before) !== groupEssence(after);
 }

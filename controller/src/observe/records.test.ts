@@ -52,7 +52,7 @@ describe('a pod that waits for its volumes', () => {
     expect(podAt(record, sinceMs + 59_000).rank?.blocker).toBe(undefined);
     expect(podAt(record, sinceMs + 60_000).rank?.blocker).toBe(
       'pod chat-pod has waited for its volumes or its network since 2026-01-01T00:00:10.000Z: ' +
-        'kubectl describe pod chat-pod says what it lacks',
+        'kubectl describe pod chat-pod shows the cause',
     );
   });
 

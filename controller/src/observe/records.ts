@@ -1,4 +1,4 @@
-// What the informers keep of each object: as much as decisions need, read once when it changes. A ModelService or Tenant
+// What the informers keep of each object: only what decisions need, parsed once per change. A ModelService or Tenant
 // that breaks a rule (it may be older than the rule) becomes a record that says so.
 
 import { ClusterError } from '@mimo/core/process/errors';
@@ -19,7 +19,7 @@ import {
 import { parseModelService, parseTenant, type ModelService, type Tenant } from '../resources/resources.ts';
 import { modelServiceStatus, tenantStatus, type ModelServiceStatus } from '../resources/status.ts';
 
-/** A ModelService, as far as it can be read. */
+/** A ModelService, as far as it is valid. */
 export interface ServiceRecord {
   readonly metadata: ObjectMetadata;
   /** Undefined: it breaks a rule, which `problem` names. */
@@ -42,7 +42,7 @@ export function readService(object: KubeObject): ServiceRecord {
   }
 }
 
-/** A pod of ours: a rank's or a prepare pod; `service` is empty where the labels are not ours. */
+/** A pod of ours, of ranks or for preparation; `service` is empty if the labels are not ours. */
 export interface PodRecord {
   readonly name: string;
   readonly uid: string;
@@ -57,7 +57,7 @@ export interface PodRecord {
   readonly prepare: PreparePod | undefined;
 }
 
-/** Reads a pod as it is at `nowMs`; `before` is what its name was known as. */
+/** Reads a pod's state at `nowMs`; `before` is the earlier record under its name. */
 export function readPod(object: KubeObject, before: PodRecord | undefined, nowMs: number): PodRecord {
   const pod = object as unknown as ApiPod;
   const { name, uid, resourceVersion, deletionTimestamp, ownerReferences } = object.metadata;
@@ -77,12 +77,12 @@ export function readPod(object: KubeObject, before: PodRecord | undefined, nowMs
   };
 }
 
-/** A machine gives a pod its volumes and its network within this, or something is wrong with them. */
+/** A machine normally provides a pod's volumes and network within this time. */
 const longWaitMs = 60_000;
 
 /**
- * What a record says at a time: a pod that has waited for its volumes or its network for long is blocked. The kubelet tells
- * what it lacks in events of the pod alone.
+ * A record at a given time: a pod that has waited long for its volumes or its network is blocked. The kubelet reports
+ * the cause only in the pod's events.
  */
 export function podAt(record: PodRecord, nowMs: number): PodRecord {
   const { name, unmountedSinceMs: sinceMs, rank, prepare } = record;
@@ -91,7 +91,7 @@ export function podAt(record: PodRecord, nowMs: number): PodRecord {
   }
   const blocker =
     `pod ${name} has waited for its volumes or its network since ${new Date(sinceMs).toISOString()}: ` +
-    `kubectl describe pod ${name} says what it lacks`;
+    `kubectl describe pod ${name} shows the cause`;
   return { ...record, rank: rank && { ...rank, blocker }, prepare: prepare && { ...prepare, blocker } };
 }
 
@@ -110,7 +110,7 @@ export function readSupport({ metadata, spec }: KubeObject): SupportRecord {
   };
 }
 
-/** A Tenant, as far as it can be read. */
+/** A Tenant, as far as it is valid. */
 export interface TenantRecord {
   readonly metadata: ObjectMetadata;
   readonly tenant: Tenant | undefined;

@@ -1,6 +1,6 @@
-// The Tenants of the namespace -> the Secret that gateways read their API keys from, and a condition on each Tenant. Owns
-// when Secrets are read: they cannot be watched with the permission to get one by name, so they are looked at again and
-// again. What the file says is decided in decide/tenant-keys.ts.
+// The Tenants of the namespace -> the Secret that gateways read their API keys from, and a condition on each Tenant.
+// Owns when Secrets are read: they cannot be watched with the permission to get one by name, so they are polled. The
+// file's content is decided in decide/tenant-keys.ts.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -23,12 +23,12 @@ export interface TenantKeysOptions {
 }
 
 const entry = 'keys.json';
-/** A Secret that somebody has just made is found soon; one that was changed, after a while. */
+/** A new Secret is found soon, a changed one after a while. */
 const missingRoundMs = 5_000;
 const roundMs = 30_000;
 const retryMs = 2_000;
 
-/** Keeps the keys file and the conditions right until the signal fires. Never rejects. */
+/** Keeps the keys file and the conditions up to date until the signal fires. Never rejects. */
 export async function keepTenantKeys(options: TenantKeysOptions, signal: AbortSignal): Promise<void> {
   let wake = new AbortController();
   const stop = options.tenants.onChange(() => wake.abort());
@@ -40,7 +40,7 @@ export async function keepTenantKeys(options: TenantKeysOptions, signal: AbortSi
         waitMs = (await writeTenantKeys(options, signal)) ? roundMs : missingRoundMs;
       } catch (error) {
         if (!signal.aborted) {
-          options.log.warn({ error: ClusterError.from(error) }, 'tenant keys not written');
+          options.log.warn({ error: ClusterError.from(error) }, 'cannot write the tenant keys');
         }
       }
       await pause(waitMs, AbortSignal.any([signal, wake.signal]));
@@ -50,7 +50,7 @@ export async function keepTenantKeys(options: TenantKeysOptions, signal: AbortSi
   }
 }
 
-/** One round; true where every tenant is ready. */
+/** One round; true if every tenant is ready. */
 async function writeTenantKeys(options: TenantKeysOptions, signal: AbortSignal): Promise<boolean> {
   const records = [...options.tenants.list()];
   const tenants = records.flatMap(({ tenant }) => tenant ?? []);
@@ -65,7 +65,7 @@ async function writeTenantKeys(options: TenantKeysOptions, signal: AbortSignal):
     const data = { [entry]: Buffer.from(keysFile).toString('base64') };
     const secret = { apiVersion: 'v1', kind: 'Secret', metadata: { name: options.secretName }, data };
     await options.client.apply(resourceTypes.secrets, secret, {}, signal);
-    options.log.info({ tenants: tenants.length }, 'tenant keys written');
+    options.log.info({ tenants: tenants.length }, 'wrote the tenant keys');
   }
   for (const record of records) {
     const judged = ready.get(record.metadata.name) ?? {

@@ -1,5 +1,6 @@
-// resources.ts and status.ts -> the CRDs in charts/mimo-cluster/crds. `node controller/src/resources/crd-generate.ts` writes them;
-// a test compares what is committed. Owns how a zod schema becomes a structural schema; knows no API server.
+// resources.ts and status.ts -> the CRDs in charts/mimo-cluster/crds. `node controller/src/resources/crd-generate.ts`
+// writes them; a test compares what is committed. Owns how a zod schema becomes a structural schema; knows no API
+// server.
 
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -73,7 +74,7 @@ const definitions: readonly ResourceDefinition[] = [
       { name: 'Why', type: 'string', jsonPath: '.status.lastDecision.message', priority: 1 },
       age,
     ],
-    // The floor, not the count: the autoscaler keeps deciding above what `kubectl scale` asks for.
+    // The minimum, not the count: the autoscaler still decides above what `kubectl scale` sets.
     scale: {
       specReplicasPath: '.spec.scaling.min',
       statusReplicasPath: '.status.replicas',
@@ -153,7 +154,7 @@ interface JsonSchema {
   default?: unknown;
 }
 
-/** A schema as Kubernetes takes it: what the client may leave out is not required, integers are int64. */
+/** A schema in Kubernetes' form: optional input is not required, integers are int64. */
 function structuralSchema(schema: z.ZodType): unknown {
   const structural = z.toJSONSchema(schema, {
     io: 'input',
@@ -174,7 +175,7 @@ function structuralSchema(schema: z.ZodType): unknown {
   return structural;
 }
 
-/** The API server judges an object's default by the rules as it stands, without the defaults of its fields: fill them in. */
+/** The API server checks an object's default against the rules without the defaults of its fields: fill them in. */
 function completeDefaults(schema: JsonSchema): void {
   const fields = Object.entries(schema.properties ?? {});
   for (const [, field] of fields) {

@@ -1,11 +1,11 @@
-// Specs that are taken, and specs that are refused with the words that name what is wrong. One table for both judges:
-// resources.test.ts holds our own check to it, tests/kubernetes/resources.test.ts the API server's, by the CRDs. A path
-// in the words is as the API server writes it.
+// Accepted specs, and rejected specs with the message that names the problem. One table for both validators:
+// resources.test.ts checks our own, tests/kubernetes/resources.test.ts the API server's, by the CRDs. Paths are as
+// the API server writes them.
 
 const source = { hub: { repository: 'XiaomiMiMo/MiMo-7B-RL' } };
 const model = { name: 'mimo-7b-rl', source };
 
-/** A ModelService's spec with what is given; each case below is added to it. */
+/** A ModelService's spec plus the given fields of a case below. */
 export function specWith(spec: object): object {
   return { model, ...spec };
 }

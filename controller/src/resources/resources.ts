@@ -1,7 +1,7 @@
-// ModelService and Tenant, group mimo-cluster.dev/v1alpha1: the one place where their fields, defaults, limits and rules
-// are written. From it come the TypeScript types, the controller's own check (parseModelService, parseTenant) and the
-// CRD YAML (crd-generate.ts). Knows no pods and no API server; status.ts holds what the controller reports back.
-// Each rule across fields is written twice side by side, as CEL for the API server and as a predicate for us.
+// ModelService and Tenant, group mimo-cluster.dev/v1alpha1: the one place where their fields, defaults, limits and
+// rules are written. From it come the TypeScript types, the controller's own check (parseModelService, parseTenant)
+// and the CRD YAML (crd-generate.ts). Knows no pods and no API server; status.ts holds what the controller reports
+// back. Each rule across fields is written twice side by side, as CEL for the API server and as a predicate for us.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { z } from 'zod';
@@ -18,7 +18,7 @@ interface Rule<T> {
   readonly holds: (value: T) => boolean;
 }
 
-/** A rule about a change, which only the API server can judge because it alone sees the old object. */
+/** A rule about a change, which only the API server can check because only it sees the old object. */
 interface TransitionRule {
   readonly cel: string;
   readonly message: string;
@@ -117,9 +117,9 @@ const model = withRules(
       precision: z
         .enum(['fp32', 'fp16', 'bf16', 'int8', 'int4'])
         .default('int8')
-        .describe('int8 gives the same tokens whatever else is in the batch, at half the memory of bf16.'),
+        .describe('int8 gives the same tokens alone or in any batch, at half the memory of bf16.'),
     })
-    .describe('What is served.'),
+    .describe('The model to serve.'),
   [],
   [{ cel: 'self.name == oldSelf.name', message: 'name is immutable: requests are queued under it' }],
 );
@@ -131,8 +131,8 @@ const speculation = z
       .min(0)
       .max(1)
       .default(1)
-      .describe('Tokens drafted by the MTP layer a step; 0 is off.'),
-    adaptive: z.boolean().default(true).describe('Drafting stops by itself where it would not pay.'),
+      .describe('Tokens that the MTP layer drafts per step; 0 turns speculation off.'),
+    adaptive: z.boolean().default(true).describe('Drafts only while verifying them costs little.'),
   })
   .describe('Multi-token prediction; it never changes what is generated.');
 
@@ -141,12 +141,7 @@ const rankResources = withRules(
     .object({
       cpu: quantity.default('4'),
       memory: quantity.default('16Gi'),
-      accelerators: z
-        .int()
-        .min(0)
-        .max(8)
-        .default(0)
-        .describe('Accelerators of each rank; 0 runs on the CPU.'),
+      accelerators: z.int().min(0).max(8).default(0).describe('Accelerators of each rank; 0 means the CPU.'),
       acceleratorResource: text(253)
         .regex(/^[a-z0-9.-]+\/[\w.-]+$/)
         .default('nvidia.com/gpu')
@@ -154,14 +149,14 @@ const rankResources = withRules(
       executionProvider: z
         .enum(['cpu', 'cuda'])
         .optional()
-        .describe('What computes. Default: cuda where accelerators are asked for, else cpu.'),
+        .describe('Where the ranks compute. Default: cuda with accelerators, else cpu.'),
       kvCache: quantity
         .optional()
         .describe(
-          'Memory of each rank for keys and values, on the device that computes. Default: what the weights leave.',
+          'Memory of each rank for the KV cache, on its device. Default: all memory that the weights leave free.',
         ),
     })
-    .describe('What one rank gets, as request and limit alike.'),
+    .describe('The resources of one rank, as both request and limit.'),
   [
     {
       cel: "has(self.executionProvider) && self.executionProvider == 'cuda' ? self.accelerators > 0 : true",
@@ -187,30 +182,32 @@ const scaling = withRules(
         .min(0)
         .max(1000)
         .default(0)
-        .describe('Fewest groups; 0 lets an idle model go. Set by kubectl scale.'),
-      max: z.int().min(1).max(1000).default(1).describe('Most groups.'),
+        .describe(
+          'Minimum number of groups; 0 lets an idle model scale to zero. kubectl scale sets this field.',
+        ),
+      max: z.int().min(1).max(1000).default(1).describe('Maximum number of groups.'),
       targetWaitSeconds: seconds(1, 3600)
         .default(30)
-        .describe('How long a request may wait for its first step.'),
+        .describe('Target for how long a request waits for its first step.'),
       groupTokensPerSecond: z
         .int()
         .min(1)
         .max(10_000_000)
         .default(1000)
         .describe(
-          'First guess of what one full group retires, prompt plus permitted completion; then it is measured.',
+          'First guess of the speed of one full group, in prompt plus permitted completion tokens; later measured.',
         ),
       startUpSeconds: seconds(1, 3600)
         .default(60)
-        .describe('First guess of create to ready; then it is measured.'),
+        .describe('First guess of the time from creating a group until it is ready; later measured.'),
       memorySeconds: seconds(60, 7200)
         .optional()
         .describe(
-          'How far back the arrivals are looked at. Default: 120 s plus three times the start-up time.',
+          'How far back the autoscaler considers arrivals. Default: 120 s plus three times the start-up time.',
         ),
       scaleToZeroAfterSeconds: seconds(0, 86_400)
         .default(300)
-        .describe('Idle time before the last group goes.'),
+        .describe('Idle time before the last group is removed.'),
     })
     .describe('How many replica groups run.'),
   [
@@ -238,7 +235,7 @@ const rollout = withRules(
         .default(0)
         .describe('Groups below the wanted count during a rollout.'),
     })
-    .describe('How a changed template replaces the groups; counted in groups.'),
+    .describe('How groups are replaced after a change of the template; counted in groups.'),
   [
     {
       cel: 'self.maxSurge + self.maxUnavailable > 0',
@@ -248,7 +245,7 @@ const rollout = withRules(
   ],
 );
 
-/** As Kubernetes has it for pods, so that a mistake is refused here and not when the first pod is made. */
+/** As in Kubernetes' pods, so that a mistake is rejected here and not at the creation of the first pod. */
 const toleration = withRules(
   z
     .object({
@@ -257,24 +254,24 @@ const toleration = withRules(
       value: z.string().max(63).optional(),
       effect: z.enum(['NoSchedule', 'PreferNoSchedule', 'NoExecute']).optional(),
       tolerationSeconds: seconds(0, 7 * 86_400)
-        .describe('How long a pod stays once its machine has the taint; 30 for a lost machine unless given.')
+        .describe('How long a pod stays after its machine gets the taint; default for a lost machine: 30.')
         .optional(),
     })
-    .describe('A taint of machines that the pods put up with.'),
+    .describe('A taint of machines that the pods tolerate.'),
   [
     {
       cel: "has(self.key) || self.operator == 'Exists'",
-      message: 'operator must be Exists where key is left out',
+      message: 'operator must be Exists if key is empty',
       holds: ({ key, operator }) => key !== undefined || operator === 'Exists',
     },
     {
       cel: "!has(self.value) || self.operator == 'Equal'",
-      message: 'operator must be Equal where value is given',
+      message: 'operator must be Equal if value is set',
       holds: ({ value, operator }) => value === undefined || operator === 'Equal',
     },
     {
       cel: "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-      message: 'effect must be NoExecute where tolerationSeconds is given',
+      message: 'effect must be NoExecute if tolerationSeconds is set',
       holds: ({ tolerationSeconds, effect }) => tolerationSeconds === undefined || effect === 'NoExecute',
     },
   ],
@@ -302,9 +299,11 @@ const template = z
     ),
     cacheVolumeClaim: dnsName
       .optional()
-      .describe("Keeps compiled shards across restarts; default: the controller's setting."),
+      .describe(
+        "A volume claim that keeps compiled shards across restarts; default: the controller's setting.",
+      ),
   })
-  .describe('What is added to the pods.');
+  .describe('Additions to the pods.');
 
 const cudaPrecisions: ReadonlySet<string> = new Set(['fp16', 'bf16']);
 
@@ -312,19 +311,19 @@ const serviceFields = z.object({
   model,
   tensorParallel: z.literal([1, 2, 4, 8]).default(1).describe('Ranks that share one copy of the model.'),
   speculation: speculation.prefault({}),
-  engine: z.enum(['onnxruntime']).default('onnxruntime').describe('What computes; one so far.'),
+  engine: z.enum(['onnxruntime']).default('onnxruntime').describe('The inference engine; only one so far.'),
   resources: rankResources.prefault({}),
   placement: z
     .enum(['pod', 'spread'])
     .default('pod')
-    .describe('pod: all ranks in one pod; spread: a pod a rank, on any machines.'),
+    .describe('pod: all ranks in one pod; spread: one pod per rank, on any machines.'),
   scaling: scaling.prefault({}),
   rollout: rollout.prefault({}),
   drainSeconds: seconds(0, 86_400)
     .default(120)
     .describe(
-      'How long a group that is taken away may finish what it holds; the rest moves to other groups that compute the same, ' +
-        'and ends with ABORTED where a change of model or precision leaves none.',
+      'How long a removed group may finish its requests; the rest moves to groups with the same model identity, ' +
+        'and ends with ABORTED if a change of model or precision leaves none.',
     ),
   template: template.prefault({}),
 });
@@ -341,7 +340,7 @@ export const modelServiceSpec = withRules(serviceFields, [
   },
 ]);
 
-/** What computes a rank: as given, else by whether it has accelerators. */
+/** A rank's execution provider: as given, else cuda with accelerators and cpu without. */
 export function executionProviderOf(
   resources: Pick<z.output<typeof rankResources>, 'executionProvider' | 'accelerators'>,
 ): 'cpu' | 'cuda' {
@@ -357,14 +356,19 @@ export const tenantSpec = z.object({
     .array(
       z.object({
         secretName: dnsName,
-        key: text(253).default('apiKey').describe("The Secret's entry that holds the key's SHA-256 in hex."),
+        key: text(253).default('apiKey').describe("The Secret's entry with the SHA-256 of the key, in hex."),
       }),
     )
     .min(1)
     .max(32)
     .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': ['secretName', 'key'] })
-    .describe('Hashes of the API keys that are this tenant.'),
-  weight: z.int().min(1).max(10_000).default(100).describe('Share of a busy cluster against other tenants.'),
+    .describe('Hashes of the API keys of this tenant.'),
+  weight: z
+    .int()
+    .min(1)
+    .max(10_000)
+    .default(100)
+    .describe('Share of a busy cluster relative to other tenants.'),
   priorityClass: z.enum(['critical', 'standard', 'batch']).default('standard'),
   limits: z
     .object({
@@ -373,16 +377,16 @@ export const tenantSpec = z.object({
       maxInFlight: z.int().min(1).max(100_000).optional().describe('Accepted and unfinished requests.'),
     })
     .prefault({})
-    .describe('A limit that is absent is no limit.'),
+    .describe('Absent limits mean unlimited.'),
   allowedModels: z
     .array(text(128))
     .max(256)
     .default([])
     .meta({ 'x-kubernetes-list-type': 'set' })
-    .describe('Names of models; empty: every model.'),
+    .describe('Names of the allowed models; empty: every model.'),
 });
 
-/** A complete tenant spec. The limits are the gateway's to enforce; the controller only hands them over. */
+/** A complete tenant spec. Gateways enforce the limits; the controller only passes them on. */
 export type TenantSpec = z.output<typeof tenantSpec>;
 
 /** `<name>-<revision>-<group>-<rank>` must stay a DNS label, and is a host name with placement spread. */
@@ -398,7 +402,7 @@ const metadata = z.object({
   finalizers: z.array(z.string()).default([]),
 });
 
-/** The part of metadata that decisions need. */
+/** The metadata that decisions need. */
 export type ResourceMetadata = z.output<typeof metadata>;
 
 export interface ModelService {
@@ -412,8 +416,8 @@ export interface Tenant {
 }
 
 /**
- * Reads a ModelService as the API server gives it, filling in defaults. Throws `invalid_argument` that lists every
- * problem by field: an object stored before a rule existed can still break it.
+ * Reads a ModelService from the API server and fills in defaults. Throws `invalid_argument` with every problem by
+ * field: an object stored before a rule existed can still break it.
  */
 export function parseModelService(value: unknown): ModelService {
   const named = metadata.extend({ name: dnsLabel.max(serviceNameMaxLength) });

@@ -1,5 +1,5 @@
-// What the controller writes into `status`: the schema of it (crd-generate.ts puts it into the CRDs) and its types. The
-// decision part is meant to be read by a person with `kubectl describe`: inputs, formula, clamps, reason and blocker.
+// What the controller writes into `status`: its schema (crd-generate.ts puts it into the CRDs) and types. People read
+// the decision part with `kubectl describe`: inputs, formula, clamps, reason and blocker.
 
 import { z } from 'zod';
 
@@ -23,7 +23,7 @@ const conditions = z
   .max(16)
   .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': ['type'] });
 
-/** Why the count is what it is. */
+/** Why the count has its value. */
 export const scaleReasons = [
   'QueueUnknown',
   'Oldest',
@@ -51,12 +51,12 @@ const scaleInputs = z.object({
 
 export const scaleDecision = z.object({
   wanted: count.describe('Groups that should exist.'),
-  before: count.describe('Groups that were wanted by the decision before.'),
+  before: count.describe('Groups that the previous decision wanted.'),
   reason: z.enum(scaleReasons),
   message: z.string().max(1024).describe('The decision in one sentence.'),
   formula: z.string().max(1024).describe('The rule with its numbers.'),
   clamps: z.array(z.string().max(256)).max(8).describe('Limits that changed the result of the formula.'),
-  blocker: z.string().max(1024).optional().describe('What keeps the wanted groups from serving.'),
+  blocker: z.string().max(1024).optional().describe('What prevents the wanted groups from serving.'),
   inputs: scaleInputs,
 });
 
@@ -66,7 +66,7 @@ export type ScaleDecision = z.output<typeof scaleDecision>;
 export const modelServiceStatus = z.object({
   observedGeneration: z.int().min(0).optional(),
   conditions: conditions.optional(),
-  replicas: count.optional().describe('Groups that exist; what the scale subresource reports.'),
+  replicas: count.optional().describe('Existing groups, as the scale subresource reports.'),
   selector: z.string().max(512).optional().describe('Label selector of the pods, for the scale subresource.'),
   revision: z.string().max(63).optional().describe('Revision of the current template.'),
   preparedModel: z
@@ -88,7 +88,7 @@ export const modelServiceStatus = z.object({
       waitingTokens: count.optional(),
       oldestWaitingSeconds: count.optional(),
     })
-    .describe('Absent fields are unknown, which is not zero.')
+    .describe('Absent fields are unknown, not zero.')
     .optional(),
   lastDecision: scaleDecision.extend({ time }).optional(),
 });

@@ -1,6 +1,6 @@
-// Requests that have begun to arrive and are not answered yet, in bytes over all calls: what a gateway holds for clients
-// that may never finish. Owns the limits of one message, of all together and of the time that one takes; reads gRPC's
-// framing and nothing else. Where all together exceed the limit, the largest ends: a small request never pays for others.
+// Bytes of unanswered requests over all calls: what a gateway holds for clients that may never finish. Owns the
+// limits of one message, of all together, and of the time that one may take; reads only gRPC's framing. If the total
+// exceeds the limit, the largest request fails: a small request never pays for others.
 
 import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import type { ServerHttp2Stream } from 'node:http2';
@@ -23,17 +23,17 @@ export interface BodyRule {
 
 /** Of the flag and the length before each message. */
 const prefixBytes = 5;
-/** A body larger than this waits for its turn: in each tick, so many bytes of all such bodies are read. */
+/** Bodies larger than this wait for their turn: each tick reads so many bytes of all of them together. */
 const smallBytes = 256 * 2 ** 10;
 const tickMs = 10;
 const tickBytes = 320 * 2 ** 10;
-/** What a client may have sent when it is read on. */
+/** What a client may have sent by the time reading continues. */
 const windowBytes = 65_535;
 const retryAfterMs = 1_000;
 /** Node publishes here when a stream's answer begins. */
 const answeredChannel = 'http2.server.stream.finish';
 
-/** What is done about a stream. */
+/** What the owner does with a stream. */
 export interface BodyHooks {
   readonly receive: (bytes: number) => void;
   /** Ends the stream with an error; called at most once, before its answer begins. */
@@ -45,11 +45,11 @@ interface Body {
   readonly rule: BodyRule;
   readonly hooks: BodyHooks;
   readonly timeout: NodeJS.Timeout;
-  /** Held for this stream, compressed messages at the size that they may grow to. */
+  /** Bytes held for this stream; compressed messages count at their largest possible size. */
   bytes: number;
   readonly prefix: Buffer;
   prefixRead: number;
-  /** Of the message that is arriving. */
+  /** Of the message now arriving. */
   leftBytes: number;
   messages: number;
 }
@@ -61,12 +61,12 @@ export class Bodies {
   readonly #refused = new WeakSet<ServerHttp2Stream>();
   readonly #answered = (message: unknown): void => {
     const { stream } = message as { readonly stream: ServerHttp2Stream };
-    // Of a stream of requests, the next ones are still to come.
+    // More requests of the stream may follow.
     if (this.#open.get(stream)?.rule.requestStream === false) {
       this.#release(stream);
     }
   };
-  /** Large bodies that wait for a turn, in order. */
+  /** Large bodies waiting for a turn, in order. */
   readonly #waiting = new Set<Body>();
   #tick: NodeJS.Timeout | undefined;
   #tickBytes = 0;
@@ -106,7 +106,7 @@ export class Bodies {
       messages: 0,
     };
     this.#open.set(stream, body);
-    // Not by a listener: what is refused here must not reach grpc-js, which would unzip and parse it all the same.
+    // Not with a listener: rejected data must not reach grpc-js, which would unzip and parse it all the same.
     const emit = stream.emit.bind(stream) as (event: string, ...args: unknown[]) => boolean;
     const emitReceived = (event: string, ...args: unknown[]): boolean => {
       if (event === 'data') {
@@ -121,7 +121,7 @@ export class Bodies {
         return emit(event, ...args);
       }
       if (event === 'end' && stream.closed) {
-        // What Node does on this event, or the stream would keep its session, and that its socket, for ever.
+        // As Node does on this event; otherwise the stream would keep its session, and the session its socket, forever.
         stream.destroy();
       }
       return false;
@@ -156,7 +156,7 @@ export class Bodies {
     }
   }
 
-  /** Stops reading a large body where this tick's share is used up. */
+  /** Stops reading a large body once this tick's share is used up. */
   #pace(body: Body, bytes: number): void {
     if (body.bytes <= smallBytes) {
       return;
@@ -201,7 +201,10 @@ export class Bodies {
         ),
       );
     } else if (body.messages > 0 && !requestStream) {
-      this.#end(body, new ClusterError('invalid_argument', 'the call has a second request; it takes one'));
+      this.#end(
+        body,
+        new ClusterError('invalid_argument', 'the call has a second request; it takes only one'),
+      );
     } else if (body.prefix[0]! > 1) {
       const text = `the flag before the request must be 0 or 1, not ${body.prefix[0]}`;
       this.#end(body, new ClusterError('invalid_argument', text));
@@ -219,7 +222,7 @@ export class Bodies {
     }
   }
 
-  /** Counts bytes; as long as that is more than fits, the largest body ends. */
+  /** Counts bytes; while the total exceeds the limit, the largest body fails. */
   #hold(body: Body, bytes: number): void {
     body.bytes += bytes;
     this.#bytes += bytes;
@@ -229,7 +232,7 @@ export class Bodies {
         (most, next) => (next.bytes > most.bytes ? next : most),
         body,
       );
-      const text = `unanswered requests have ${this.#bytes} bytes; the limit is ${maxUnansweredBytes}`;
+      const text = `unanswered requests take ${this.#bytes} bytes; the limit is ${maxUnansweredBytes}`;
       this.#end(largest, new ClusterError('resource_exhausted', text, { detail: { retryAfterMs } }));
     }
   }

@@ -1,5 +1,6 @@
-// Calling gRPC services: promises and async iterables with signals and deadlines over grpc-js's callbacks. Errors arrive
-// as ClusterError with the server's details. A stream that is left early is cancelled, which grpc-js itself does not do.
+// Calling gRPC services: promises and async iterables with signals and deadlines over grpc-js's callbacks. Errors
+// arrive as ClusterError with the server's details. A stream that is left early is cancelled, which grpc-js itself
+// does not do.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -10,7 +11,7 @@ import { errorFromStatus } from './status.ts';
 keepLivingCalls();
 withholdGrpcLog();
 
-/** What bounds a call. Time counts from the call on; the server hears how much is left. */
+/** The limits of a call. Time counts from the call; the server gets the time left. */
 export interface CallLimits {
   readonly signal?: AbortSignal | undefined;
   readonly timeoutMs?: number | undefined;
@@ -103,7 +104,7 @@ export async function* callServerStream<Request, Response>(
 }
 
 function optionsOf(limits: CallLimits): grpc.CallOptions {
-  // grpc-js takes a point in time and makes the time that is left of it again.
+  // grpc-js takes a point in time and converts it back to the time left.
   return limits.timeoutMs === undefined ? {} : { deadline: Date.now() + limits.timeoutMs };
 }
 

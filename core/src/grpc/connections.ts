@@ -1,9 +1,11 @@
-// The connections of a server that anybody may reach. Owns how many there may be, in all and of one peer, and the end of
-// those that only cost: no handshake, no call, floods of frames. A connection is proven once a stream was admitted on it;
-// what is unproven makes room for newer ones and has little patience. Knows no stream: grpc/gate.ts says what they did.
+// The connections of a server that anybody can reach. Owns their limits, in total and per peer, and ends those that
+// only cost: no handshake, no call, floods of frames. A connection is proven once a stream was admitted on it;
+// unproven ones make room for newer ones and have short time limits. Streams are grpc/gate.ts's, which reports what
+// they did.
 //
-// Most floods never reach JavaScript: HTTP/2 answers pings and settings, unpacks headers that it then ignores, and drops
-// empty frames. So bytes are compared: those that came over the socket, less those of headers and bodies that were seen.
+// Most floods never reach JavaScript: HTTP/2 answers pings and settings, unpacks headers that it then ignores, and
+// drops empty frames. So bytes are compared: those from the socket, minus those of the headers and bodies that
+// JavaScript saw.
 
 import { constants, type ServerHttp2Session, type ServerHttp2Stream } from 'node:http2';
 import type { Socket } from 'node:net';
@@ -16,31 +18,37 @@ export interface ConnectionLimits {
   readonly maxConnectionsPerPeer: number;
 }
 
-/** Without the peer's SETTINGS by then, it does not speak HTTP/2. */
+/** A peer that sent no SETTINGS by then does not speak HTTP/2. */
 const handshakeMs = 10_000;
-/** For the headers of an unproven connection's call, which fit into a few packets. */
+/** Time for the headers of a call on an unproven connection; they fit into a few packets. */
 const headersMs = 10_000;
-/** Clients that connect before their first call are given this long to make it; they connect again by themselves. */
+/** Clients that connect early have this long for their first call; they reconnect by themselves. */
 const unprovenIdleMs = 60_000;
 const unprovenStreams = 64;
 const unprovenRefusals = 100;
-/** New connections of one peer beyond its limit's worth. */
+/** Rate of new connections of one peer, beyond as many as its limit. */
 const connectsPerSecond = 50;
-/** Connections that ended for what they did; a peer that has spent these makes new ones slowly, its neighbours with it. */
+/**
+ * Connections ended for abuse; a peer that has used these up can open new ones only slowly, and so can others at its
+ * address.
+ */
 const abuseRate: Rate = { burst: 5, perSecond: 0.5 };
 const suspectRate: Rate = { burst: 2, perSecond: 1 };
-/** Streams of a peer that it reset itself: all users of a proxy may leave at once. */
+/** Streams that a peer reset itself: all users of a proxy may leave at once. */
 const resetRate: Rate = { burst: 10_000, perSecond: 1_000 };
 const maxPeers = 4_096;
 /** Clients that measure their bandwidth ping about ten times a second; a flood has thousands. */
 const pingRate: Rate = { burst: 500, perSecond: 20 };
 const settingsRate: Rate = { burst: 50, perSecond: 1 };
-/** Bytes that brought nothing. A reader of 80,000 tokens a second sends less than 1 MB/s of window updates. */
+/**
+ * Bytes that carried no headers or bodies. A reader of 80,000 tokens a second sends less than 1 MB/s of window
+ * updates.
+ */
 const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
 const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
-/** The unproven are looked at each time, since half a second of some floods stops a process for longer. */
+/** How often unproven connections are checked: half a second of some floods stops a process for longer. */
 const lookMs = 50;
-/** The others, and headers that do not end, are looked at once a second. */
+/** Other connections, and unfinished headers, are checked once a second. */
 const looksPerSecond = 20;
 
 /** All connections of a server. Close it. */
@@ -57,7 +65,7 @@ export class Connections {
 
   constructor(limits: ConnectionLimits) {
     this.#limits = limits;
-    // Twice: a peer whose connections all broke makes them anew at once.
+    // Twice: a peer whose connections all broke reopens them at once.
     const rate = { burst: 2 * limits.maxConnectionsPerPeer, perSecond: connectsPerSecond };
     this.#connects = new PeerAllowances(rate, maxPeers);
     this.#looking = setInterval(() => this.#look(), lookMs).unref();
@@ -75,12 +83,12 @@ export class Connections {
     clearInterval(this.#looking);
   }
 
-  /** The connection of a stream; undefined where it is gone. */
+  /** The connection of a stream; undefined if it is gone. */
   of(stream: ServerHttp2Stream): Connection | undefined {
     return stream.session === undefined ? undefined : this.#all.get(stream.session as ServerHttp2Session);
   }
 
-  /** Whether a new connection is taken; where there is no room, the oldest that proved nothing makes some. */
+  /** Whether a new connection is accepted; if there is no room, the oldest unproven one is ended. */
   mayConnect(socket: Socket): boolean {
     const nowMs = performance.now();
     const peer = peerOf(socket.remoteAddress);
@@ -93,7 +101,7 @@ export class Connections {
     );
   }
 
-  /** Begins with a connection that may connect. */
+  /** Registers an accepted connection. */
   take(session: ServerHttp2Session, socket: Socket): void {
     const peer = peerOf(socket.remoteAddress);
     const connection = new Connection({
@@ -107,7 +115,7 @@ export class Connections {
     this.#all.set(session, connection);
     siblings.add(connection);
     this.#byPeer.set(peer, siblings);
-    // Of the socket: a session whose peer left with streams unread may outlive it.
+    // The socket's event: a session whose peer left with unread streams may outlive its socket.
     socket.once('close', () => {
       session.destroy();
       connection.forget();
@@ -134,7 +142,7 @@ export class Connections {
   }
 }
 
-/** Ends the oldest connection that has proven nothing; false where there is none. */
+/** Ends the oldest unproven connection; false if there is none. */
 function makeRoom(connections: Iterable<Connection>): boolean {
   for (const connection of connections) {
     if (!connection.proven) {
@@ -145,7 +153,7 @@ function makeRoom(connections: Iterable<Connection>): boolean {
   return false;
 }
 
-/** One connection, as long as it lives. */
+/** One connection, while it lives. */
 export class Connection {
   readonly peer: string;
   readonly #session: ServerHttp2Session;
@@ -158,13 +166,13 @@ export class Connection {
   #patience: NodeJS.Timeout;
   #proven = false;
   #openStreams = 0;
-  /** The last whose headers were whole. */
+  /** The last stream whose headers were complete. */
   #lastStream = 0;
   #headersBeganMs: number | undefined;
   #refusals = 0;
   /** Of headers and bodies. */
   #seenBytes = 0;
-  /** Of nothing, as far as they were charged. */
+  /** Bytes without use that were charged so far. */
   #chargedBytes = 0;
 
   constructor(parts: {
@@ -185,7 +193,7 @@ export class Connection {
     this.#session.on('remoteSettings', () => this.#spend(this.#settings));
     this.#session.on('ping', () => this.#spend(this.#pings));
     this.#session.on('error', (error: NodeJS.ErrnoException) => {
-      // What is no HTTP/2; lost connections have the system's codes.
+      // Not HTTP/2; lost connections have the system's codes.
       if (error.code?.startsWith('ERR_HTTP2') === true) {
         this.#onAbuse();
       }
@@ -205,7 +213,7 @@ export class Connection {
     }
   }
 
-  /** Counts a stream while it is open; false where an unproven connection has too many. */
+  /** Counts a stream while it is open; false if an unproven connection has too many. */
   open(stream: ServerHttp2Stream): boolean {
     this.#openStreams += 1;
     this.#lastStream = stream.id ?? this.#lastStream;
@@ -216,7 +224,7 @@ export class Connection {
     return this.#proven || this.#openStreams <= unprovenStreams;
   }
 
-  /** Ends the connection where headers have begun and do not end: HTTP/2 shows them only once they are whole. */
+  /** Ends the connection if headers started but do not end: HTTP/2 shows them only once they are complete. */
   lookAtHeaders(nowMs: number): void {
     const begun = this.#session.state.lastProcStreamID ?? 0;
     this.#headersBeganMs = begun <= this.#lastStream ? undefined : (this.#headersBeganMs ?? nowMs);
@@ -225,19 +233,19 @@ export class Connection {
     }
   }
 
-  /** Bytes that came for something. */
+  /** Bytes that were of use. */
   see(bytes: number): void {
     this.#seenBytes += bytes;
   }
 
-  /** A stream was reset by the peer. */
+  /** The peer reset a stream. */
   reset(): void {
     if (!this.#takeReset()) {
       this.#endAbuse();
     }
   }
 
-  /** A stream was refused, or reset before it was looked at: a connection that does nothing else ends. */
+  /** A stream was rejected, or reset before it was checked: a connection with only such streams is ended. */
   refuse(): void {
     this.#refusals += 1;
     if (!this.#proven && this.#refusals > unprovenRefusals) {
@@ -245,7 +253,7 @@ export class Connection {
     }
   }
 
-  /** Charges what came for nothing since the last look. */
+  /** Charges the useless bytes since the last check. */
   look(nowMs: number): void {
     const idleBytes = this.#socket.bytesRead - this.#seenBytes - this.#chargedBytes;
     if (idleBytes > 0) {
@@ -260,7 +268,7 @@ export class Connection {
     this.#session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM);
   }
 
-  /** Lets go of the timer. */
+  /** Frees the timer. */
   forget(): void {
     clearTimeout(this.#patience);
   }
@@ -269,7 +277,7 @@ export class Connection {
     if (!this.#session.destroyed) {
       this.#onAbuse();
       this.end();
-      // At once: what came with it would be read on until the end of this turn.
+      // At once: otherwise data that came with it would still be read until the end of this turn.
       this.#socket.destroy();
     }
   }

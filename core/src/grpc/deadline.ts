@@ -1,6 +1,6 @@
-// Deadlines of the calls to our servers. A client sends the time that is left, as `grpc-timeout`; grpc-js makes a 32-bit
-// number of it, so that 25 days or more end the call at once, and a point in time of the wall clock, which a clock that is
-// set moves. Here any length counts, on the monotonic clock, and a header that is not what gRPC defines is refused.
+// Deadlines of the calls to our servers. A client sends the time left as `grpc-timeout`. grpc-js converts it to a
+// 32-bit number, so that 25 days or more end the call at once, and to a point in time on the wall clock, which moves
+// when the clock is set. Here every length works, on the monotonic clock, and a malformed header is rejected.
 
 import { BaseServerInterceptingCall } from '@grpc/grpc-js/build/src/server-interceptors.js';
 import { status, type StatusObject } from '@grpc/grpc-js';
@@ -19,7 +19,7 @@ const unitMs: Readonly<Record<string, number>> = {
   n: 1e-6,
 };
 
-/** The milliseconds that a `grpc-timeout` header says; undefined where it is malformed. */
+/** The milliseconds of a `grpc-timeout` header; undefined if it is malformed. */
 export function timeoutMsOf(header: string): number | undefined {
   const [, digits, unit] = timeoutPattern.exec(header) ?? [];
   const factor = unitMs[unit ?? ''];
@@ -35,10 +35,10 @@ interface DeadlineCall {
 
 const hook = 'handleTimeoutHeader';
 
-/** Has the servers of this process take deadlines so, from here on. Idempotent. */
+/** Makes the servers of this process read deadlines this way from now on. Idempotent. */
 export function keepLongDeadlines(): void {
   if (typeof Reflect.get(BaseServerInterceptingCall.prototype, hook) !== 'function') {
-    throw new ClusterError('internal', `this grpc-js does not read deadlines in ${hook}`);
+    throw new ClusterError('internal', `this version of grpc-js does not read deadlines in ${hook}`);
   }
   Reflect.set(BaseServerInterceptingCall.prototype, hook, takeTimeout);
 }
@@ -48,7 +48,7 @@ function takeTimeout(this: DeadlineCall, header: string): void {
   if (timeoutMs === undefined) {
     const shown = JSON.stringify(header.slice(0, 40));
     const details = `grpc-timeout must be 1 to 8 digits and a unit (H, M, S, m, u or n), not ${shown}`;
-    // The call is not complete before its constructor has ended.
+    // The call is incomplete until its constructor has ended.
     process.nextTick(() => this.sendStatus({ code: status.INVALID_ARGUMENT, details }));
     return;
   }

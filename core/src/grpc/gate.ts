@@ -1,6 +1,6 @@
-// What stands before grpc-js where anybody may connect. A stream is judged by its headers, before a byte of its body is
-// read; grpc-js sees those that passed. Owns the judgement and the slowing down of peers with wrong keys; connections are
-// grpc/connections.ts's, bodies grpc/bodies.ts's. Knows no key: `admit` is given.
+// The guard before grpc-js, for servers that anybody can reach. It checks a stream by its headers, before it reads a
+// byte of the body; grpc-js sees only streams that passed. Owns this check and slows down peers with wrong keys.
+// Connections are grpc/connections.ts's, bodies grpc/bodies.ts's, keys the caller's (`admit`).
 
 import { constants, type Http2Server, type IncomingHttpHeaders, type ServerHttp2Stream } from 'node:http2';
 import type { Socket } from 'node:net';
@@ -19,7 +19,7 @@ export interface GateLimits extends ConnectionLimits, BodyLimits {
 }
 
 export interface GateMethod extends BodyRule {
-  /** Anybody may call it, at a slow rate: health and reflection. */
+  /** Anybody may call it, at a low rate: health and reflection. */
   readonly open: boolean;
 }
 
@@ -27,7 +27,7 @@ export interface GateOptions {
   readonly limits: GateLimits;
   /** By path. */
   readonly methods: ReadonlyMap<string, GateMethod>;
-  /** Throws a ClusterError where the caller may not come in. */
+  /** Throws a ClusterError if the caller is not allowed. */
   readonly admit: (headers: IncomingHttpHeaders) => void;
   /** A call ended here; `path` is one of `methods`. */
   readonly onRefused: (path: string, code: ErrorCode) => void;
@@ -39,7 +39,7 @@ export interface GateCounts {
   readonly unansweredBytes: number;
 }
 
-/** The rest of the way, which is grpc-js's. */
+/** The next handler, which is grpc-js's. */
 export type ServeStream = (
   stream: ServerHttp2Stream,
   headers: IncomingHttpHeaders,
@@ -47,14 +47,17 @@ export type ServeStream = (
   rawHeaders: string[],
 ) => void;
 
-/** Wrong keys of one peer that are answered at once; then each answer waits, and where too many wait there is none. */
+/**
+ * Wrong keys of one peer that are answered at once; after that each answer is delayed, and if too many are waiting
+ * there is none.
+ */
 const wrongKeyRate: Rate = { burst: 20, perSecond: 2 };
 const slowMs = 1_000;
 const maxSlowed = 256;
-/** Calls of one peer that need no key. Probes and load balancers ask every few seconds. */
+/** Rate of one peer's calls without a key. Probes and load balancers call every few seconds. */
 const openRate: Rate = { burst: 200, perSecond: 20 };
 const maxPeers = 4_096;
-/** That a client may send before it hears anything. */
+/** Bytes that a client may send before it gets an answer. */
 const windowBytes = 65_535;
 /** HTTP/2 counts 32 bytes for each header besides its texts. */
 const headerBytes = 16;
@@ -75,11 +78,11 @@ export class Gate {
     this.#bodies = new Bodies(options.limits);
   }
 
-  /** Stands before a server: its streams reach `serve` once they have passed. */
+  /** Guards a server: its streams reach `serve` once they have passed. */
   guard(server: Http2Server, serve: ServeStream): void {
     this.#judgeConnections(server);
     const judge: ServeStream = (stream, ...rest) => {
-      // Resets and lost connections: the code that reads or writes gets its own error.
+      // Resets and lost connections: the reading or writing code gets its own error.
       stream.on('error', () => undefined);
       if (this.#judge(stream, rest[0], rest[2])) {
         serve(stream, ...rest);
@@ -88,7 +91,7 @@ export class Gate {
     server.on('stream', judge);
   }
 
-  /** Before node:http2 begins a session, which costs more than all else about a connection that is refused. */
+  /** Runs before node:http2 begins a session, which is the main cost of a rejected connection. */
   #judgeConnections(server: Http2Server): void {
     const listeners = server.listeners('connection');
     let connecting: Socket | undefined;
@@ -121,7 +124,7 @@ export class Gate {
   #judge(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, rawHeaders: readonly string[]): boolean {
     const connection = this.#connections.of(stream);
     if (connection === undefined || stream.closed || stream.destroyed) {
-      // Reset before it was looked at, or on a connection that was refused.
+      // Reset before it was checked, or on a rejected connection.
       connection?.reset();
       connection?.refuse();
       stream.destroy();
@@ -166,7 +169,7 @@ export class Gate {
     }
   }
 
-  /** The setting that HTTP/2 has for it binds a client only once it has acknowledged it. */
+  /** HTTP/2's own setting for this binds a client only once it has acknowledged it. */
   #assertSmall(bytes: number): void {
     const { maxHeaderBytes } = this.#options.limits;
     if (bytes > maxHeaderBytes) {
@@ -186,7 +189,7 @@ export class Gate {
 
   #refuse(stream: ServerHttp2Stream, connection: Connection, error: ClusterError): void {
     connection.refuse();
-    // What the client had sent already, as it may: nobody reads it.
+    // Data that the client had already sent, legitimately: nobody reads it.
     connection.see(windowBytes);
     if (error.code !== 'unauthenticated' || this.#wrongKeys.take(connection.peer, performance.now())) {
       answer(stream, error);
@@ -203,7 +206,7 @@ export class Gate {
   }
 }
 
-/** What gRPC over HTTP/2 asks of a request's headers. */
+/** The requirements of gRPC over HTTP/2 on a request's headers. */
 function assertGrpc(headers: IncomingHttpHeaders): void {
   if (headers[':method'] !== 'POST') {
     throw new ClusterError('invalid_argument', 'a call must be a POST');
@@ -217,7 +220,7 @@ function assertGrpc(headers: IncomingHttpHeaders): void {
 }
 
 /**
- * Ends a stream with a status, and with it whatever its client still sends. Later, since within node:http2's callbacks
+ * Ends a stream with a status and discards what its client still sends. Deferred, since within node:http2's callbacks
  * the end of the stream would overtake the status.
  */
 function answer(stream: ServerHttp2Stream, error: ClusterError): void {

@@ -4,12 +4,12 @@ import * as grpc from '@grpc/grpc-js';
 
 import { HealthCheckResponse_ServingStatus as ServingStatus, type HealthServer } from '@mimo/proto/health';
 
-/** Who serves and who does not. Watchers hear of each change. Nothing to close: watches end with their calls. */
+/** The serving state of each service. Watchers get every change. Nothing to close: watches end with their calls. */
 export class Health {
   readonly #status = new Map<string, ServingStatus>();
   readonly #watchers = new Set<() => void>();
 
-  /** Says whether a service serves. */
+  /** Sets whether a service serves. */
   set(service: string, serving: boolean): void {
     this.#status.set(service, serving ? ServingStatus.SERVING : ServingStatus.NOT_SERVING);
     for (const watcher of this.#watchers) {

@@ -1,22 +1,21 @@
-// Keep-alive pings, as grpc-js sends them on either side, without what they do to connections that are well.
+// Keep-alive pings, as grpc-js sends them on either side, without ending healthy connections.
 //
-// grpc-js cuts off every call of a connection whose ping is not answered in time, by a timer. But the answer may lie unread
-// because this process stood still, or its turns take longer than that; and a peer that is short of processor time answers
-// late while it goes on sending. So its pings are answered here, and the peer is watched instead: it is lost when it has
-// said nothing at all, pings unanswered, at each of 20 looks a second apart. A process that stands still does not look.
+// grpc-js uses a timer: it ends every call of a connection whose ping is not answered in time. But the answer may be
+// unread because this process was paused or busy, and a peer short of CPU answers late while it keeps sending. So
+// grpc-js's pings are answered here, and the peer is watched instead: it is lost if it sent nothing at all, not even
+// answers to pings, in 20 checks a second apart. A paused process does not check.
 //
-// On a connection that drains (after a GOAWAY it takes no new calls and the running ones finish) Node refuses pings, which
-// grpc-js takes for a dead peer, too (grpc/grpc-node#3068): whether it is dead is then for TCP and the calls' own limits to
-// notice.
+// On a draining connection (after a GOAWAY it accepts no new calls and running ones finish) Node rejects pings, which
+// grpc-js also takes for a dead peer (grpc/grpc-node#3068). There, TCP and the calls' own limits notice a dead peer.
 
 import { subscribe } from 'node:diagnostics_channel';
 import type { Http2Session } from 'node:http2';
 
 const lookMs = 1_000;
-/** A loaded machine keeps a process waiting for seconds, and hardly for this long without a single packet. */
+/** A loaded machine may delay a process for seconds, but hardly for this long without a single packet. */
 export const lostAfterLooks = 20;
 
-/** Counts the looks at which a peer had said nothing more. */
+/** Counts the checks at which a peer had sent nothing new. */
 export class PeerWatch {
   readonly #heardBytes: number;
   #silentLooks = 0;
@@ -25,7 +24,7 @@ export class PeerWatch {
     this.#heardBytes = heardBytes;
   }
 
-  /** What a look finds, with so many bytes read from the peer by then. */
+  /** The result of a check, given the bytes read from the peer so far. */
   look(heardBytes: number): 'heard' | 'silent' | 'lost' {
     if (heardBytes !== this.#heardBytes) {
       return 'heard';
@@ -38,7 +37,7 @@ export class PeerWatch {
 const guarded = new WeakSet<Http2Session>();
 let subscribed = false;
 
-/** Keeps the calls of living connections from falling to keep-alive pings, in this process, from here on. Idempotent. */
+/** Protects the calls of living connections from keep-alive pings, in this process, from now on. Idempotent. */
 export function keepLivingCalls(): void {
   if (!subscribed) {
     subscribed = true;
@@ -83,7 +82,7 @@ function guard(message: unknown): void {
       return ping(...args);
     }
     if (!session.closed && looking === undefined) {
-      // A second answer, an error, has grpc-js end the calls as it does where a connection drops.
+      // A second answer, an error, makes grpc-js end the calls as for a dropped connection.
       watchPeer(() => answered(new Error('the peer is silent')));
     }
     setImmediate(() => answered(null, 0, Buffer.alloc(8)));

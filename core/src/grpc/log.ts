@@ -1,6 +1,6 @@
-// grpc-js's own log. It prints to standard error what peers sent, an invalid `authorization` with its key for one, so its
-// text is withheld whole: a line of ours says what it was about. Servers and clients withhold it by themselves; a process
-// with a log hands that over.
+// grpc-js's own log. It prints data from peers to standard error, for example an invalid `authorization` with its
+// key. So its text is withheld and replaced by a line of ours about the subject. Servers and clients withhold it by
+// themselves; a process with a log passes its log here.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -8,16 +8,16 @@ import type { Log } from '../process/log.ts';
 
 let log: Log | undefined;
 
-/** What grpc-js reports as errors, by how its texts begin. */
+/** The errors that grpc-js reports, by the beginning of their texts. */
 const subjects = new Map([
-  ['Failed to add metadata entry', 'a metadata entry of a peer is not valid'],
+  ['Failed to add metadata entry', 'a peer sent an invalid metadata entry'],
   ['Failed to set secure context', 'the TLS credentials cannot be used'],
 ]);
 
 function report(level: 'debug' | 'error', text: unknown): void {
   const known =
     typeof text === 'string' ? [...subjects].find(([begin]) => text.startsWith(begin)) : undefined;
-  const about = known?.[1] ?? 'withheld, it may quote what a peer sent';
+  const about = known?.[1] ?? 'withheld, because it may quote data of a peer';
   log?.[level]({ about }, 'grpc-js reports');
 }
 
@@ -30,7 +30,7 @@ export function withholdGrpcLog(): void {
   });
 }
 
-/** From here on, what grpc-js reports is a line of this log; its words are not. */
+/** From now on, each report of grpc-js becomes a line of this log, without its text. */
 export function reportGrpcTo(target: Log): void {
   log = target;
   withholdGrpcLog();

@@ -1,5 +1,5 @@
-// How much of something each peer may do: a bounded table of token buckets. Pure: the time is given, by the monotonic
-// clock. A peer is an IPv4 address or an IPv6 network of 64 bits, which one machine commonly has to itself.
+// Rate limits per peer: a bounded table of token buckets. Pure: the caller passes the time of the monotonic clock. A
+// peer is an IPv4 address or an IPv6 network of 64 bits, which usually belongs to one machine.
 
 /** A bucket of `burst` tokens that gains `perSecond`. */
 export interface Rate {
@@ -7,7 +7,7 @@ export interface Rate {
   readonly perSecond: number;
 }
 
-/** What one has left of its rate. */
+/** What is left of one peer's rate. */
 export class Allowance {
   readonly #rate: Rate;
   #tokens: number;
@@ -19,7 +19,7 @@ export class Allowance {
     this.#atMs = nowMs;
   }
 
-  /** Takes tokens; false where there are not that many. */
+  /** Takes tokens; false if there are too few. */
   take(nowMs: number, tokens = 1): boolean {
     const isThere = this.has(nowMs, tokens);
     this.#tokens -= isThere ? tokens : 0;
@@ -34,11 +34,11 @@ export class Allowance {
   }
 }
 
-/** The allowances of peers, those of the longest silent ones forgotten beyond `maxPeers`. */
+/** The allowances of peers; beyond `maxPeers`, the longest silent peer is forgotten. */
 export class PeerAllowances {
   readonly #rate: Rate;
   readonly #maxPeers: number;
-  /** The one that took last stands last. */
+  /** Ordered by last use, the latest at the end. */
   readonly #allowances = new Map<string, Allowance>();
 
   constructor(rate: Rate, maxPeers: number) {
@@ -50,7 +50,7 @@ export class PeerAllowances {
     return this.#allowances.size;
   }
 
-  /** Takes a token of the peer's; false where it has none. */
+  /** Takes a token of the peer; false if it has none. */
   take(peer: string, nowMs: number): boolean {
     const allowance = this.#allowances.get(peer) ?? new Allowance(this.#rate, nowMs);
     this.#allowances.delete(peer);
@@ -68,7 +68,7 @@ export class PeerAllowances {
   }
 }
 
-/** The peer that an address belongs to; undefined addresses, of sockets that are gone, are one peer. */
+/** The peer of an address; undefined addresses, of closed sockets, count as one peer. */
 export function peerOf(address: string | undefined): string {
   if (address === undefined) {
     return 'unknown';

@@ -1,6 +1,6 @@
-// Server reflection (v1 and, for older tools, v1alpha), answered from the descriptor set that `buf build` wrote, so that
-// grpcurl and buf curl work against any of our servers. Serves what the descriptor set holds, no more: extensions, which
-// none of our protos use, are answered with UNIMPLEMENTED.
+// Server reflection (v1 and, for older tools, v1alpha), answered from the descriptor set that `buf build` wrote, so
+// that grpcurl and buf curl work against any of our servers. Serves only the contents of the descriptor set:
+// questions for extensions, which our protos do not use, get UNIMPLEMENTED.
 
 import {
   createFileRegistry,
@@ -16,7 +16,7 @@ import type { ServerReflectionResponse, ServerReflectionServer } from '@mimo/pro
 
 /**
  * Makes the handlers of the reflection service; the same ones serve v1 and v1alpha. `services` are the full names of
- * those that the server serves: the set may describe more. Throws on a malformed set.
+ * the server's services: the set may describe more. Throws on a malformed set.
  */
 export function createReflection(
   descriptorSet: Uint8Array,
@@ -33,7 +33,7 @@ export function createReflection(
           messageResponse: answer(described, request?.messageRequest),
         });
         if (!hasRoom) {
-          // An answer is larger than its question: who does not read them is asked no further.
+          // An answer is larger than its question: clients that do not read answers get no more.
           call.pause();
           call.once('drain', () => call.resume());
         }
@@ -58,7 +58,7 @@ function answer({ registry, services }: Described, question: Question): Answer {
     case 'fileByFilename':
       return fileAnswer(question.value, registry.getFile(question.value));
     case 'fileContainingSymbol': {
-      // A method or a field is found in the file of the type that holds it.
+      // A method or a field is found in the file of its type.
       const holder = question.value.slice(0, question.value.lastIndexOf('.'));
       return fileAnswer(question.value, (registry.get(question.value) ?? registry.get(holder))?.file);
     }

@@ -1,6 +1,6 @@
-// Serving gRPC: a server with health, reflection and a defence against cancel storms; the signal of a call; writing with
-// back-pressure; strict UTF-8. Handlers are written as async functions that throw ClusterErrors; the status and its
-// details are made here.
+// Serving gRPC: a server with health, reflection and a defence against cancel storms; the signal of a call; writing
+// with back-pressure; strict UTF-8. Handlers are written as async functions that throw ClusterErrors; the status and
+// its details are made here.
 
 import { EventEmitter } from 'node:events';
 import { readFileSync } from 'node:fs';
@@ -39,61 +39,61 @@ export interface ServiceEntry {
   readonly implementation: grpc.UntypedServiceImplementation;
 }
 
-/** What a server needs. `listenAddress` is host:port; port 0 takes a free one. */
+/** What a server needs. `listenAddress` is host:port; port 0 chooses a free port. */
 export interface GrpcServerOptions {
   readonly listenAddress: string;
   readonly services: readonly ServiceEntry[];
   /** Bound of one incoming message; larger ones end their call with RESOURCE_EXHAUSTED. */
   readonly maxReceiveBytes: number;
-  /** For a server that anybody may reach. Without it, peers are trusted: the processes of a cluster among themselves. */
+  /** For a server that anybody can reach. Without it, all peers are trusted, as between the processes of a cluster. */
   readonly gate?: Pick<GateOptions, 'admit' | 'limits' | 'onRefused'>;
 }
 
 /** A running server. Close it. */
 export interface GrpcServer {
-  /** host:port, with the port that was taken. */
+  /** host:port, with the actual port. */
   readonly address: string;
   readonly port: number;
   readonly health: Health;
-  /** What the gate holds; undefined where there is none. */
+  /** The gate's state; undefined without a gate. */
   gateCounts(): GateCounts | undefined;
   /**
-   * Asks the clients that are connected to make their next calls over another connection, which a load balancer leads
-   * elsewhere; running calls go on. New connections are still taken.
+   * Asks connected clients to make their next calls over a new connection, which a load balancer sends to another
+   * server. Running calls continue, and new connections are still accepted.
    */
   goAway(): void;
-  /** Takes no new calls and waits for the running ones; when the signal fires they are cut off. */
+  /** Rejects new calls and waits for running ones; when the signal fires, ends them. */
   close(signal: AbortSignal): Promise<void>;
 }
 
 /**
- * Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. A gateway's
- * connection may be a proxy's whose users all go away at once; beyond that it is a flood.
+ * Node counts stream resets and closes a connection, with everybody's streams, beyond 1,000 and 33 a second. A
+ * gateway's connection may be a proxy's whose users all leave at once; more than that is a flood.
  */
 const trustedResets = { streamResetBurst: 1_000_000, streamResetRate: 100_000 };
 const guardedResets = { streamResetBurst: 20_000, streamResetRate: 1_000 };
 
-/** One connection's headers, streams and unread answers; each stream that is not read may hold 64 kB of these. */
+/** Memory for one connection's headers, streams and unread answers; each unread stream may hold 64 kB of it. */
 const maxSessionMegabytes = 256;
 
-/** Headers of a stream: a client's own and those of tracing are about twenty. */
+/** Number of headers of a stream; a client with tracing sends about twenty. */
 const maxHeaderListPairs = 64;
 
-/** Questions to health and reflection are names. */
+/** Requests to health and reflection contain only names. */
 const openMaxMessageBytes = 4_096;
 
-// setTimeout's longest delay: connections that drain are closed by `close` and not by a timer of grpc-js.
+// setTimeout's longest delay: `close` ends draining connections, not a timer of grpc-js.
 const noDrainLimitMs = 2 ** 31 - 1;
 
-/** Services that every server has, without a key. */
+/** Services of every server, which need no key. */
 const openServices = [HealthService, ServerReflectionService, ServerReflectionServiceV1Alpha];
 
-/** Starts a server. Fails with `unavailable` where the address is taken or cannot be had. */
+/** Starts a server. Fails with `unavailable` if the address is in use or not available. */
 export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcServer> {
   const server = new grpc.Server({
     'grpc.max_receive_message_length': options.maxReceiveBytes,
     'grpc.max_send_message_length': -1,
-    // Finds a client that is gone without a word, in 50 s: see grpc/keepalive.ts.
+    // Detects a client that vanished, within 50 s: see grpc/keepalive.ts.
     'grpc.keepalive_time_ms': 30_000,
     ...(options.gate !== undefined && {
       'grpc.max_concurrent_streams': options.gate.limits.maxStreamsPerConnection,
@@ -142,20 +142,23 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   };
 }
 
-/** The full name of a service, which is in the path of each of its methods. */
+/** The full name of a service, as in the paths of its methods. */
 function nameOf(definition: grpc.ServiceDefinition): string {
   return Object.values(definition)[0]?.path.split('/')[1] ?? '';
 }
 
 /**
- * Sets what grpc-js has no option for, in the options that it hands to http2, before the first port is bound:
- * node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds, and the size of headers.
- * server.test.ts notices when a release of grpc-js keeps them elsewhere.
+ * Sets options that grpc-js does not expose, in the options that it passes to http2, before the first port is bound:
+ * node:http2's rapid-reset limits, which a storm of client cancels or expired deadlines exceeds, and the size of
+ * headers. server.test.ts notices when a release of grpc-js keeps them elsewhere.
  */
 function setHttp2Options(server: grpc.Server, limits: GateLimits | undefined): void {
   const http2Options: unknown = Reflect.get(server, 'commonServerOptions');
   if (typeof http2Options !== 'object' || http2Options === null) {
-    throw new ClusterError('internal', 'this grpc-js does not keep its http2 options in commonServerOptions');
+    throw new ClusterError(
+      'internal',
+      'this version of grpc-js does not keep its http2 options in commonServerOptions',
+    );
   }
   if (limits === undefined) {
     Object.assign(http2Options, trustedResets);
@@ -187,7 +190,10 @@ function placeGate(
   const hook = '_setupHandlers';
   const setUp: unknown = Reflect.get(server, hook);
   if (typeof setUp !== 'function') {
-    throw new ClusterError('internal', `this grpc-js does not set up its http2 servers in ${hook}`);
+    throw new ClusterError(
+      'internal',
+      `this version of grpc-js does not set up its http2 servers in ${hook}`,
+    );
   }
   const setUpBehindGate = (http2Server: Http2Server, ...rest: unknown[]): void => {
     Reflect.apply(setUp, server, [http2Server, ...rest]);
@@ -227,8 +233,8 @@ interface WritableCall<Response> {
 }
 
 /**
- * Writes a message and waits until the transport has taken it: a peer whose window is closed keeps this waiting, from the
- * first byte. Rejects with the signal's reason where that fires first.
+ * Writes a message and waits until the transport accepts it: a peer with a closed window blocks this from the first
+ * byte. Rejects with the signal's reason if the signal fires first.
  */
 export async function writeBounded<Response>(
   call: WritableCall<Response>,
@@ -241,10 +247,10 @@ export async function writeBounded<Response>(
   await beforeAbort(taken, signal);
 }
 
-/** A peer has this long to take the status of a call that failed; then its stream is reset, with all that waits in it. */
+/** How long a peer may take to read the status of a failed call; then its stream is reset, with all unread data. */
 const statusTimeoutMs = 5_000;
 
-/** Sees to it that a stream ends, whether its peer reads or not. */
+/** Ensures that a stream ends, whether its peer reads or not. */
 function endUnread(call: object): void {
   const inner: unknown = Reflect.get(call, 'call');
   const stream: unknown =
@@ -252,7 +258,7 @@ function endUnread(call: object): void {
   if (!isHttp2Stream(stream)) {
     throw new ClusterError(
       'internal',
-      'this grpc-js does not keep the http2 stream of a call in call.call.stream',
+      'this version of grpc-js does not keep the http2 stream of a call in call.call.stream',
     );
   }
   if (!stream.closed) {
@@ -265,7 +271,7 @@ function isHttp2Stream(value: unknown): value is Http2Stream {
   return value instanceof EventEmitter && 'rstCode' in value;
 }
 
-/** A request that is no valid message of its type; `unaryHandler` and `streamHandler` refuse it. */
+/** A request that is not a valid message of its type; `unaryHandler` and `streamHandler` reject it. */
 export class MalformedRequest {
   readonly error: ClusterError;
 
@@ -285,8 +291,8 @@ function decodeStrictly(bytes: Uint8Array): string {
 }
 
 /**
- * A request deserializer that refuses what is not valid: fields beyond their limits, before objects are made of them;
- * invalid UTF-8 (by default replaced with U+FFFD); bytes that are no message at all (by default an INTERNAL error).
+ * A request deserializer that rejects invalid messages: fields beyond their limits, before they become objects;
+ * invalid UTF-8 (by default replaced with U+FFFD); malformed bytes (by default an INTERNAL error).
  */
 export function strictDeserializer<Request>(
   message: { decode(input: BinaryReader): Request },
@@ -306,11 +312,11 @@ export function strictDeserializer<Request>(
   };
 }
 
-/** What a handler knows of its call besides the request. */
+/** What a handler gets besides the request. */
 export interface CallContext {
   readonly signal: AbortSignal;
   readonly metadata: grpc.Metadata;
-  /** By performance.now(); infinite: the caller set none. */
+  /** By performance.now(); infinite if the caller set none. */
   readonly deadlineMs: number;
 }
 
@@ -329,7 +335,7 @@ function assertWellFormed<Request>(request: Request | MalformedRequest): asserts
   }
 }
 
-/** Makes a grpc-js handler from a function; what it throws becomes the call's status. */
+/** Makes a grpc-js handler from a function; its errors become the call's status. */
 export function unaryHandler<Request, Response>(
   serve: (request: Request, context: CallContext) => Promise<Response>,
 ): grpc.handleUnaryCall<Request | MalformedRequest, Response> {
@@ -345,7 +351,7 @@ export function unaryHandler<Request, Response>(
   };
 }
 
-/** Makes a grpc-js handler from a function that writes; what it throws becomes the stream's status. */
+/** Makes a grpc-js handler from a function that writes; its errors become the stream's status. */
 export function streamHandler<Request, Response>(
   serve: (
     request: Request,

@@ -1,6 +1,6 @@
-// ClusterError <-> gRPC status. Owns the google.rpc details in the binary trailer `grpc-status-details-bin` (BadRequest,
-// RetryInfo) and the rule that the text of `internal` and `data_loss` does not leave the process. Codes come from the one
-// table in errors.ts.
+// ClusterError <-> gRPC status. Owns the google.rpc details in the binary trailer `grpc-status-details-bin`
+// (BadRequest, RetryInfo) and the rule that the text of `internal` and `data_loss` does not leave the process. Codes
+// come from the one table in errors.ts.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -18,21 +18,21 @@ import {
 const detailsKey = 'grpc-status-details-bin';
 const typePrefix = 'type.googleapis.com/google.rpc.';
 
-/** What grpc-js's callbacks and `error` events take. */
+/** The error type of grpc-js's callbacks and `error` events. */
 export interface GrpcStatus {
   readonly code: grpc.status;
   readonly details: string;
   readonly metadata: grpc.Metadata;
 }
 
-// Clients end the connection, with all its calls, where the trailers exceed 8 kB; a text travels in them twice, escaped.
+// Clients end the connection, with all its calls, if the trailers exceed 8 kB; a text travels in them twice, escaped.
 const maxTextBytes = 400;
 const maxViolations = 16;
 const maxViolationsBytes = 2_048;
 
 /**
- * The status that a client gets for an error; anything but a ClusterError is `internal`. Whatever the error holds, it
- * has at most 16 violations and a few hundred bytes of text; what is left out is counted.
+ * The status that a client gets for an error; anything but a ClusterError is `internal`. It has at most 16 violations
+ * and a few hundred bytes of text, and counts the violations that are left out.
  */
 export function statusFromError(error: unknown): GrpcStatus {
   const { code, message, detail } = ClusterError.from(error);
@@ -64,7 +64,7 @@ export function statusFromError(error: unknown): GrpcStatus {
   return { code: mapping.grpcStatus, details: text, metadata };
 }
 
-/** The first violations, as many as there is room for. */
+/** The first violations, as many as fit. */
 function boundViolations(violations: readonly FieldViolation[]): FieldViolation[] {
   const bounded: FieldViolation[] = [];
   let bytes = 0;
@@ -79,7 +79,7 @@ function boundViolations(violations: readonly FieldViolation[]): FieldViolation[
   return bounded;
 }
 
-/** Well-formed, since grpc-js throws on anything else, and cut at a character. */
+/** Well-formed text, since grpc-js throws on anything else, cut at a character. */
 function boundText(text: string): string {
   if (text.length <= maxTextBytes && Buffer.byteLength(text) <= maxTextBytes) {
     return text.toWellFormed();

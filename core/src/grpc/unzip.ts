@@ -1,6 +1,6 @@
-// Compressed requests, unzipped with a bound on what comes out: grpc-js unzips up to its largest message on the main thread's
-// turns, so that 16 kB cost it 16 MB. Text shrinks to a third or, where it repeats itself, to a tenth; what would grow
-// to more than 64 times its size is refused as soon as it does.
+// Compressed requests, unzipped with a bound on the result: grpc-js unzips up to its largest message on the main
+// thread, so that 16 kB can cost 16 MB. Text shrinks to a third, repetitive text to a tenth; a request that grows to
+// more than 64 times its size is rejected as soon as it does.
 
 import { promisify } from 'node:util';
 import { gunzip, inflate } from 'node:zlib';
@@ -18,7 +18,7 @@ const prefixBytes = 5;
 /** Each turn of the main thread. */
 const chunkSize = 2 ** 18;
 
-/** What a compressed message may unzip to, at most. */
+/** The largest result of a compressed message. */
 export function maxUnzippedBytes(compressedBytes: number, maxMessageBytes: number): number {
   return Math.min(maxMessageBytes, freeBytes + maxGrowth * compressedBytes);
 }
@@ -39,10 +39,10 @@ const unzips = new Map([
   ['deflate', promisify(inflate)],
 ]);
 
-/** Has the servers of this process unzip so, from here on. Idempotent. */
+/** Makes the servers of this process unzip this way from now on. Idempotent. */
 export function boundUnzipping(): void {
   if (typeof Reflect.get(BaseServerInterceptingCall.prototype, hook) !== 'function') {
-    throw new ClusterError('internal', `this grpc-js does not unzip in ${hook}`);
+    throw new ClusterError('internal', `this version of grpc-js does not unzip in ${hook}`);
   }
   Reflect.set(BaseServerInterceptingCall.prototype, hook, unzip);
 }

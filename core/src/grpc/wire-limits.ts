@@ -1,16 +1,16 @@
-// The limits of a message's fields, checked on its bytes before objects are made of them: a million empty entries are 2 MB
-// on the wire and a hundred as objects. Pure and linear in the bytes. Knows no message: the limits are given
-// (@mimo/proto/limits). What passes is sound in its tags and lengths; the decoder does the rest.
+// The limits of a message's fields, checked on its bytes before they become objects: a million empty entries take 2
+// MB on the wire and 100 MB as objects. Pure and linear in the bytes. The caller passes the limits of the message
+// (@mimo/proto/limits). A message that passes has valid tags and lengths; the decoder checks the rest.
 
 import type { FieldLimit, MessageLimits } from '@mimo/proto/limits';
 
 import { ClusterError } from '../process/errors.ts';
 
-/** Times that a field which is not repeated may appear, and that unnamed fields of a message may in all. */
+/** How often a field that is not repeated may appear, and how many unknown fields a message may have. */
 const maxAppearances = 16;
 const maxUnnamed = 256;
 const maxFieldNumber = 2 ** 29 - 1;
-/** Bytes of a varint: of a tag or a length, and of a value of 64 bits. */
+/** Bytes of a varint: of a tag or a length, and of a 64-bit value. */
 const maxTagBytes = 5;
 const maxValueBytes = 10;
 
@@ -20,8 +20,8 @@ const bytes = 2;
 const bits32 = 5;
 
 /**
- * Fails with `invalid_argument` where a field holds more than its limit, with a violation that names it, or where the
- * message is no sequence of fields. Groups are refused: no proto3 message has them.
+ * Fails with `invalid_argument` if a field exceeds its limit, with a violation that names it, or if the message is
+ * not a sequence of fields. Groups are rejected: no proto3 message has them.
  */
 export function assertWithinLimits(message: Uint8Array, limits: MessageLimits): void {
   scan({ message, at: 0 }, { end: message.length, limits, path: '' });
@@ -67,13 +67,13 @@ function scan(
   }
 }
 
-/** Where the bytes of a field of wire type 2 lie. */
+/** The position of the bytes of a field of wire type 2. */
 interface Contents {
   readonly begin: number;
   readonly end: number;
 }
 
-/** Moves past a value; gives the contents of one that has a length. */
+/** Skips a value; returns the contents of one with a length. */
 function readValue(cursor: Cursor, end: number, wireType: number): Contents | undefined {
   let contents: Contents | undefined;
   switch (wireType) {
@@ -101,7 +101,7 @@ function readValue(cursor: Cursor, end: number, wireType: number): Contents | un
   return contents;
 }
 
-/** How many entries one appearance of a field brings: packed numbers come many at once. */
+/** How many entries one appearance of a field adds: packed numbers add many at once. */
 function entriesOf(
   limit: FieldLimit | undefined,
   contents: Contents | undefined,
@@ -117,7 +117,7 @@ function entriesOf(
   return entries;
 }
 
-/** Exact for tags and lengths; of a value it is only the length that counts. */
+/** Exact for tags and lengths; only the length of a value matters. */
 function readVarint(cursor: Cursor, end: number, maxBytes: number): number {
   let value = 0;
   let scale = 1;

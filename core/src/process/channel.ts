@@ -1,7 +1,7 @@
-// A single-reader queue of values between a callback world and a `for await`. Owns the waiting and the order; does not
-// know what the values are, and never drops one. Its pending count is how a producer sees a slow reader.
+// A single-reader queue of values between a callback world and a `for await`. Owns the waiting and the order; never
+// drops a value. A producer notices a slow reader by the pending count.
 
-/** An async iterable that is fed by `push` and ended by `close` or `fail`. One reader; whoever feeds it closes it. */
+/** An async iterable fed by `push` and ended by `close` or `fail`. It has one reader, and the producer closes it. */
 export class Channel<T> implements AsyncIterable<T> {
   readonly #values: T[] = [];
   #ended = false;
@@ -21,13 +21,13 @@ export class Channel<T> implements AsyncIterable<T> {
     }
   }
 
-  /** Ends the iteration once the values already pushed have been read. */
+  /** Ends the iteration after the values pushed so far. */
   close(): void {
     this.#ended = true;
     this.#wake?.();
   }
 
-  /** Ends the iteration with an error once the values already pushed have been read. */
+  /** Ends the iteration with an error after the values pushed so far. */
   fail(error: unknown): void {
     if (!this.#ended) {
       this.#error = error;

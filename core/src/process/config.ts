@@ -1,6 +1,6 @@
 // Environment variables -> one frozen, complete configuration. Owns the parsing of durations, sizes, addresses and
 // lists, the unknown-variable check, and the rule that all problems come in one error. Each process keeps its table of
-// settings, with defaults and their reasons, in its own config.ts; only its main.ts hands over the environment.
+// settings, with defaults and their reasons, in its own config.ts; only its main.ts passes the environment.
 
 import { ClusterError } from './errors.ts';
 
@@ -10,7 +10,7 @@ export interface Setting<T> {
   readonly fallback: string | undefined;
   readonly parse: (text: string) => T;
   readonly secret: boolean;
-  /** Takes out of the text, or of an entry of a list, what may not be printed. */
+  /** Removes secrets from the text, or from an entry of a list, for printing. */
   readonly redact?: (text: string) => string;
 }
 
@@ -37,8 +37,8 @@ export interface ConfigRules<Table extends Settings> {
 const serviceLink = /_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$/;
 
 /**
- * Reads the environment by the rules. Fails with `invalid_argument` listing every problem, one a line: what is missing,
- * what cannot be read (name, expectation, value; secrets as ***), what is unknown, what disagrees.
+ * Reads the environment by the rules. Fails with `invalid_argument` and lists every problem, one a line: missing
+ * settings, unreadable ones (name, expectation, value; secrets as ***), unknown ones, contradictions.
  */
 export function parseConfig<Table extends Settings>(
   rules: ConfigRules<Table>,
@@ -71,7 +71,7 @@ export function parseConfig<Table extends Settings>(
     problems.push(...(rules.check?.(config) ?? []));
   }
   if (problems.length > 0) {
-    throw new ClusterError('invalid_argument', `the configuration has problems:\n  ${problems.join('\n  ')}`);
+    throw new ClusterError('invalid_argument', `invalid configuration:\n  ${problems.join('\n  ')}`);
   }
   return config;
 }
@@ -144,7 +144,7 @@ export function booleanSetting(variable: string, fallback?: boolean): Setting<bo
   return { ...words, parse: (text) => words.parse(text) === 'true' };
 }
 
-/** A whole number within bounds, both allowed. */
+/** A whole number within bounds, inclusive. */
 export function integerSetting(
   variable: string,
   bounds: { readonly min: number; readonly max: number },
@@ -194,8 +194,8 @@ export function sizeSetting(variable: string, fallback?: string): Setting<number
 }
 
 /**
- * `host:port` to listen on or to connect to; port 0 takes a free one. IPv6 hosts stand in brackets. With the fallback `''`
- * it is optional.
+ * `host:port` to listen on or to connect to; port 0 chooses a free port. IPv6 hosts need brackets. With the fallback
+ * `''` it is optional.
  */
 export function addressSetting(variable: string, fallback?: string): Setting<string> {
   return createSetting(variable, fallback, (text) => {
@@ -222,8 +222,8 @@ export function listSetting(variable: string, fallback?: string): Setting<readon
 }
 
 /**
- * Names with a text each: `name=text` between commas, or a JSON object, which may hold any name and any text. An empty text
- * is an empty map; a name may come once.
+ * Names with a text each: `name=text` between commas, or a JSON object, which may hold any name and any text. An
+ * empty text is an empty map; each name may appear once.
  */
 export function mapSetting(variable: string, fallback?: string): Setting<ReadonlyMap<string, string>> {
   return createSetting(variable, fallback, (text) => {

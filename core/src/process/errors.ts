@@ -1,7 +1,7 @@
 // The one error class and its closed set of codes. Owns the table from code to gRPC status and HTTP status; knows no
 // transport. Everything that a `catch` receives enters through `ClusterError.from`.
 
-/** Connect's codes, those of them that the cluster uses. Nobody adds one in passing. */
+/** The codes of Connect that the cluster uses. A new one is a decision. */
 export type ErrorCode =
   | 'invalid_argument'
   | 'unauthenticated'
@@ -17,11 +17,11 @@ export type ErrorCode =
   | 'unimplemented'
   | 'internal';
 
-/** What one code means outside: its gRPC status number, its HTTP status and whether its text may leave the process. */
+/** A code's meaning outside: its gRPC status number, its HTTP status, and whether its text may leave the process. */
 export interface ErrorMapping {
   readonly grpcStatus: number;
   readonly httpStatus: number;
-  /** False: clients get a constant text, the log gets the real one. */
+  /** False: clients get a constant text, and the log gets the real one. */
   readonly textLeaves: boolean;
 }
 
@@ -41,12 +41,12 @@ export const errorTable: Readonly<Record<ErrorCode, ErrorMapping>> = {
   unauthenticated: { grpcStatus: 16, httpStatus: 401, textLeaves: true },
 };
 
-/** Whether a text, such as one off the wire, is a code of the closed set. */
+/** Whether a text, for example from the network, is a code of the closed set. */
 export function isErrorCode(text: string): text is ErrorCode {
   return Object.hasOwn(errorTable, text);
 }
 
-/** One field that a request got wrong; the message names the limit and the value. */
+/** One invalid field of a request; the message names the limit and the value. */
 export interface FieldViolation {
   /** Path in the request, such as `sampling.temperature`. */
   readonly field: string;
@@ -56,11 +56,11 @@ export interface FieldViolation {
 /** Facts for the client's program, sent as google.rpc details. */
 export interface ErrorDetail {
   readonly fieldViolations?: readonly FieldViolation[];
-  /** The client should try again after this. */
+  /** When the client should retry. */
   readonly retryAfterMs?: number;
 }
 
-/** Options of a new error: what caused it, and details for the client. */
+/** Options of a new error: its cause, and details for the client. */
 export interface ClusterErrorOptions {
   readonly cause?: unknown;
   readonly detail?: ErrorDetail;
@@ -79,7 +79,7 @@ export class ClusterError extends Error {
   }
 
   /**
-   * Turns what a `catch` received into a ClusterError. An abort becomes `canceled`, a time-out `deadline_exceeded`,
+   * Turns a caught value into a ClusterError. An abort becomes `canceled`, a time-out `deadline_exceeded`,
    * anything unknown `internal`; a ClusterError stays itself. Texts that may quote input are withheld, see `textOf`.
    */
   static from(error: unknown): ClusterError {
@@ -101,7 +101,10 @@ export class ClusterError extends Error {
   }
 }
 
-/** Parsers quote what they read; a TypeError quotes values: "Cannot create property 'x' on string '…'", "Received '…'". */
+/**
+ * Parsers quote what they read; a TypeError quotes values: "Cannot create property 'x' on string '…'", "Received
+ * '…'".
+ */
 const quotingErrors = new Set(['SyntaxError', 'ZodError', '$ZodError', 'YAMLException', 'TypeError']);
 
 /** The message of an error, unless it is of a kind that quotes what was being read: a key, a prompt, a template. */
@@ -117,10 +120,13 @@ export function withheldTextOf(error: unknown): string {
   // The first in a file: the engine's own functions have none.
   const [, place] = /([\w.-]+:\d+:\d+)\)?$/m.exec(placesOf(error).join('\n')) ?? [];
   const at = place === undefined ? '' : ` at ${place}`;
-  return `${error.name}${at}: withheld, it may quote what was read`;
+  return `${error.name}${at}: withheld, because it may quote the input`;
 }
 
-/** The lines of a stack that name places in the code; its first lines repeat the message, which may look like such lines. */
+/**
+ * The lines of a stack that name places in the code; its first lines repeat the message, which may look like such
+ * lines.
+ */
 export function placesOf({ stack = '', message }: Error): readonly string[] {
   const at = stack.indexOf(message);
   return (at < 0 ? stack : stack.slice(at + message.length))

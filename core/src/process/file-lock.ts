@@ -1,5 +1,5 @@
-// A lock among processes, on one machine or on a volume that several machines share: for work that must be done once, such
-// as compiling a model into a cache. Owns a directory while it is held. Knows nothing of the work.
+// A lock among processes, on one machine or on a volume that several machines share, for work that must happen once,
+// such as compiling a model into a cache. Owns a directory while it is held.
 
 import { randomUUID } from 'node:crypto';
 import { mkdir, readFile, readlink, rename, rm, stat, utimes, writeFile } from 'node:fs/promises';
@@ -9,21 +9,22 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 const pollMs = 200;
 const touchMs = 5_000;
-/** A holder that cannot be asked is dead once it has not touched its lock for this long. */
+/** A holder on another machine counts as dead if it has not touched its lock for this long. */
 const staleMs = 60_000;
 
-/** Who holds a lock. A process id means something within its pid namespace only, and each container has one. */
+/** The holder of a lock. A process id is valid only within its pid namespace, and each container has its own. */
 export interface LockOwner {
   readonly host: string;
   readonly pidNamespace: string;
   readonly pid: number;
-  /** Of this one holding. */
+  /** Of this acquisition. */
   readonly id: string;
 }
 
 /**
- * Whether the holder of a lock is dead, from looks at it one after another. A neighbour is asked; of any other only the
- * changing of the lock's time is proof of life, since the clocks of two machines may be minutes apart.
+ * Whether the holder of a lock is dead, from successive checks. A process of this machine can be checked directly;
+ * for any other, only a changing time of the lock proves life, since the clocks of two machines may differ by
+ * minutes.
  */
 export class HolderWatch {
   readonly #self: LockOwner;
@@ -57,7 +58,7 @@ function isAlive(pid: number): boolean {
 
 /**
  * Runs `action` while no other process runs one under the same lock directory, whose parent must exist. Waits for the
- * holder; takes over from one that died. The signal ends the waiting, not the action. Gives what the action gives.
+ * holder; takes over from a dead one. The signal ends the waiting, not the action. Returns the action's result.
  */
 export async function withFileLock<Result>(
   lockDirectory: string,
@@ -105,8 +106,8 @@ async function acquire(lockDirectory: string, graves: string[], signal: AbortSig
     const owner = await readOwner(lockDirectory);
     const touched = await stat(lockDirectory).catch(() => undefined);
     if (touched !== undefined && watch.isDead(owner, touched.mtimeMs, performance.now())) {
-      // Moved, not removed: of several that found it dead only one can move it to this name, and who comes late cannot
-      // take the next holder's lock away by mistake.
+      // Moved, not removed: if several processes find the holder dead, only one can move the lock to this name, and a
+      // late one cannot remove the next holder's lock by mistake.
       const grave = `${lockDirectory}.${owner?.id ?? 'nobody'}`;
       const moved = await rename(lockDirectory, grave).then(
         () => true,

@@ -7,7 +7,7 @@ import type { Log } from './log.ts';
 
 export type LifecycleState = 'starting' | 'ready' | 'draining' | 'closed';
 
-/** sysexits' EX_CONFIG: what this process was started with cannot work, and starting it again so is of no use. */
+/** sysexits' EX_CONFIG: the process cannot work with its settings, so restarting it is useless. */
 export const unusableExitCode = 78;
 
 const unusableCodes = new Set(['invalid_argument', 'failed_precondition', 'not_found', 'permission_denied']);
@@ -19,10 +19,10 @@ export function exitCodeOf({ code }: ClusterError): number {
 
 type Step = { readonly name: string; readonly run: (signal: AbortSignal) => Promise<void> | void };
 
-/** Each close step may take this long, so that one that hangs does not keep the others from closing. */
+/** Time limit of each close step, so that a hanging step does not block the others. */
 const closeStepMs = 5_000;
 
-/** Collects what must be drained and closed, and does it once. */
+/** Collects drain and close steps, and runs them once. */
 export class Lifecycle {
   readonly #log: Log;
   readonly #graceMs: number;
@@ -42,17 +42,17 @@ export class Lifecycle {
     return this.#state;
   }
 
-  /** Fires when draining begins: take nothing new. */
+  /** Fires when draining begins: accept no new work. */
   get draining(): AbortSignal {
     return this.#draining.signal;
   }
 
-  /** Fires when the grace is over or every drain step is done: let go of everything. */
+  /** Fires when the grace period is over or every drain step is done: release everything. */
   get closing(): AbortSignal {
     return this.#closing.signal;
   }
 
-  /** Adds a step that finishes what is held; its signal fires when the grace is over. */
+  /** Adds a step that finishes current work; its signal fires when the grace period is over. */
   onDrain(name: string, run: (signal: AbortSignal) => Promise<void> | void): void {
     this.#drainSteps.push({ name, run });
   }
@@ -62,7 +62,7 @@ export class Lifecycle {
     this.#closeSteps.push({ name, run });
   }
 
-  /** Says that the process serves. */
+  /** Marks the process as ready. */
   ready(): void {
     if (this.#state === 'starting') {
       this.#state = 'ready';
@@ -106,7 +106,7 @@ export class Lifecycle {
         this.#log.error({ error: ClusterError.from(error), step: step.name }, 'step failed');
       });
     if ((await Promise.race([running, over.promise])) === 'over') {
-      this.#log.warn({ step: step.name }, 'step not finished in time');
+      this.#log.warn({ step: step.name }, 'step did not finish in time');
     }
     limit.removeEventListener('abort', end);
   }

@@ -1,7 +1,7 @@
-// The log of a process: one JSON object a line. A message is constant, what varies is a field (`requestId`, `tenant`,
-// `model`, `group`, `rank`, `revision`). Prompts and completions are never logged; nothing here could know them. Errors are
-// written by our own rules, since libraries hang requests, headers and URLs on theirs; a message that repeats is written a
-// few times and then counted, so that nobody outside can fill a disk.
+// The log of a process: one JSON object a line. A message is constant, variable parts are fields (`requestId`,
+// `tenant`, `model`, `group`, `rank`, `revision`). Prompts and completions are never logged. Errors are written by
+// our own rules, since libraries attach requests, headers and URLs to theirs. A repeated message is written a few
+// times and then counted, so that no client can fill a disk.
 
 import { pino, type DestinationStream, type LogFn, type Logger } from 'pino';
 
@@ -21,16 +21,18 @@ export interface LogOptions {
   readonly destination?: DestinationStream;
 }
 
-/** Of one message and level in one window: above what a start of many groups writes, far below what fills a disk. */
+/**
+ * Lines of one message and level in one window: more than a start of many groups writes, far fewer than fill a disk.
+ */
 const repeatWindowMs = 10_000;
 const repeatedLines = 100;
-/** Of one text in an error. */
+/** Length of one text in an error. */
 const maxTextCharacters = 2_000;
 const maxCauses = 5;
 
 /**
- * Makes the log of a process. Errors go in the field `error`, with their code, stack and cause. A message beyond 100 times
- * in 10 s is left out; a line with the same message and `repeated`, how many were, follows at the end of the window.
+ * Makes the log of a process. Errors go in the field `error`, with their code, stack and cause. After 100 times in 10
+ * s a message is left out; at the end of the window a line with the same message and the count `repeated` follows.
  */
 export function createLog(options: LogOptions): Log {
   const repeats = new Map<string, { lines: number; repeated: number }>();
@@ -94,9 +96,9 @@ function describeError(error: unknown, depth = 0): DescribedError | undefined {
   };
 }
 
-/** What broke and where, without the message: of an error that nobody expected, nobody knows what it quotes. */
+/** What failed and where, without the message: an unexpected error may quote anything. */
 function wordless(error: unknown): Error {
-  const text = new Error('withheld, it may quote what was being served');
+  const text = new Error('withheld, because it may quote a request');
   const isError = error instanceof Error;
   return Object.assign(text, {
     name: isError ? error.name : typeof error,
@@ -105,8 +107,8 @@ function wordless(error: unknown): Error {
 }
 
 /**
- * Ends the process with code 1 on an error that nobody caught, after a line that keeps to this log's rules. Node itself
- * would print the error with all that hangs on it; its warnings are logged by their names.
+ * Ends the process with code 1 on an uncaught error, after a line that follows this log's rules. Node itself would
+ * print the error with all its properties; its warnings are logged by name.
  */
 export function logCrashes(log: Log): void {
   process.on('uncaughtException', (error) => {
@@ -114,5 +116,5 @@ export function logCrashes(log: Log): void {
     process.exit(1);
   });
   process.removeAllListeners('warning');
-  process.on('warning', (warning) => log.warn({ warning: warning.name }, 'warning of Node'));
+  process.on('warning', (warning) => log.warn({ warning: warning.name }, 'Node warning'));
 }

@@ -1,5 +1,5 @@
-// The metrics of a process and the page that Prometheus reads. Code measures in milliseconds and metrics are in seconds:
-// the conversion is here and nowhere else. Names are `<process>_<thing>_<unit>`; labels never hold a request id, a key or
+// The metrics of a process and the page that Prometheus reads. Code measures in milliseconds, metrics are in seconds:
+// only this file converts. Names are `<process>_<thing>_<unit>`; labels never hold a request id, a key or
 // a prompt.
 
 import { once } from 'node:events';
@@ -18,26 +18,29 @@ export type Labels = Readonly<Record<string, string>>;
 
 /** Makes the instruments of a process. Close it to free the page's port. */
 export interface Metrics {
-  /** host:port of the page, at /metrics; undefined where none is served. */
+  /** host:port of the page, at /metrics; undefined without a page. */
   readonly address: string | undefined;
   /** A counter; its name ends with `_total`. */
   counter(name: string, description: string): (labels?: Labels, count?: number) => void;
   /** A histogram of durations, given in milliseconds; its name ends with `_seconds`. */
   duration(name: string, description: string): (durationMs: number, labels?: Labels) => void;
-  /** A value that is read when the page is: one reading per set of labels. */
+  /** A value that is read with the page: one reading per set of labels. */
   gauge(name: string, description: string, read: () => Iterable<readonly [number, Labels]>): void;
   close(): Promise<void>;
 }
 
-// From a step of a small model to a request that waited for a cold start, about a factor 2 apart.
+// From a step of a small model to a request that waits for a cold start, about a factor 2 apart.
 const secondsBounds = [
   0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 ];
 
-/** Another page beside /metrics, such as /healthz: 200 where it is well, else 503. */
+/** Another page beside /metrics, such as /healthz: 200 if healthy, else 503. */
 export type StatusPage = () => { readonly ok: boolean; readonly text: string };
 
-/** Starts the metrics of a process; `listenAddress` undefined serves no page. Fails with `unavailable` where the address is taken. */
+/**
+ * Starts the metrics of a process; `listenAddress` undefined serves no page. Fails with `unavailable` if the address
+ * is in use.
+ */
 export async function startMetrics(options: {
   readonly process: string;
   readonly listenAddress: string | undefined;

@@ -1,5 +1,5 @@
-// A timer for any length: the platform's own fires at once where it is to wait longer than 2^31 - 1 ms, which is 24.8 days.
-// It counts on the monotonic clock, so that a clock that is set moves nothing.
+// A timer for any length: the platform's own fires at once if the delay exceeds 2^31 - 1 ms, which is 24.8 days. It
+// uses the monotonic clock, so setting the clock has no effect.
 
 /** A timer that has not fired yet. */
 export interface Timer {
@@ -8,7 +8,7 @@ export interface Timer {
 
 const longestMs = 2 ** 31 - 1;
 
-/** Calls `act` once, in `delayMs` and never sooner. Clear it where it is not wanted any more. */
+/** Calls `act` once, after `delayMs` and never sooner. Clear it if it is no longer needed. */
 export function startTimer(delayMs: number, act: () => void): Timer {
   const dueMs = performance.now() + delayMs;
   let timeout: NodeJS.Timeout;
