@@ -220,7 +220,9 @@ describe('a controller', () => {
       await waitFor('a group', () => stage.kubelet.runningGroups.length === 1, 60_000);
 
       await stage.plane.stopApiserver('SIGKILL');
-      await waitFor('the API server to be missed', async () => (await readLog()).includes('list or watch failed'));
+      await waitFor('the API server to be missed', async () =>
+        (await readLog()).includes('list or watch failed'),
+      );
       await stage.plane.startApiserver();
       await stage.stopNats();
       await waitFor('NATS to be missed', async () => (await readLog()).includes('queue disconnected'));
