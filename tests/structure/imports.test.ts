@@ -74,6 +74,7 @@ const pureFiles = [
   'worker/src/engines/mimo/kv-cache.ts',
   'worker/src/engines/mimo/scheduler.ts',
   'worker/src/engines/mimo/sampler.ts',
+  'worker/src/engines/mimo/step-passes.ts',
   'worker/src/shards/shard-plan.ts',
 ];
 

@@ -9,7 +9,7 @@ import { connectNats, type NatsServers } from '@mimo/core/bus/nats-connect';
 import { subjects } from '@mimo/core/bus/subjects';
 import { Heartbeat } from '@mimo/proto/worker';
 
-import type { EngineStats } from './engines/mimo/engine-host.ts';
+import type { EngineStats } from './engines/mimo/engine-api.ts';
 
 /** How far back the throughput looks, in time in which the group had work. */
 const throughputWindowMs = 5_000;

@@ -15,8 +15,7 @@ import { startMetrics } from '@mimo/core/process/metrics';
 import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
 
 import type { WorkerConfig } from './config.ts';
-import { idleStats } from './engines/mimo/engine-api.ts';
-import type { EngineHost } from './engines/mimo/engine-host.ts';
+import { idleStats, type EngineHost } from './engines/mimo/engine-api.ts';
 import { startHeartbeats, Throughput, type HeartbeatSender } from './heartbeats.ts';
 import { identityOf } from './identity.ts';
 import { createEngineMetrics } from './metrics.ts';

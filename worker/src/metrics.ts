@@ -2,7 +2,7 @@
 
 import type { Metrics } from '@mimo/core/process/metrics';
 
-import type { EngineFrame, EngineStats } from './engines/mimo/engine-host.ts';
+import type { EngineFrame, EngineStats } from './engines/mimo/engine-api.ts';
 
 const counters = {
   engine_steps_total: ['steps', 'Forward passes over the group'],

@@ -4,7 +4,7 @@
 import { ClusterError } from '@mimo/core/process/errors';
 import type { SamplingParams } from '@mimo/proto/sampling';
 
-import type { SequenceSampling } from './engines/mimo/engine-host.ts';
+import type { SequenceSampling } from './engines/mimo/engine-api.ts';
 
 /** Reads complete parameters; fails with `invalid_argument` naming the first field that is absent. */
 export function samplingFromWire(params: SamplingParams | undefined): SequenceSampling {

@@ -16,8 +16,12 @@ import type { Log } from '@mimo/core/process/log';
 import { startTimer, type Timer } from '@mimo/core/process/timer';
 import type { RunningRequest, SequenceDelta as WireDelta, Submit, Welcome } from '@mimo/proto/worker';
 
-import { lastDelta, type EngineFrame, type SequenceDelta } from './engines/mimo/engine-api.ts';
-import type { EngineHost } from './engines/mimo/engine-host.ts';
+import {
+  lastDelta,
+  type EngineFrame,
+  type EngineHost,
+  type SequenceDelta,
+} from './engines/mimo/engine-api.ts';
 import { samplingFromWire } from './sampling.ts';
 import { deltaToWire, type SequenceOnWire } from './sequence-wire.ts';
 

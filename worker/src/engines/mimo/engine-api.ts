@@ -1,7 +1,9 @@
-// What goes into the engine and what comes out of it: requests, frames, figures; plain data that crosses threads. Knows no
-// text, no session of a gateway and no tensor.
+// The engine as its process sees it: what goes in and what comes out (requests, frames, figures; plain data that crosses
+// threads), and the host that takes them. Knows no text, no session of a gateway and no tensor.
 
-import type { ErrorCode } from '@mimo/core/process/errors';
+import type { ClusterError, ErrorCode } from '@mimo/core/process/errors';
+import type { ModelConfig } from '../../shards/model-config.ts';
+import type { Precision } from '../../shards/target-profile.ts';
 
 /** How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed, position). */
 export interface SequenceSampling {
@@ -93,6 +95,58 @@ export interface EngineStats {
   readonly parkableSequences: number;
   readonly kvBlocks: number;
   readonly kvBlocksUsed: number;
+}
+
+/** Fixed facts of the loaded model and the engine's limits. */
+export interface EngineInfo {
+  readonly rank: number;
+  readonly worldSize: number;
+  readonly runtime: 'ort-capi' | 'ort-node';
+  readonly shardKey: string;
+  readonly precision: Precision;
+  readonly config: ModelConfig;
+  /** Prompt and completion together. */
+  readonly maxContextTokens: number;
+  /** 1 where the model has an MTP layer, else 0. */
+  readonly draftTokens: number;
+  readonly maxSequences: number;
+  readonly kvBlocks: number;
+  /** Positions of one block. */
+  readonly kvBlockTokens: number;
+}
+
+/**
+ * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something; `submit`
+ * throws `failed_precondition`.
+ */
+export interface EngineHost {
+  readonly info: EngineInfo;
+  /**
+   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have not
+   * ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
+   */
+  readonly failed: Promise<ClusterError>;
+  /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
+  readonly leaving: Promise<void>;
+  /** A step has taken so long that nothing should be submitted until it ends. */
+  readonly isStalled: boolean;
+  /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
+  leave(): void;
+  /** Throws `unavailable` once lost or closed. A request that cannot run ends with an `error` delta instead. */
+  submit(request: SequenceRequest): void;
+  /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
+  abort(sequenceId: number): void;
+  /** Unknown or ended ids are ignored. */
+  addCredit(sequenceId: number, tokens: number): void;
+  /** Called once per step with every sequence's new tokens. Returns the way to stop listening. */
+  onFrame(listener: (frame: EngineFrame) => void): () => void;
+  /** As of the last frame. */
+  stats(): EngineStats;
+  /**
+   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays, and the
+   * process ends with it.
+   */
+  close(): Promise<void>;
 }
 
 /**

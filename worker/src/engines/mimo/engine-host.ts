@@ -1,13 +1,18 @@
-// The engine as its process sees it. Owns the step threads of the ranks that live here, the messages to and from the
+// Runs the engine of this process. Owns the step threads of the ranks that live here, the messages to and from the
 // leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no queue,
 // no gRPC and no Kubernetes.
 
 import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
 import { exitAtOnce } from '../../collective/libc.ts';
-import type { ModelConfig } from '../../shards/model-config.ts';
-import type { Precision } from '../../shards/target-profile.ts';
-import { idleStats, type EngineFrame, type EngineStats, type SequenceRequest } from './engine-api.ts';
+import {
+  idleStats,
+  type EngineFrame,
+  type EngineHost,
+  type EngineInfo,
+  type EngineStats,
+  type SequenceRequest,
+} from './engine-api.ts';
 import type { EngineLimits } from './engine.ts';
 import { completeOptions, type CompleteOptions, type EngineOptions } from './engine-options.ts';
 import { kvBlockTokens } from './kv-cache.ts';
@@ -17,58 +22,6 @@ import { createTurns, looksPerLimit, StepWatch } from './step-watch.ts';
 
 export type * from './engine-api.ts';
 export type { EngineOptions, GroupOptions } from './engine-options.ts';
-
-/** Fixed facts of the loaded model and the engine's limits. */
-export interface EngineInfo {
-  readonly rank: number;
-  readonly worldSize: number;
-  readonly runtime: 'ort-capi' | 'ort-node';
-  readonly shardKey: string;
-  readonly precision: Precision;
-  readonly config: ModelConfig;
-  /** Prompt and completion together. */
-  readonly maxContextTokens: number;
-  /** 1 where the model has an MTP layer, else 0. */
-  readonly draftTokens: number;
-  readonly maxSequences: number;
-  readonly kvBlocks: number;
-  /** Positions of one block. */
-  readonly kvBlockTokens: number;
-}
-
-/**
- * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something; `submit`
- * throws `failed_precondition`.
- */
-export interface EngineHost {
-  readonly info: EngineInfo;
-  /**
-   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have not
-   * ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
-   */
-  readonly failed: Promise<ClusterError>;
-  /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
-  readonly leaving: Promise<void>;
-  /** A step has taken so long that nothing should be submitted until it ends. */
-  readonly isStalled: boolean;
-  /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
-  leave(): void;
-  /** Throws `unavailable` once lost or closed. A request that cannot run ends with an `error` delta instead. */
-  submit(request: SequenceRequest): void;
-  /** Ends the sequence within one step, with an `aborted` delta. Unknown or ended ids are ignored. */
-  abort(sequenceId: number): void;
-  /** Unknown or ended ids are ignored. */
-  addCredit(sequenceId: number, tokens: number): void;
-  /** Called once per step with every sequence's new tokens. Returns the way to stop listening. */
-  onFrame(listener: (frame: EngineFrame) => void): () => void;
-  /** As of the last frame. */
-  stats(): EngineStats;
-  /**
-   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays, and the
-   * process ends with it.
-   */
-  close(): Promise<void>;
-}
 
 /** A step thread that is asked to close ends its step; one that is blocked is stopped after this. */
 const closeGraceMs = 1000;

@@ -19,19 +19,19 @@ import {
   type SequenceEnd,
   type SequenceRequest,
 } from './engine-api.ts';
-import { problemOf, type ChosenToken, type HeadRequest, type HeadRow } from './head-rows.ts';
+import { problemOf, type ChosenToken, type HeadRow } from './head-rows.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
 import {
   capacityTokens,
   isParkable,
   patienceMs,
   planStep,
-  type ScheduledRows,
   type SchedulerLimits,
   type SchedulerSequence,
 } from './scheduler.ts';
 import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
-import type { PassPlan, RowSpan } from './step-plan.ts';
+import { planDraft, planForward, spanOf, type StepRows } from './step-passes.ts';
+import type { PassPlan } from './step-plan.ts';
 
 /** Runs a pass over the group. Returns what the plan asks of each head row, valid until the next pass. */
 export interface PassExecutor {
@@ -62,15 +62,6 @@ export interface EngineParts {
   readonly plan: typeof planStep;
   /** Milliseconds that only grow. */
   readonly clockMs: () => number;
-}
-
-/** A sequence's rows of the step, with what the MTP pass needs of them. */
-interface StepRows {
-  readonly sequence: Sequence;
-  readonly scheduled: ScheduledRows;
-  readonly span: RowSpan;
-  /** First row of the forward pass. */
-  readonly firstRow: number;
 }
 
 /** The step loop's state. Call `step` until it returns undefined. */
@@ -172,7 +163,7 @@ export class Engine {
     }
     if (rows.length > 0) {
       this.#counters.steps += 1;
-      const chosen = this.#runPass(this.#forwardPlan(rows));
+      const chosen = this.#runPass(planForward(rows, this.#takeReleasedSlots()));
       const surviving = this.#takeTokens(rows, chosen);
       this.#makeDrafts(rows, surviving);
     }
@@ -272,18 +263,9 @@ export class Engine {
     return decision.rows.map((scheduled) => {
       const sequence = this.#sequences.get(scheduled.sequenceId)!;
       const { slot, blocks } = this.#kv.grant(sequence.id, scheduled.blocks);
-      const rows = scheduled.pendingRows + (scheduled.withDraft ? 1 : 0);
-      const isLast = scheduled.pendingRows === sequence.pendingTokens;
-      const span: RowSpan = {
-        slot,
-        start: sequence.kvTokens,
-        rows,
-        headRows: isLast ? rows - scheduled.pendingRows + 1 : 0,
-        hiddenRow: 0,
-        capacityTokens: capacityTokens(blocks),
-      };
+      const span = spanOf(sequence, scheduled, { slot, capacityTokens: capacityTokens(blocks) });
       const stepRows = { sequence, scheduled, span, firstRow };
-      firstRow += rows;
+      firstRow += span.rows;
       return stepRows;
     });
   }
@@ -299,23 +281,6 @@ export class Engine {
       ranMs: sequence.ranMs(nowMs),
       overtakes: sequence.overtakes,
       hasDraft: sequence.draft >= 0,
-    };
-  }
-
-  #forwardPlan(rows: readonly StepRows[]): PassPlan {
-    const tokenIds = rows.flatMap(({ sequence, scheduled, span }) => [
-      ...sequence.tokenIds.slice(span.start, span.start + scheduled.pendingRows),
-      ...(scheduled.withDraft ? [sequence.draft] : []),
-    ]);
-    return {
-      kind: 'forward',
-      heads: rows.flatMap(({ sequence, scheduled, span }) => [
-        ...(span.headRows > 0 ? [sequence.nextHead()] : []),
-        ...(scheduled.withDraft ? [sequence.nextHead(sequence.draft)] : []),
-      ]),
-      releasedSlots: this.#takeReleasedSlots(),
-      spans: rows.map(({ span }) => span),
-      tokenIds: Int32Array.from(tokenIds),
     };
   }
 
@@ -384,25 +349,12 @@ export class Engine {
     const decoding = [...this.#sequences.values()].filter(
       ({ id, pendingTokens }) => pendingTokens === 1 && this.#kv.grantOf(id) !== undefined,
     );
-    const pays = decoding.length <= this.#limits.maxSpeculatingSequences;
-    const spans = drafting.map(({ sequence, span, firstRow, survivors }): RowSpan => {
-      const wantsDraft = pays && sequence.pendingTokens === 1 && sequence.allowance >= 2;
-      return { ...span, rows: survivors, headRows: wantsDraft ? 1 : 0, hiddenRow: firstRow };
-    });
-    const tokenIds = drafting.flatMap(({ sequence, span, survivors }) =>
-      sequence.tokenIds.slice(span.start + 1, span.start + 1 + survivors),
-    );
-    const best = this.#runPass({
-      kind: 'draft',
-      heads: spans.flatMap(({ headRows }): HeadRequest[] => (headRows > 0 ? [{ kind: 'best' }] : [])),
-      releasedSlots: [],
-      spans,
-      tokenIds: Int32Array.from(tokenIds),
-    });
+    const plan = planDraft(drafting, decoding.length <= this.#limits.maxSpeculatingSequences);
+    const guesses = this.#runPass(plan);
     let headRow = 0;
     for (const [i, { sequence }] of drafting.entries()) {
-      if (spans[i]!.headRows > 0) {
-        const guess = best[headRow++]!;
+      if (plan.spans[i]!.headRows > 0) {
+        const guess = guesses[headRow++]!;
         sequence.draft = problemOf(guess, this.#limits.usableVocab) === undefined ? guess.tokenId : -1;
       }
     }
