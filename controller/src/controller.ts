@@ -8,9 +8,10 @@ import { hostname } from 'node:os';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
 import { startMetrics, type Metrics } from '@mimo/core/process/metrics';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
-import type { RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 
 import { Actor } from './act/act.ts';
 import { workerSettingsOf, type ControllerConfig } from './config.ts';
@@ -56,7 +57,7 @@ class Controller implements RunningController {
   readonly #config: ControllerConfig;
   readonly #log: Log;
   readonly #client: KubeClient;
-  readonly #queue: RequestQueue;
+  readonly #bus: Bus;
   readonly #catalog: ModelCatalog;
   readonly #caches: Caches;
   readonly #tenants: Informer<TenantRecord>;
@@ -74,15 +75,17 @@ class Controller implements RunningController {
     this.#identity = config.identity || hostname();
     const kubeconfig = config.kubeconfig === '' ? undefined : config.kubeconfig;
     this.#client = new KubeClient(loadKubeConfig(kubeconfig), { namespace: config.namespace });
-    const nats = {
+    const replicas = config.natsReplicas;
+    const bus = createNatsBus({
       servers: config.natsUrls,
       credentialsFile: config.natsCredentialsFile,
       clientName: `controller-${this.#identity}`,
-      replicas: config.natsReplicas,
+      replicas,
+      recordMaxAgeMs: config.recordMaxAgeMs,
       log,
-    };
-    this.#queue = createNatsQueue({ ...nats, recordMaxAgeMs: config.recordMaxAgeMs });
-    this.#catalog = createModelCatalog(nats);
+    });
+    this.#bus = bus;
+    this.#catalog = createModelCatalog(bus.link, { replicas, log });
     this.#events = new EventRecorder({
       client: this.#client,
       component: 'mimo-controller',
@@ -143,7 +146,7 @@ class Controller implements RunningController {
     await this.ended.catch(() => undefined);
     await this.#events.close(AbortSignal.timeout(1_000));
     await Promise.all(this.#informers().map(([, informer]) => informer.close()));
-    await Promise.all([this.#queue.close(), this.#catalog.close(), this.#metrics?.close()]);
+    await Promise.all([this.#bus.close(), this.#metrics?.close()]);
     this.#client.close();
   }
 
@@ -157,7 +160,7 @@ class Controller implements RunningController {
     const { services, pods, budgets, rankServices } = this.#caches;
     const work = new WorkQueue({ retryMinMs, retryMaxMs });
     const watch = new QueueWatch({
-      queue: this.#queue,
+      bus: this.#bus,
       catalog: this.#catalog,
       log: this.#log,
       onChange: (model) => {
@@ -168,7 +171,8 @@ class Controller implements RunningController {
     });
     const settings = workerSettingsOf(this.#config);
     const common = { events: this.#events, settings, log: this.#log };
-    const actor = new Actor({ client: this.#client, queue: this.#queue, catalog: this.#catalog, ...common });
+    const { drainMarks } = this.#bus;
+    const actor = new Actor({ client: this.#client, drainMarks, catalog: this.#catalog, ...common });
     const reconciler = new Reconciler({
       namespace: this.#config.namespace,
       caches: this.#caches,

@@ -11,14 +11,17 @@ import { ClusterError } from '@mimo/core/process/errors';
 import { startGrpcServer } from '@mimo/core/grpc/server';
 import type { Log } from '@mimo/core/process/log';
 import { startMetrics } from '@mimo/core/process/metrics';
-import type { RequestQueue } from '@mimo/core/bus/queue';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
-import { createMemoryQueue } from '@mimo/core/bus/queue-memory';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { createMemoryBus } from '@mimo/core/bus/memory/bus';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { authenticateNobody } from './admission/auth.ts';
+import { Completions } from './completions.ts';
 import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
 import { Groups } from './dispatcher/groups.ts';
@@ -45,7 +48,7 @@ export interface Gateway {
   /** host:port of the gRPC door. */
   readonly address: string;
   readonly metricsAddress: string | undefined;
-  readonly queueKind: RequestQueue['kind'];
+  readonly queueKind: Bus['kind'];
   counts(): GatewayCounts;
   /**
    * Leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then takes no more requests
@@ -100,14 +103,14 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     await meters.close();
     throw error;
   });
-  const queue = openQueue(config, gatewayId, log);
-  const catalog = openCatalog(config, gatewayId, log);
+  const bus = openBus(config, gatewayId, log);
+  const catalogue = openCatalog(config, gatewayId, log);
   const leave = async (error: unknown): Promise<never> => {
     for (const { encoder } of own) {
       await encoder.close();
     }
-    await catalog?.close();
-    await queue.close();
+    await catalogue?.link.close();
+    await bus.close();
     await meters.close();
     throw error;
   };
@@ -116,7 +119,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const sessions = new Sessions(gatewayId, log);
   const eraseAfterMs = config.eraseAfterMs === 0 ? Number.POSITIVE_INFINITY : config.eraseAfterMs;
   const requests = new Requests({
-    queue,
+    bus,
     sessions,
     groups,
     maxWaitMs: config.maxWaitMs,
@@ -132,7 +135,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   const states = new Map<string, ReceivedState>();
   const runModel = async (model: string, signal: AbortSignal): Promise<void> => {
     const followState = async (): Promise<void> => {
-      for await (const state of queue.followState(model, signal)) {
+      for await (const state of bus.queueStates.follow(model, signal)) {
         states.set(model, { state, receivedMs: performance.now() });
       }
       states.delete(model);
@@ -140,7 +143,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     await Promise.all([
       followState(),
       runDispatcher(
-        { model, gatewayId, queue, groups, sessions, eraseAfterMs, metrics, log },
+        { model, gatewayId, bus, groups, sessions, eraseAfterMs, metrics, log },
         signal,
         resigning.signal,
       ),
@@ -152,6 +155,17 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     return groups.ready(model, performance.now()).filter(({ group }) => !draining.has(group));
   };
   const models = new ServedModels({ own, prompts, requests, openGroups, run: runModel, log });
+  const completions = new Completions({
+    gatewayId,
+    models,
+    groups,
+    openGroups,
+    requests,
+    metrics,
+    promptMaxBytes: config.promptMaxBytes,
+    maxRequests: config.maxRequests,
+    stopping: stopping.signal,
+  });
   const server = await startGrpcServer({
     listenAddress: config.listenAddress,
     maxReceiveBytes: config.maxReceiveBytes,
@@ -160,44 +174,31 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       admit: ({ authorization }) => void authenticate(authorization),
       onRefused: (path, code) => metrics.requests({ method: methodOf(path), code }),
     },
-    services: [
-      createInferenceService({
-        gatewayId,
-        models,
-        groups,
-        openGroups,
-        requests,
-        authenticate,
-        metrics,
-        promptMaxBytes: config.promptMaxBytes,
-        maxRequests: config.maxRequests,
-        stopping: stopping.signal,
-      }),
-    ],
+    services: [createInferenceService({ completions, authenticate, metrics })],
   }).catch(async (error: unknown) => {
     await models.close();
     await rm(modelsDirectory, { recursive: true, force: true });
     return leave(error);
   });
   const served = [
-    queue.serveAssignments(gatewayId, (assignment) => requests.assign(assignment)),
-    queue.serveCancellations(gatewayId, (cancellation) => requests.cancelHeld(cancellation)),
+    bus.signals.serveAssignments(gatewayId, (assignment) => requests.assign(assignment)),
+    bus.signals.serveCancellations(gatewayId, (cancellation) => requests.cancelHeld(cancellation)),
   ];
   const followGroups = async (): Promise<void> => {
-    for await (const heartbeat of queue.followHeartbeats(closing.signal)) {
+    for await (const heartbeat of bus.heartbeats.follow(closing.signal)) {
       groups.observe(heartbeat, performance.now());
     }
   };
   const background = [
     followGroups(),
     requests.keepRecorded(closing.signal),
-    ...config.workers.map((address) => pollHeartbeats(address, queue, closing.signal)),
+    ...config.workers.map((address) => pollHeartbeats(address, bus.heartbeats, closing.signal)),
   ];
   if (keys !== undefined) {
     background.push(keys.follow(closing.signal));
   }
-  if (catalog !== undefined) {
-    background.push(models.follow(catalog, modelsDirectory, closing.signal));
+  if (catalogue !== undefined) {
+    background.push(models.follow(catalogue.catalog, modelsDirectory, closing.signal));
   }
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
     [requests.counts().requests, {}],
@@ -205,7 +206,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   meters.gauge(
     'gateway_queue_connected',
     '1 while requests are recorded, as a trial every second shows',
-    () => [[queue.fault === undefined ? 1 : 0, {}]],
+    () => [[bus.records.fault === undefined ? 1 : 0, {}]],
   );
   meters.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
     const { provenConnections = 0, unprovenConnections = 0 } = server.gateCounts() ?? {};
@@ -226,7 +227,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       [models.pending.length, { state: 'pending' }],
     ],
   );
-  const isOpen = await queue.opened(AbortSignal.timeout(openQueueMs)).then(
+  const isOpen = await bus.opened(AbortSignal.timeout(openQueueMs)).then(
     () => true,
     () => false,
   );
@@ -235,7 +236,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       { waitedMs: openQueueMs },
       'serving without the queue: requests are refused until it is reached',
     );
-  } else if (catalog !== undefined) {
+  } else if (catalogue !== undefined) {
     await models.caughtUp(AbortSignal.timeout(catchUpMs)).catch(() => {
       log.warn({ waitedMs: catchUpMs }, 'serving before the model catalogue was read');
     });
@@ -246,7 +247,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
     let ready: boolean | undefined;
     while (!until.aborted) {
       // A full queue refuses requests with a delay to try again after, which is an answer.
-      const now = queue.fault === undefined || queue.fault.reason === 'full';
+      const now = bus.records.fault === undefined || bus.records.fault.reason === 'full';
       if (now !== ready) {
         ready = now;
         server.health.set(serviceName, ready);
@@ -256,13 +257,13 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   };
   background.push(followReadiness());
   const names = models.all().map(({ name }) => name);
-  log.info({ address: server.address, models: names, queue: queue.kind }, 'gateway ready');
+  log.info({ address: server.address, models: names, queue: bus.kind }, 'gateway ready');
 
   return {
     gatewayId,
     address: server.address,
     metricsAddress: meters.address,
-    queueKind: queue.kind,
+    queueKind: bus.kind,
     counts: () => ({
       ...requests.counts(),
       sessions: sessions.sessionCount,
@@ -292,8 +293,8 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       await server.close(AbortSignal.timeout(closeGraceMs));
       sessions.close();
       await Promise.all(served.map((each) => each.close()));
-      await catalog?.close();
-      await queue.close();
+      await catalogue?.link.close();
+      await bus.close();
       await Promise.all([...background, modelsClosed]);
       await rm(modelsDirectory, { recursive: true, force: true });
       await meters.close();
@@ -317,28 +318,41 @@ async function createModelsDirectory(parent: string): Promise<string> {
   }
 }
 
-/** The catalogue lies beside the queue: a queue in memory has none. */
-function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): ModelCatalog | undefined {
-  return config.natsUrls.length === 0
-    ? undefined
-    : createModelCatalog({
-        servers: config.natsUrls,
-        credentialsFile: config.natsCredentialsFile,
-        clientName: `mimo-gateway ${gatewayId} models`,
-        replicas: config.natsReplicas,
-        maxBytes: Math.max(minCatalogBytes, Math.floor(config.queueMaxBytes * catalogShare)),
-        log,
-      });
+interface Catalogue {
+  readonly link: NatsLink;
+  readonly catalog: ModelCatalog;
 }
 
-function openQueue(config: GatewayConfig, gatewayId: string, log: Log): RequestQueue {
+/**
+ * The catalogue lies beside the queue: a bus in memory has none. It has a link of its own, since a model's files may be on
+ * their way for seconds, and the queue is taken for broken where its trials take two.
+ */
+function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): Catalogue | undefined {
+  if (config.natsUrls.length === 0) {
+    return undefined;
+  }
+  const link = new NatsLink({
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
+    clientName: `mimo-gateway ${gatewayId} models`,
+    log,
+  });
+  const catalog = createModelCatalog(link, {
+    replicas: config.natsReplicas,
+    maxBytes: Math.max(minCatalogBytes, Math.floor(config.queueMaxBytes * catalogShare)),
+    log,
+  });
+  return { link, catalog };
+}
+
+function openBus(config: GatewayConfig, gatewayId: string, log: Log): Bus {
   if (config.natsUrls.length === 0) {
     log.warn(
       'no NATS server is configured: the queue is in memory, and requests do not survive this process',
     );
-    return createMemoryQueue();
+    return createMemoryBus();
   }
-  return createNatsQueue({
+  return createNatsBus({
     servers: config.natsUrls,
     credentialsFile: config.natsCredentialsFile,
     clientName: `mimo-gateway ${gatewayId}`,

@@ -1,5 +1,5 @@
 import { startMetrics } from '@mimo/core/process/metrics';
-import { queueStateFreshMs } from '@mimo/core/bus/queue';
+import { queueStateFreshMs } from '@mimo/core/bus/signals';
 import { expect, it } from 'vitest';
 
 import { observeQueues, type ReceivedState } from './metrics.ts';

@@ -2,7 +2,7 @@
 
 import type { Labels, Metrics } from '@mimo/core/process/metrics';
 import type { RefusalReason } from '@mimo/core/bus/queue-refusal';
-import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/queue';
+import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
 
 /** What the gateway measures. */
 export interface GatewayMetrics {

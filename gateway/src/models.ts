@@ -11,7 +11,7 @@ import { readTextFiles, textDigestOf } from '@mimo/core/bus/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 import type { TokenTable } from '@mimo/tokenizer';
 
-import type { ModelFacts } from './admission/admission.ts';
+import type { ModelFacts } from './admission/check.ts';
 import {
   loadPromptEncoder,
   type PromptEncoder,

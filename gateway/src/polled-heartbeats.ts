@@ -1,11 +1,11 @@
 // Heartbeats without NATS: asks the leaders named in the configuration for theirs, several times a second, and publishes
-// the answers to the queue in memory as if they had come by themselves.
+// the answers on the bus in memory as if they had come by themselves.
 
 import * as grpc from '@grpc/grpc-js';
 
 import { pause } from '@mimo/core/process/abort';
 import { callUnary, channelOptions } from '@mimo/core/grpc/client';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Heartbeats } from '@mimo/core/bus/signals';
 import { WorkerServiceClient, WorkerServiceService } from '@mimo/proto/worker';
 
 const pollMs = 250;
@@ -15,7 +15,7 @@ const maxReceiveBytes = 4 * 2 ** 20;
 /** Polls one leader until the signal fires. A leader that does not answer is simply not heard of. */
 export async function pollHeartbeats(
   address: string,
-  queue: RequestQueue,
+  heartbeats: Pick<Heartbeats, 'publish'>,
   signal: AbortSignal,
 ): Promise<void> {
   const credentials = grpc.credentials.createInsecure();
@@ -25,7 +25,7 @@ export async function pollHeartbeats(
       const limits = { request: {}, signal, timeoutMs: pollTimeoutMs };
       const stats = await callUnary(client, WorkerServiceService.stats, limits).catch(() => undefined);
       if (stats?.heartbeat !== undefined) {
-        queue.publishHeartbeat(stats.heartbeat);
+        heartbeats.publish(stats.heartbeat);
       }
       await pause(pollMs, signal);
     }

@@ -1,12 +1,12 @@
-// The requests that this gateway has accepted and not yet ended. Owns the durable record of each from publish to its
-// deletion (exactly once, however the request ends), deadlines, the longest wait, and the answers to dispatchers. Knows no
-// gRPC server; what happens to tokens is relay.ts's business.
+// The requests that this gateway has accepted and not yet ended. Owns their end (exactly once, whatever the reason, and then
+// the record is erased), deadlines, the longest wait, and the answers to dispatchers. Knows no protocol of clients; records
+// are kept in record-keeper.ts, what happens to tokens is relay.ts's business.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError, errorTable } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
-import type { RecordPlace, RequestQueue } from '@mimo/core/bus/queue';
-import { QueueRefusal } from '@mimo/core/bus/queue-refusal';
+import type { Bus } from '@mimo/core/bus/bus';
+import type { RecordPlace } from '@mimo/core/bus/records';
 import { startTimer, type Timer } from '@mimo/core/process/timer';
 import {
   AssignmentOutcome,
@@ -19,13 +19,14 @@ import {
 import type { CompletionTextOptions } from './completion-text.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import type { Groups } from './dispatcher/groups.ts';
-import { Relay, type HeldRecord, type RelayEnd } from './relay.ts';
+import { RecordKeeper, type KeptRecord } from './record-keeper.ts';
+import { Relay, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
 import { leastCompany, type LostAttempt } from './dispatcher/suspicion.ts';
 
 /** What the table works with. */
 export interface RequestsParts {
-  readonly queue: RequestQueue;
+  readonly bus: Pick<Bus, 'connected' | 'records' | 'signals'>;
   readonly sessions: Sessions;
   readonly groups: Pick<Groups, 'runningIn'>;
   readonly maxWaitMs: number;
@@ -45,13 +46,7 @@ export interface OpenRequest {
 
 interface HeldRequest {
   readonly relay: Relay;
-  /** As it was stored last. */
-  record: HeldRecord;
-  recorded: Promise<RecordPlace>;
-  /** Where that is, once it is. */
-  place: RecordPlace | undefined;
-  /** When it was written last; by performance.now(). */
-  recordedMs: number;
+  readonly kept: KeptRecord;
   readonly deadline: Timer | undefined;
   /** By performance.now(), as all times here. */
   readonly acceptedMs: number;
@@ -66,47 +61,24 @@ interface HeldRequest {
 
 /** A group that is not heard of for a moment, or is made ready again, is not gone for good. */
 const strandedMs = 5_000;
-/** A lost store is noticed at this pace; one that does not take everything back is tried again at the second. */
-const lookMs = 200;
-const retryMs = 1_000;
-/** Records on their way at once when many are recorded again: in order, since they share a connection. */
-const restoredAtOnce = 256;
-
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** In a full gateway, a client that takes nothing for this long gives way to a new request. */
 const giveWayAfterMs = 2_000;
 
-interface PlacedRecord {
-  readonly held: HeldRequest;
-  readonly place: RecordPlace;
-}
-
-/** Which of its stores a record came in, counted backwards, and where. */
-interface Origin {
-  readonly outlived: number;
-  readonly sequence: number;
-}
-
-function originOf({ held: { record }, place }: PlacedRecord): Origin {
-  const { storesOutlived, firstSequence } = record;
-  return { outlived: storesOutlived, sequence: firstSequence === 0 ? place.sequence : firstSequence };
-}
-
-function compareOrigins(one: Origin, other: Origin): number {
-  return other.outlived - one.outlived || one.sequence - other.sequence;
-}
-
 /** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
 export class Requests {
   readonly #parts: RequestsParts;
+  readonly #keeper: RecordKeeper;
   readonly #held = new Map<string, HeldRequest>();
   readonly #deleting = new Set<Promise<void>>();
   readonly #newestDispatcher = new Map<string, { readonly storeId: string; readonly epoch: number }>();
 
   constructor(parts: RequestsParts) {
+    const { eraseAfterMs, metrics, log } = parts;
     this.#parts = parts;
+    this.#keeper = new RecordKeeper({ records: parts.bus.records, eraseAfterMs, metrics, log });
   }
 
   /** Requests that have not ended, and records whose deletion is not confirmed yet. */
@@ -116,7 +88,7 @@ export class Requests {
 
   /** Requests of a model that have not ended. */
   countOf(model: string): number {
-    return [...this.#held.values()].filter(({ record }) => record.model === model).length;
+    return [...this.#held.values()].filter(({ relay }) => relay.record.model === model).length;
   }
 
   /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
@@ -137,13 +109,10 @@ export class Requests {
         onEnded: (end) => this.#ended(requestId, end),
       },
     );
-    const recorded = this.#parts.queue.publish(admitted);
+    const kept = this.#keeper.keep(admitted, record);
     const held: HeldRequest = {
       relay,
-      recorded,
-      record,
-      place: undefined,
-      recordedMs: nowMs,
+      kept,
       deadline: timeLeftMs === undefined ? undefined : startTimer(timeLeftMs, () => this.#expire(held)),
       acceptedMs: nowMs,
       waitingSinceMs: nowMs,
@@ -151,42 +120,23 @@ export class Requests {
       strandedSinceMs: undefined,
       isParkingTold: false,
     };
-    recorded.then(
-      (place) => (held.place = place),
-      (error: unknown) => {
-        this.#noteRefusal(error);
-        relay.fail(ClusterError.from(error));
-      },
-    );
+    const { recorded } = kept;
+    recorded.catch((error: unknown) => relay.fail(ClusterError.from(error)));
     this.#held.set(requestId, held);
     this.#watchWait(held);
-    return held;
+    return { relay, recorded };
   }
 
-  /**
-   * Records again, in their old order, what the store has lost while its request goes on, and what was recorded long ago; until
-   * the signal fires.
-   */
-  async keepRecorded(signal: AbortSignal): Promise<void> {
-    let known: RecordPlace | undefined;
-    while (!signal.aborted) {
-      const { oldest, fault } = this.#parts.queue;
-      const isNew = known?.storeId !== oldest.storeId || known.sequence !== oldest.sequence;
-      if (isNew && (fault === undefined || fault.reason === 'full')) {
-        known = (await this.#recordLost(oldest)) ? oldest : undefined;
-      }
-      if (known !== undefined && fault === undefined) {
-        await this.#moveOld();
-      }
-      await pause(known === undefined ? retryMs : lookMs, signal);
-    }
+  /** Keeps the records in the store, whatever happens to it; until the signal fires. */
+  keepRecorded(signal: AbortSignal): Promise<void> {
+    return this.#keeper.keepRecorded(signal);
   }
 
   /** Answers a dispatcher. Begins an attempt where the request waits. */
   assign(assignment: Assignment): AssignmentReply {
     const { requestId, model, dispatcherEpoch } = assignment;
     const nowhere = { group: '', incarnation: '', epoch: 0, needs: undefined };
-    const { storeId } = this.#parts.queue;
+    const { storeId } = this.#parts.bus.records;
     const newest = this.#newestDispatcher.get(model);
     if (newest?.storeId === storeId && dispatcherEpoch < newest.epoch) {
       return { outcome: AssignmentOutcome.STALE_DISPATCHER, ...nowhere };
@@ -230,16 +180,22 @@ export class Requests {
    * `unavailable` where the queue, or the owner, does not answer.
    */
   async cancel(cancellation: Cancellation): Promise<boolean> {
-    return (
-      this.cancelHeld(cancellation) ||
-      (requestIdPattern.test(cancellation.requestId) && (await this.#parts.queue.cancel(cancellation)))
-    );
+    const { requestId, tenant } = cancellation;
+    if (this.cancelHeld(cancellation)) {
+      return true;
+    }
+    if (!requestIdPattern.test(requestId)) {
+      return false;
+    }
+    const { records, signals } = this.#parts.bus;
+    const record = await records.read(requestId);
+    return record?.tenant === tenant && (await signals.cancel(record.gatewayId, cancellation));
   }
 
   /** Ends a request of the tenant that is held here; false where there is none of that id. */
   cancelHeld({ requestId, tenant }: Cancellation): boolean {
     const held = this.#held.get(requestId);
-    if (held?.record.tenant !== tenant) {
+    if (held?.relay.record.tenant !== tenant) {
       return false;
     }
     held.relay.fail(new ClusterError('canceled', 'the request was canceled with Cancel'));
@@ -248,8 +204,8 @@ export class Requests {
 
   /** Ends the requests of a model that are in no group at this moment. */
   failWaiting(model: string, error: ClusterError): void {
-    for (const { relay, record } of this.#held.values()) {
-      if (record.model === model && relay.place === undefined) {
+    for (const { relay } of this.#held.values()) {
+      if (relay.record.model === model && relay.place === undefined) {
         relay.fail(error);
       }
     }
@@ -262,14 +218,15 @@ export class Requests {
   endStranded(model: string, possible: ReadonlySet<string>): void {
     const nowMs = performance.now();
     for (const held of this.#held.values()) {
-      const { relay, record } = held;
+      const { relay } = held;
+      const { record } = relay;
       const { identity } = relay.needs;
       const isStranded =
         record.model === model &&
         relay.place === undefined &&
         identity !== '' &&
         !possible.has(identity) &&
-        this.#parts.queue.connected;
+        this.#parts.bus.connected;
       if (record.model === model) {
         held.strandedSinceMs = isStranded ? (held.strandedSinceMs ?? nowMs) : undefined;
       }
@@ -319,99 +276,11 @@ export class Requests {
     }
   }
 
-  /** False where some of it could not be stored. */
-  async #recordLost(oldest: RecordPlace): Promise<boolean> {
-    const lost = [...this.#held.values()].flatMap((held) => {
-      const { place } = held;
-      const isLost =
-        place !== undefined && (place.storeId !== oldest.storeId || place.sequence < oldest.sequence);
-      return isLost ? [{ held, place }] : [];
-    });
-    lost.sort((one, other) => compareOrigins(originOf(one), originOf(other)));
-    let stored = 0;
-    for (let at = 0; at < lost.length; at += restoredAtOnce) {
-      const results = await Promise.allSettled(
-        lost.slice(at, at + restoredAtOnce).map((each) => this.#recordAgain(each)),
-      );
-      const refused = results.find((result) => result.status === 'rejected');
-      stored += results.filter(({ status }) => status === 'fulfilled').length;
-      if (refused !== undefined) {
-        this.#noteRefusal(refused.reason);
-        break;
-      }
-    }
-    if (lost.length > 0) {
-      this.#parts.log.warn({ lost: lost.length, stored }, 'queue lost records: they were recorded again');
-    }
-    return stored === lost.length;
-  }
-
-  async #recordAgain(lost: PlacedRecord): Promise<void> {
-    const { held } = lost;
-    const { queue } = this.#parts;
-    if (!held.relay.ended) {
-      const { outlived, sequence } = originOf(lost);
-      const origin = { storesOutlived: outlived + 1, firstSequence: sequence };
-      await this.#rewrite(held, origin, (record) => queue.publish(record));
-    }
-  }
-
-  /** Puts what was recorded long ago behind what came since, so that the store can remove the files of that time. */
-  async #moveOld(): Promise<void> {
-    const { eraseAfterMs, queue, log } = this.#parts;
-    const { storeId, sequence } = queue.oldest;
-    const nowMs = performance.now();
-    const old = [...this.#held.values()].flatMap((held) => {
-      const { place, recordedMs, relay } = held;
-      const isOld =
-        place?.storeId === storeId &&
-        place.sequence >= sequence &&
-        nowMs - recordedMs >= eraseAfterMs &&
-        !relay.ended;
-      return isOld ? [{ held, place }] : [];
-    });
-    // Evenly over the time, and twice as fast as they come of age.
-    const atOnce = Math.max(16, Math.ceil((2 * this.#held.size * lookMs) / eraseAfterMs));
-    await Promise.allSettled(
-      old.slice(0, atOnce).map(async ({ held, place }) => {
-        const { storesOutlived } = held.record;
-        const firstSequence = originOf({ held, place }).sequence;
-        await this.#rewrite(held, { storesOutlived, firstSequence }, async (record) =>
-          queue.publishAgain(record, place).catch((error: unknown) => {
-            // It stays where it is.
-            log.debug({ error: ClusterError.from(error) }, 'record not written again');
-            return place;
-          }),
-        );
-      }),
-    );
-  }
-
-  async #rewrite(
-    held: HeldRequest,
-    origin: Pick<RequestRecord, 'storesOutlived' | 'firstSequence'>,
-    write: (record: RequestRecord) => Promise<RecordPlace>,
-  ): Promise<void> {
-    const nowMs = performance.now();
-    const again = { ...held.record, ...origin, heldMs: Math.round(nowMs - held.acceptedMs) };
-    // Known at once, so that a request that ends meanwhile waits for it and deletes it.
-    held.recorded = write({ ...again, promptTokenIds: [...again.promptTokenIds] });
-    held.place = await held.recorded;
-    held.record = again;
-    held.recordedMs = nowMs;
-  }
-
-  #noteRefusal(error: unknown): void {
-    if (error instanceof QueueRefusal) {
-      this.#parts.metrics.queueRefusals({ reason: error.reason });
-      this.#parts.log.warn({ reason: error.reason, error }, 'request not recorded');
-    }
-  }
-
   #requeued(requestId: string, { broke, tokens }: LostAttempt): void {
     const held = this.#held.get(requestId);
     if (held !== undefined) {
-      const { relay, record } = held;
+      const { relay } = held;
+      const { record } = relay;
       const { model } = record;
       if (relay.completionTokens === 0) {
         this.#parts.metrics.requeues({ model });
@@ -428,7 +297,7 @@ export class Requests {
   #parked(requestId: string): void {
     const held = this.#held.get(requestId);
     if (held !== undefined) {
-      this.#parts.metrics.parks({ model: held.record.model });
+      this.#parts.metrics.parks({ model: held.relay.record.model });
       this.#wait(held);
     }
   }
@@ -443,7 +312,8 @@ export class Requests {
 
   /** Its attempt is over: it waits for a group, or for its client, and the dispatcher learns for which. */
   #wait(held: HeldRequest): void {
-    const { relay, record } = held;
+    const { relay } = held;
+    const { record } = relay;
     const { requestId, model } = record;
     held.isParkingTold = relay.isParked;
     if (relay.isParked) {
@@ -452,7 +322,15 @@ export class Requests {
       this.#watchWait(held);
     }
     const { epoch, needs, released, isParked: parked } = relay;
-    this.#parts.queue.publishEnded({ requestId, model, requeued: true, epoch, needs, released, parked });
+    this.#parts.bus.signals.publishEnded({
+      requestId,
+      model,
+      requeued: true,
+      epoch,
+      needs,
+      released,
+      parked,
+    });
   }
 
   #ended(requestId: string, end: RelayEnd): void {
@@ -463,19 +341,23 @@ export class Requests {
     this.#held.delete(requestId);
     held.deadline?.clear();
     held.wait?.clear();
-    const deleting = this.#delete(held).finally(() => this.#deleting.delete(deleting));
+    const deleting = this.#erase(held).finally(() => this.#deleting.delete(deleting));
     this.#deleting.add(deleting);
     // What the client is not shown.
     if (end.kind === 'error' && !errorTable[end.error.code].textLeaves) {
-      this.#parts.log.error({ error: end.error, requestId, model: held.record.model }, 'request failed');
+      this.#parts.log.error(
+        { error: end.error, requestId, model: held.relay.record.model },
+        'request failed',
+      );
     }
   }
 
-  async #delete({ record: { requestId, model }, recorded, relay }: HeldRequest): Promise<void> {
+  async #erase({ kept, relay }: HeldRequest): Promise<void> {
+    const { requestId, model } = relay.record;
     try {
-      await this.#parts.queue.delete(await recorded);
+      await this.#keeper.erase(kept);
       const { epoch, released } = relay;
-      this.#parts.queue.publishEnded({
+      this.#parts.bus.signals.publishEnded({
         requestId,
         model,
         requeued: false,

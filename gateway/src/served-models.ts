@@ -9,7 +9,7 @@ import { beforeAbort, pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
 import type { CatalogModel, ModelCatalog } from '@mimo/core/bus/model-catalog';
-import { tokenFromName } from '@mimo/core/bus/subjects';
+import { tokenFromName } from '@mimo/core/bus/nats/subjects';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 import { loadModel, type ServedModel } from './models.ts';

@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { createLog } from '@mimo/core/process/log';
 import { RequestRecord } from '@mimo/proto/queue';
 
@@ -50,7 +50,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   const configFile = join(directory, 'nats.conf');
   await writeFile(configFile, configs[store]);
   const nats = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0, configFile });
-  const queue = createNatsQueue({
+  const queue = createNatsBus({
     servers: [nats.url],
     clientName: 'bench',
     replicas: 1,
@@ -65,7 +65,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       RequestRecord.fromPartial({ requestId, model: 'mimo-demo', gatewayId: 'bench', promptTokenIds });
     for (let at = 0; at < waiting; at += atOnce) {
       await Promise.all(
-        Array.from({ length: atOnce }, (_, lane) => queue.publish(recordOf(`w${at + lane}`))),
+        Array.from({ length: atOnce }, (_, lane) => queue.records.publish(recordOf(`w${at + lane}`))),
       );
     }
     const beganMs = performance.now();
@@ -74,7 +74,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     const lane = async (): Promise<void> => {
       while (performance.now() - beganMs < seconds * 1_000 && !signal.aborted) {
         requests += 1;
-        await queue.delete(await queue.publish(recordOf(`r${requests}`)));
+        await queue.records.erase(await queue.records.publish(recordOf(`r${requests}`)));
       }
     };
     await Promise.all(Array.from({ length: atOnce }, lane));

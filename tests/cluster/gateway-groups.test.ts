@@ -37,7 +37,7 @@ describe('groups', () => {
     const results: Promise<{ text: string }>[] = [];
     for (const text of ['alpha', 'beta', 'gamma', 'delta']) {
       results.push(collect(generate(client, generation(text))));
-      await vi.waitFor(async () => expect((await stage.bus.counts()).records).toBe(results.length), patience);
+      await vi.waitFor(async () => expect(await stage.bus.records.count()).toBe(results.length), patience);
     }
     const group = await stage.openGroup({ maxSequences: 1 });
     const texts = await Promise.all(results.map(async (result) => (await result).text));
@@ -137,7 +137,7 @@ describe('groups', () => {
         (error: unknown) => ClusterError.from(error).code,
       ),
     );
-    await waitFor('all to wait', async () => (await stage.bus.counts()).records === texts.length);
+    await waitFor('all to wait', async () => (await stage.bus.records.count()) === texts.length);
     const all = Promise.all(outcomes);
     const over = new AbortController();
     void all.then(() => over.abort());

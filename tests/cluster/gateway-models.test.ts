@@ -9,11 +9,11 @@ import * as grpc from '@grpc/grpc-js';
 import { ClusterError } from '@mimo/core/process/errors';
 import { callServerStream, callUnary } from '@mimo/core/grpc/client';
 import { createLog } from '@mimo/core/process/log';
-import { createModelCatalog, type CatalogModel, type ModelCatalog } from '@mimo/core/bus/model-catalog';
+import type { CatalogModel, ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createNatsBus, type NatsBus } from '@mimo/core/bus/nats/bus';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
+import { modelBucket } from '@mimo/core/bus/nats/subjects';
 import { modelIdentity, textDigestOf } from '@mimo/core/bus/model-identity';
-import type { RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import { modelBucket } from '@mimo/core/bus/subjects';
 import {
   CountTokensRequest,
   GenerateRequest,
@@ -40,7 +40,7 @@ const log = createLog({ process: 'test', level: 'silent' });
 let directory: string;
 let server: NatsServer;
 let catalog: ModelCatalog;
-let bus: RequestQueue;
+let bus: NatsBus;
 let gateway: GatewayProcess;
 let client: InferenceServiceClient;
 let group: ScriptedGroup | undefined;
@@ -102,8 +102,8 @@ beforeAll(async () => {
   directory = await mkdtemp(join(tmpdir(), 'mimo-models-test-'));
   server = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0 });
   const servers = [server.url];
-  catalog = createModelCatalog({ servers, clientName: 'test', replicas: 1, log });
-  bus = createNatsQueue({ servers, clientName: 'test', replicas: 1, recordMaxAgeMs: 3_600_000, log });
+  bus = createNatsBus({ servers, clientName: 'test', replicas: 1, recordMaxAgeMs: 3_600_000, log });
+  catalog = createModelCatalog(bus.link, { replicas: 1, log });
   await bus.opened(AbortSignal.timeout(20_000));
 });
 
@@ -131,7 +131,6 @@ afterEach(async () => {
 });
 
 afterAll(async () => {
-  await catalog.close();
   await bus.close();
   await server.close();
   await rm(directory, { recursive: true, force: true });
@@ -215,7 +214,7 @@ describe('a gateway that was started without models', () => {
     let waiting: Promise<ClusterError> | undefined;
     const text = await generate(async () => {
       waiting = refusal(generate());
-      await waitFor('both records', async () => (await bus.counts()).records === 2);
+      await waitFor('both records', async () => (await bus.records.count()) === 2);
       await catalog.remove(model, AbortSignal.timeout(20_000));
       await waitFor('the model to be gone', async () => !(await isListed()));
       expect(await refusal(generate())).toMatchObject({ code: 'not_found' });
@@ -225,7 +224,7 @@ describe('a gateway that was started without models', () => {
       code: 'not_found',
       message: expect.stringContaining('was removed while the request waited') as string,
     });
-    await waitFor('nothing to be left', async () => (await bus.counts()).records === 0);
+    await waitFor('nothing to be left', async () => (await bus.records.count()) === 0);
     await waitFor('its files to be gone', async () => (await fetched()).length === 0);
     await waitFor('its dispatcher to be gone', () =>
       gateway.lines.some((line) => line.includes('"dispatching ended"')),

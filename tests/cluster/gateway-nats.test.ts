@@ -93,7 +93,7 @@ describe('a gateway', () => {
 
   it('deletes the records of a gateway that died', async () => {
     const gateway = await stage.openGateway();
-    await stage.bus.publish(
+    await stage.bus.records.publish(
       RequestRecord.fromPartial({
         requestId: 'left-behind',
         model: GatewayStage.model,
@@ -102,7 +102,7 @@ describe('a gateway', () => {
         promptTokenIds: [1],
       }),
     );
-    await vi.waitFor(async () => expect(await stage.bus.counts()).toEqual({ records: 0 }), patience);
+    await vi.waitFor(async () => expect(await stage.bus.records.count()).toBe(0), patience);
     expect(gateway.counts().requests).toBe(0);
   });
 });

@@ -99,7 +99,7 @@ describe('the published state', () => {
         ?.groups.filter(({ draining }) => draining)
         .map(({ group }) => group);
     await waitFor('both groups', () => states.at(-1)?.groups.length === 2);
-    await stage.bus.markDraining(GatewayStage.model, 'a', { sinceUnixMs: Date.now() });
+    await stage.bus.drainMarks.mark(GatewayStage.model, 'a', { sinceUnixMs: Date.now() });
     await vi.waitFor(() => {
       expect(drainingIn()).toEqual(['a']);
       expect(states.at(-1)).toMatchObject({ readyGroups: 2, slots: 8 });
@@ -110,7 +110,7 @@ describe('the published state', () => {
     await stage.closeGateway(first);
     await askFour(second);
     expect([a.begun, b.begun]).toEqual([0, 8]);
-    await stage.bus.clearDraining(GatewayStage.model, 'a');
+    await stage.bus.drainMarks.clear(GatewayStage.model, 'a');
     await waitFor('no mark', () => states.at(-1)?.groups.length === 2 && drainingIn()?.length === 0);
     await waitFor('something to go there again', async () => {
       await askFour(second);

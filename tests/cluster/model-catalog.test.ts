@@ -11,13 +11,10 @@ import { connect } from '@nats-io/transport-node';
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
-import {
-  createModelCatalog,
-  type CatalogModel,
-  type ModelCatalog,
-  type ModelFiles,
-} from '@mimo/core/bus/model-catalog';
-import { modelBucket } from '@mimo/core/bus/subjects';
+import type { CatalogModel, ModelCatalog, ModelFiles } from '@mimo/core/bus/model-catalog';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
+import { modelBucket } from '@mimo/core/bus/nats/subjects';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
@@ -30,20 +27,14 @@ const log = createLog({ process: 'test', level: 'silent' });
 
 let directory: string;
 let server: NatsServer;
-const opened: ModelCatalog[] = [];
+const opened: NatsLink[] = [];
 const stops: AbortController[] = [];
 
 function open(options: { readonly server?: NatsServer; readonly maxBytes?: number } = {}): ModelCatalog {
   const { maxBytes } = options;
-  const catalog = createModelCatalog({
-    servers: [(options.server ?? server).url],
-    clientName: 'test',
-    replicas: 1,
-    ...(maxBytes === undefined ? {} : { maxBytes }),
-    log,
-  });
-  opened.push(catalog);
-  return catalog;
+  const link = new NatsLink({ servers: [(options.server ?? server).url], clientName: 'test', log });
+  opened.push(link);
+  return createModelCatalog(link, { replicas: 1, ...(maxBytes === undefined ? {} : { maxBytes }), log });
 }
 
 function within(timeoutMs: number): AbortSignal {
@@ -104,7 +95,7 @@ beforeAll(async () => {
 afterEach(async () => {
   stops.splice(0).forEach((stop) => stop.abort());
   await open().remove(name, within(20_000));
-  await Promise.all(opened.splice(0).map((catalog) => catalog.close()));
+  await Promise.all(opened.splice(0).map((link) => link.close()));
 });
 
 afterAll(async () => {
@@ -373,13 +364,14 @@ describe('the model catalogue', () => {
     }
   });
 
-  it('ends its iterations when it is closed, and gives up when a signal fires', async () => {
-    const away = createModelCatalog({ servers: ['127.0.0.1:1'], clientName: 'test', replicas: 1, log });
+  it('ends its iterations when its link is closed, and gives up when a signal fires', async () => {
+    const link = new NatsLink({ servers: ['127.0.0.1:1'], clientName: 'test', log });
+    const away = createModelCatalog(link, { replicas: 1, log });
     await expect(away.publish(modelOf({ 'config.json': '1' }), within(200))).rejects.toMatchObject({
       name: 'TimeoutError',
     });
     const seen = follow(away);
-    await away.close();
+    await link.close();
     await seen.done;
     expect(seen.sets).toEqual([]);
   });

@@ -8,8 +8,8 @@ import { join } from 'node:path';
 import type * as grpc from '@grpc/grpc-js';
 import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import type { InferenceServiceClient } from '@mimo/proto/inference';
@@ -35,7 +35,7 @@ const streamTokens = 1_200;
 
 let directory: string;
 let server: NatsServer;
-let bus: RequestQueue;
+let bus: Bus;
 let gateway: Gateway;
 let client: InferenceServiceClient & grpc.Client;
 const following = new AbortController();
@@ -93,10 +93,10 @@ beforeAll(async () => {
   directory = await mkdtemp(join(tmpdir(), 'mimo-identity-'));
   server = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0 });
   const connect = { servers: [server.url], clientName: 'test', replicas: 1, log };
-  bus = createNatsQueue({ ...connect, recordMaxAgeMs: 3_600_000 });
+  bus = createNatsBus({ ...connect, recordMaxAgeMs: 3_600_000 });
   await bus.opened(AbortSignal.timeout(30_000));
   void (async () => {
-    for await (const heartbeat of bus.followHeartbeats(following.signal)) {
+    for await (const heartbeat of bus.heartbeats.follow(following.signal)) {
       beats.set(heartbeat.group, heartbeat);
     }
   })();
@@ -133,7 +133,7 @@ describe('two checkpoints under one name', () => {
 
     // A group of the new content, which takes nothing yet, so that all that comes is the old one's.
     const two = await startGroup('first-2', 'first');
-    await bus.markDraining(model, 'second-1', { sinceUnixMs: Date.now() });
+    await bus.drainMarks.mark(model, 'second-1', { sinceUnixMs: Date.now() });
     await publish('second');
     await startGroup('second-1', 'second');
     expect(beats.get('second-1')?.identity).not.toBe(beats.get('first-2')?.identity);
@@ -152,8 +152,8 @@ describe('two checkpoints under one name', () => {
       () => 'finished',
       (error: unknown) => ClusterError.from(error),
     );
-    await waitFor('all records', async () => (await bus.counts()).records === streamCount + 1);
-    await bus.clearDraining(model, 'second-1');
+    await waitFor('all records', async () => (await bus.records.count()) === streamCount + 1);
+    await bus.drainMarks.clear(model, 'second-1');
     await waitFor('all streams in the last group', () => runningIn('first-2') === streamCount);
     await two.stop(30_000);
     const { same, wrong } = await stranded.outcome;

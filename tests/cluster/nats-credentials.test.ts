@@ -8,9 +8,9 @@ import { join } from 'node:path';
 import { nkeys } from '@nats-io/transport-node';
 
 import { createLog } from '@mimo/core/process/log';
-import { createModelCatalog } from '@mimo/core/bus/model-catalog';
-import type { NatsServers } from '@mimo/core/bus/nats-connect';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { NatsLink, type NatsServers } from '@mimo/core/bus/nats/link';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import { startHeartbeats } from '@mimo/worker/heartbeats';
 import { Heartbeat } from '@mimo/proto/worker';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -40,8 +40,8 @@ async function write(text: string): Promise<string> {
   return path;
 }
 
-function open(options: Omit<NatsServers, 'clientName'>): ReturnType<typeof createNatsQueue> {
-  const queue = createNatsQueue({
+function open(options: Omit<NatsServers, 'clientName'>): ReturnType<typeof createNatsBus> {
+  const queue = createNatsBus({
     ...options,
     clientName: 'test',
     replicas: 1,
@@ -53,9 +53,9 @@ function open(options: Omit<NatsServers, 'clientName'>): ReturnType<typeof creat
 }
 
 /** Whether records can be counted, which only a client that was let in can. */
-async function isLetIn(queue: ReturnType<typeof createNatsQueue>): Promise<boolean> {
+async function isLetIn(queue: ReturnType<typeof createNatsBus>): Promise<boolean> {
   await queue.opened(AbortSignal.timeout(20_000));
-  return (await queue.counts()).records === 0;
+  return (await queue.records.count()) === 0;
 }
 
 beforeEach(async () => {
@@ -82,7 +82,7 @@ describe('a NATS server that asks who connects', () => {
     await gateway.address();
     gateway.child.kill('SIGTERM');
     expect(await gateway.exited).toEqual([0, null]);
-    expect(gateway.lines.join('\n')).toContain('"queue connected"');
+    expect(gateway.lines.join('\n')).toContain('"NATS connected"');
     expect(gateway.lines.join('\n')).not.toMatch(/s3/);
   });
 
@@ -93,8 +93,9 @@ describe('a NATS server that asks who connects', () => {
     const servers = [await start(config)];
     const credentialsFile = await write(text);
     expect(await isLetIn(open({ servers, credentialsFile }))).toBe(true);
-    const catalog = createModelCatalog({ servers, credentialsFile, clientName: 'test', replicas: 1, log });
-    closes.push(() => catalog.close());
+    const link = new NatsLink({ servers, credentialsFile, clientName: 'test', log });
+    closes.push(() => link.close());
+    const catalog = createModelCatalog(link, { replicas: 1, log });
     const files = new Map([['config.json', Buffer.from('{}')]]);
     expect(
       await catalog.publish({ name: 'm', files, identity: '' }, AbortSignal.timeout(20_000)),
@@ -137,13 +138,14 @@ describe('a NATS server that asks who connects', () => {
     const credentialsFile = await write('mimo:wrong');
     const queue = open({ servers, credentialsFile });
     const heartbeat = Heartbeat.fromPartial({ model: 'm', group: 'g' });
-    const options = { servers, credentialsFile, clientName: 'test', intervalMs: 100, log };
-    const sender = startHeartbeats({ ...options, read: () => heartbeat });
-    closes.push(() => sender.close());
+    const link = new NatsLink({ servers, credentialsFile, clientName: 'test', log });
+    closes.push(() => link.close());
+    const sender = startHeartbeats({ link, intervalMs: 100, read: () => heartbeat, log });
+    closes.push(async () => sender.close());
     await expect(queue.opened(AbortSignal.timeout(3_000))).rejects.toMatchObject({ name: 'TimeoutError' });
     await write('mimo:s3:cr@t');
     expect(await isLetIn(queue)).toBe(true);
-    for await (const { group } of queue.followHeartbeats(AbortSignal.timeout(20_000))) {
+    for await (const { group } of queue.heartbeats.follow(AbortSignal.timeout(20_000))) {
       expect(group).toBe('g');
       break;
     }

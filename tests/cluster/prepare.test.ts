@@ -8,7 +8,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import { createLog } from '@mimo/core/process/log';
-import { createModelCatalog, type CatalogModel } from '@mimo/core/bus/model-catalog';
+import type { CatalogModel } from '@mimo/core/bus/model-catalog';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
@@ -67,13 +69,14 @@ function fromHub(env: Readonly<Record<string, string>> = {}): Readonly<Record<st
 /** The models of the catalogue. */
 async function published(): Promise<readonly CatalogModel[]> {
   const log = createLog({ process: 'test', level: 'silent' });
-  const catalog = createModelCatalog({ servers: [server.url], clientName: 'test', replicas: 1, log });
+  const link = new NatsLink({ servers: [server.url], clientName: 'test', log });
+  const catalog = createModelCatalog(link, { replicas: 1, log });
   try {
     for await (const models of catalog.follow(AbortSignal.timeout(20_000))) {
       return models;
     }
   } finally {
-    await catalog.close();
+    await link.close();
   }
   throw new Error('the catalogue cannot be read');
 }

@@ -1,4 +1,4 @@
-// The promises of RequestQueue, kept by both implementations: the same suite runs on the in-memory queue and on a real
+// The promises of the ports of the bus, kept by both implementations: the same suite runs on the bus in memory and on a real
 // nats-server. What only a server can do (die, come back, come back empty) follows after it.
 
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -8,17 +8,13 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
-import {
-  summaryOf,
-  leaseRenewMs,
-  leaseTtlMs,
-  type QueuedRecord,
-  type QueueState,
-  type RecordPlace,
-  type RequestQueue,
-} from '@mimo/core/bus/queue';
-import { createMemoryQueue, MemoryBroker } from '@mimo/core/bus/queue-memory';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import { leaseRenewMs, leaseTtlMs } from '@mimo/core/bus/leases';
+import { MemoryBroker } from '@mimo/core/bus/memory/broker';
+import { createMemoryBus } from '@mimo/core/bus/memory/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { summaryOf, type QueuedRecord, type RecordPlace } from '@mimo/core/bus/records';
+import type { QueueState } from '@mimo/core/bus/signals';
 import {
   Assignment,
   AssignmentOutcome,
@@ -67,9 +63,9 @@ async function take<T>(values: AsyncIterable<T>, count: number): Promise<T[]> {
 }
 
 /** What is left in a queue, of one model. */
-async function replayOf(queue: RequestQueue, of: string): Promise<QueuedRecord[]> {
+async function replayOf(queue: Bus, of: string): Promise<QueuedRecord[]> {
   const replayed = new AbortController();
-  const records = queue.follow(of, replayed.signal, () => replayed.abort());
+  const records = queue.records.follow(of, replayed.signal, () => replayed.abort());
   return take(records, Number.POSITIVE_INFINITY);
 }
 
@@ -85,16 +81,16 @@ function gather<T>(values: AsyncIterable<T>): { readonly values: T[]; readonly d
 }
 
 interface Backend {
-  open(): Promise<RequestQueue>;
+  open(): Promise<Bus>;
   close(): Promise<void>;
 }
 
 let server: NatsServer;
 let storeDirectory: string;
 
-function openNats(name: string, port: number = server.port): RequestQueue {
+function openNats(name: string, port: number = server.port): Bus {
   const servers = [`127.0.0.1:${port}`];
-  return createNatsQueue({ servers, clientName: name, replicas: 1, recordMaxAgeMs: 3_600_000, log });
+  return createNatsBus({ servers, clientName: name, replicas: 1, recordMaxAgeMs: 3_600_000, log });
 }
 
 async function startServer(port: number, directory: string): Promise<NatsServer> {
@@ -120,12 +116,12 @@ afterAll(async () => {
 });
 
 const backends: Readonly<Record<string, () => Backend>> = {
-  'the in-memory queue': () => {
+  'the bus in memory': () => {
     const broker = new MemoryBroker();
-    return { open: async () => createMemoryQueue(broker), close: async () => undefined };
+    return { open: async () => createMemoryBus(broker), close: async () => undefined };
   },
-  'the NATS queue': () => {
-    const opened: RequestQueue[] = [];
+  'the bus on NATS': () => {
+    const opened: Bus[] = [];
     return {
       open: async () => {
         const queue = openNats(`test-${opened.length}`);
@@ -139,9 +135,9 @@ const backends: Readonly<Record<string, () => Backend>> = {
 };
 
 describe.each(Object.keys(backends))('%s', (name) => {
-  const opened: RequestQueue[] = [];
+  const opened: Bus[] = [];
   let backend: Backend;
-  const open = async (): Promise<RequestQueue> => {
+  const open = async (): Promise<Bus> => {
     const queue = await backend.open();
     opened.push(queue);
     return queue;
@@ -158,9 +154,9 @@ describe.each(Object.keys(backends))('%s', (name) => {
   });
   afterEach(async () => {
     const [queue] = opened;
-    if (queue?.connected === true && (await queue.counts()).records > 0) {
+    if (queue?.connected === true && (await queue.records.count()) > 0) {
       for (const each of [...(await replayOf(queue, model)), ...(await replayOf(queue, 'other'))]) {
-        await queue.delete(each);
+        await queue.records.erase(each);
       }
     }
     await Promise.all(opened.map((each) => each.close()));
@@ -169,11 +165,11 @@ describe.each(Object.keys(backends))('%s', (name) => {
 
   it('replays the live records of a model in order, then follows new ones', async () => {
     const queue = await open();
-    const first = await queue.publish(record('a'));
-    const second = await queue.publish(record('b', { model: 'other' }));
-    const third = await queue.publish(record('c'));
+    const first = await queue.records.publish(record('a'));
+    const second = await queue.records.publish(record('b', { model: 'other' }));
+    const third = await queue.records.publish(record('c'));
     expect([first.sequence < second.sequence, second.sequence < third.sequence]).toEqual([true, true]);
-    const values = queue.follow(model, never)[Symbol.asyncIterator]();
+    const values = queue.records.follow(model, never)[Symbol.asyncIterator]();
     expect((await values.next()).value).toMatchObject({
       ...first,
       record: summaryOf(record('a')),
@@ -185,23 +181,23 @@ describe.each(Object.keys(backends))('%s', (name) => {
       isArrival: false,
     });
     const next = values.next();
-    const fourth = await queue.publish(record('d'));
+    const fourth = await queue.records.publish(record('d'));
     expect((await next).value).toMatchObject({ ...fourth, record: summaryOf(record('d')), isArrival: true });
     await values.return?.();
   });
 
   it('says how old a record is that it found', async () => {
     const queue = await open();
-    await queue.publish(record('a'));
+    await queue.records.publish(record('a'));
     await sleep(300);
-    const [queued] = await take(queue.follow(model, never), 1);
+    const [queued] = await take(queue.records.follow(model, never), 1);
     expect(queued?.ageMs).toBeGreaterThan(250);
     expect(queued?.ageMs).toBeLessThan(60_000);
   });
 
   it('says of a record what a dispatcher needs, and keeps its prompt to itself', async () => {
     const queue = await open();
-    await queue.publish(
+    await queue.records.publish(
       record('full', {
         timeLeftMs: 10 * 365 * 86_400_000,
         promptTokenIds: [0, 151_643, 151_679],
@@ -212,7 +208,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
         identity: 'i',
       }),
     );
-    const [queued] = await take(queue.follow(model, never), 1);
+    const [queued] = await take(queue.records.follow(model, never), 1);
     expect(queued?.record).toEqual({
       requestId: 'full',
       identity: 'i',
@@ -228,58 +224,58 @@ describe.each(Object.keys(backends))('%s', (name) => {
 
   it('writes a record again in the place of the one before, where that is still there', async () => {
     const queue = await open();
-    const first = await queue.publish(record('a', { heldMs: 0 }));
-    const other = await queue.publish(record('b'));
+    const first = await queue.records.publish(record('a', { heldMs: 0 }));
+    const other = await queue.records.publish(record('b'));
     const again = record('a', { firstSequence: first.sequence, heldMs: 50_000 });
-    const second = await queue.publishAgain(again, first);
+    const second = await queue.records.publishAgain(again, first);
     expect(second.sequence).toBeGreaterThan(other.sequence);
-    expect(await queue.counts()).toEqual({ records: 2 });
-    const found = await take(queue.follow(model, never), 2);
+    expect(await queue.records.count()).toBe(2);
+    const found = await take(queue.records.follow(model, never), 2);
     expect(found.map(({ sequence }) => sequence)).toEqual([other.sequence, second.sequence]);
     expect(found[1]?.ageMs).toBeGreaterThanOrEqual(50_000);
-    await queue.turnFile();
-    expect(await queue.counts()).toEqual({ records: 2 });
-    expect(await queue.delete(first)).toBe(false);
-    expect(await queue.delete(second)).toBe(true);
-    await expect(queue.publishAgain(again, second)).rejects.toThrow(ClusterError);
-    expect(await queue.counts()).toEqual({ records: 1 });
+    await queue.records.turnFile();
+    expect(await queue.records.count()).toBe(2);
+    expect(await queue.records.erase(first)).toBe(false);
+    expect(await queue.records.erase(second)).toBe(true);
+    await expect(queue.records.publishAgain(again, second)).rejects.toThrow(ClusterError);
+    expect(await queue.records.count()).toBe(1);
   });
 
   it('deletes a record once', async () => {
     const queue = await open();
-    const place = await queue.publish(record('a'));
-    expect(await queue.counts()).toEqual({ records: 1 });
-    expect(await queue.delete(place)).toBe(true);
-    expect(await queue.delete(place)).toBe(false);
-    expect(await queue.delete({ ...place, sequence: 9_999_999 })).toBe(false);
-    expect(await queue.counts()).toEqual({ records: 0 });
-    const kept = await queue.publish(record('b'));
-    expect((await take(queue.follow(model, never), 1))[0]?.sequence).toBe(kept.sequence);
+    const place = await queue.records.publish(record('a'));
+    expect(await queue.records.count()).toBe(1);
+    expect(await queue.records.erase(place)).toBe(true);
+    expect(await queue.records.erase(place)).toBe(false);
+    expect(await queue.records.erase({ ...place, sequence: 9_999_999 })).toBe(false);
+    expect(await queue.records.count()).toBe(0);
+    const kept = await queue.records.publish(record('b'));
+    expect((await take(queue.records.follow(model, never), 1))[0]?.sequence).toBe(kept.sequence);
   });
 
   it('ends an iteration when its signal fires, or the queue is closed', async () => {
     const queue = await open();
     const stop = new AbortController();
     const followed = [
-      gather(queue.follow(model, stop.signal)),
-      gather(queue.followHeartbeats(stop.signal)),
-      gather(queue.followEnded(model, stop.signal)),
+      gather(queue.records.follow(model, stop.signal)),
+      gather(queue.heartbeats.follow(stop.signal)),
+      gather(queue.signals.followEnded(model, stop.signal)),
     ];
-    const rest = [gather(queue.follow(model, never)), gather(queue.followState(model, never))];
+    const rest = [gather(queue.records.follow(model, never)), gather(queue.queueStates.follow(model, never))];
     stop.abort();
     await Promise.all(followed.map((each) => each.done));
     await queue.close();
     await Promise.all(rest.map((each) => each.done));
-    await expect(queue.publish(record('late'))).rejects.toMatchObject({ code: 'unavailable' });
+    await expect(queue.records.publish(record('late'))).rejects.toMatchObject({ code: 'unavailable' });
   });
 
   it('gives the lease of a model to one holder at a time, with a growing epoch', async () => {
     const [one, two] = [await open(), await open()];
-    const other = await two.acquireLease('other', 'two', never);
+    const other = await two.leases.acquire('other', 'two', never);
     const handoversMs: number[] = [];
-    let first = await one.acquireLease(model, 'one', never);
+    let first = await one.leases.acquire(model, 'one', never);
     for (const next of [two, one, two]) {
-      const waiting = next.acquireLease(model, 'next', never);
+      const waiting = next.leases.acquire(model, 'next', never);
       const early = await Promise.race([waiting, sleep(200)]);
       expect(early).toBeUndefined();
       await first.release();
@@ -300,25 +296,25 @@ describe.each(Object.keys(backends))('%s', (name) => {
 
   it('gives up waiting for a lease when the signal fires', async () => {
     const queue = await open();
-    const lease = await queue.acquireLease(model, 'one', never);
-    const waiting = queue.acquireLease(model, 'two', AbortSignal.timeout(50));
+    const lease = await queue.leases.acquire(model, 'one', never);
+    const waiting = queue.leases.acquire(model, 'two', AbortSignal.timeout(50));
     await expect(waiting).rejects.toMatchObject({ name: 'TimeoutError' });
     await lease.release();
   });
 
   it('frees the leases of a queue that is closed', async () => {
     const [one, two] = [await open(), await open()];
-    const lease = await one.acquireLease(model, 'one', never);
+    const lease = await one.leases.acquire(model, 'one', never);
     await one.close();
     expect(lease.lost.aborted).toBe(true);
-    const next = await two.acquireLease(model, 'two', never);
+    const next = await two.leases.acquire(model, 'two', never);
     expect(next.epoch).toBeGreaterThan(lease.epoch);
   });
 
   it('carries assignments to the owning gateway and its answer back', async () => {
     const [dispatcher, gateway] = [await open(), await open()];
     const assignment = Assignment.fromPartial({ requestId: 'r', model, group: 'g', dispatcherEpoch: 7 });
-    await expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' });
+    await expect(dispatcher.signals.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' });
     const answer = AssignmentReply.fromPartial({
       outcome: AssignmentOutcome.UNFIT,
       group: 'g',
@@ -326,48 +322,55 @@ describe.each(Object.keys(backends))('%s', (name) => {
       needs: { identity: 'i' },
     });
     const seen: Assignment[] = [];
-    const served = gateway.serveAssignments('gw.1', (each) => {
+    const served = gateway.signals.serveAssignments('gw.1', (each) => {
       seen.push(each);
       return answer;
     });
-    const reply = await vi.waitFor(() => dispatcher.assign('gw.1', assignment), patience);
+    const reply = await vi.waitFor(() => dispatcher.signals.assign('gw.1', assignment), patience);
     expect(reply).toEqual(answer);
     expect(seen.at(-1)).toEqual(assignment);
     await served.close();
     await vi.waitFor(
-      () => expect(dispatcher.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' }),
+      () =>
+        expect(dispatcher.signals.assign('gw.1', assignment)).rejects.toMatchObject({ code: 'not_found' }),
       patience,
     );
   });
 
-  it('has the owner of a recorded request end it, for its own tenant, and says so where the owner is gone', async () => {
+  it('reads the record of a request by its id alone, while it is there', async () => {
+    const [owner, reader] = [await open(), await open()];
+    const requestId = 'of.mine *>';
+    const place = await owner.records.publish(record(requestId, { tenant: 'me', gatewayId: 'gw.2' }));
+    await owner.records.publish(record('another', { tenant: 'you', gatewayId: 'gw.2' }));
+    const expected = { requestId, tenant: 'me', gatewayId: 'gw.2', promptTokenIds: [1, 2, 3] };
+    expect(await reader.records.read(requestId)).toMatchObject(expected);
+    expect(await reader.records.read('unknown')).toBeUndefined();
+    await owner.records.erase(place);
+    expect(await reader.records.read(requestId)).toBeUndefined();
+  });
+
+  it('asks the owner of a request to end it, and says so where the owner is gone', async () => {
     const [asked, owner] = [await open(), await open()];
     const seen: Cancellation[] = [];
-    const served = owner.serveCancellations('gw.2', (each) => {
+    const served = owner.signals.serveCancellations('gw.2', (each) => {
       seen.push(each);
       return seen.length === 1;
     });
     const mine = { requestId: 'of.mine *>', tenant: 'me' };
-    const place = await owner.publish(record(mine.requestId, { tenant: 'me', gatewayId: 'gw.2' }));
-    await owner.publish(record('another', { tenant: 'me', gatewayId: 'gw.2' }));
-    expect(await vi.waitFor(() => asked.cancel(mine), patience)).toBe(true);
-    expect(await asked.cancel(mine)).toBe(false);
-    expect(await asked.cancel({ ...mine, tenant: 'you' })).toBe(false);
-    expect(await asked.cancel({ ...mine, requestId: 'unknown' })).toBe(false);
+    expect(await vi.waitFor(() => asked.signals.cancel('gw.2', mine), patience)).toBe(true);
+    expect(await asked.signals.cancel('gw.2', mine)).toBe(false);
     expect(seen).toEqual([mine, mine]);
     await served.close();
     const unanswered = { code: 'unavailable', message: expect.stringContaining('gw.2') as string };
-    await expect(asked.cancel(mine)).rejects.toMatchObject(unanswered);
-    await owner.delete(place);
-    expect(await asked.cancel(mine)).toBe(false);
+    await expect(asked.signals.cancel('gw.2', mine)).rejects.toMatchObject(unanswered);
   });
 
   it('carries heartbeats, ends and states to those who follow', async () => {
     const [sender, follower] = [await open(), await open()];
     const stop = new AbortController();
-    const heartbeats = gather(follower.followHeartbeats(stop.signal));
-    const ended = gather(follower.followEnded(model, stop.signal));
-    const states = gather(follower.followState(model, stop.signal));
+    const heartbeats = gather(follower.heartbeats.follow(stop.signal));
+    const ended = gather(follower.signals.followEnded(model, stop.signal));
+    const states = gather(follower.queueStates.follow(model, stop.signal));
     const heartbeat = Heartbeat.fromPartial({
       model,
       group: 'g0',
@@ -410,10 +413,10 @@ describe.each(Object.keys(backends))('%s', (name) => {
       needs: { identity: 'i', company: Company.PROVEN },
     });
     await vi.waitFor(() => {
-      sender.publishHeartbeat(heartbeat);
-      sender.publishEnded({ ...end, model: 'other' });
-      sender.publishEnded(end);
-      sender.publishState(state);
+      sender.heartbeats.publish(heartbeat);
+      sender.signals.publishEnded({ ...end, model: 'other' });
+      sender.signals.publishEnded(end);
+      sender.queueStates.publish(state);
       expect(heartbeats.values[0]).toEqual(heartbeat);
       expect(ended.values[0]).toEqual(end);
       expect(states.values[0]).toEqual(state);
@@ -427,22 +430,22 @@ describe.each(Object.keys(backends))('%s', (name) => {
     const [writer, reader] = [await open(), await open()];
     const empty = new AbortController();
     let emptyReplayed = 0;
-    const nothing = gather(reader.follow(model, empty.signal, () => void (emptyReplayed += 1)));
+    const nothing = gather(reader.records.follow(model, empty.signal, () => void (emptyReplayed += 1)));
     await vi.waitFor(() => expect(emptyReplayed).toBe(1), patience);
-    await writer.publish(record('a'));
+    await writer.records.publish(record('a'));
     await vi.waitFor(() => expect(nothing.values).toHaveLength(1), patience);
     expect(emptyReplayed).toBe(1);
     empty.abort();
     await nothing.done;
     // More than a reader asks for at once, so that the end of it can be deleted before it is sent.
     const places = await Promise.all(
-      Array.from({ length: 700 }, (_, index) => writer.publish(record(`r${index}`))),
+      Array.from({ length: 700 }, (_, index) => writer.records.publish(record(`r${index}`))),
     );
     let replayed = false;
-    const values = reader.follow(model, never, () => void (replayed = true))[Symbol.asyncIterator]();
+    const values = reader.records.follow(model, never, () => void (replayed = true))[Symbol.asyncIterator]();
     await values.next();
     expect(replayed).toBe(false);
-    await Promise.all(places.slice(-20).map((place) => writer.delete(place)));
+    await Promise.all(places.slice(-20).map((place) => writer.records.erase(place)));
     const rest = gather({ [Symbol.asyncIterator]: () => values });
     await vi.waitFor(() => expect(replayed).toBe(true), patience);
     expect(rest.values).toHaveLength(680);
@@ -452,32 +455,32 @@ describe.each(Object.keys(backends))('%s', (name) => {
 
   it('keeps drain marks until they are cleared, and tells all of them first and at every change', async () => {
     const [controller, dispatcher] = [await open(), await open()];
-    await controller.markDraining(model, 'g.0', { sinceUnixMs: 1 });
-    await controller.markDraining('other', 'g9', { sinceUnixMs: 9 });
+    await controller.drainMarks.mark(model, 'g.0', { sinceUnixMs: 1 });
+    await controller.drainMarks.mark('other', 'g9', { sinceUnixMs: 9 });
     const stop = new AbortController();
-    const followed = gather(dispatcher.followDrains(model, stop.signal));
+    const followed = gather(dispatcher.drainMarks.follow(model, stop.signal));
     const last = (): Record<string, unknown> => Object.fromEntries(followed.values.at(-1) ?? []);
     await vi.waitFor(() => expect(last()).toEqual({ 'g.0': { sinceUnixMs: 1 } }), patience);
-    await controller.markDraining(model, 'g1', { sinceUnixMs: 2 });
+    await controller.drainMarks.mark(model, 'g1', { sinceUnixMs: 2 });
     await vi.waitFor(
       () => expect(last()).toEqual({ 'g.0': { sinceUnixMs: 1 }, g1: { sinceUnixMs: 2 } }),
       patience,
     );
-    await controller.markDraining(model, 'g1', { sinceUnixMs: 3 });
-    await controller.clearDraining(model, 'g.0');
-    await controller.clearDraining(model, 'unmarked');
+    await controller.drainMarks.mark(model, 'g1', { sinceUnixMs: 3 });
+    await controller.drainMarks.clear(model, 'g.0');
+    await controller.drainMarks.clear(model, 'unmarked');
     await vi.waitFor(() => expect(last()).toEqual({ g1: { sinceUnixMs: 2 } }), patience);
     await Promise.all(
-      ['a', 'b', 'c'].map((group) => controller.markDraining(model, group, { sinceUnixMs: 4 })),
+      ['a', 'b', 'c'].map((group) => controller.drainMarks.mark(model, group, { sinceUnixMs: 4 })),
     );
     await vi.waitFor(() => expect(Object.keys(last()).toSorted()).toEqual(['a', 'b', 'c', 'g1']), patience);
-    await Promise.all(['a', 'b', 'c', 'g1'].map((group) => controller.clearDraining(model, group)));
+    await Promise.all(['a', 'b', 'c', 'g1'].map((group) => controller.drainMarks.clear(model, group)));
     await vi.waitFor(() => expect(last()).toEqual({}), patience);
     stop.abort();
     await followed.done;
-    const [none] = await take(dispatcher.followDrains('unheard of', never), 1);
+    const [none] = await take(dispatcher.drainMarks.follow('unheard of', never), 1);
     expect(none?.size).toBe(0);
-    await controller.clearDraining('other', 'g9');
+    await controller.drainMarks.clear('other', 'g9');
   });
 
   it('replays 5,000 records in order, each once', async () => {
@@ -485,26 +488,28 @@ describe.each(Object.keys(backends))('%s', (name) => {
     const total = 5_000;
     const places: RecordPlace[] = [];
     for (let at = 0; at < total; at += 500) {
-      const batch = Array.from({ length: 500 }, (_, offset) => writer.publish(record(`r${at + offset}`)));
+      const batch = Array.from({ length: 500 }, (_, offset) =>
+        writer.records.publish(record(`r${at + offset}`)),
+      );
       places.push(...(await Promise.all(batch)));
     }
-    const replayed = await take(reader.follow(model, never), total);
+    const replayed = await take(reader.records.follow(model, never), total);
     const sequences = places.map((place) => place.sequence).toSorted((a, b) => a - b);
     expect(replayed.map((each) => each.sequence)).toEqual(sequences);
     expect(new Set(replayed.map((each) => each.record.requestId)).size).toBe(total);
     for (let at = 0; at < total; at += 500) {
-      await Promise.all(places.slice(at, at + 500).map((place) => writer.delete(place)));
+      await Promise.all(places.slice(at, at + 500).map((place) => writer.records.erase(place)));
     }
-    expect(await reader.counts()).toEqual({ records: 0 });
+    expect(await reader.records.count()).toBe(0);
   });
 });
 
-describe('the NATS queue, when its server', () => {
+describe('the bus on NATS, when its server', () => {
   let directory: string;
   let own: NatsServer;
-  const queues: RequestQueue[] = [];
+  const queues: Bus[] = [];
   const abort = new AbortController();
-  const open = async (name: string): Promise<RequestQueue> => {
+  const open = async (name: string): Promise<Bus> => {
     const queue = openNats(name, own.port);
     queues.push(queue);
     await vi.waitFor(() => expect(queue.connected).toBe(true), patience);
@@ -537,23 +542,23 @@ describe('the NATS queue, when its server', () => {
 
   it('dies: refuses new records, keeps the old ones, and goes on following', async () => {
     const queue = await open('survivor');
-    const kept = await queue.publish(record('kept'));
-    const doomed = await queue.publish(record('doomed'));
-    const followed = gather(queue.follow(model, abort.signal));
+    const kept = await queue.records.publish(record('kept'));
+    const doomed = await queue.records.publish(record('doomed'));
+    const followed = gather(queue.records.follow(model, abort.signal));
     await vi.waitFor(() => expect(followed.values).toHaveLength(2), patience);
     let deleting: Promise<boolean> | undefined;
     await restart({
       emptied: false,
       whileDown: async () => {
         await vi.waitFor(() => expect(queue.connected).toBe(false), patience);
-        const refused = queue.publish(record('refused'));
+        const refused = queue.records.publish(record('refused'));
         await expect(refused).rejects.toMatchObject({ code: 'unavailable', detail: { retryAfterMs: 1_000 } });
-        deleting = queue.delete(doomed);
+        deleting = queue.records.erase(doomed);
       },
     });
     await vi.waitFor(() => expect(queue.connected).toBe(true), patience);
     expect(await deleting).toBe(true);
-    const after = await queue.publish(record('after'));
+    const after = await queue.records.publish(record('after'));
     await vi.waitFor(
       () =>
         expect(followed.values.map((each) => each.sequence)).toEqual(
@@ -561,13 +566,13 @@ describe('the NATS queue, when its server', () => {
         ),
       patience,
     );
-    expect(await queue.counts()).toEqual({ records: 2 });
-    await Promise.all([queue.delete(kept), queue.delete(after)]);
+    expect(await queue.records.count()).toBe(2);
+    await Promise.all([queue.records.erase(kept), queue.records.erase(after)]);
   });
 
   it('dies for longer than a lease lives: the holder knows, and another takes over', async () => {
     const [one, two] = [await open('one'), await open('two')];
-    const first = await one.acquireLease(model, 'one', abort.signal);
+    const first = await one.leases.acquire(model, 'one', abort.signal);
     await restart({
       emptied: false,
       whileDown: async () => {
@@ -577,28 +582,31 @@ describe('the NATS queue, when its server', () => {
         });
       },
     });
-    const second = await two.acquireLease(model, 'two', AbortSignal.timeout(60_000));
+    const second = await two.leases.acquire(model, 'two', AbortSignal.timeout(60_000));
     expect(second.epoch).toBeGreaterThan(first.epoch);
   });
 
   it('comes back empty: makes its stream again, and all that follow it begin from the beginning', async () => {
     const [one, two] = [await open('one'), await open('two')];
-    const lost = await one.publish(record('lost'));
-    await one.publish(record('lost too'));
-    const storeId = one.storeId;
-    expect(two.storeId).toBe(storeId);
-    const followed = [gather(one.follow(model, abort.signal)), gather(two.follow(model, abort.signal))];
+    const lost = await one.records.publish(record('lost'));
+    await one.records.publish(record('lost too'));
+    const storeId = one.records.storeId;
+    expect(two.records.storeId).toBe(storeId);
+    const followed = [
+      gather(one.records.follow(model, abort.signal)),
+      gather(two.records.follow(model, abort.signal)),
+    ];
     await vi.waitFor(() => expect(followed.every((each) => each.values.length === 2)).toBe(true), patience);
     await restart({ emptied: true, whileDown: async () => undefined });
     await vi.waitFor(() => {
       expect([one.connected, two.connected]).toEqual([true, true]);
-      expect(one.storeId).not.toBe(storeId);
-      expect(two.storeId).toBe(one.storeId);
+      expect(one.records.storeId).not.toBe(storeId);
+      expect(two.records.storeId).toBe(one.records.storeId);
     }, patience);
-    const fresh = await one.publish(record('fresh'));
+    const fresh = await one.records.publish(record('fresh'));
     // A number of the store that is lost is, or will be, that of another record.
-    expect(await one.delete({ ...fresh, storeId: lost.storeId })).toBe(false);
-    expect(await one.counts()).toEqual({ records: 1 });
+    expect(await one.records.erase({ ...fresh, storeId: lost.storeId })).toBe(false);
+    expect(await one.records.count()).toBe(1);
     await vi.waitFor(() => {
       expect(followed.map((each) => each.values.at(-1)?.record.requestId)).toEqual(['fresh', 'fresh']);
     }, patience);
@@ -606,18 +614,18 @@ describe('the NATS queue, when its server', () => {
 
   it('dies: drain marks are kept, and what is marked afterwards is told', async () => {
     const [controller, dispatcher] = [await open('controller'), await open('dispatcher')];
-    await controller.markDraining(model, 'before', { sinceUnixMs: 1 });
+    await controller.drainMarks.mark(model, 'before', { sinceUnixMs: 1 });
     const stop = new AbortController();
-    const followed = gather(dispatcher.followDrains(model, stop.signal));
+    const followed = gather(dispatcher.drainMarks.follow(model, stop.signal));
     await vi.waitFor(() => expect(followed.values.at(-1)?.has('before')).toBe(true), patience);
     await restart({ emptied: false, whileDown: async () => undefined });
-    await vi.waitFor(() => controller.markDraining(model, 'after', { sinceUnixMs: 2 }), patience);
+    await vi.waitFor(() => controller.drainMarks.mark(model, 'after', { sinceUnixMs: 2 }), patience);
     await vi.waitFor(
       () => expect([...(followed.values.at(-1)?.keys() ?? [])]).toEqual(['before', 'after']),
       patience,
     );
-    await controller.clearDraining(model, 'before');
-    await controller.clearDraining(model, 'after');
+    await controller.drainMarks.clear(model, 'before');
+    await controller.drainMarks.clear(model, 'after');
     stop.abort();
     await followed.done;
   });
@@ -627,11 +635,11 @@ describe('the NATS queue, when its server', () => {
     await own.child.exited;
     const queue = openNats('early', own.port);
     queues.push(queue);
-    await expect(queue.publish(record('early'))).rejects.toMatchObject({ code: 'unavailable' });
+    await expect(queue.records.publish(record('early'))).rejects.toMatchObject({ code: 'unavailable' });
     own = await startServer(own.port, directory);
     await vi.waitFor(() => expect(queue.connected).toBe(true), patience);
-    const place = await queue.publish(record('in time'));
-    expect(await queue.delete(place)).toBe(true);
+    const place = await queue.records.publish(record('in time'));
+    expect(await queue.records.erase(place)).toBe(true);
   });
 
   it('is never there: closes without waiting for it', async () => {
@@ -643,7 +651,7 @@ describe('the NATS queue, when its server', () => {
   it('has a limit: refuses a record that is over it', async () => {
     const queue = await open('large');
     const promptTokenIds = Array.from({ length: 600_000 }, () => 150_000);
-    await expect(queue.publish(record('large', { promptTokenIds }))).rejects.toMatchObject({
+    await expect(queue.records.publish(record('large', { promptTokenIds }))).rejects.toMatchObject({
       code: 'invalid_argument',
     });
   });

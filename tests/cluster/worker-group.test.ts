@@ -9,8 +9,8 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { callUnary } from '@mimo/core/grpc/client';
 import { createLog } from '@mimo/core/process/log';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { HealthCheckResponse_ServingStatus, HealthClient, HealthService } from '@mimo/proto/health';
 import { SamplingParams } from '@mimo/proto/sampling';
 import {
@@ -101,7 +101,7 @@ class SessionPeer {
 describe('a replica group of two ranks', () => {
   let directory: string;
   let nats: NatsServer;
-  let bus: RequestQueue;
+  let bus: Bus;
   let ranks: readonly Child[] = [];
   let shardDirectory: string;
   let addresses: readonly string[];
@@ -126,7 +126,7 @@ describe('a replica group of two ranks', () => {
     shardDirectory = await shardDirectoryIn(set);
     await compile({ ...set, modelDirectory, outDirectory: shardDirectory }, signal);
     nats = await startNatsServer({ binary, storeDirectory: join(directory, 'nats'), port: 0 });
-    bus = createNatsQueue({
+    bus = createNatsBus({
       servers: [nats.url],
       clientName: 'test',
       replicas: 1,
@@ -137,7 +137,7 @@ describe('a replica group of two ranks', () => {
     following.stop = new AbortController();
     const { signal: stop } = following.stop;
     void (async () => {
-      for await (const heartbeat of bus.followHeartbeats(stop)) {
+      for await (const heartbeat of bus.heartbeats.follow(stop)) {
         heartbeats.push(heartbeat);
       }
     })();

@@ -20,8 +20,8 @@ import type { V1Pod } from '@kubernetes/client-node';
 import type { ModelServiceStatus } from '@mimo/controller/resources/status';
 import { callUnary } from '@mimo/core/grpc/client';
 import { createLog } from '@mimo/core/process/log';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { InferenceServiceService, type InferenceServiceClient } from '@mimo/proto/inference';
 
 import { createClient } from '../harness/cluster.ts';
@@ -70,7 +70,7 @@ export interface Installation {
   /** Names of the models that the gateway serves. */
   listModels(): Promise<readonly string[]>;
   /** What the dispatcher publishes, and heartbeats. */
-  readonly queue: RequestQueue;
+  readonly queue: Bus;
   helm(...args: readonly string[]): Promise<string>;
   /** `helm upgrade` that keeps the values, and waits until every Deployment has followed. */
   upgrade(...values: readonly string[]): Promise<void>;
@@ -118,7 +118,7 @@ export async function install(options: InstallOptions): Promise<Installation> {
   const metadata = new grpc.Metadata();
   metadata.set('authorization', `Bearer ${apiKey}`);
   const client = createClient(`127.0.0.1:${gateway.port}`);
-  const queue = createNatsQueue({
+  const queue = createNatsBus({
     servers: [`nats://127.0.0.1:${nats.port}`],
     clientName: 'e2e',
     replicas: 1,

@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import type { ClusterError } from '@mimo/core/process/errors';
-import type { QueueState } from '@mimo/core/bus/queue';
+import type { QueueState } from '@mimo/core/bus/signals';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';
@@ -115,7 +115,7 @@ describe('a cluster of processes whose clocks differ', () => {
     const states: QueueState[] = [];
     const stop = new AbortController();
     const follow = async (): Promise<void> => {
-      for await (const state of cluster.queue.followState(cluster.modelName, stop.signal)) {
+      for await (const state of cluster.queue.queueStates.follow(cluster.modelName, stop.signal)) {
         states.push(state);
       }
     };

@@ -4,7 +4,7 @@
 
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import type { QueueState } from '@mimo/core/bus/queue';
+import type { QueueState } from '@mimo/core/bus/signals';
 import { afterEach, describe, expect, it } from 'vitest';
 
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
@@ -36,7 +36,7 @@ async function start(options: Parameters<typeof startTestCluster>[0]): Promise<v
   following.stop = new AbortController();
   following.states.length = 0;
   void (async () => {
-    for await (const state of cluster.queue.followState(cluster.modelName, following.stop.signal)) {
+    for await (const state of cluster.queue.queueStates.follow(cluster.modelName, following.stop.signal)) {
       following.states.push(state);
     }
   })();
@@ -82,7 +82,7 @@ describe('streams', () => {
         // Every third is evicted: the signal comes without a mark, while it computes.
         const evicted = drain % 3 === 2;
         if (!evicted) {
-          await queue.markDraining(modelName, group, { sinceUnixMs: Date.now() });
+          await queue.drainMarks.mark(modelName, group, { sinceUnixMs: Date.now() });
           await waitFor('the mark to be seen', () => groupState(group)?.draining === true);
         }
         for (const child of supervisor?.children ?? []) {
@@ -90,7 +90,7 @@ describe('streams', () => {
         }
         await waitFor('the next life', () => (supervisor?.life ?? 0) > life);
         await waitFor('its heartbeats', () => groupState(group)?.incarnation !== incarnation);
-        await queue.clearDraining(modelName, group);
+        await queue.drainMarks.clear(modelName, group);
         await waitFor('the group to be routable', () => {
           const state = groupState(group);
           return state?.routable === true && !state.draining && state.inFlightRequests > 0;

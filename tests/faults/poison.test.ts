@@ -8,8 +8,8 @@ import { join } from 'node:path';
 import { callUnary } from '@mimo/core/grpc/client';
 import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import {
@@ -35,7 +35,7 @@ const log = createLog({ process: 'test', level: 'silent' });
 
 let directory: string;
 let server: NatsServer;
-let bus: RequestQueue;
+let bus: Bus;
 let gateways: Gateway[];
 let clients: InferenceServiceClient[];
 let rank: Child;
@@ -112,7 +112,7 @@ function askAll(): Promise<{ readonly tokenIds: readonly number[] }[]> {
 beforeEach(async () => {
   directory = await mkdtemp(join(tmpdir(), 'mimo-poison-'));
   server = await startTestNats({ storeDirectory: join(directory, 'nats'), port: 0 });
-  bus = createNatsQueue({
+  bus = createNatsBus({
     servers: [server.url],
     clientName: 'test',
     replicas: 1,
@@ -123,7 +123,7 @@ beforeEach(async () => {
   poisons.clear();
   following = new AbortController();
   void (async () => {
-    for await (const { running } of bus.followHeartbeats(following.signal)) {
+    for await (const { running } of bus.heartbeats.follow(following.signal)) {
       const poison = running.find(({ requestId }) => poisons.has(requestId));
       if (poison !== undefined) {
         onPoisoned(poison.requestId);

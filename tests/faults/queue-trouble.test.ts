@@ -12,8 +12,8 @@ import { connect, type NatsConnection } from '@nats-io/transport-node';
 import { ClusterError } from '@mimo/core/process/errors';
 import { callServerStream, callUnary } from '@mimo/core/grpc/client';
 import { createLog } from '@mimo/core/process/log';
-import type { RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { HealthCheckResponse_ServingStatus, HealthClient, HealthService } from '@mimo/proto/health';
@@ -59,8 +59,8 @@ async function startServer(options: {
   closes.push(() => started.close());
 }
 
-function openQueue(): RequestQueue {
-  const queue = createNatsQueue({
+function openQueue(): Bus {
+  const queue = createNatsBus({
     servers: [server.url],
     clientName: 'test',
     replicas: 1,
@@ -92,7 +92,7 @@ async function openDoor(env: Record<string, string> = {}): Promise<Door> {
 }
 
 async function openGroup(
-  queue: RequestQueue,
+  queue: Bus,
   options: Partial<Parameters<typeof startScriptedGroup>[0]> = {},
 ): Promise<ScriptedGroup> {
   await queue.opened(AbortSignal.timeout(30_000));
@@ -244,7 +244,7 @@ describe('a queue that lost its records', () => {
         await askUntilTaken(doorOf(0), [21]),
         await askUntilTaken(doorOf(1), [22]),
       ];
-      await waitFor('all records to be there again', async () => (await queue.counts()).records === 10);
+      await waitFor('all records to be there again', async () => (await queue.records.count()) === 10);
 
       group.resume();
       expect(await running.end).toEqual([1, 300, 301, 302]);
@@ -258,7 +258,7 @@ describe('a queue that lost its records', () => {
       ]);
       expect(await Promise.all(fresh.map((each) => each.end))).toEqual([[20], [21], [22]]);
       expect(firstIds(group)).toEqual([1, 10, 11, 12, 13, 14, 15, 20, 21, 22]);
-      await waitFor('nothing to be left', async () => (await queue.counts()).records === 0);
+      await waitFor('nothing to be left', async () => (await queue.records.count()) === 0);
     },
   );
 
@@ -364,7 +364,7 @@ describe('a queue near its limits', () => {
       const after = await askUntilTaken(door, [1]);
       after.leave();
       await after.end;
-      await waitFor('nothing to be left', async () => (await queue.counts()).records === 0);
+      await waitFor('nothing to be left', async () => (await queue.records.count()) === 0);
     },
   );
 });
@@ -404,7 +404,7 @@ describe('a queue whose disk was full', () => {
     expect(await Promise.all(waiting.map((each) => each.end))).toEqual([[40], [41], [42]]);
     expect(await (await askUntilTaken(door, [50])).end).toEqual([50]);
     await waitFor('the gateway to be ready', () => isServing(door));
-    await waitFor('nothing to be left', async () => (await queue.counts()).records === 0);
+    await waitFor('nothing to be left', async () => (await queue.records.count()) === 0);
     expect(group.prompts).toHaveLength(4);
   });
 });
@@ -449,13 +449,13 @@ describe('records on disk', () => {
     const queue = openQueue();
     await queue.opened(AbortSignal.timeout(30_000));
     const neighbour = { ...secretRecord, requestId: 'neighbour', promptTokenIds: [1] };
-    await queue.publish(neighbour);
-    const place = await queue.publish(secretRecord);
-    await queue.publish({ ...neighbour, requestId: 'another' });
+    await queue.records.publish(neighbour);
+    const place = await queue.records.publish(secretRecord);
+    await queue.records.publish({ ...neighbour, requestId: 'another' });
     await waitFor('the record to reach the disk', () => isOnDisk(storeDirectory));
-    expect(await queue.delete(place)).toBe(true);
+    expect(await queue.records.erase(place)).toBe(true);
     await waitFor('the record to be gone from the disk', async () => !(await isOnDisk(storeDirectory)));
-    expect((await queue.counts()).records).toBe(2);
+    expect(await queue.records.count()).toBe(2);
   });
 
   it('are gone from an encrypted store too, while older ones that share their file live on in their turn', async () => {
@@ -495,14 +495,14 @@ describe('records on disk', () => {
       const files = [...(await readBlocks(storeDirectory)).values()];
       return pieces.every((piece) => files.every((file) => !file.includes(piece)));
     });
-    expect((await queue.counts()).records).toBe(2);
+    expect(await queue.records.count()).toBe(2);
     // Another dispatcher finds what was written again.
     await doors[0].gateway.close();
     const younger = await askUntilTaken(doors[1], [12]);
     const group = await openGroup(queue, { maxSequences: 1 });
     expect(await Promise.all([...older, younger].map((each) => each.end))).toEqual([[10], [11], [12]]);
     expect(firstIds(group)).toEqual([10, 11, 12]);
-    await waitFor('nothing to be left', async () => (await queue.counts()).records === 0);
+    await waitFor('nothing to be left', async () => (await queue.records.count()) === 0);
   });
 
   it('are complete, and unreadable where the server encrypts them, also those from before it did', async () => {
@@ -510,14 +510,14 @@ describe('records on disk', () => {
     await startServer({ storeDirectory });
     const queue = openQueue();
     await queue.opened(AbortSignal.timeout(30_000));
-    await queue.publish(secretRecord);
+    await queue.records.publish(secretRecord);
     await waitFor('the record to reach the disk', () => isOnDisk(storeDirectory));
     const { port } = server;
     await server.close();
     const config = `jetstream { cipher: chachapoly, key: "${'k'.repeat(64)}" }`;
     await startServer({ storeDirectory, port, config });
-    await waitFor('the queue to come back', () => queue.fault === undefined);
-    await queue.publish({ ...secretRecord, requestId: 'secret too' });
+    await waitFor('the queue to come back', () => queue.records.fault === undefined);
+    await queue.records.publish({ ...secretRecord, requestId: 'secret too' });
     const manager = await openManager();
     for (const requestId of ['secret', 'secret=20too']) {
       const stored = await manager.streams.getMessage('REQUESTS', {

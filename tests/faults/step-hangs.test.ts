@@ -61,7 +61,7 @@ describe('a group whose step never ends', () => {
     const states = new Set<GroupState>();
     const following = new AbortController();
     void (async () => {
-      for await (const { state } of cluster.queue.followHeartbeats(following.signal)) {
+      for await (const { state } of cluster.queue.heartbeats.follow(following.signal)) {
         states.add(state);
       }
     })();

@@ -9,8 +9,8 @@ import * as grpc from '@grpc/grpc-js';
 
 import { callServerStream, callUnary, channelOptions } from '@mimo/core/grpc/client';
 import { createLog } from '@mimo/core/process/log';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import {
   InferenceServiceClient,
   InferenceServiceService,
@@ -65,7 +65,7 @@ export interface TestCluster {
   /** What the local supervisor said, line by line. */
   readonly events: readonly string[];
   /** A connection to the cluster's queue; throws where that is in the gateway's memory. */
-  readonly queue: RequestQueue;
+  readonly queue: Bus;
   stats(group: number): Promise<StatsResponse>;
   held(): Promise<HeldCounts>;
   /** Waits until every group takes requests, as the gateway says. */
@@ -126,7 +126,7 @@ class RunningCluster implements TestCluster {
   readonly client: InferenceServiceClient;
   readonly events: readonly string[];
   readonly #leaders: readonly WorkerServiceClient[];
-  readonly #queue: RequestQueue | undefined;
+  readonly #queue: Bus | undefined;
   readonly dataDirectory: string;
   readonly #metadata = new grpc.Metadata();
 
@@ -153,7 +153,7 @@ class RunningCluster implements TestCluster {
     this.#queue =
       parts.natsUrl === undefined
         ? undefined
-        : createNatsQueue({
+        : createNatsBus({
             servers: [parts.natsUrl],
             clientName: 'test',
             replicas: 1,
@@ -162,7 +162,7 @@ class RunningCluster implements TestCluster {
           });
   }
 
-  get queue(): RequestQueue {
+  get queue(): Bus {
     if (this.#queue === undefined) {
       throw new Error('this cluster has no nats-server');
     }
@@ -188,7 +188,7 @@ class RunningCluster implements TestCluster {
         0,
       );
     return {
-      records: (await this.#queue?.counts())?.records ?? 0,
+      records: (await this.#queue?.records.count()) ?? 0,
       sequences: sum((heartbeat) => heartbeat.runningSequences + heartbeat.waitingSequences),
       runningRequests: sum((heartbeat) => heartbeat.running.length),
       kvBlocks: sum((heartbeat) => heartbeat.kvBlocksUsed),

@@ -7,8 +7,9 @@ import { join } from 'node:path';
 
 import * as grpc from '@grpc/grpc-js';
 import { createLog } from '@mimo/core/process/log';
-import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import type { QueueState } from '@mimo/core/bus/signals';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { InferenceServiceClient } from '@mimo/proto/inference';
@@ -36,7 +37,7 @@ export class GatewayStage {
   static readonly model = 'mimo-demo';
   readonly directory: string;
   readonly nats: NatsServer;
-  readonly bus: RequestQueue;
+  readonly bus: Bus;
   readonly tokenizer: Tokenizer;
   readonly #gateways = new Set<Gateway>();
   readonly #groups = new Set<ScriptedGroup>();
@@ -58,8 +59,8 @@ export class GatewayStage {
   }
 
   /** A connection of the test's own. The test closes it. */
-  openQueue(server: NatsServer): RequestQueue {
-    return createNatsQueue({
+  openQueue(server: NatsServer): Bus {
+    return createNatsBus({
       servers: [server.url],
       clientName: 'test',
       replicas: 1,
@@ -116,7 +117,7 @@ export class GatewayStage {
     const timesMs: number[] = [];
     const stop = new AbortController();
     const run = async (): Promise<void> => {
-      for await (const state of this.bus.followState(GatewayStage.model, stop.signal)) {
+      for await (const state of this.bus.queueStates.follow(GatewayStage.model, stop.signal)) {
         states.push(state);
         timesMs.push(performance.now());
       }
@@ -137,7 +138,7 @@ export class GatewayStage {
         return requests + deletingRecords + sequences;
       });
       const sequences = [...this.#groups].map((group) => group.sequences);
-      return [...held, ...sequences, (await this.bus.counts()).records].every((count) => count === 0);
+      return [...held, ...sequences, await this.bus.records.count()].every((count) => count === 0);
     });
     await Promise.all([...this.#gateways].map((gateway) => gateway.close()));
     await Promise.all([...this.#groups].map((group) => group.close()));

@@ -6,7 +6,7 @@ import { randomUUID } from 'node:crypto';
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { startGrpcServer, type GrpcServer } from '@mimo/core/grpc/server';
-import type { RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
 import { GroupState, Heartbeat } from '@mimo/proto/worker';
 import type {
   EngineStats,
@@ -21,7 +21,7 @@ export interface ScriptedGroupOptions {
   readonly model: string;
   readonly group: string;
   /** Heartbeats go here; undefined sends none. */
-  readonly queue: RequestQueue | undefined;
+  readonly queue: Bus | undefined;
   readonly stepMs?: number;
   readonly maxSequences?: number;
   readonly maxContextTokens?: number;
@@ -254,8 +254,8 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
       running: sessions.sequences.running(),
     });
   };
-  const beating = setInterval(() => queue?.publishHeartbeat(heartbeat()), 100);
-  queue?.publishHeartbeat(heartbeat());
+  const beating = setInterval(() => queue?.heartbeats.publish(heartbeat()), 100);
+  queue?.heartbeats.publish(heartbeat());
 
   const stop = async (): Promise<void> => {
     clearInterval(stepping);
@@ -293,7 +293,7 @@ export async function startScriptedGroup(options: ScriptedGroupOptions): Promise
     refuse: (error) => sessions.sequences.refuse(error),
     become: (next) => {
       state = next;
-      queue?.publishHeartbeat(heartbeat());
+      queue?.heartbeats.publish(heartbeat());
     },
     fallSilent: () => clearInterval(beating),
     vanish: stop,

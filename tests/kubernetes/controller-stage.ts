@@ -19,9 +19,11 @@ import { resourceTypes, type KubeObject, type ResourceType } from '@mimo/control
 import { pause } from '@mimo/core/process/abort';
 import type { Environment } from '@mimo/core/process/config';
 import { createLog, type Log } from '@mimo/core/process/log';
-import { createModelCatalog, type ModelCatalog } from '@mimo/core/bus/model-catalog';
-import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
+import type { QueueState } from '@mimo/core/bus/signals';
 
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
@@ -54,7 +56,7 @@ interface Ending {
 export interface Stage {
   readonly plane: ControlPlane;
   readonly client: KubeClient;
-  readonly queue: RequestQueue;
+  readonly queue: Bus;
   readonly catalog: ModelCatalog;
   readonly kubelet: PretendKubelet;
   /** Pods of the namespace. */
@@ -106,12 +108,9 @@ export async function startStage(): Promise<Stage> {
     const { port, url } = nats;
     closes.push(async () => nats.close());
     const options = { servers: [url], clientName: 'test', replicas: 1, log };
-    const queue = createNatsQueue({ ...options, recordMaxAgeMs: 3_600_000 });
-    const catalog = createModelCatalog(options);
-    closes.push(
-      async () => queue.close(),
-      async () => catalog.close(),
-    );
+    const queue = createNatsBus({ ...options, recordMaxAgeMs: 3_600_000 });
+    const catalog = createModelCatalog(queue.link, options);
+    closes.push(async () => queue.close());
     await queue.opened(AbortSignal.timeout(30_000));
 
     const pods = startInformer<Pod>({
@@ -375,14 +374,14 @@ class PretendDispatcher {
   silent = false;
   epoch = 1;
   readonly #model: string;
-  readonly #queue: RequestQueue;
+  readonly #queue: Bus;
   readonly #kubelet: PretendKubelet;
   readonly #closing = new AbortController();
   readonly #running: Promise<unknown>;
   #marks: ReadonlySet<string> = new Set();
   #arrivedTokens = 0;
 
-  constructor(model: string, queue: RequestQueue, kubelet: PretendKubelet) {
+  constructor(model: string, queue: Bus, kubelet: PretendKubelet) {
     this.#model = model;
     this.#queue = queue;
     this.#kubelet = kubelet;
@@ -433,7 +432,7 @@ class PretendDispatcher {
       waitingFor: [],
       groups,
     };
-    this.#queue.publishState(state);
+    this.#queue.queueStates.publish(state);
   }
 
   async close(): Promise<void> {
@@ -451,7 +450,7 @@ class PretendDispatcher {
   }
 
   async #follow(): Promise<void> {
-    for await (const marks of this.#queue.followDrains(this.#model, this.#closing.signal)) {
+    for await (const marks of this.#queue.drainMarks.follow(this.#model, this.#closing.signal)) {
       this.#marks = new Set(marks.keys());
       this.publish();
     }

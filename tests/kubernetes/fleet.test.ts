@@ -14,9 +14,9 @@ import { resourceTypes, type KubeObject, type ObjectManifest } from '@mimo/contr
 import { modelServiceSpec, type ModelService } from '@mimo/controller/resources/resources';
 import { pause } from '@mimo/core/process/abort';
 import { createLog } from '@mimo/core/process/log';
-import { createModelCatalog } from '@mimo/core/bus/model-catalog';
-import type { RequestQueue } from '@mimo/core/bus/queue';
-import { createNatsQueue } from '@mimo/core/bus/queue-nats';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
 import { startChild, type Child } from '../../cli/src/local/child-process.ts';
@@ -170,7 +170,7 @@ async function conditions(type: string): Promise<number> {
 
 /** The queues of all models, as their dispatchers would publish them: every group that runs is routable. */
 class PretendDispatchers {
-  readonly #queue: RequestQueue;
+  readonly #queue: Bus;
   readonly #services: readonly string[];
   readonly #closing = new AbortController();
   readonly #running: Promise<unknown>;
@@ -178,13 +178,13 @@ class PretendDispatchers {
   readonly #beganAtMs = Date.now();
   #waitingTokens = 0;
 
-  constructor(queue: RequestQueue, services: readonly string[]) {
+  constructor(queue: Bus, services: readonly string[]) {
     this.#queue = queue;
     this.#services = services;
     this.#running = Promise.all([
       this.#publishAll(),
       ...services.map(async (name) => {
-        for await (const marks of queue.followDrains(name, this.#closing.signal)) {
+        for await (const marks of queue.drainMarks.follow(name, this.#closing.signal)) {
           this.#marks.set(name, new Set(marks.keys()));
           this.#publish(name);
         }
@@ -226,7 +226,7 @@ class PretendDispatchers {
       .map(([group]) => group);
     const isBusy = this.#waitingTokens > 0;
     const inFlightTokens = isBusy ? 5_000 : 0;
-    this.#queue.publishState({
+    this.#queue.queueStates.publish({
       model,
       dispatcherEpoch: 1,
       waitingRequests: isBusy ? 40 : 0,
@@ -324,11 +324,10 @@ describe('three hundred machines', () => {
       closes.push(async () => nats.close());
       const log = createLog({ process: 'test', level: 'silent' });
       const queueOptions = { servers: [nats.url], clientName: 'test', replicas: 1, log };
-      const queue = createNatsQueue({ ...queueOptions, recordMaxAgeMs: 3_600_000 });
+      const queue = createNatsBus({ ...queueOptions, recordMaxAgeMs: 3_600_000 });
       closes.push(async () => queue.close());
       await queue.opened(AbortSignal.timeout(30_000));
-      const catalog = createModelCatalog(queueOptions);
-      closes.push(async () => catalog.close());
+      const catalog = createModelCatalog(queue.link, queueOptions);
       for (const name of names) {
         await catalog.publish(
           { name, files: new Map([['config.json', Buffer.from('{}')]]), identity: '' },

@@ -1,13 +1,10 @@
-// A leader's heartbeats: what they say (pure, from what it is told) and their sending over core NATS. Owns the connection,
-// which is made again for ever; a heartbeat that cannot be sent is dropped, since the next one says more.
+// A leader's heartbeats: what they say (pure, from what it is told) and their sending. A heartbeat that cannot be sent is
+// dropped, since the next one says more.
 
-import type { NatsConnection } from '@nats-io/transport-node';
-
-import { beforeAbort } from '@mimo/core/process/abort';
+import { createNatsHeartbeats } from '@mimo/core/bus/nats/bus';
+import type { NatsLink } from '@mimo/core/bus/nats/link';
 import type { Log } from '@mimo/core/process/log';
-import { connectNats, type NatsServers } from '@mimo/core/bus/nats-connect';
-import { subjects } from '@mimo/core/bus/subjects';
-import { Heartbeat } from '@mimo/proto/worker';
+import type { Heartbeat } from '@mimo/proto/worker';
 
 import type { EngineStats } from './engines/mimo/engine-api.ts';
 
@@ -49,61 +46,35 @@ export class Throughput {
 export interface HeartbeatSender {
   /** Sends one at once, besides the regular ones: for a change of state. */
   beat(): void;
-  /** Sends a last one and leaves the server; gives up after a second where it cannot be reached. */
-  close(): Promise<void>;
+  /** Sends a last one. The link, which is closed after it, sees to it that it leaves. */
+  close(): void;
 }
 
-export interface HeartbeatOptions extends NatsServers {
+/** What the sender works with. */
+export interface HeartbeatOptions {
+  readonly link: NatsLink;
   readonly intervalMs: number;
   /** Asked for each heartbeat. */
   readonly read: () => Heartbeat;
   readonly log: Log;
 }
 
-const closeTimeoutMs = 1_000;
-
-/** Starts sending; returns at once and connects in the background. Throws as `connectNats` does. */
-export function startHeartbeats(options: HeartbeatOptions): HeartbeatSender {
-  const connecting = connectNats(options);
-  // Set while the server can be reached: publishing to a lost one would hoard stale heartbeats and send them later.
-  let connected: NatsConnection | undefined;
-  let closing = false;
-  const beat = (): void => {
-    const heartbeat = options.read();
-    connected?.publish(
-      subjects.heartbeat(heartbeat.model, heartbeat.group),
-      Heartbeat.encode(heartbeat).finish(),
-    );
-  };
-  const run = async (): Promise<void> => {
-    const connection = await connecting;
-    if (closing) {
-      await connection.close();
-      return;
-    }
-    connected = connection;
-    beat();
-    for await (const status of connection.status()) {
-      if (status.type === 'disconnect' || status.type === 'reconnect') {
-        connected = status.type === 'reconnect' ? connection : undefined;
-        options.log.info({ connected: connected !== undefined }, 'NATS connection');
-      }
+/** Sends from now on: at a steady pace, and at once whenever the server has been reached. */
+export function startHeartbeats({ link, intervalMs, read, log }: HeartbeatOptions): HeartbeatSender {
+  const heartbeats = createNatsHeartbeats(link, log);
+  const beat = (): void => heartbeats.publish(read());
+  const greet = async (): Promise<void> => {
+    for await (const _connection of link.connections()) {
+      beat();
     }
   };
-  run().catch((error: unknown) => options.log.error({ error }, 'no connection to NATS'));
-  const timer = setInterval(beat, options.intervalMs);
+  void greet();
+  const timer = setInterval(beat, intervalMs);
   return {
     beat,
-    close: async () => {
+    close: () => {
       clearInterval(timer);
       beat();
-      closing = true;
-      const last = connected;
-      connected = undefined;
-      if (last !== undefined) {
-        await beforeAbort(last.flush(), AbortSignal.timeout(closeTimeoutMs)).catch(() => undefined);
-        await last.close();
-      }
     },
   };
 }

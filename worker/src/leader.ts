@@ -7,6 +7,7 @@
 
 import { randomUUID } from 'node:crypto';
 
+import { NatsLink } from '@mimo/core/bus/nats/link';
 import { ClusterError } from '@mimo/core/process/errors';
 import { startGrpcServer } from '@mimo/core/grpc/server';
 import type { Lifecycle } from '@mimo/core/process/lifecycle';
@@ -44,18 +45,7 @@ export interface RankParts {
 export async function startLeader(parts: RankParts): Promise<{ readonly lost: Promise<ClusterError> }> {
   const { config, log, lifecycle } = parts;
   const view = new GroupView(config);
-  const heartbeats: HeartbeatSender | undefined =
-    config.natsUrls.length === 0
-      ? undefined
-      : startHeartbeats({
-          servers: config.natsUrls,
-          credentialsFile: config.natsCredentialsFile,
-          clientName: `worker ${config.model} ${config.group}`,
-          intervalMs: config.heartbeatIntervalMs,
-          read: () => view.heartbeat(),
-          log,
-        });
-  lifecycle.onClose('heartbeats', () => heartbeats?.close());
+  const heartbeats = config.natsUrls.length === 0 ? undefined : sendHeartbeats(parts, view);
 
   const identity = await identityOf(config, lifecycle.draining);
   const engine = await parts.startEngine(lifecycle.draining);
@@ -126,6 +116,21 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
     () => new ClusterError('canceled', 'another rank of the group was asked to end'),
   );
   return { lost: Promise.race([failed, leaving]) };
+}
+
+/** The lifecycle closes the link after the last heartbeat. */
+function sendHeartbeats({ config, log, lifecycle }: RankParts, view: GroupView): HeartbeatSender {
+  const link = new NatsLink({
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
+    clientName: `worker ${config.model} ${config.group}`,
+    log,
+  });
+  lifecycle.onClose('NATS', () => link.close());
+  const { heartbeatIntervalMs: intervalMs } = config;
+  const heartbeats = startHeartbeats({ link, intervalMs, read: () => view.heartbeat(), log });
+  lifecycle.onClose('heartbeats', () => heartbeats.close());
+  return heartbeats;
 }
 
 function summaryOf({ info }: EngineHost): Readonly<Record<string, unknown>> {

@@ -8,7 +8,9 @@ import { parseArgs } from 'node:util';
 import type { Environment } from '@mimo/core/process/config';
 import { ClusterError, type ErrorCode } from '@mimo/core/process/errors';
 import { createLog, type Log } from '@mimo/core/process/log';
-import { createModelCatalog, type ModelFiles } from '@mimo/core/bus/model-catalog';
+import type { ModelFiles } from '@mimo/core/bus/model-catalog';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import { readTextFiles } from '@mimo/core/bus/model-identity';
 
 import { parseWorkerConfig, type WorkerConfig } from './config.ts';
@@ -150,14 +152,14 @@ async function publish(
   model: ModelFiles,
   { config, log, signal }: { readonly config: WorkerConfig; readonly log: Log; readonly signal: AbortSignal },
 ): Promise<void> {
-  const catalog = createModelCatalog({
+  const link = new NatsLink({
     servers: config.natsUrls,
     credentialsFile: config.natsCredentialsFile,
     clientName: `mimo-prepare ${hostname()}`,
-    // The gateways say how many copies there are to be.
-    replicas: 1,
     log,
   });
+  // The gateways say how many copies there are to be.
+  const catalog = createModelCatalog(link, { replicas: 1, log });
   const limit = AbortSignal.timeout(publishMs);
   try {
     const { digest, identity } = await catalog.publish(model, AbortSignal.any([signal, limit]));
@@ -169,6 +171,6 @@ async function publish(
     }
     throw error;
   } finally {
-    await catalog.close();
+    await link.close();
   }
 }

@@ -3,8 +3,8 @@
 
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 
-import type { ServiceEntry } from '@mimo/core/grpc/server';
-import { unaryHandler } from '@mimo/core/grpc/server';
+import type { ServiceEntry } from '@mimo/core/grpc/handlers';
+import { unaryHandler } from '@mimo/core/grpc/handlers';
 import { statusFromError } from '@mimo/core/grpc/status';
 import {
   WorkerServiceService,

@@ -7,8 +7,8 @@ import { randomBytes, randomUUID } from 'node:crypto';
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
+import type { DrainMarks } from '@mimo/core/bus/drain-marks';
 import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
-import type { RequestQueue } from '@mimo/core/bus/queue';
 
 import type { Manifest, WorkerSettings } from '../decide/containers.ts';
 import type { PodRef } from '../decide/groups.ts';
@@ -26,7 +26,7 @@ import type { ModelService } from '../resources/resources.ts';
 /** What actions need. */
 export interface ActorOptions {
   readonly client: KubeClient;
-  readonly queue: RequestQueue;
+  readonly drainMarks: DrainMarks;
   readonly catalog: ModelCatalog;
   readonly events: EventRecorder;
   readonly settings: WorkerSettings;
@@ -91,11 +91,11 @@ export class Actor {
       }
       case 'markDraining': {
         const { group, sinceUnixMs } = action;
-        await this.#options.queue.markDraining(service.spec.model.name, group, { sinceUnixMs });
+        await this.#options.drainMarks.mark(service.spec.model.name, group, { sinceUnixMs });
         break;
       }
       case 'clearDraining': {
-        await this.#options.queue.clearDraining(service.spec.model.name, action.group);
+        await this.#options.drainMarks.clear(service.spec.model.name, action.group);
         break;
       }
       case 'drainGroup': {
@@ -104,7 +104,7 @@ export class Actor {
         this.#tell(on, 'Normal', 'GroupDraining', `${action.group}: ${action.reason}`);
         await this.#mark(
           action.group,
-          (queue, model) => queue.markDraining(model, action.group, { sinceUnixMs: sinceMs }),
+          (marks, model) => marks.mark(model, action.group, { sinceUnixMs: sinceMs }),
           service,
         );
         break;
@@ -112,7 +112,7 @@ export class Actor {
       case 'resumeGroup': {
         await this.#annotate(action.pods, null, on);
         this.#tell(on, 'Normal', 'GroupResumed', `${action.group} serves again`);
-        await this.#mark(action.group, (queue, model) => queue.clearDraining(model, action.group), service);
+        await this.#mark(action.group, (marks, model) => marks.clear(model, action.group), service);
         break;
       }
       case 'deleteGroup': {
@@ -293,11 +293,11 @@ export class Actor {
    */
   async #mark(
     group: string,
-    act: (queue: RequestQueue, model: string) => Promise<void>,
+    act: (marks: DrainMarks, model: string) => Promise<void>,
     { spec }: ModelService,
   ): Promise<void> {
     try {
-      await act(this.#options.queue, spec.model.name);
+      await act(this.#options.drainMarks, spec.model.name);
     } catch (error) {
       this.#options.log.warn({ error: ClusterError.from(error), group }, 'cannot write the drain mark');
     }

@@ -1,7 +1,7 @@
 // Which groups to remove first, when a draining group may be deleted, and which drain marks the dispatcher shall see.
 // Pure.
 
-import type { DrainMarks } from '@mimo/core/bus/queue';
+import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 
 import { isServing, type ReplicaGroup } from './groups.ts';
 
@@ -59,7 +59,7 @@ export interface MarkPlan {
  * The changes that make the marks match the draining groups. A mark stays until the last pod is gone, so that an
  * ending group gets no requests, and is removed before another group can take the name.
  */
-export function planMarks(groups: readonly ReplicaGroup[], marks: DrainMarks | 'unknown'): MarkPlan {
+export function planMarks(groups: readonly ReplicaGroup[], marks: MarkedGroups | 'unknown'): MarkPlan {
   if (marks === 'unknown') {
     return { mark: [], clear: [] };
   }

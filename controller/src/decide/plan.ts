@@ -17,7 +17,7 @@
 // would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
 // INVARIANT: if the observation matches the target, the plan is empty.
 
-import type { DrainMarks } from '@mimo/core/bus/queue';
+import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 
 import type { ModelService } from '../resources/resources.ts';
 import type { ModelServiceStatus } from '../resources/status.ts';
@@ -75,7 +75,7 @@ export interface PlanInput extends Pick<StatusInput, 'decision' | 'queue' | 'pre
   /** False: nothing is known about groups without a load, and their gates stay as they are. */
   readonly loadsComplete: boolean;
   /** The drain marks as the dispatcher sees them. */
-  readonly marks: DrainMarks | 'unknown';
+  readonly marks: MarkedGroups | 'unknown';
   readonly preparation: Preparation;
   /**
    * No other service serves the model: its catalogue entry is removed with this service. Undefined: the catalogue did

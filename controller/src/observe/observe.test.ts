@@ -1,4 +1,4 @@
-import type { QueueState } from '@mimo/core/bus/queue';
+import type { QueueState } from '@mimo/core/bus/signals';
 import { describe, expect, it } from 'vitest';
 
 import { labels, prepareLabels } from '../decide/labels.ts';

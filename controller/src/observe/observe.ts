@@ -3,7 +3,7 @@
 // machine's clock: such stamps only order the containers of one pod. The time of a pod's event is when the controller
 // first saw it.
 
-import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/queue';
+import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
 
 import type { QueueReading } from '../decide/arrival-load.ts';
 import type { GroupLoad, ObservedPod } from '../decide/groups.ts';

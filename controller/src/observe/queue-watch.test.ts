@@ -1,9 +1,10 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import { createLog } from '@mimo/core/process/log';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createMemoryBus } from '@mimo/core/bus/memory/bus';
 import type { CatalogModel } from '@mimo/core/bus/model-catalog';
-import type { QueueState, RequestQueue } from '@mimo/core/bus/queue';
-import { createMemoryQueue } from '@mimo/core/bus/queue-memory';
+import type { QueueState } from '@mimo/core/bus/signals';
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 
 import { QueueWatch } from './queue-watch.ts';
@@ -42,16 +43,16 @@ const catalog = {
 };
 
 describe('QueueWatch', () => {
-  let queue: RequestQueue;
+  let queue: Bus;
   let watch: QueueWatch;
   let changes: string[];
   beforeEach(async () => {
     // A state is as old as a test says, and not as long as the test was stopped.
     vi.useFakeTimers({ toFake: ['performance'] });
-    queue = createMemoryQueue();
+    queue = createMemoryBus();
     changes = [];
     watch = new QueueWatch({
-      queue,
+      bus: queue,
       catalog,
       log: createLog({ process: 'test', level: 'silent' }),
       onChange: (name) => changes.push(name),
@@ -79,11 +80,11 @@ describe('QueueWatch', () => {
   });
 
   it('shows a burst as a whole: what was there before it until it has gone on for a moment', async () => {
-    queue.publishState(stateWith({}));
+    queue.queueStates.publish(stateWith({}));
     await sleep(20);
     changes = [];
     for (let request = 1; request <= 40; request++) {
-      queue.publishState(stateWith({ waitingRequests: request, waitingTokens: request * 100 }));
+      queue.queueStates.publish(stateWith({ waitingRequests: request, waitingTokens: request * 100 }));
     }
     await sleep(50);
     // A round at this moment would decide for a part of it.
@@ -95,7 +96,7 @@ describe('QueueWatch', () => {
   });
 
   it('shows the burst that the first state begins with', async () => {
-    queue.publishState(stateWith({ waitingRequests: 40, waitingTokens: 4000 }));
+    queue.queueStates.publish(stateWith({ waitingRequests: 40, waitingTokens: 4000 }));
     await sleep(50);
     expect(waiting()).toBe(0);
     await sleep(400);
@@ -103,7 +104,7 @@ describe('QueueWatch', () => {
   });
 
   it('tells at once of a group that is reached, and forgets what it heard after five seconds', async () => {
-    queue.publishState(stateWith({}));
+    queue.queueStates.publish(stateWith({}));
     await sleep(20);
     changes = [];
     const group = {
@@ -117,7 +118,7 @@ describe('QueueWatch', () => {
       inFlightRequests: 0,
       inFlightTokens: 0,
     };
-    queue.publishState(stateWith({ groups: [group] }));
+    queue.queueStates.publish(stateWith({ groups: [group] }));
     await sleep(20);
     expect(changes).toEqual([model]);
     expect([...watch.observe(model, performance.now()).loads.keys()]).toEqual(['chat-new-0']);
@@ -128,15 +129,15 @@ describe('QueueWatch', () => {
   });
 
   it('does not listen to a dispatcher that has lost its lease', async () => {
-    queue.publishState(stateWith({ dispatcherEpoch: 2, runningRequests: 5 }));
-    queue.publishState(stateWith({ dispatcherEpoch: 1, runningRequests: 9 }));
+    queue.queueStates.publish(stateWith({ dispatcherEpoch: 2, runningRequests: 5 }));
+    queue.queueStates.publish(stateWith({ dispatcherEpoch: 1, runningRequests: 9 }));
     await sleep(20);
     const { queue: reading } = watch.observe(model, performance.now());
     expect(reading).toMatchObject({ inFlightRequests: 5, countersEpoch: 2 });
   });
 
   it('follows marks and the catalogue, and forgets a model that is not served any more', async () => {
-    await queue.markDraining(model, 'chat-new-0', { sinceUnixMs: 5 });
+    await queue.drainMarks.mark(model, 'chat-new-0', { sinceUnixMs: 5 });
     await sleep(20);
     const seen = watch.observe(model, performance.now());
     expect(seen.marks).toEqual(new Map([['chat-new-0', { sinceUnixMs: 5 }]]));

@@ -5,14 +5,16 @@
 import { ClusterError } from '@mimo/core/process/errors';
 import { pause } from '@mimo/core/process/abort';
 import type { Log } from '@mimo/core/process/log';
+import type { Bus } from '@mimo/core/bus/bus';
+import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
-import { queueStateFreshMs, type DrainMarks, type QueueState, type RequestQueue } from '@mimo/core/bus/queue';
+import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
 
 import type { QueueReading } from '../decide/arrival-load.ts';
 import { observeLoads, queueReading, type ObservedLoads, type QueueSight } from './observe.ts';
 
 export interface QueueWatchOptions {
-  readonly queue: RequestQueue;
+  readonly bus: Pick<Bus, 'connected' | 'queueStates' | 'drainMarks'>;
   readonly catalog: Pick<ModelCatalog, 'follow'>;
   readonly log: Log;
   /** Something changed for a model. */
@@ -22,7 +24,7 @@ export interface QueueWatchOptions {
 /** The queue's view of one model. */
 export interface QueueObservation extends ObservedLoads {
   readonly queue: QueueReading | 'unknown';
-  readonly marks: DrainMarks | 'unknown';
+  readonly marks: MarkedGroups | 'unknown';
   readonly published: boolean | 'unknown';
 }
 
@@ -62,7 +64,7 @@ export class QueueWatch {
   /** As of `nowMs`, by performance.now(). */
   observe(model: string, nowMs: number): QueueObservation {
     const watch = this.#models.get(model);
-    const { connected } = this.#options.queue;
+    const { connected } = this.#options.bus;
     return {
       ...(watch?.observe(nowMs) ?? {
         queue: 'unknown',
@@ -100,7 +102,7 @@ class ModelWatch {
   /** The state before a burst that has just begun. */
   #held: QueueState | undefined;
   #burst: NodeJS.Timeout | undefined;
-  #marks: DrainMarks | undefined;
+  #marks: MarkedGroups | undefined;
 
   constructor(model: string, options: QueueWatchOptions, closing: AbortSignal) {
     this.#model = model;
@@ -108,12 +110,12 @@ class ModelWatch {
     const signal = AbortSignal.any([closing, this.#closing.signal]);
     this.ended = Promise.all([
       this.#again(signal, async () => {
-        for await (const state of options.queue.followState(model, signal)) {
+        for await (const state of options.bus.queueStates.follow(model, signal)) {
           this.#receive(state, performance.now());
         }
       }),
       this.#again(signal, async () => {
-        for await (const marks of options.queue.followDrains(model, signal)) {
+        for await (const marks of options.bus.drainMarks.follow(model, signal)) {
           this.#marks = marks;
           options.onChange(model);
         }
@@ -130,7 +132,7 @@ class ModelWatch {
     const fresh = state !== undefined && nowMs - receivedMs <= queueStateFreshMs;
     return {
       queue: fresh ? queueReading(this.#held ?? state) : 'unknown',
-      marks: this.#options.queue.connected ? (this.#marks ?? 'unknown') : 'unknown',
+      marks: this.#options.bus.connected ? (this.#marks ?? 'unknown') : 'unknown',
       ...observeLoads(this.#sight, nowMs),
     };
   }

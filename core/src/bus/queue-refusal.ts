@@ -1,8 +1,5 @@
 // Why the queue rejects a record. A refusal is an error with a reason from a closed set, fit for metric labels, and a
-// text that names the cause, for clients and the log.
-
-import { JetStreamApiError } from '@nats-io/jetstream';
-import { errors } from '@nats-io/transport-node';
+// text that names the cause, for clients and the log. nats/errors.ts reads the reason from what a server answers.
 
 import { ClusterError, type ErrorCode } from '../process/errors.ts';
 
@@ -45,32 +42,4 @@ export class QueueRefusal extends ClusterError {
     super(codes[reason], message, { cause, detail });
     this.reason = reason;
   }
-}
-
-// The server's codes: insufficient resources, storage resources exceeded, store failed (with a reason in its text).
-const fullCodes = new Set([10023, 10047]);
-const storeFailedCode = 10077;
-/** What operating systems say; the paths around it are the operator's business. */
-const diskFailures = /no space left on device|disk quota exceeded|read-only file system|input\/output error/;
-
-/** Turns the error of a publish into a refusal; `text` says what failed. */
-export function refusalOf(error: unknown, text = 'the queue did not store the request'): QueueRefusal {
-  if (error instanceof QueueRefusal) {
-    return error;
-  }
-  const { message } = ClusterError.from(error);
-  if (error instanceof Error && error.cause instanceof errors.RequestError && error.cause.isNoResponders()) {
-    return new QueueRefusal('missing', `${text}: its stream is missing`, error);
-  }
-  if (error instanceof errors.TimeoutError) {
-    return new QueueRefusal('unanswered', `${text}: it did not acknowledge in time`, error);
-  }
-  const diskFailure = diskFailures.exec(message)?.[0];
-  if (diskFailure !== undefined) {
-    return new QueueRefusal('disk_failed', `${text}: its server cannot write, ${diskFailure}`, error);
-  }
-  const isFull =
-    error instanceof JetStreamApiError &&
-    (fullCodes.has(error.code) || (error.code === storeFailedCode && message.startsWith('maximum ')));
-  return new QueueRefusal(isFull ? 'full' : 'failed', `${text}: ${message}`, error);
 }

@@ -9,7 +9,8 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { ClusterError } from '../process/errors.ts';
 import { callUnary } from './client.ts';
 import { timeoutMsOf } from './deadline.ts';
-import { startGrpcServer, unaryHandler, type GrpcServer } from './server.ts';
+import { unaryHandler } from './handlers.ts';
+import { startGrpcServer, type GrpcServer } from './server.ts';
 
 const dayMs = 86_400_000;
 

@@ -21,7 +21,8 @@ import { afterEach, describe, expect, it, vi } from 'vitest';
 import { ClusterError } from '../process/errors.ts';
 import { callUnary } from './client.ts';
 import type { GateLimits } from './gate.ts';
-import { startGrpcServer, strictDeserializer, streamHandler, type GrpcServer } from './server.ts';
+import { strictDeserializer, streamHandler } from './handlers.ts';
+import { startGrpcServer, type GrpcServer } from './server.ts';
 
 const maxReceiveBytes = 2 ** 20;
 const limits: GateLimits = {

@@ -26,13 +26,8 @@ import { afterEach, describe, expect, it, vi } from 'vitest';
 import { ClusterError } from '../process/errors.ts';
 import { callServerStream, callUnary } from './client.ts';
 import { keepLivingCalls } from './keepalive.ts';
-import {
-  startGrpcServer,
-  strictDeserializer,
-  streamHandler,
-  unaryHandler,
-  type GrpcServer,
-} from './server.ts';
+import { strictDeserializer, streamHandler, unaryHandler } from './handlers.ts';
+import { startGrpcServer, type GrpcServer } from './server.ts';
 
 const open: { close(): void }[] = [];
 const servers: GrpcServer[] = [];

@@ -6,7 +6,7 @@ import { ChatRequest, CountTokensRequest, GenerateRequest, Role } from '@mimo/pr
 import { repeatedLimits, requestLimits, stopTextMaxCharacters, type MessageLimits } from '@mimo/proto/limits';
 
 import { ClusterError } from '../process/errors.ts';
-import { MalformedRequest, strictDeserializer } from './server.ts';
+import { MalformedRequest, strictDeserializer } from './handlers.ts';
 import { assertWithinLimits } from './wire-limits.ts';
 
 function problemOf(message: Uint8Array, limits: MessageLimits): string | undefined {

@@ -261,7 +261,7 @@ function pairsOfJson(text: string): readonly Pair[] | undefined {
   }
 }
 
-/** NATS servers between commas, as `nats-connect.ts` reads them; a user and password in them are printed as ***. */
+/** NATS servers between commas, as bus/nats/credentials.ts reads them; a user and password in them are printed as ***. */
 export function natsServersSetting(variable: string, fallback?: string): Setting<readonly string[]> {
   return {
     ...listSetting(variable, fallback),

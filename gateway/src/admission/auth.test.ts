@@ -6,7 +6,8 @@ import { join } from 'node:path';
 import { createLog } from '@mimo/core/process/log';
 import { describe, expect, it } from 'vitest';
 
-import { assertMayUse, authenticateNobody, loadKeys, parseKeys } from './auth.ts';
+import { authenticateNobody, loadKeys, parseKeys } from './auth.ts';
+import { assertMayUse } from './permit.ts';
 
 const sha256 = createHash('sha256').update('key-of-b').digest('hex');
 const authenticate = parseKeys(

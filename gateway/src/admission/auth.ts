@@ -103,13 +103,6 @@ function expectedOf(place: string): string {
   return Object.hasOwn(keyFields, field) ? keyFields[field as keyof typeof keyFields] : keyFields.keys;
 }
 
-/** Fails with `permission_denied` where the caller may not use the model. */
-export function assertMayUse(caller: Caller, model: string): void {
-  if (caller.models?.has(model) === false) {
-    throw new ClusterError('permission_denied', `tenant ${caller.tenant} may not use model ${model}`);
-  }
-}
-
 function hashOf(key: string): string {
   return createHash('sha256').update(key).digest('hex');
 }

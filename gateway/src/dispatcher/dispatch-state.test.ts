@@ -1,4 +1,5 @@
-import type { DrainMarks, FollowedRecord } from '@mimo/core/bus/queue';
+import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
+import type { FollowedRecord } from '@mimo/core/bus/records';
 import { Company, Needs, RequestSummary } from '@mimo/proto/queue';
 import { GroupState, Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 import * as fc from 'fast-check';
@@ -8,7 +9,7 @@ import { DispatchState } from './dispatch-state.ts';
 import type { OpenGroup } from './placement.ts';
 
 const at = 1_000_000;
-const unmarked: DrainMarks = new Map();
+const unmarked: MarkedGroups = new Map();
 const companies = [Company.UNSPECIFIED, Company.PROVEN, Company.NONE];
 
 function stateOf(...requestIds: readonly string[]): DispatchState {

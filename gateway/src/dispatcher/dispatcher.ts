@@ -1,26 +1,29 @@
 // The dispatcher of one model: while it holds the lease it follows the queue and the heartbeats, plans, and offers each
-// planned request to its owning gateway, and publishes the state of its queue. Owns the loop and the carrying out; what to
-// do is decided in placement.ts, what is believed is kept in dispatch-state.ts. One is active per model; every gateway has
-// one that waits for the lease.
+// planned request to its owning gateway. Owns the loop and the carrying out; what to do is decided in placement.ts, what is
+// believed is kept in dispatch-state.ts, what others get to know is in state-publisher.ts. One is active per model; every
+// gateway has one that waits for the lease.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
-import type { DrainMarks, Lease, QueueState, RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
+import type { Lease } from '@mimo/core/bus/leases';
 import { AssignmentOutcome } from '@mimo/proto/queue';
-import { GroupState, type Heartbeat } from '@mimo/proto/worker';
+import type { Heartbeat } from '@mimo/proto/worker';
 
-import { heartbeatQuietMs, type Groups } from './groups.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { Sessions } from '../session.ts';
-import { DispatchState, placeKey } from './dispatch-state.ts';
+import { DispatchState } from './dispatch-state.ts';
+import type { Groups } from './groups.ts';
 import { planAbandoned, planAssignments, type Placement } from './placement.ts';
+import { StatePublisher } from './state-publisher.ts';
 
 /** What a dispatcher works with. */
 export interface DispatcherParts {
   readonly model: string;
   readonly gatewayId: string;
-  readonly queue: RequestQueue;
+  readonly bus: Omit<Bus, 'kind' | 'connected' | 'opened' | 'close'>;
   readonly groups: Groups;
   readonly sessions: Pick<Sessions, 'hold' | 'isRoutable'>;
   /** So often the store begins another file while records come; Infinity: never. */
@@ -33,9 +36,6 @@ export interface DispatcherParts {
 const tickMs = 100;
 /** Looking at the whole queue takes milliseconds where it is long. */
 const lookMs = 1_000;
-/** A changed state is published at once, but not more often than this; one that does not change, every second. */
-const publishMs = 50;
-const republishMs = 1_000;
 
 /** How long a gateway that stops leaves its lease to others; alone, it goes on after that with what it still holds. */
 const resignedMs = 2_000;
@@ -53,10 +53,10 @@ export async function runDispatcher(
   // Known from before the lease: a store that is lost takes the leases with it.
   let storeId = '';
   while (!signal.aborted) {
-    storeId ||= parts.queue.storeId;
+    storeId ||= parts.bus.records.storeId;
     const term = resigning.aborted ? signal : AbortSignal.any([signal, resigning]);
     try {
-      const lease = await parts.queue.acquireLease(parts.model, parts.gatewayId, term);
+      const lease = await parts.bus.leases.acquire(parts.model, parts.gatewayId, term);
       log.info({ dispatcherEpoch: lease.epoch }, 'dispatching');
       const state = new DispatchState(storeId);
       await new Dispatcher({ ...parts, log }, { lease, state }, term).run();
@@ -82,7 +82,7 @@ class Dispatcher {
   readonly #stop = new AbortController();
   readonly #until: AbortSignal;
   readonly #state: DispatchState;
-  readonly #beganMs = performance.now();
+  readonly #publisher: StatePublisher;
   #planning = false;
   #lookedMs = 0;
   #turnedMs = performance.now();
@@ -91,10 +91,7 @@ class Dispatcher {
   /** What lay in the queue at the beginning is known; before that its state would be told too small. */
   #replayed = false;
   /** Undefined until they are known: before that nothing is assigned. */
-  #drains: DrainMarks | undefined;
-  #publishedMs = Number.NEGATIVE_INFINITY;
-  #published = '';
-  #publishTimer: NodeJS.Timeout | undefined;
+  #drains: MarkedGroups | undefined;
 
   constructor(
     parts: DispatcherParts,
@@ -104,6 +101,16 @@ class Dispatcher {
     this.#parts = parts;
     this.#state = state;
     this.#epoch = lease.epoch;
+    const { model, groups, sessions } = parts;
+    this.#publisher = new StatePublisher({
+      model,
+      dispatcherEpoch: lease.epoch,
+      queueStates: parts.bus.queueStates,
+      groups,
+      sessions,
+      state,
+      onDue: () => this.#planSoon(),
+    });
     this.#until = AbortSignal.any([signal, lease.lost, this.#stop.signal]);
   }
 
@@ -118,18 +125,18 @@ class Dispatcher {
       ]);
     } finally {
       this.#stop.abort();
-      clearTimeout(this.#publishTimer);
+      this.#publisher.close();
     }
   }
 
   async #followRecords(): Promise<void> {
-    const { queue, model } = this.#parts;
+    const { bus, model } = this.#parts;
     const onReplayed = (): void => {
       this.#reconcile();
       this.#replayed = true;
       this.#planSoon();
     };
-    for await (const queued of queue.follow(model, this.#until, onReplayed)) {
+    for await (const queued of bus.records.follow(model, this.#until, onReplayed)) {
       this.#state.add(queued, performance.now());
       this.#isFileUsed = true;
       this.#planSoon();
@@ -137,14 +144,14 @@ class Dispatcher {
   }
 
   async #followDrains(): Promise<void> {
-    for await (const marks of this.#parts.queue.followDrains(this.#parts.model, this.#until)) {
+    for await (const marks of this.#parts.bus.drainMarks.follow(this.#parts.model, this.#until)) {
       this.#drains = marks;
       this.#planSoon();
     }
   }
 
   async #followEnded(): Promise<void> {
-    for await (const ended of this.#parts.queue.followEnded(this.#parts.model, this.#until)) {
+    for await (const ended of this.#parts.bus.signals.followEnded(this.#parts.model, this.#until)) {
       if (ended.requeued) {
         this.#state.requeue(ended, performance.now());
       } else {
@@ -155,7 +162,7 @@ class Dispatcher {
   }
 
   async #followHeartbeats(): Promise<void> {
-    for await (const heartbeat of this.#parts.queue.followHeartbeats(this.#until)) {
+    for await (const heartbeat of this.#parts.bus.heartbeats.follow(this.#until)) {
       if (heartbeat.model === this.#parts.model) {
         this.#planSoon();
       }
@@ -182,10 +189,10 @@ class Dispatcher {
 
   /** What ends from now on lies in a file that the store will remove: owners write again what lives for longer. */
   async #turnFile(): Promise<void> {
-    const { queue, log } = this.#parts;
+    const { bus, log } = this.#parts;
     this.#isFileUsed = false;
     this.#turnedMs = performance.now();
-    await queue.turnFile().catch((error: unknown) => {
+    await bus.records.turnFile().catch((error: unknown) => {
       this.#isFileUsed = true;
       log.debug({ error: ClusterError.from(error) }, 'no new file of the queue begun');
     });
@@ -224,11 +231,13 @@ class Dispatcher {
   #plan(): void {
     if (this.#drains !== undefined) {
       this.#assignAll(this.#drains);
-      this.#publishSoon(this.#drains);
+      if (this.#replayed) {
+        this.#publisher.publish(this.#drains);
+      }
     }
   }
 
-  #assignAll(drains: DrainMarks): void {
+  #assignAll(drains: MarkedGroups): void {
     const nowMs = performance.now();
     const groups = this.#parts.groups.ready(this.#parts.model, nowMs);
     const open = this.#state.openGroups(groups, drains, nowMs);
@@ -255,7 +264,7 @@ class Dispatcher {
     target: Heartbeat,
     trial: Pick<Placement, 'company' | 'breaks'>,
   ): Promise<void> {
-    const { model, queue, log } = this.#parts;
+    const { model, bus, log } = this.#parts;
     const queued = this.#state.get(requestId);
     if (queued === undefined) {
       return;
@@ -263,7 +272,7 @@ class Dispatcher {
     const { group, incarnation, address, identity } = target;
     const { gatewayId } = queued.record;
     try {
-      const reply = await queue.assign(gatewayId, {
+      const reply = await bus.signals.assign(gatewayId, {
         requestId,
         model,
         group,
@@ -290,7 +299,7 @@ class Dispatcher {
         this.#stop.abort();
       } else {
         this.#state.remove(requestId, false, performance.now());
-        await queue.delete(queued);
+        await bus.records.erase(queued);
       }
     } catch (error) {
       if (this.#until.aborted) {
@@ -308,69 +317,13 @@ class Dispatcher {
   #orphan(requestId: string): void {
     const queued = this.#state.get(requestId);
     if (queued !== undefined) {
-      const { model, queue, metrics, log } = this.#parts;
+      const { model, bus, metrics, log } = this.#parts;
       this.#state.remove(requestId, false, performance.now());
       metrics.orphans({ model });
       log.warn({ requestId, gatewayId: queued.record.gatewayId }, 'orphaned record deleted');
-      queue.delete(queued).catch((error: unknown) => {
+      bus.records.erase(queued).catch((error: unknown) => {
         log.debug({ error: ClusterError.from(error), requestId }, 'orphaned record not deleted');
       });
     }
-  }
-
-  #publishSoon(drains: DrainMarks): void {
-    const nowMs = performance.now();
-    const sinceMs = nowMs - this.#publishedMs;
-    // A gateway that has just come may not have heard of every group yet, which is not their absence.
-    const knowsGroups = nowMs - this.#beganMs >= heartbeatQuietMs;
-    if (!this.#replayed || !knowsGroups || this.#publishTimer !== undefined) {
-      return;
-    }
-    if (sinceMs < publishMs) {
-      this.#publishTimer = setTimeout(() => {
-        this.#publishTimer = undefined;
-        this.#planSoon();
-      }, publishMs - sinceMs);
-      return;
-    }
-    const state = this.#readState(drains);
-    const content = JSON.stringify({ ...state, oldestWaitingMs: 0 });
-    if (content !== this.#published || sinceMs >= republishMs) {
-      this.#published = content;
-      this.#publishedMs = nowMs;
-      this.#parts.queue.publishState(state);
-    }
-  }
-
-  #readState(drains: DrainMarks): QueueState {
-    const { model, groups, sessions } = this.#parts;
-    const nowMs = performance.now();
-    const loads = this.#state.loads();
-    const ready = groups.ready(model, nowMs);
-    const readyNames = new Set(ready.map(({ group }) => group));
-    const alive = groups.alive(model, nowMs).toSorted((a, b) => (a.group < b.group ? -1 : 1));
-    return {
-      model,
-      dispatcherEpoch: this.#epoch,
-      ...this.#state.summary(nowMs),
-      readyGroups: ready.length,
-      slots: ready
-        .filter(({ group }) => !drains.has(group))
-        .reduce((sum, { maxSequences }) => sum + maxSequences, 0),
-      groups: alive.map((heartbeat) => {
-        const load = loads.get(placeKey(heartbeat));
-        return {
-          group: heartbeat.group,
-          incarnation: heartbeat.incarnation,
-          revision: heartbeat.revision,
-          identity: heartbeat.identity,
-          routable: readyNames.has(heartbeat.group) && sessions.isRoutable(heartbeat),
-          draining: drains.has(heartbeat.group) || heartbeat.state === GroupState.DRAINING,
-          slots: heartbeat.maxSequences,
-          inFlightRequests: load?.requests ?? 0,
-          inFlightTokens: load?.tokens ?? 0,
-        };
-      }),
-    };
   }
 }

@@ -5,7 +5,8 @@ import { join } from 'node:path';
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { createLog } from '@mimo/core/process/log';
-import { summaryOf, type RequestQueue } from '@mimo/core/bus/queue';
+import type { Bus } from '@mimo/core/bus/bus';
+import { summaryOf } from '@mimo/core/bus/records';
 import { AssignmentOutcome, Company, RequestRecord, type RequestEnded } from '@mimo/proto/queue';
 import { FinishKind, GroupState, Heartbeat, SequenceDelta, type Submit } from '@mimo/proto/worker';
 import { loadTokenizer } from '@mimo/tokenizer';
@@ -225,18 +226,18 @@ class World {
   constructor(schedule: Schedule) {
     this.schedule = schedule;
     this.groups = Array.from({ length: schedule.groups }, (_, index) => new Group(`g${index}`, this));
-    const queue = {
+    const records = {
       storeId: 's',
-      connected: true,
       publish: async (record: RequestRecord) => {
         this.#sequence += 1;
         this.#records.set(this.#sequence, record);
         this.#follow(this.#sequence, record);
         return { storeId: 's', sequence: this.#sequence };
       },
-      delete: async ({ sequence }: { readonly sequence: number }) => this.#records.delete(sequence),
-      publishEnded: (ended: RequestEnded) => this.#tell(ended),
-    } as unknown as RequestQueue;
+      erase: async ({ sequence }: { readonly sequence: number }) => this.#records.delete(sequence),
+    };
+    const signals = { publishEnded: (ended: RequestEnded) => this.#tell(ended) };
+    const bus = { connected: true, records, signals } as unknown as Bus;
     const sessions = {
       to: (target: Session['target']) => ({
         target,
@@ -249,7 +250,7 @@ class World {
       { length: 3 },
       () =>
         new Requests({
-          queue,
+          bus,
           sessions,
           groups: this.#seen,
           eraseAfterMs: Number.POSITIVE_INFINITY,

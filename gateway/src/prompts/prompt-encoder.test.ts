@@ -7,7 +7,7 @@ import { Message, Role } from '@mimo/proto/inference';
 import { loadTokenizer, TooManyTokensError } from '@mimo/tokenizer';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
-import type { PromptInput } from '../admission/admission.ts';
+import type { PromptInput } from '../admission/prompt-input.ts';
 import { loadPromptEncoder, type PromptEncoder } from './prompt-encoder.ts';
 
 const demo = join(import.meta.dirname, '../../../models/mimo-demo');

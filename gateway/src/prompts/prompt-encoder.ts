@@ -1,5 +1,5 @@
 // One model's prompts -> token ids. Owns the model's readers (prompt-reader.ts), which run what its files ask for in
-// processes of their own, and who waits for them (prompt-queue.ts). What a prompt may be is in admission.ts. A model whose
+// processes of their own, and who waits for them (prompt-queue.ts). What a prompt may be is in prompt-input.ts. A model whose
 // template or tokenizer never ends, or takes all memory, harms the callers of this model alone.
 
 import { beforeAbort } from '@mimo/core/process/abort';
@@ -7,7 +7,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
 import { createTokenTable, TooManyTokensError, type TokenTable } from '@mimo/tokenizer';
 
-import { promptCost, type PromptInput } from '../admission/admission.ts';
+import { promptCost, type PromptInput } from '../admission/prompt-input.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { EncodedPrompt, ReaderMessage, ReadPromptMessage } from './prompt-messages.ts';
 import { PromptQueue } from './prompt-queue.ts';

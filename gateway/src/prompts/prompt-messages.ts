@@ -3,7 +3,7 @@
 import type { ErrorCode } from '@mimo/core/process/errors';
 import type { TokenTableData } from '@mimo/tokenizer';
 
-import type { PromptInput } from '../admission/admission.ts';
+import type { PromptInput } from '../admission/prompt-input.ts';
 
 /** A prompt's ids, and what of the completion's text it already holds. */
 export interface EncodedPrompt {

@@ -15,7 +15,7 @@ import {
   type Tokenizer,
 } from '@mimo/tokenizer';
 
-import { continuesLast, conversationOf } from '../admission/admission.ts';
+import { continuesLast, conversationOf } from '../admission/prompt-input.ts';
 import type { EncodedPrompt, PromptStage, ReaderMessage, ReadPromptMessage } from './prompt-messages.ts';
 
 const [, , directory = '', timeoutMs = ''] = process.argv;

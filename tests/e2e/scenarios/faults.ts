@@ -172,7 +172,7 @@ async function farAway(world: World): Promise<number> {
   const until = AbortSignal.any([world.signal, AbortSignal.timeout(farAwayMs)]);
   let worked = 0;
   let states = 0;
-  for await (const state of installation.queue.followState(question.model, until)) {
+  for await (const state of installation.queue.queueStates.follow(question.model, until)) {
     const own = state.groups.find((each) => each.group === group);
     states += 1;
     worked += own?.routable === true && own.inFlightRequests > 0 ? 1 : 0;

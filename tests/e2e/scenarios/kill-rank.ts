@@ -108,13 +108,13 @@ async function watchRotation(
   const both = AbortSignal.any([signal, ended.signal]);
   let lastHeartbeatMs = performance.now();
   void (async () => {
-    for await (const heartbeat of queue.followHeartbeats(both)) {
+    for await (const heartbeat of queue.heartbeats.follow(both)) {
       if (heartbeat.group === group) {
         lastHeartbeatMs = performance.now();
       }
     }
   })();
-  for await (const state of queue.followState(modelName, both)) {
+  for await (const state of queue.queueStates.follow(modelName, both)) {
     const own = state.groups.find((each) => each.group === group);
     if (own?.routable !== true) {
       const outMs = performance.now();

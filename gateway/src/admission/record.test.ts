@@ -6,16 +6,9 @@ import { describe, expect, it } from 'vitest';
 
 import { ClusterError } from '@mimo/core/process/errors';
 
-import {
-  admitRequest,
-  checkPrompt,
-  continuesLast,
-  conversationOf,
-  textsOf,
-  type AdmissionContext,
-  type ModelFacts,
-  type PromptInput,
-} from './admission.ts';
+import { checkPrompt, type ModelFacts } from './check.ts';
+import { continuesLast, conversationOf, textsOf, type PromptInput } from './prompt-input.ts';
+import { admitRequest, type AdmissionContext } from './record.ts';
 
 const specialTokens = new Map([
   ['<|end|>', 7],

@@ -1,24 +1,17 @@
-// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals,
-// given back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket.
-// The caller chooses the lease; time is the process's own clock, which can only make a lease shorter.
+// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
+// back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket. Time is the
+// process's own clock, which can only make a lease shorter.
 
-import { JetStreamApiError } from '@nats-io/jetstream';
 import type { KV } from '@nats-io/kv';
 
-import { beforeAbort, pause } from '../process/abort.ts';
-import { ClusterError } from '../process/errors.ts';
-import type { Log } from '../process/log.ts';
-import type { NatsLink } from './nats-connection.ts';
-import { leaseRenewMs, leaseTtlMs, type Lease } from './queue.ts';
+import { beforeAbort, pause } from '../../process/abort.ts';
+import { ClusterError } from '../../process/errors.ts';
+import type { Log } from '../../process/log.ts';
+import { leaseRenewMs, leaseTtlMs, type Lease, type Leases } from '../leases.ts';
+import { isTaken } from './errors.ts';
+import type { NatsLink } from './link.ts';
+import type { NatsStreams } from './streams.ts';
 import { subjects, tokenFromName } from './subjects.ts';
-
-// The server's codes for "the last sequence of this key is a different one".
-const wrongLastSequenceCodes = new Set([10071, 10164]);
-
-/** Another process has written the key. */
-export function isTaken(error: unknown): boolean {
-  return error instanceof JetStreamApiError && wrongLastSequenceCodes.has(error.code);
-}
 
 interface Held {
   readonly leases: KV;
@@ -31,25 +24,35 @@ interface Held {
   readonly askedMs: number;
 }
 
-/** The leases of one connection. Call `releaseAll` before the connection is closed. */
-export class NatsLeases {
+/** What the leases need. */
+export interface NatsLeasesOptions {
+  readonly link: NatsLink;
+  readonly streams: NatsStreams;
+  readonly log: Log;
+}
+
+/** The leases of one link, which are given back before it leaves; one that cannot be in that time expires by itself. */
+export class NatsLeases implements Leases {
   readonly #link: NatsLink;
+  readonly #streams: NatsStreams;
   readonly #log: Log;
   readonly #held = new Set<Lease>();
   readonly #givingBack = new Set<Promise<void>>();
 
-  constructor(link: NatsLink, log: Log) {
+  constructor({ link, streams, log }: NatsLeasesOptions) {
     this.#link = link;
+    this.#streams = streams;
     this.#log = log;
+    link.beforeLeaving(() => this.#releaseAll());
   }
 
-  /** Waits until a name's lease is free and takes it; rejects when the signal fires first. */
-  async acquire(name: string, holder: string, signal: AbortSignal): Promise<Lease> {
-    const key = tokenFromName(name);
+  async acquire(model: string, holder: string, until: AbortSignal): Promise<Lease> {
+    const signal = AbortSignal.any([until, this.#link.closing]);
+    const key = tokenFromName(model);
     const value = JSON.stringify({ holder });
-    const { leases, connection } = await this.#link.opened(signal);
+    const { leases, connection } = await this.#streams.opened(signal);
     let freed = new AbortController();
-    const subject = subjects.leaseFreed(name);
+    const subject = subjects.leaseFreed(model);
     const subscription = connection.subscribe(subject, { callback: () => freed.abort() });
     try {
       for (;;) {
@@ -58,7 +61,7 @@ export class NatsLeases {
         const askedMs = performance.now();
         try {
           const revision = await this.#create({ leases, key, value }, signal);
-          const epoch = this.#link.leasesMadeSeconds * epochsPerSecond + revision;
+          const epoch = this.#streams.leasesMadeSeconds * epochsPerSecond + revision;
           const lease = hold({ leases, key, value, revision, epoch, askedMs }, (isFree) => {
             this.#held.delete(lease);
             if (isFree && !connection.isClosed()) {
@@ -69,8 +72,8 @@ export class NatsLeases {
           return lease;
         } catch (error) {
           signal.throwIfAborted();
-          if (!isTaken(error) && this.#link.connected) {
-            this.#log.warn({ error: ClusterError.from(error), model: name }, 'cannot take the lease');
+          if (!isTaken(error) && this.#streams.ready) {
+            this.#log.warn({ error: ClusterError.from(error), model }, 'cannot take the lease');
           }
         }
         await pause(leaseRenewMs, AbortSignal.any([signal, freed.signal]));
@@ -80,7 +83,7 @@ export class NatsLeases {
     }
   }
 
-  async releaseAll(): Promise<void> {
+  async #releaseAll(): Promise<void> {
     await Promise.all([...[...this.#held].map((lease) => lease.release()), ...this.#givingBack]);
   }
 

@@ -3,31 +3,49 @@
 
 import type { KvEntry } from '@nats-io/kv';
 
-import { beforeAbort, pause } from '../process/abort.ts';
-import { ClusterError } from '../process/errors.ts';
-import type { Log } from '../process/log.ts';
-import { unavailable, type NatsLink } from './nats-connection.ts';
-import { isTaken } from './nats-lease.ts';
-import type { DrainMark, DrainMarks } from './queue.ts';
+import { beforeAbort, pause } from '../../process/abort.ts';
+import { ClusterError } from '../../process/errors.ts';
+import type { Log } from '../../process/log.ts';
+import type { DrainMark, DrainMarks, MarkedGroups } from '../drain-marks.ts';
+import { isTaken, unavailable } from './errors.ts';
+import type { NatsLink } from './link.ts';
+import type { NatsStreams } from './streams.ts';
 import { tokenFromName } from './subjects.ts';
 
 /** There are few writers: one controller holds the lease. So many lost races in a row are a fault. */
 const maxAttempts = 20;
 const retryMs = 500;
 
-/** The marks of one connection, which its owner closes. */
-export class NatsDrains {
+/** What the marks need. */
+export interface NatsDrainMarksOptions {
+  readonly link: NatsLink;
+  readonly streams: NatsStreams;
+  readonly log: Log;
+}
+
+/** The marks behind one link. Nothing to close: iterations end with the link. */
+export class NatsDrainMarks implements DrainMarks {
   readonly #link: NatsLink;
+  readonly #streams: NatsStreams;
   readonly #log: Log;
 
-  constructor(link: NatsLink, log: Log) {
+  constructor({ link, streams, log }: NatsDrainMarksOptions) {
     this.#link = link;
+    this.#streams = streams;
     this.#log = log;
   }
 
+  async mark(model: string, group: string, { sinceUnixMs }: DrainMark): Promise<void> {
+    await this.#change(model, (marks) => !marks.has(group) && marks.set(group, { sinceUnixMs }) === marks);
+  }
+
+  async clear(model: string, group: string): Promise<void> {
+    await this.#change(model, (marks) => marks.delete(group));
+  }
+
   /** Changes the marks of a model. `change` returns false if there is nothing to do; it may be called several times. */
-  async change(model: string, change: (marks: Map<string, DrainMark>) => boolean): Promise<void> {
-    const { drains } = await this.#link.session();
+  async #change(model: string, change: (marks: Map<string, DrainMark>) => boolean): Promise<void> {
+    const { drains } = await this.#streams.stores();
     const key = tokenFromName(model);
     for (let attempt = 0; attempt < maxAttempts; attempt += 1) {
       try {
@@ -49,17 +67,15 @@ export class NatsDrains {
     throw unavailable(`cannot change the drain marks of ${model}: other writers keep changing them`);
   }
 
-  /**
-   * The whole map, first and after every change. Starts over with each connection, since changes in between are not
-   * reported.
-   */
-  async *follow(model: string, until: AbortSignal): AsyncGenerator<DrainMarks, void, undefined> {
+  /** Starts over with each connection, since a watch misses the changes in between. */
+  async *follow(model: string, signal: AbortSignal): AsyncGenerator<MarkedGroups, void, undefined> {
+    const until = AbortSignal.any([signal, this.#link.closing]);
     const key = tokenFromName(model);
     while (!until.aborted) {
       try {
-        await this.#link.opened(until);
-        const { drains } = await this.#link.session();
-        const stop = AbortSignal.any([until, this.#link.connectionLost, this.#link.storeReplaced]);
+        await this.#streams.opened(until);
+        const { drains } = await this.#streams.stores();
+        const stop = AbortSignal.any([until, this.#link.lost, this.#streams.storeReplaced]);
         const first = await beforeAbort(drains.get(key), stop);
         yield marksOf(first);
         const entries = await drains.watch({ key });
@@ -79,7 +95,7 @@ export class NatsDrains {
           end();
         }
       } catch (error) {
-        if (!until.aborted && this.#link.connected) {
+        if (!until.aborted && this.#streams.ready) {
           this.#log.warn({ error: ClusterError.from(error), model }, 'cannot follow the drain marks');
         }
       }
@@ -88,7 +104,7 @@ export class NatsDrains {
   }
 }
 
-function marksOf(entry: KvEntry | null): DrainMarks {
+function marksOf(entry: KvEntry | null): MarkedGroups {
   if (entry === null || entry.operation !== 'PUT') {
     return new Map();
   }

@@ -1,0 +1,51 @@
+// What a model is to read, as a client sent it: a conversation, a text or token ids. Pure.
+
+import { Role, type Message } from '@mimo/proto/inference';
+import type { ChatMessage } from '@mimo/tokenizer';
+
+/** What the model is to read. */
+export type PromptInput =
+  | { readonly kind: 'chat'; readonly messages: readonly Message[] }
+  | { readonly kind: 'text'; readonly text: string }
+  | { readonly kind: 'tokens'; readonly tokenIds: readonly number[] }
+  | { readonly kind: 'none' };
+
+/** The texts that are tokenised. */
+export function textsOf(input: PromptInput): string[] {
+  if (input.kind === 'chat') {
+    return input.messages.map(({ content }) => content);
+  }
+  return input.kind === 'text' ? [input.text] : [];
+}
+
+/** What the template adds to a message, and what rendering one costs, in letters. */
+const messageCharacters = 128;
+
+/** What a prompt costs to render and tokenise, in letters: an empty message is not free. */
+export function promptCost(input: PromptInput): number {
+  const characters = textsOf(input).reduce((sum, text) => sum + text.length, 0);
+  return input.kind === 'chat' ? characters + messageCharacters * input.messages.length : characters;
+}
+
+/** The roles of a conversation, as the template names them. */
+export const roleNames = new Map<Role, ChatMessage['role']>([
+  [Role.SYSTEM, 'system'],
+  [Role.USER, 'user'],
+  [Role.ASSISTANT, 'assistant'],
+]);
+
+/** Whether the completion goes on with the conversation's last message, and does not answer it. */
+export function continuesLast(messages: readonly Message[]): boolean {
+  return messages.at(-1)?.role === Role.ASSISTANT;
+}
+
+/** The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends. */
+export function conversationOf(messages: readonly Message[]): ChatMessage[] {
+  const conversation = messages.map(({ role, content }) => ({
+    role: roleNames.get(role) ?? 'user',
+    content,
+  }));
+  return conversation[0]?.role === 'system'
+    ? conversation
+    : [{ role: 'system', content: '' }, ...conversation];
+}
