@@ -44,7 +44,7 @@ export interface LiveSequence extends SequenceOnWire {
   /** Completion index of the next token. */
   nextIndex: number;
   readonly onTrial: boolean;
-  /** Undefined once that is gone; the engine has yet to let go of the sequence. */
+  /** Undefined once it is gone, while the engine still holds the sequence. */
   reader: SequenceReader | undefined;
   deadline: Timer | undefined;
 }
@@ -61,19 +61,19 @@ export class LiveSequences {
   #refusing: ClusterError | undefined;
   #emptied = Promise.withResolvers<void>();
 
-  /** `log` takes what clients are not shown: why the engine ended a sequence with a fault of its own or of the model. */
+  /** `log` gets what clients do not see: why a sequence failed by a fault of the engine or the model. */
   constructor(engine: SequenceEngine, group: Pick<Welcome, 'group' | 'identity'>, log?: Log) {
     this.#engine = engine;
     this.#group = group;
     this.#log = log;
   }
 
-  /** How many the engine has not let go of yet. */
+  /** Sequences that the engine still holds. */
   get count(): number {
     return this.#byId.size;
   }
 
-  /** What the engine has not let go of yet, for heartbeats. */
+  /** What the engine still holds, for heartbeats. */
   running(): RunningRequest[] {
     return Array.from(this.#byId.values(), ({ requestId, epoch, onTrial, firstIndex, nextIndex }) => ({
       requestId,
@@ -120,7 +120,7 @@ export class LiveSequences {
     this.#engine.abort(sequence.id);
   }
 
-  /** Aborts all of a reader that is gone: nobody reads their ends. */
+  /** Aborts all sequences of a reader that is gone; their ends are not delivered. */
   leave(reader: SequenceReader): void {
     const left = this.#bySlot.get(reader);
     this.#bySlot.delete(reader);
@@ -131,19 +131,19 @@ export class LiveSequences {
     }
   }
 
-  /** Aborts every sequence: each tells its last tokens and figures, and that another group may go on. */
+  /** Aborts every sequence; each end carries its last tokens and figures, and says that another group may continue. */
   handOver(): void {
     for (const sequence of this.#byId.values()) {
       this.abort(sequence, 'handOver');
     }
   }
 
-  /** Ends new sequences with this error from here on; running ones go on. */
+  /** From here on new sequences end with this error; running ones continue. */
   refuse(error: ClusterError): void {
     this.#refusing ??= error;
   }
 
-  /** Ends every sequence with this error, at once and without waiting for the engine, which says nothing more. */
+  /** Ends every sequence with this error at once; the engine reports nothing more. */
   fail(error: ClusterError): void {
     this.refuse(error);
     for (const sequence of this.#byId.values()) {
@@ -164,7 +164,7 @@ export class LiveSequences {
     for (const delta of deltas) {
       const sequence = this.#byId.get(delta.sequenceId);
       if (sequence === undefined) {
-        // It ended with its group, and this was on its way.
+        // It ended with its group while this delta was on its way.
         continue;
       }
       if (sequence.reader !== undefined) {

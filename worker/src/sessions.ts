@@ -43,7 +43,7 @@ export class Sessions {
     return session;
   }
 
-  /** Ends every sequence with this error, at once and without waiting for the engine, and every session after them. */
+  /** Ends every sequence with this error at once, without waiting for the engine, and then every session. */
   fail(error: ClusterError): void {
     this.sequences.fail(error);
     for (const session of this.#sessions) {

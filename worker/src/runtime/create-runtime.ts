@@ -12,7 +12,7 @@ import {
 /**
  * Loads ONNX Runtime. Errors: `invalid_argument` for an unknown provider or thread count, `failed_precondition` naming
  * what is missing. The caller closes it. One implementation per process: ONNX Runtime's environment is global, and
- * whoever creates it first decides about its threads.
+ * the first runtime of a process decides about its threads.
  */
 export async function createRuntime(options: RuntimeOptions): Promise<Runtime> {
   const { executionProvider, implementation } = options;

@@ -1,5 +1,5 @@
-// Passes that a CUDA device does again without being told kernel by kernel: recorded as graphs under a key. Owns the
-// graphs; knows no segment. Telling takes the host 150 us a layer, a graph takes it 5 us a pass.
+// Passes that a CUDA device repeats without launching their kernels one at a time: recorded as graphs under a key. Owns
+// the graphs; knows no segment. Launching takes the host 150 us a layer, a graph 5 us a pass.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice } from './cuda-device.ts';
@@ -66,7 +66,7 @@ export class CudaReplays {
     } catch (error) {
       api.getLastError();
       this.#isRecording = false;
-      process.emitWarning(`cuda: passes are told kernel by kernel: ${ClusterError.from(error).message}`);
+      process.emitWarning(`cuda: kernels are launched one at a time: ${ClusterError.from(error).message}`);
       return undefined;
     }
   }

@@ -121,7 +121,7 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
       try {
         device.synchronize();
       } catch {
-        // Its group is lost, and aborted; whoever waited was told.
+        // The group is lost and aborted; whatever waited for it has failed already.
       }
       replays.close();
       link.abort();

@@ -43,10 +43,10 @@ export interface TokenLogprob {
   readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
 }
 
-/** Why a sequence gave up its slot and its KV blocks: whoever submitted it has let it produce no more for a while. */
+/** Why a sequence gave up its slot and its KV blocks: it had no credit for a while. */
 export type ParkReason = 'no credit';
 
-/** `parked` is no end of the text: submitted again with its tokens, the sequence goes on. */
+/** `parked` does not end the text: submitted again with its tokens, the sequence continues. */
 export type SequenceEnd =
   | { readonly kind: 'stop'; readonly stopTokenId: number }
   | { readonly kind: 'length' }
@@ -85,13 +85,13 @@ export interface EngineStats {
   readonly completionTokens: number;
   readonly draftedTokens: number;
   readonly acceptedTokens: number;
-  /** Parked since the beginning. */
+  /** Parked since the start. */
   readonly parkedSequences: number;
   readonly runningSequences: number;
   readonly waitingSequences: number;
-  /** Of those that wait, those for which there is no slot, or no KV blocks. */
+  /** Waiting sequences that have no room: no slot, or not enough KV blocks. */
   readonly blockedSequences: number;
-  /** Of those that run, those that will be parked for others. */
+  /** Running sequences that may be parked to make room. */
   readonly parkableSequences: number;
   readonly kvBlocks: number;
   readonly kvBlocksUsed: number;
@@ -150,8 +150,7 @@ export interface EngineHost {
 }
 
 /**
- * The last delta of a sequence that produces nothing more and has no figures: of one that was refused, or that a lost group
- * leaves behind.
+ * The last delta of a sequence that the engine cannot report itself: it was refused, or its group was lost.
  */
 export function lastDelta(sequenceId: number, completionTokens: number, end: SequenceEnd): SequenceDelta {
   return {
@@ -162,7 +161,7 @@ export function lastDelta(sequenceId: number, completionTokens: number, end: Seq
   };
 }
 
-/** The figures of an engine that has done nothing and holds `kvBlocks`, all free. */
+/** The figures of an engine that has done nothing; all its `kvBlocks` are free. */
 export function idleStats(kvBlocks: number): EngineStats {
   return {
     steps: 0,

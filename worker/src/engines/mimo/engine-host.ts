@@ -58,7 +58,7 @@ class RunningEngine implements EngineHost {
   readonly #watches: StepWatch[] = [];
   readonly #looking: NodeJS.Timeout;
   #isStalled = false;
-  /** Resolves when a step hangs, whose thread cannot be waited for. */
+  /** Resolves when a step hangs: `close` cannot wait for its thread. */
   readonly #hung = Promise.withResolvers<void>();
   readonly #listeners = new Set<(frame: EngineFrame) => void>();
   readonly #ready = Promise.withResolvers<void>();
@@ -166,7 +166,7 @@ class RunningEngine implements EngineHost {
     clearInterval(this.#looking);
   }
 
-  /** Ends the group where one of its steps does not end by itself. */
+  /** Checks every step thread; ends the group when one hangs. */
   #look(): void {
     const health = this.#watches.map((watch) => watch.look());
     this.#isStalled = health.some((each) => each !== 'turning');
@@ -231,7 +231,7 @@ class RunningEngine implements EngineHost {
         this.#fail(new ClusterError('canceled', 'the leader has dissolved the group'));
         break;
       case 'failed':
-        // A rank that was stopped tells nothing new: what stopped the group is told by another, or is `close`.
+        // This rank was stopped. The reason is another rank's failure, which is reported by itself, or `close`.
         if (response.code !== 'canceled') {
           this.#fail(new ClusterError(response.code, response.message));
         }
@@ -256,7 +256,7 @@ class RunningEngine implements EngineHost {
     }
   }
 
-  /** From here on nothing is taken and nothing is reported. */
+  /** From here on the engine takes no requests and reports no frames. */
   #end(state: 'closing' | 'failed'): void {
     this.#state = state;
     this.#stats = {

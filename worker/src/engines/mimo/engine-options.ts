@@ -21,7 +21,7 @@ export type GroupOptions =
       readonly addresses: readonly string[];
       /** Where this rank listens, `host:port`; default: its entry of `addresses`. */
       readonly listenAddress?: string;
-      /** Shared secret of the group; a peer with another one is turned away. */
+      /** Shared secret of the group; a peer with a different one is rejected. */
       readonly token: string;
       /** The whole group must have met and loaded within this time. Default 120 s. */
       readonly connectTimeoutMs?: number;

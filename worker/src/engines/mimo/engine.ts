@@ -57,7 +57,7 @@ export interface EngineLimits {
   readonly parkAfterMs: number;
 }
 
-/** What an engine decides by; both have a part of their own only in tests and benches. */
+/** How an engine decides; tests and benches replace these. */
 export interface EngineParts {
   readonly plan: typeof planStep;
   /** Milliseconds that only grow. */
@@ -73,11 +73,11 @@ export class Engine {
   readonly #kv: KvCache;
   readonly #plan: typeof planStep;
   readonly #clockMs: () => number;
-  /** Live sequences by id, in order of arrival: the older is the earlier. */
+  /** Live sequences by id, in order of arrival: the oldest first. */
   readonly #sequences = new Map<number, Sequence>();
   /** Slots to give back with the next pass. */
   #releasedSlots: number[] = [];
-  /** Ended outside of a step: refused, aborted or parked. */
+  /** Last deltas of sequences that ended between steps: refused, aborted or parked. */
   #ended: SequenceDelta[] = [];
   #afterQuick = false;
   #blockedSequences = 0;
@@ -151,8 +151,9 @@ export class Engine {
   }
 
   /**
-   * One step of everything that can run, and the report of what has ended since the last, is blocked or may be parked;
-   * undefined where there is nothing of these. Throws what the executor throws: the group is then lost.
+   * Runs one step of everything that can run, and reports it with what has ended since the last step; undefined when
+   * nothing ran or ended and no count of blocked or parkable sequences changed. Throws what the executor throws: the group
+   * is then lost.
    */
   step(): EngineFrame | undefined {
     const before = { parkable: this.#parkableSequences, blocked: this.#blockedSequences };
@@ -221,7 +222,7 @@ export class Engine {
     }
   }
 
-  /** Milliseconds until something changes by itself: a sequence without credit may be parked then. Infinity: nothing. */
+  /** Milliseconds until the next sequence without credit may be parked; Infinity where no sequence is without credit. */
   get idleMs(): number {
     const nowMs = this.#clockMs();
     const waits = [...this.#sequences.values()]
@@ -325,7 +326,7 @@ export class Engine {
     });
   }
 
-  /** The sequence goes on with the token, or ends where the model gives none. */
+  /** Appends the token, or ends the sequence where the logits were not finite. */
   #takeToken(sequence: Sequence, chosen: ChosenToken): void {
     const problem = problemOf(chosen, this.#limits.usableVocab);
     if (problem === undefined) {

@@ -3,7 +3,7 @@
 
 import { argmax, drawToken, type DrawContext, type DrawnToken } from './sampler.ts';
 
-/** What a pass shall return of one head row; every row is asked by itself, and none pays for another's. */
+/** What a pass returns of one head row. Rows ask independently: one that wants all logits costs the others nothing. */
 export type HeadRequest =
   /** The token of the largest logit, the lowest id at ties. */
   | { readonly kind: 'best' }

@@ -1,5 +1,5 @@
-// How the ranks' shares of a value are added: by nobody where there is one rank, by the devices where they reach one another,
-// else on the host over the collective. Owns the choice, which rank 0 makes for all by the group id in its plan.
+// How the ranks' shares of a value are added: by the devices where they reach one another, else on the host over the
+// collective; one rank adds nothing. Owns the choice, which rank 0 makes for all by the group id in its plan.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';

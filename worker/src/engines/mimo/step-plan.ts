@@ -1,4 +1,4 @@
-// What rank 0 tells the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
+// What rank 0 sends to the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
 //
 //   configure  [1, kvBlocks, maxRows, maxHeadRows, usableVocab, words of the device group's id, words...]
 //   forward    [2, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)...,
@@ -44,7 +44,7 @@ export interface ConfigurePlan {
   readonly maxHeadRows: number;
   /** Ids at or above are never the best. */
   readonly usableVocab: number;
-  /** By which the ranks' devices find one another (reduce.ts); empty: they sum on the host. */
+  /** With it the ranks' devices join a group (reduce.ts); empty: the host sums. */
   readonly deviceGroupId: Int32Array;
 }
 
@@ -93,7 +93,7 @@ export function encodeStepPlan(plan: StepPlan): Int32Array {
   return frame;
 }
 
-/** Throws `data_loss` for a frame that no `encodeStepPlan` made. */
+/** Throws `data_loss` for a frame that `encodeStepPlan` cannot have made. */
 export function decodeStepPlan(frame: Int32Array): StepPlan {
   let at = 0;
   const next = (): number => {

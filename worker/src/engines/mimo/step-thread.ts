@@ -35,11 +35,11 @@ export interface StepThreadOptions {
   readonly manifest: ShardManifest;
   readonly runtime: RuntimeOptions;
   readonly collective: CollectiveSource;
-  /** The leader's; followers are told what they need. */
+  /** The leader's; followers receive what they need with `configure`. */
   readonly limits: EngineLimits;
-  /** The limits' KV blocks are the most that can be used; how many fit is found out here. */
+  /** The limits' KV blocks are an upper bound; the thread finds out how many fit. */
   readonly isKvAuto: boolean;
-  /** The ranks show one another signs of life at this interval, whether there is work or not. */
+  /** The ranks ping one another at this interval, whether there is work or not. */
   readonly pingMs: number;
   /** Shared: not zero once this rank has been asked to end. */
   readonly leaving: Int32Array;
@@ -76,13 +76,13 @@ function openCollective(source: CollectiveSource): Collective {
     : createInProcessCollective(source.group, source.rank);
 }
 
-/** Runs one rank to its end; tells the main thread how it ended. */
+/** Runs one rank to its end and reports to the main thread how it ended. */
 async function runRank(options: StepThreadOptions, port: MessagePort): Promise<void> {
   const respond = (response: StepThreadResponse): void => port.postMessage(response);
   let collective: Collective | undefined;
   let runtime: Runtime | undefined;
   try {
-    // Connections are taken over first: whatever fails below closes them, and the peers know at once.
+    // Connections first: a failure below closes them, so that the peers notice at once.
     collective = openCollective(options.collective);
     runtime = await createRuntime(options.runtime);
     const { directory, manifest, pingMs, leaving, turns } = options;
@@ -102,7 +102,7 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
     }
     runner.close();
   } catch (error) {
-    // Before the group is left, so that the cause is told before its consequences on other ranks.
+    // Before leaving the group, so that the cause is reported before its consequences on other ranks.
     const { code, message } = ClusterError.from(error);
     respond({ kind: 'failed', code, message });
   } finally {
@@ -150,7 +150,7 @@ interface Leading {
   readonly onReady: () => void;
 }
 
-/** Returns when asked to close, after telling the others. */
+/** Returns when asked to close, after stopping the other ranks. */
 async function lead({
   runtime,
   runner,
@@ -243,7 +243,7 @@ function follow({
   }
 }
 
-/** Everybody learns that everybody is alive, and how many of them were asked to end. */
+/** All ranks meet: each learns that the others are alive, and how many of them were asked to end. */
 function meet(collective: Collective, leaving = 0): number {
   const values = Float32Array.of(leaving);
   collective.allReduce(values);
