@@ -25,11 +25,15 @@ import {
   startTestCluster,
   type TestCluster,
 } from '../harness/cluster.ts';
+import { heapEnv, openHeap, type Heap } from '../harness/heap.ts';
 import { frame, rawCall, type CallEnd, type RawCall } from './raw-call.ts';
 
 /** What the processes hold: all of it must be back where it was once the corpus has been tried. */
 export interface Footprint {
+  /** What is live after a collection, and what the process takes of the machine. */
+  readonly gatewayLiveBytes: number;
   readonly gatewayBytes: number;
+  readonly workerLiveBytes: number;
   readonly workerBytes: number;
   readonly gatewaySockets: number;
   /** Processes that read prompts. */
@@ -102,8 +106,9 @@ export async function openWorld(subjects: readonly ModelWriter[]): Promise<Hosti
   const cluster = await startTestCluster({
     tensorParallel: 1,
     apiKey: keys.bystander,
-    workerEnv: { TMPDIR: temporary, MIMO_WORKER_LOG_LEVEL: 'debug' },
+    workerEnv: { ...heapEnv, TMPDIR: temporary, MIMO_WORKER_LOG_LEVEL: 'debug' },
     gatewayEnv: {
+      ...heapEnv,
       TMPDIR: temporary,
       MIMO_GATEWAY_LOG_LEVEL: 'debug',
       MIMO_GATEWAY_MODELS: Object.entries(models)
@@ -127,6 +132,7 @@ class RunningWorld implements HostileWorld {
   readonly #directory: string;
   readonly #metricsPort: number;
   readonly #client: ReturnType<typeof createClient>;
+  readonly #heaps = new Map<number, Promise<Heap>>();
 
   constructor({
     cluster,
@@ -230,13 +236,23 @@ class RunningWorld implements HostileWorld {
   async footprint(): Promise<Footprint> {
     const { gateway, groups } = this.cluster.parts;
     const gatewayPid = gateway.children[0]?.pid ?? 0;
+    const workerPid = groups[0]?.children[0]?.pid ?? 0;
     return {
+      gatewayLiveBytes: await this.#liveBytes(gatewayPid, 'gateway.log'),
       gatewayBytes: await residentBytes(gatewayPid),
-      workerBytes: await residentBytes(groups[0]?.children[0]?.pid ?? 0),
+      workerLiveBytes: await this.#liveBytes(workerPid, 'group-0-rank-0.log'),
+      workerBytes: await residentBytes(workerPid),
       gatewaySockets: await socketCount(gatewayPid),
       promptReaders: await childCount(gatewayPid),
       held: { ...(await this.cluster.held()) },
     };
+  }
+
+  async #liveBytes(pid: number, log: string): Promise<number> {
+    const opening =
+      this.#heaps.get(pid) ?? openHeap({ pid, logFile: join(this.cluster.dataDirectory, 'logs', log) });
+    this.#heaps.set(pid, opening);
+    return (await opening).liveBytes();
   }
 
   async close(): Promise<void> {
