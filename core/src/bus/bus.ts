@@ -1,6 +1,6 @@
-// What the processes of a cluster say to one another through NATS, as ports by concern: a process takes the ports that it
-// uses. nats/bus.ts implements all of them over one connection, memory/bus.ts in one process; tests/cluster/queue.test.ts
-// holds both to the promises in the ports' comments. Tokens never travel here.
+// What the processes of a cluster say to one another through NATS, as ports by concern: a process takes the ports that
+// it uses. nats/bus.ts implements all of them over one connection, memory/bus.ts in one process;
+// tests/cluster/queue.test.ts holds both to the promises in the ports' comments. Tokens never travel here.
 
 import type { DrainMarks } from './drain-marks.ts';
 import type { Leases } from './leases.ts';

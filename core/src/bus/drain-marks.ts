@@ -1,5 +1,5 @@
-// The groups that are to finish what they hold and take nothing new. The controller marks and clears; dispatchers follow.
-// Implemented by nats/drain-marks.ts (a key a model) and memory/drain-marks.ts.
+// The groups that are to finish what they hold and take nothing new. The controller marks and clears; dispatchers
+// follow. Implemented by nats/drain-marks.ts (a key a model) and memory/drain-marks.ts.
 
 /** A group's drain mark: dispatchers assign nothing more to the group. */
 export interface DrainMark {

@@ -1,6 +1,6 @@
 // The models of the cluster, and the small files of each that a gateway needs: tokenizer and configuration, never
-// weights. Implemented by nats/model-catalog.ts alone: a bus in memory has no catalogue, since its one process reads the
-// directories of its configuration. Does not know what the files mean.
+// weights. Implemented by nats/model-catalog.ts alone: a bus in memory has no catalogue, since its one process reads
+// the directories of its configuration. Does not know what the files mean.
 
 /** A model as it is published: 1 to 16 files by their plain names, 64 MiB together. */
 export interface ModelFiles {

@@ -1,5 +1,5 @@
-// Handlers of gRPC calls, from async functions that throw ClusterErrors: the signal of a call, strict decoding of requests,
-// writing with back-pressure, and the status with its details.
+// Handlers of gRPC calls, from async functions that throw ClusterErrors: the signal of a call, strict decoding of
+// requests, writing with back-pressure, and the status with its details.
 
 import { EventEmitter } from 'node:events';
 import { constants, type Http2Stream } from 'node:http2';

@@ -1,5 +1,5 @@
-// A gRPC server with health, reflection and a defence against cancel storms; behind a gate if anybody may connect. Handlers
-// are made in handlers.ts.
+// A gRPC server with health, reflection and a defence against cancel storms; behind a gate if anybody may connect.
+// Handlers are made in handlers.ts.
 
 import { readFileSync } from 'node:fs';
 import type { Http2Server, ServerOptions } from 'node:http2';

@@ -1,5 +1,5 @@
-// Whether what a request says is acceptable: its prompt, before that is tokenised, and its sampling. Pure. All problems of a
-// request are reported at once, each with its field, the limit and the value; prompts themselves are never quoted.
+// Whether what a request says is acceptable: its prompt, before that is tokenised, and its sampling. Pure. All problems
+// of a request are reported at once, each with its field, the limit and the value; prompts themselves are never quoted.
 
 import { ClusterError, type FieldViolation } from '@mimo/core/process/errors';
 import { Role, type Message } from '@mimo/proto/inference';
@@ -173,8 +173,8 @@ export function checkSampling(sampling: SamplingParams | undefined, facts: Model
 }
 
 /**
- * The token ids that end the completion. A stop text that is a special token's joins them, since no text comes of such a token
- * that could be searched.
+ * The token ids that end the completion. A stop text that is a special token's joins them, since no text comes of such
+ * a token that could be searched.
  */
 export function stopIdsOf(
   sampling: SamplingParams | undefined,

@@ -1,5 +1,5 @@
-// What a caller may take at this moment: the models of its tenant, and a place for one more request in this gateway. What the
-// request says is checked in check.ts.
+// What a caller may take at this moment: the models of its tenant, and a place for one more request in this gateway.
+// What the request says is checked in check.ts.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
@@ -30,7 +30,9 @@ export function assertMayUse(caller: Caller, model: string): void {
   }
 }
 
-/** Fails with `unavailable` while the gateway stops, with `resource_exhausted` where it is full of clients that read. */
+/**
+ * Fails with `unavailable` while the gateway stops, with `resource_exhausted` where it is full of clients that read.
+ */
 export function assertPlace(places: Places, { maxRequests, stopping }: PlaceRules): void {
   if (stopping.aborted) {
     throw new ClusterError('unavailable', 'this gateway is stopping', { detail: { retryAfterMs: 500 } });

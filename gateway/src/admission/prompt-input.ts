@@ -39,7 +39,9 @@ export function continuesLast(messages: readonly Message[]): boolean {
   return messages.at(-1)?.role === Role.ASSISTANT;
 }
 
-/** The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends. */
+/**
+ * The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends.
+ */
 export function conversationOf(messages: readonly Message[]): ChatMessage[] {
   const conversation = messages.map(({ role, content }) => ({
     role: roleNames.get(role) ?? 'user',

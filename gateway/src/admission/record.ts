@@ -1,6 +1,6 @@
-// The record of an admitted request: every default filled in. Pure: the same request, facts and chance give the same record.
-// Every door goes through here, so that none skips a check: `checkPrompt`, then the tokenizer if the prompt is sound, then
-// `admitRequest`.
+// The record of an admitted request: every default filled in. Pure: the same request, facts and chance give the same
+// record. Every door goes through here, so that none skips a check: `checkPrompt`, then the tokenizer if the prompt is
+// sound, then `admitRequest`.
 
 import type { FieldViolation } from '@mimo/core/process/errors';
 import type { RequestRecord } from '@mimo/proto/queue';

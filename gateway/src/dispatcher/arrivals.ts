@@ -1,5 +1,5 @@
-// The live records of one model in order of arrival, also when their store was lost and they were recorded again in another
-// one. Pure: time is an argument.
+// The live records of one model in order of arrival, also when their store was lost and they were recorded again in
+// another one. Pure: time is an argument.
 
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
 
@@ -18,7 +18,9 @@ export class Arrivals {
   #records = new Map<string, SeenRecord>();
   #isSorted = true;
   #last: SeenRecord | undefined;
-  /** The store of the newest record: what is known from another one was lost with it, and its owner may record it again. */
+  /**
+   * The store of the newest record: what is known from another one was lost with it, and its owner may record it again.
+   */
   #storeId: string;
   /** Until then what came in this store waits for older requests to be recorded again. */
   #settledMs = 0;
@@ -84,8 +86,8 @@ export class Arrivals {
   }
 
   /**
-   * Which came first. A record that outlived more stores came in an earlier one; of those that came in the same store the
-   * sequences there say it.
+   * Which came first. A record that outlived more stores came in an earlier one; of those that came in the same store
+   * the sequences there say it.
    */
   #compare(one: SeenRecord, other: SeenRecord): number {
     const [{ outlived, sequence }, than] = [this.#originOf(one), this.#originOf(other)];

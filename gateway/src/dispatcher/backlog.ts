@@ -1,6 +1,6 @@
-// The waiting work of one model's queue: which of its live requests wait, for what, and how much that is. Their order is in
-// arrivals.ts, where a request runs is in dispatch-state.ts. Pure: time is an argument, the dispatcher's own monotonic
-// clock, which is compared with nobody's.
+// The waiting work of one model's queue: which of its live requests wait, for what, and how much that is. Their order
+// is in arrivals.ts, where a request runs is in dispatch-state.ts. Pure: time is an argument, the dispatcher's own
+// monotonic clock, which is compared with nobody's.
 
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
 import type { QueueState } from '@mimo/core/bus/signals';
@@ -159,8 +159,8 @@ export class Backlog {
   }
 
   /**
-   * A gateway did not answer; all of its requests are left alone for a while. With `gone` nobody even listens in its name.
-   * Returns its requests where it has been gone for so long that they are nobody's.
+   * A gateway did not answer; all of its requests are left alone for a while. With `gone` nobody even listens in its
+   * name. Returns its requests where it has been gone for so long that they are nobody's.
    */
   unanswered(gatewayId: string, gone: boolean, nowMs: number): string[] {
     const goneSinceMs = gone ? (this.#silent.get(gatewayId)?.goneSinceMs ?? nowMs) : undefined;
@@ -192,7 +192,10 @@ export class Backlog {
     }
   }
 
-  /** Those of them that may not be in any company; in one that is not quite what they need, once they have waited for it. */
+  /**
+   * Those of them that may not be in any company; in one that is not quite what they need, once they have waited for
+   * it.
+   */
   *onTrial(nowMs: number): Generator<TrialRequest, void, undefined> {
     for (const [requestId, needs] of this.#needs) {
       const request = this.#waiting(requestId);

@@ -1,7 +1,7 @@
-// What a dispatcher believes: the live requests of one model and the group that each is with. Rebuilt from the stream and
-// the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the owning
-// gateway's answer to an assignment is the truth. What waits is in backlog.ts. Pure: time is an argument, the dispatcher's
-// own monotonic clock.
+// What a dispatcher believes: the live requests of one model and the group that each is with. Rebuilt from the stream
+// and the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the
+// owning gateway's answer to an assignment is the truth. What waits is in backlog.ts. Pure: time is an argument, the
+// dispatcher's own monotonic clock.
 
 import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
@@ -58,8 +58,8 @@ export class DispatchState {
   }
 
   /**
-   * The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute. Unless
-   * the group has `released` it, it may still be there, as in a group that stands still.
+   * The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute.
+   * Unless the group has `released` it, it may still be there, as in a group that stands still.
    */
   remove(requestId: string, released: boolean, nowMs: number): void {
     const request = this.#backlog.get(requestId);
@@ -99,8 +99,8 @@ export class DispatchState {
   }
 
   /**
-   * An attempt is over: the request waits again, and the group is not trusted for a while. Where it is `parked` it waits for
-   * its client, and the group did no more than to say so.
+   * An attempt is over: the request waits again, and the group is not trusted for a while. Where it is `parked` it
+   * waits for its client, and the group did no more than to say so.
    */
   requeue(
     ended: Pick<RequestEnded, 'requestId' | 'epoch' | 'needs' | 'released' | 'parked'>,
@@ -195,7 +195,10 @@ export class DispatchState {
     return this.#backlog.waiting(identities);
   }
 
-  /** Those of them that may not be in any company; in one that is not quite what they need, once they have waited for it. */
+  /**
+   * Those of them that may not be in any company; in one that is not quite what they need, once they have waited for
+   * it.
+   */
   onTrial(nowMs: number): Iterable<TrialRequest> {
     return this.#backlog.onTrial(nowMs);
   }
@@ -216,8 +219,8 @@ export class DispatchState {
   }
 
   /**
-   * The groups that may be given requests, of those that are ready: not the marked ones. One in which a sequence waits for
-   * room has no free slot; a sequence that gives way to the next one does not hold its own.
+   * The groups that may be given requests, of those that are ready: not the marked ones. One in which a sequence waits
+   * for room has no free slot; a sequence that gives way to the next one does not hold its own.
    */
   openGroups(ready: readonly Heartbeat[], drains: MarkedGroups, nowMs: number): OpenGroup[] {
     const loads = this.loads();
@@ -240,8 +243,8 @@ export class DispatchState {
   }
 
   /**
-   * Who is in a group: what is believed to be with it, and what it says it runs, though its client may be gone long since.
-   * `closed`: one of them is on trial there and has made no progress yet.
+   * Who is in a group: what is believed to be with it, and what it says it runs, though its client may be gone long
+   * since. `closed`: one of them is on trial there and has made no progress yet.
    */
   #companyIn(
     heartbeat: Heartbeat,

@@ -1,7 +1,7 @@
 // The dispatcher of one model: while it holds the lease it follows the queue and the heartbeats, plans, and offers each
-// planned request to its owning gateway. Owns the loop and the carrying out; what to do is decided in placement.ts, what is
-// believed is kept in dispatch-state.ts, what others get to know is in state-publisher.ts. One is active per model; every
-// gateway has one that waits for the lease.
+// planned request to its owning gateway. Owns the loop and the carrying out; what to do is decided in placement.ts,
+// what is believed is kept in dispatch-state.ts, what others get to know is in state-publisher.ts. One is active per
+// model; every gateway has one that waits for the lease.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';

@@ -1,5 +1,5 @@
-// What a dispatcher says about its queue: the state of the backlog and of each group, published at every change and at a steady
-// pace. Reads what the dispatcher believes; decides nothing.
+// What a dispatcher says about its queue: the state of the backlog and of each group, published at every change and at
+// a steady pace. Reads what the dispatcher believes; decides nothing.
 
 import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 import type { QueueState, QueueStates } from '@mimo/core/bus/signals';

@@ -1,5 +1,5 @@
-// The gRPC door: mimo.inference.v1.InferenceService. Translates messages into requests, events into messages and errors into
-// statuses, counts calls by method and code, and decides nothing: what a request does is in completions.ts.
+// The gRPC door: mimo.inference.v1.InferenceService. Translates messages into requests, events into messages and errors
+// into statuses, counts calls by method and code, and decides nothing: what a request does is in completions.ts.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import {

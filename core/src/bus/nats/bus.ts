@@ -1,5 +1,5 @@
-// The bus on NATS: every port over one link. Records are in a JetStream stream, leases and drain marks in key-value buckets,
-// the small messages on core NATS. A process that needs one port, or that keeps more in NATS, takes the link.
+// The bus on NATS: every port over one link. Records are in a JetStream stream, leases and drain marks in key-value
+// buckets, the small messages on core NATS. A process that needs one port, or that keeps more in NATS, takes the link.
 
 import type { Log } from '../../process/log.ts';
 import type { Bus } from '../bus.ts';
@@ -26,8 +26,8 @@ export function createNatsHeartbeats(link: NatsLink, log: Log): Heartbeats {
 }
 
 /**
- * Opens the bus. Returns at once and connects in the background, retrying forever; until then `connected` is false. Throws
- * `invalid_argument` where the credentials file cannot be read. Close it.
+ * Opens the bus. Returns at once and connects in the background, retrying forever; until then `connected` is false.
+ * Throws `invalid_argument` where the credentials file cannot be read. Close it.
  */
 export function createNatsBus(options: NatsBusOptions): NatsBus {
   const { limits, log } = options;

@@ -1,5 +1,5 @@
-// What a client shows a NATS server that asks for credentials: from the servers' URLs, or from a file that is read again
-// for each connection.
+// What a client shows a NATS server that asks for credentials: from the servers' URLs, or from a file that is read
+// again for each connection.
 
 import { readFileSync } from 'node:fs';
 
@@ -22,8 +22,8 @@ export function splitServer(server: string): { readonly address: string; readonl
 }
 
 /**
- * Reads the file for each connection; if that fails, the last credentials are used again. Throws `invalid_argument` where it
- * cannot be read at first.
+ * Reads the file for each connection; if that fails, the last credentials are used again. Throws `invalid_argument`
+ * where it cannot be read at first.
  */
 export function authenticatorFromFile(path: string): Authenticator {
   const read = (): Authenticator => {

@@ -1,6 +1,6 @@
-// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals, given
-// back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket. Time is the
-// process's own clock, which can only make a lease shorter.
+// Leases on a NATS key-value bucket whose keys expire: taken by creating the key, kept by compare-and-set renewals,
+// given back by deleting it. The lease's epoch grows with the revision at which it was created, and with each bucket.
+// Time is the process's own clock, which can only make a lease shorter.
 
 import type { KV } from '@nats-io/kv';
 

@@ -1,6 +1,7 @@
 // A process's connection to NATS: the one owner of its life. Connecting in the background, with retries forever;
-// credentials, read again for each connection; whether the server can be reached at this moment; and the end: steps that
-// give things back, a flush, and leaving. Does not know what the connection is used for: everything else takes a link.
+// credentials, read again for each connection; whether the server can be reached at this moment; and the end: steps
+// that give things back, a flush, and leaving. Does not know what the connection is used for: everything else takes a
+// link.
 
 import {
   connect,
@@ -67,7 +68,9 @@ export class NatsLink {
     return this.closing.aborted ? undefined : this.#connection;
   }
 
-  /** Fires when the present connection is lost: subscriptions go on with the next one, but miss what is sent meanwhile. */
+  /**
+   * Fires when the present connection is lost: subscriptions go on with the next one, but miss what is sent meanwhile.
+   */
   get lost(): AbortSignal {
     return this.#lost.signal;
   }
@@ -77,7 +80,10 @@ export class NatsLink {
     return this.#closing.signal;
   }
 
-  /** The first connection, whenever that is; the same object comes back after a loss. Rejects when the signal fires first. */
+  /**
+   * The first connection, whenever that is; the same object comes back after a loss. Rejects when the signal fires
+   * first.
+   */
   opened(signal: AbortSignal): Promise<NatsConnection> {
     return beforeAbort(this.#opened.promise, signal);
   }
@@ -97,7 +103,10 @@ export class NatsLink {
     this.#leaveSteps.push(step);
   }
 
-  /** Fires `closing`, runs the steps, sends what was not sent yet, and leaves the server. Does not wait for one that is away. */
+  /**
+   * Fires `closing`, runs the steps, sends what was not sent yet, and leaves the server. Does not wait for one that is
+   * away.
+   */
   close(): Promise<void> {
     this.#closed ??= this.#close();
     return this.#closed;

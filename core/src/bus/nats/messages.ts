@@ -1,5 +1,5 @@
-// Core NATS messages over a link: sent while it is connected and dropped otherwise, followed, asked and answered. Knows no
-// subject.
+// Core NATS messages over a link: sent while it is connected and dropped otherwise, followed, asked and answered. Knows
+// no subject.
 
 import type { Msg } from '@nats-io/transport-node';
 
@@ -47,7 +47,9 @@ export class Messages {
     this.#link.connection?.publish(subject, bytes);
   }
 
-  /** Asks and waits for the answer. Fails with `unavailable` while there is no connection, else as NATS' request does. */
+  /**
+   * Asks and waits for the answer. Fails with `unavailable` while there is no connection, else as NATS' request does.
+   */
   async ask<Answer>({ subject, bytes, answer, timeoutMs }: Question<Answer>): Promise<Answer> {
     const { connection } = this.#link;
     if (connection === undefined) {

@@ -1,5 +1,5 @@
-// The model catalogue in a NATS object store: one object a model, the digests of its files in its metadata. The store shows
-// an object only once it is complete, so a reader never sees half a model. The store itself is in model-store.ts,
+// The model catalogue in a NATS object store: one object a model, the digests of its files in its metadata. The store
+// shows an object only once it is complete, so a reader never sees half a model. The store itself is in model-store.ts,
 // what an object holds in model-entry.ts.
 
 import { randomUUID } from 'node:crypto';

@@ -1,5 +1,5 @@
-// A model as the object store holds it: one object of all its files, their names, sizes and digests in its metadata. Owns the
-// bounds of a model and the digests; nothing here waits.
+// A model as the object store holds it: one object of all its files, their names, sizes and digests in its metadata.
+// Owns the bounds of a model and the digests; nothing here waits.
 
 import { createHash } from 'node:crypto';
 

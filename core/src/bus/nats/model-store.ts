@@ -15,8 +15,8 @@ import { boundStream, requestTimeoutMs } from './streams.ts';
 import { modelBucket, modelTrialSubject, trialModelBucket } from './subjects.ts';
 
 /**
- * How the store is made. A process that asks for more `replicas` than the store has raises them, so a writer may say 1. A
- * process that looks with `maxBytes` bounds the store.
+ * How the store is made. A process that asks for more `replicas` than the store has raises them, so a writer may say 1.
+ * A process that looks with `maxBytes` bounds the store.
  */
 export interface ModelStoreOptions {
   readonly replicas: number;

@@ -1,6 +1,6 @@
-// The records in a JetStream stream: a message a request until it is erased by its sequence. Followers get the message's
-// header, a summary, and not the prompt. Whether the stream stores is tried out in trial.ts, its room is counted in
-// room.ts, following is in replay.ts.
+// The records in a JetStream stream: a message a request until it is erased by its sequence. Followers get the
+// message's header, a summary, and not the prompt. Whether the stream stores is tried out in trial.ts, its room is
+// counted in room.ts, following is in replay.ts.
 
 import { headers, type MsgHdrs } from '@nats-io/transport-node';
 

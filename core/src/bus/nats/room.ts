@@ -1,5 +1,5 @@
-// Whether the stream of records has room for one more, from what the server last said and what was written from here since.
-// Rejects before the stream is full, so that other gateways' records and those recorded again still fit.
+// Whether the stream of records has room for one more, from what the server last said and what was written from here
+// since. Rejects before the stream is full, so that other gateways' records and those recorded again still fit.
 
 import type { StreamInfo } from '@nats-io/jetstream';
 
@@ -44,7 +44,9 @@ export class Room {
     return () => this.#count(-bytes, -1);
   }
 
-  /** Begins a look at the stream; what is returned takes its answer, which holds all that was written before the look. */
+  /**
+   * Begins a look at the stream; what is returned takes its answer, which holds all that was written before the look.
+   */
   look(): (info: StreamInfo) => void {
     const before = { ...this.#written };
     return ({ state, config }) => {

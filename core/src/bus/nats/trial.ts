@@ -1,5 +1,5 @@
-// Whether the streams can write: a real test write at a steady pace, and at once after a failed write. Owns the repair of
-// streams that are gone or can no longer write.
+// Whether the streams can write: a real test write at a steady pace, and at once after a failed write. Owns the repair
+// of streams that are gone or can no longer write.
 //
 // A nats-server whose disk was full for a moment refuses every later write and deletion of that stream until the
 // server is restarted. Only a new stream can write again, so the stream is deleted and recreated; the gateways then
