@@ -1,5 +1,5 @@
 // The image's other command, `helm test` runs it: asks a gateway, as a client would, whether it serves and what. Its
-// input is its arguments and $MIMO_API_KEY; its output one line, and exit code 0 where the answer is as it should be.
+// input is its arguments and $MIMO_API_KEY; its output one line, and exit code 0 if the answer is as expected.
 
 import { parseArgs } from 'node:util';
 
@@ -26,7 +26,7 @@ interface Check {
   readonly closed: boolean;
 }
 
-/** Waits until the gateway serves, then lists its models. Resolves with what to say; fails with what is wrong. */
+/** Waits until the gateway serves, then lists its models. Resolves with the line to print; fails with the problem. */
 async function check({ address, apiKey, closed }: Check, signal: AbortSignal): Promise<string> {
   const credentials = grpc.credentials.createInsecure();
   const options = channelOptions(maxReceiveBytes);
@@ -54,12 +54,12 @@ async function check({ address, apiKey, closed }: Check, signal: AbortSignal): P
       return `serving ${answer.map(nameAndGroups).join(', ') || 'no model yet'}`;
     }
     if (!(answer instanceof ClusterError)) {
-      throw new ClusterError('internal', 'the gateway lets everybody in, and should not');
+      throw new ClusterError('internal', 'the gateway accepts callers without an API key, and should not');
     }
     if (answer.code !== 'unauthenticated') {
       throw answer;
     }
-    return 'serving, and nobody gets in without an API key';
+    return 'serving, and calls without an API key are rejected';
   } finally {
     health.close();
     inference.close();
@@ -75,7 +75,7 @@ async function untilServing(health: HealthClient, signal: AbortSignal): Promise<
       if (status === ServingStatus.SERVING) {
         return;
       }
-      reason = 'it says that it does not serve';
+      reason = 'its health is NOT_SERVING';
     } catch (error) {
       reason = signal.aborted ? reason : ClusterError.from(error).message;
     }

@@ -1,5 +1,6 @@
-// Completion tokens -> the text that a client gets: decoded over token boundaries, the thinking split from the answer, cut at
-// a stop text. Owns the order of these steps and the text held back by them; knows neither streams nor requests.
+// Completion tokens -> the text that a client gets: decoded over token boundaries, the thinking split from the
+// answer, cut at a stop text. Owns the order of these steps and the text held back by them; knows neither streams nor
+// requests.
 
 import { ReasoningSplitter, StopStringMatcher, StreamDecoder, type TokenTable } from '@mimo/tokenizer';
 
@@ -7,7 +8,7 @@ import { ReasoningSplitter, StopStringMatcher, StreamDecoder, type TokenTable } 
 export interface TextDelta {
   readonly text: string;
   readonly reasoning: string;
-  /** How many of the given tokens belong to the completion: fewer than given where a stop text ended it. */
+  /** How many of the given tokens belong to the completion: fewer if a stop text ended it. */
   readonly tokens: number;
   readonly stop: string | undefined;
 }
@@ -18,9 +19,9 @@ export interface CompletionTextOptions {
   readonly stop: readonly string[];
   /** Looks for stop texts in the thinking and its tags too, not in the answer alone. */
   readonly stopInReasoning: boolean;
-  /** Stop texts are not looked for before this many tokens. */
+  /** Stop texts are matched only after this many tokens. */
   readonly minTokens: number;
-  /** Splits `<think>…</think>` from the answer, after what the prompt holds of them; undefined: all of it is the answer. */
+  /** Splits `<think>…</think>` from the answer, continuing the prompt's tags; undefined: everything is the answer. */
   readonly reasoning: { readonly begun: string } | undefined;
 }
 
@@ -65,12 +66,12 @@ export class CompletionText {
     return { text, reasoning, tokens: tokenIds.length, stop: undefined };
   }
 
-  /** Releases what was held back; the end of a broken character may itself complete a stop text. */
+  /** Releases the text held back; the end of a broken character may itself complete a stop text. */
   end(): TextDelta {
     return { ...this.#take(this.#decoder.end(), { last: true }), tokens: 0 };
   }
 
-  /** The stop text that is written for a special token; undefined where none is. */
+  /** The stop text that stands for a special token; undefined if there is none. */
   stopTextOf(tokenId: number): string | undefined {
     return this.#stopTextById.get(tokenId);
   }

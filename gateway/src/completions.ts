@@ -1,6 +1,6 @@
-// The use case of every door: a request and its caller in, `started` and events out. Owns the order of admission (a place, the
-// model and its version, the prompt, the record), the end of a request whose client leaves, and the times that clients
-// see. Knows no protocol: a door translates a message into a CompletionRequest and writes the events.
+// The use case of every door: a request and its caller in, `started` and events out. Owns the order of admission (a
+// place, the model and its version, the prompt, the record), the end of a request whose client leaves, and the times
+// that clients see. Knows no protocol: a door translates a message into a CompletionRequest and writes the events.
 
 import { randomInt, randomUUID } from 'node:crypto';
 
@@ -58,8 +58,8 @@ export interface CompletionCall {
 export interface Completion {
   readonly started: Started;
   /**
-   * Hands the events to `write`, one after another: `started`, deltas, `finish`. `write` resolves when the client's side has
-   * taken the event. Rejects with the request's error, or with that of `write`, which fails the request.
+   * Hands the events to `write`, one after another: `started`, deltas, `finish`. `write` resolves when the client's
+   * side has taken the event. Rejects with the request's error, or with that of `write`, which fails the request.
    */
   deliver(write: (event: RelayEvent) => Promise<void>): Promise<void>;
 }
@@ -190,7 +190,7 @@ export class Completions {
     };
   }
 
-  /** Checks a prompt and, where it is sound, tokenises it. */
+  /** Checks a prompt, and tokenises it if it is valid. */
   async #readPrompt(
     input: PromptInput,
     by: { readonly model: ServedModel; readonly facts: ModelFacts; readonly for: EncodeFor },
@@ -211,7 +211,7 @@ export class Completions {
     }
   }
 
-  /** The version of a model that a request is bound to, and what may be asked of it. */
+  /** The version of a model that a request is bound to, and its limits. */
   #versionFor(
     caller: Caller,
     name: string,
@@ -244,8 +244,8 @@ export class Completions {
       .map((model) => model.name);
     const there =
       known.length === 0
-        ? 'there is no model yet: create a ModelService, or set MIMO_GATEWAY_MODELS'
-        : `there is: ${known.join(', ')}`;
+        ? 'no model exists yet: create a ModelService, or set MIMO_GATEWAY_MODELS'
+        : `available: ${known.join(', ')}`;
     return new ClusterError('not_found', `model ${shown} is not served here; ${there}`);
   }
 }

@@ -34,7 +34,7 @@ import { Requests } from './requests.ts';
 import { ServedModels } from './served-models.ts';
 import { Sessions } from './session.ts';
 
-/** What may be left behind: all zero when nothing runs. `sessions` stay open while their groups live. */
+/** Counters for leak tests: all zero when nothing runs. `sessions` stay open while their groups live. */
 export interface GatewayCounts {
   readonly requests: number;
   readonly deletingRecords: number;
@@ -51,11 +51,11 @@ export interface Gateway {
   readonly queueKind: Bus['kind'];
   counts(): GatewayCounts;
   /**
-   * Leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then takes no more requests
-   * and waits for the running ones, until the signal fires.
+   * Leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then takes no more
+   * requests and waits for the running ones, until the signal fires.
    */
   drain(signal: AbortSignal): Promise<void>;
-  /** Ends what still runs with `unavailable`, and lets go of everything. */
+  /** Ends running requests with `unavailable`, and frees everything. */
   close(): Promise<void>;
 }
 
@@ -66,13 +66,16 @@ const readinessMs = 250;
 /** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
 const openQueueMs = 5_000;
 /**
- * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice that on
- * disk, 5 % and at most 10 %.
+ * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice
+ * that on disk, 5 % and at most 10 %.
  */
 const catalogShare = 1 / 8;
 /** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
 const minCatalogBytes = 32 * 2 ** 20;
-/** To fetch and read the catalogue's models: a gateway that is ready without them would refuse what others serve. */
+/**
+ * Time to fetch and read the catalogue's models: a gateway that is ready without them would reject models that others
+ * serve.
+ */
 const catchUpMs = 30_000;
 /** A call takes no longer from a client's hand to here; a tenth of it on most networks. */
 const onTheirWayMs = 250;
@@ -80,8 +83,8 @@ const onTheirWayMs = 250;
 const closeGraceMs = 1_000;
 
 /**
- * Starts a gateway. Fails with `failed_precondition` where a directory is not usable, `invalid_argument` where the keys
- * file is not, `unavailable` where an address is taken; the queue may come later.
+ * Starts a gateway. Fails with `failed_precondition` for an unusable directory, `invalid_argument` for an invalid
+ * keys file, `unavailable` if an address is in use; the queue may connect later.
  */
 export async function startGateway(config: GatewayConfig, log: Log): Promise<Gateway> {
   const gatewayId = `${hostname()}-${randomUUID().slice(0, 8)}`;
@@ -90,7 +93,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       ? undefined
       : await openKeysFile({ path: config.keysFile, optional: config.keysFileOptional, log });
   if (keys === undefined) {
-    log.warn('no keys file: everybody is let in as tenant anonymous');
+    log.warn('no keys file: every caller is accepted as tenant anonymous');
   }
   const authenticate = keys?.authenticate ?? authenticateNobody;
   const meters = await startMetrics({
@@ -203,11 +206,9 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
     [requests.counts().requests, {}],
   ]);
-  meters.gauge(
-    'gateway_queue_connected',
-    '1 while requests are recorded, as a trial every second shows',
-    () => [[bus.records.fault === undefined ? 1 : 0, {}]],
-  );
+  meters.gauge('gateway_queue_connected', '1 while the queue can store requests, tested every second', () => [
+    [bus.records.fault === undefined ? 1 : 0, {}],
+  ]);
   meters.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
     const { provenConnections = 0, unprovenConnections = 0 } = server.gateCounts() ?? {};
     return [
@@ -215,13 +216,13 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       [unprovenConnections, { state: 'unproven' }],
     ];
   });
-  meters.gauge('gateway_unanswered_bytes', 'Requests that are arriving or not answered yet', () => [
+  meters.gauge('gateway_unanswered_bytes', 'Bytes of requests that are arriving or not answered yet', () => [
     [server.gateCounts()?.unansweredBytes ?? 0, {}],
   ]);
   observeQueues(meters, () => states.values());
   meters.gauge(
     'gateway_models',
-    'Models that are served, and those of the catalogue that are not yet',
+    'Models of this gateway: served, and in the catalogue but not served yet',
     () => [
       [models.all().length, { state: 'served' }],
       [models.pending.length, { state: 'pending' }],
@@ -234,7 +235,7 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
   if (!isOpen) {
     log.warn(
       { waitedMs: openQueueMs },
-      'serving without the queue: requests are refused until it is reached',
+      'serving without the queue: requests are rejected until it is reachable',
     );
   } else if (catalogue !== undefined) {
     await models.caughtUp(AbortSignal.timeout(catchUpMs)).catch(() => {
@@ -308,12 +309,12 @@ function methodOf(path: string): string {
   return `${name.slice(0, 1).toLowerCase()}${name.slice(1)}`;
 }
 
-/** Where this gateway keeps the files of the catalogue's models; nobody else writes there. */
+/** This gateway's private directory for the files of the catalogue's models. */
 async function createModelsDirectory(parent: string): Promise<string> {
   try {
     return await mkdtemp(join(parent, 'mimo-gateway-models-'));
   } catch (error) {
-    const text = `MIMO_GATEWAY_MODELS_DIRECTORY: no directory can be made in ${parent}`;
+    const text = `MIMO_GATEWAY_MODELS_DIRECTORY: cannot create a directory in ${parent}`;
     throw new ClusterError('failed_precondition', text, { cause: error });
   }
 }
@@ -324,8 +325,8 @@ interface Catalogue {
 }
 
 /**
- * The catalogue lies beside the queue: a bus in memory has none. It has a link of its own, since a model's files may be on
- * their way for seconds, and the queue is taken for broken where its trials take two.
+ * The catalogue lies beside the queue: a bus in memory has none. It has a link of its own, since a model's files may
+ * be on their way for seconds, and the queue is taken for broken where its trials take two.
  */
 function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): Catalogue | undefined {
   if (config.natsUrls.length === 0) {

@@ -1,4 +1,4 @@
-// The gateway's own metrics, by name. Times are handed over in milliseconds.
+// The gateway's own metrics, by name. Times are passed in milliseconds.
 
 import type { Labels, Metrics } from '@mimo/core/process/metrics';
 import type { RefusalReason } from '@mimo/core/bus/queue-refusal';
@@ -45,15 +45,15 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
     requeues: metrics.counter('gateway_requeues_total', 'Attempts that failed before a token was delivered'),
     moves: metrics.counter(
       'gateway_moves_total',
-      'Streams with tokens delivered that went back to waiting for a group, by what happened to theirs',
+      'Streams that lost their group after some tokens and wait for another, by cause',
     ),
     stalls: metrics.counter(
       'gateway_stalled_streams_total',
-      'Streams that were ended because their client took nothing',
+      'Streams ended because their client read nothing',
     ),
     parks: metrics.counter(
       'gateway_parks_total',
-      'Streams that gave up their place in a group because their client was behind',
+      'Streams that gave up their slot in a group because their client was slow',
     ),
     promptTime: metrics.duration(
       'gateway_prompt_read_seconds',
@@ -61,7 +61,7 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
     ),
     promptFailures: metrics.counter(
       'gateway_prompt_failures_total',
-      'Prompts over which a model’s chat template or tokenizer did not end or broke, by cause',
+      'Prompts whose chat template or tokenizer failed or timed out, by cause',
     ),
     queueRefusals: metrics.counter(
       'gateway_queue_refusals_total',
@@ -74,15 +74,15 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
   };
 }
 
-/** What a dispatcher published, and when it came, by performance.now(). */
+/** A dispatcher's state, and when it arrived, by performance.now(). */
 export interface ReceivedState {
   readonly state: QueueState;
   readonly receivedMs: number;
 }
 
 /**
- * Shows what the dispatchers publish about their queues; every gateway shows the same. A model whose dispatcher has been
- * silent for `queueStateFreshMs` has no value: what is not known is not zero.
+ * Shows what the dispatchers publish about their queues; every gateway shows the same. A model whose dispatcher has
+ * been silent for `queueStateFreshMs` has no value: unknown is not zero.
  */
 export function observeQueues(metrics: Metrics, states: () => Iterable<ReceivedState>): void {
   const gauge = (
@@ -97,15 +97,19 @@ export function observeQueues(metrics: Metrics, states: () => Iterable<ReceivedS
           read(state).map(([value, labels]) => [value, { model: state.model, ...labels }] as const),
         ),
     );
-  gauge('queue_depth_requests', 'Requests recorded and not ended, by the dispatcher', (state) => [
+  gauge('queue_depth_requests', 'Requests recorded and not ended: waiting and running', (state) => [
     [state.waitingRequests, { state: 'waiting' }],
     [state.runningRequests, { state: 'running' }],
     [state.parkedRequests, { state: 'parked' }],
   ]);
-  gauge('queue_backlog_tokens', 'The same in tokens: prompt plus permitted completion', (state) => [
-    [state.waitingTokens, { state: 'waiting' }],
-    [state.inFlightTokens, { state: 'running' }],
-  ]);
+  gauge(
+    'queue_backlog_tokens',
+    'Waiting and running work, in tokens: prompt plus permitted completion',
+    (state) => [
+      [state.waitingTokens, { state: 'waiting' }],
+      [state.inFlightTokens, { state: 'running' }],
+    ],
+  );
   gauge('queue_oldest_waiting_seconds', 'Age of the request that has waited longest', (state) => [
     [state.oldestWaitingMs / 1_000, {}],
   ]);

@@ -35,7 +35,7 @@ const checkpointSchema = z.object({
   num_nextn_predict_layers: z.int().nonnegative().default(0),
 });
 
-/** Loads models from their directories, all or none; fails where a directory holds no usable checkpoint, naming it. */
+/** Loads models from their directories, all or none; fails with the name of a directory without a usable checkpoint. */
 export async function loadModels(
   directories: ReadonlyMap<string, string>,
   prompts: PromptEncoderOptions,
@@ -56,7 +56,7 @@ export async function loadModels(
 export interface ModelPlace {
   readonly name: string;
   readonly directory: string;
-  /** What the groups that run it compute with; empty where that is not known. */
+  /** The identity of its groups; empty if unknown. */
   readonly identity: string;
 }
 
@@ -67,13 +67,13 @@ export async function loadModel(
 ): Promise<ServedModel> {
   const path = join(directory, 'config.json');
   const json = await readSmall(path).catch((error: unknown) => {
-    throw new ClusterError('failed_precondition', `model ${name}: ${path} cannot be read`, { cause: error });
+    throw new ClusterError('failed_precondition', `model ${name}: cannot read ${path}`, { cause: error });
   });
   let config;
   try {
     config = checkpointSchema.parse(JSON.parse(json));
   } catch (error) {
-    throw new ClusterError('failed_precondition', `model ${name}: ${path} is no model configuration`, {
+    throw new ClusterError('failed_precondition', `model ${name}: ${path} is not a model configuration`, {
       cause: error,
     });
   }
@@ -107,8 +107,8 @@ async function readSmall(path: string): Promise<string> {
 }
 
 /**
- * What a request may ask of a model at this moment: the largest context and most drafts of any group that is alive, or
- * what the checkpoint says while there is none.
+ * A model's current limits: the largest context and most drafts of any live group, or the checkpoint's own without a
+ * group.
  */
 export function factsOf(model: ServedModel, groups: readonly Heartbeat[]): ModelFacts {
   const most = (figures: readonly number[], limit: number): number =>

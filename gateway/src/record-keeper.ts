@@ -1,5 +1,6 @@
-// The durable records of the requests that this gateway holds: each is stored, recorded again in every store that loses it,
-// moved behind newer ones when it is old, and erased when its request has ended. Knows records and not requests.
+// The durable records of the requests that this gateway holds: each is stored, recorded again in every store that
+// loses it, moved behind newer ones when it is old, and erased when its request has ended. Knows records and not
+// requests.
 
 import type { RecordPlace, Records } from '@mimo/core/bus/records';
 import { QueueRefusal } from '@mimo/core/bus/queue-refusal';
@@ -88,8 +89,8 @@ export class RecordKeeper {
   }
 
   /**
-   * Records again, in their old order, what the store has lost while its request goes on, and what was recorded long ago;
-   * until the signal fires.
+   * Records again, in their old order, what the store has lost while its request goes on, and what was recorded long
+   * ago; until the signal fires.
    */
   async keepRecorded(signal: AbortSignal): Promise<void> {
     let known: RecordPlace | undefined;
@@ -106,7 +107,7 @@ export class RecordKeeper {
     }
   }
 
-  /** False where some of it could not be stored. */
+  /** False if some of it could not be stored. */
   async #recordLost(oldest: RecordPlace): Promise<boolean> {
     const lost = [...this.#kept].flatMap((kept) => {
       const { place } = kept;
@@ -128,7 +129,7 @@ export class RecordKeeper {
       }
     }
     if (lost.length > 0) {
-      this.#parts.log.warn({ lost: lost.length, stored }, 'queue lost records: they were recorded again');
+      this.#parts.log.warn({ lost: lost.length, stored }, 'the queue lost records: recorded them again');
     }
     return stored === lost.length;
   }
@@ -162,7 +163,7 @@ export class RecordKeeper {
         await this.#rewrite(kept, { storesOutlived, firstSequence }, async (record) =>
           records.publishAgain(record, place).catch((error: unknown) => {
             // It stays where it is.
-            log.debug({ error: ClusterError.from(error) }, 'record not written again');
+            log.debug({ error: ClusterError.from(error) }, 'cannot rewrite a record');
             return place;
           }),
         );
@@ -187,7 +188,7 @@ export class RecordKeeper {
   #noteRefusal(error: unknown): void {
     if (error instanceof QueueRefusal) {
       this.#parts.metrics.queueRefusals({ reason: error.reason });
-      this.#parts.log.warn({ reason: error.reason, error }, 'request not recorded');
+      this.#parts.log.warn({ reason: error.reason, error }, 'cannot record a request');
     }
   }
 }

@@ -462,7 +462,7 @@ describe('Relay', () => {
     const delivering = stalled.relay.deliver(started, () => never);
     await expect(delivering).rejects.toMatchObject({
       code: 'deadline_exceeded',
-      message: 'the client took nothing for 20 ms (MIMO_GATEWAY_CLIENT_STALL)',
+      message: 'the client read nothing for 20 ms (MIMO_GATEWAY_CLIENT_STALL)',
     });
     expect([stalled.ends.length, stalled.parking]).toEqual([1, ['stalled']]);
   });

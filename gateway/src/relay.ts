@@ -1,10 +1,11 @@
-// The life of one request in its gateway: waiting -> running -> ended, and back to waiting where its group is lost, refuses
-// or hands it over. What was delivered by then is given to the next group with the prompt, so that the client sees a
-// pause. Owns the client's stream: contiguous indices, frames of older attempts dropped, text, stop texts, credit, and that
-// the request ends exactly once. Knows neither the queue nor gRPC: it is handed a session and a `write`.
+// The life of one request in its gateway: waiting -> running -> ended, and back to waiting where its group is lost,
+// refuses or hands it over. What was delivered by then is given to the next group with the prompt, so that the client
+// sees a pause. Owns the client's stream: contiguous indices, frames of older attempts dropped, text, stop texts,
+// credit, and that the request ends exactly once. Knows neither the queue nor gRPC: it is handed a session and a
+// `write`.
 //
-// INVARIANT: the indices of the deltas written are contiguous from 0; what was written never changes; after the end nothing
-// is written.
+// INVARIANT: the indices of the deltas written are contiguous from 0; what was written never changes; after the end
+// nothing is written.
 
 import { ClusterError, isErrorCode } from '@mimo/core/process/errors';
 import { startTimer } from '@mimo/core/process/timer';
@@ -41,17 +42,17 @@ export interface AttemptPlace {
   readonly incarnation: string;
 }
 
-/** What a group offers to a request. */
+/** A group's offer to a request. */
 export interface Offer {
-  /** What it computes with. */
+  /** Its identity. */
   readonly identity: string;
-  /** Who is in it, and that nobody joins them before the request makes progress; UNSPECIFIED promises nothing. */
+  /** Its company, which nobody joins before the request makes progress; UNSPECIFIED promises nothing. */
   readonly company: Company;
-  /** Whether nobody else is known to be there at this moment. */
+  /** Whether no other sequence is known to run there now. */
   readonly isAlone: () => boolean;
 }
 
-/** What its owner hears from a relay. */
+/** A relay's callbacks to its owner. */
 export interface RelayListener {
   /** The attempt is over without a result: the request waits for another group, or is parked. */
   onRequeued(attempt: LostAttempt): void;
@@ -67,11 +68,14 @@ export interface RelayListener {
 
 /** Tokens that a sequence may be ahead of its client: enough to hide a round trip, small beside a KV cache. */
 const creditWindowTokens = 256;
-/** At first it may be ahead by this many, and by one more for each token that its client takes: one that stops costs little. */
+/**
+ * At first it may be ahead by this many, and by one more for each token that its client takes: one that stops costs
+ * little.
+ */
 const firstWindowTokens = 32;
 /** Credit is given back in portions of the window, so that it costs a message every so often and not one a token. */
 const creditPortionRatio = 1 / 4;
-/** A client that is behind by no more than this of its window is given a group: what it has to read covers the wait. */
+/** A client within this share of its window gets a group: its unread text covers the wait. */
 const resumeBelowRatio = 1 / 2;
 
 interface Attempt {
@@ -83,7 +87,7 @@ interface Attempt {
   readonly firstIndex: number;
   /** Tokens that it was allowed to send. */
   creditTokens: number;
-  /** As far as it has told. */
+  /** As far as reported. */
   draftedTokens: number;
   acceptedTokens: number;
 }
@@ -91,23 +95,26 @@ interface Attempt {
 /** How a relay is made. */
 export interface RelayOptions {
   readonly text: CompletionTextOptions;
-  /** A client that leaves one message where it is for this long loses its request. */
+  /** A client that leaves one message unread for this long loses its request. */
   readonly stallLimitMs: number;
 }
 
-/** A record as it is held while its request lives: its prompt is in whatever form takes the least memory. */
+/** A record in memory while its request lives: the prompt is stored in its most compact form. */
 export type HeldRecord = Omit<RequestRecord, 'promptTokenIds'> & {
   readonly promptTokenIds: Iterable<number> & { readonly length: number };
 };
 
-/** One request, parked until its client has taken the first message. Its owner begins attempts, cancels it, and relays with `deliver`. */
+/**
+ * One request, parked until its client has taken the first message. Its owner begins attempts, cancels it, and relays
+ * with `deliver`.
+ */
 export class Relay {
   readonly record: HeldRecord;
   readonly #listener: RelayListener;
   readonly #text: CompletionText;
   /** By performance.now(); undefined: none. */
   readonly #deadlineMs: number | undefined;
-  /** Completion tokens that came, in order: what is on its way to the client, or there. */
+  /** Received completion tokens, in order, whether in transit to the client or delivered. */
   readonly #tokenIds: number[] = [];
   #attempt: Attempt | undefined;
   #epoch = 0;
@@ -124,9 +131,9 @@ export class Relay {
   #pending: Delta | undefined;
   #end: RelayEnd | undefined;
   #wake: (() => void) | undefined;
-  /** Its client takes nothing, or is far behind: it is in no group, and should be given none. */
+  /** Its client is not reading or far behind: it has no group and should get none. */
   #isParked = true;
-  /** By performance.now(), since when the client has had a message to take; undefined: it has none. */
+  /** Since when the client has had an unread message, by performance.now(); undefined without one. */
   #writingSinceMs: number | undefined;
   readonly #stalled = Promise.withResolvers<never>();
   readonly #stallLimitMs: number;
@@ -161,22 +168,22 @@ export class Relay {
     return { identity: this.#identity, company: companyFor(this.#suspicion), breaks };
   }
 
-  /** No group can have it: it was in none, or the last one said that it let go of it. */
+  /** No group has it: it was in none, or the last one confirmed its removal. */
   get released(): boolean {
     return this.#released;
   }
 
-  /** It should be given no group at present: the client does not take what there is. */
+  /** It should get no group now: the client does not read. */
   get isParked(): boolean {
     return this.#isParked;
   }
 
-  /** For how long the client has left the last message where it is. */
+  /** How long the client has left the last message unread. */
   stalledMs(nowMs: number): number {
     return this.#writingSinceMs === undefined ? 0 : nowMs - this.#writingSinceMs;
   }
 
-  /** Completion tokens handed over to the client's side. */
+  /** Completion tokens passed to the client's side. */
   get completionTokens(): number {
     return this.#tokenIds.length;
   }
@@ -195,8 +202,8 @@ export class Relay {
             this.#receive(delta);
           }
         } catch (error) {
-          // Such as a token that the tokenizer does not know: this request's trouble, not the whole session's.
-          this.fail(new ClusterError('internal', 'a frame could not be relayed', { cause: error }));
+          // For example a token unknown to the tokenizer: an error of this request, not of the whole session.
+          this.fail(new ClusterError('internal', 'cannot relay a frame', { cause: error }));
         }
       },
       onLost: (error, begun) => {
@@ -233,7 +240,7 @@ export class Relay {
     this.#finish({ kind: 'error', error });
   }
 
-  /** Ends the request with an error, and does not wait for its client to take what is there. */
+  /** Ends the request with an error, without waiting for its client to read. */
   stall(error: ClusterError): void {
     this.fail(error);
     this.#stalled.reject(this.#end?.kind === 'error' ? this.#end.error : error);
@@ -241,8 +248,8 @@ export class Relay {
   }
 
   /**
-   * Relays until the end; `write` resolves when the client's side has taken the message. Rejects with the request's error, or
-   * with that of `write`, which fails the request.
+   * Relays until the end; `write` resolves when the client's side has taken the message. Rejects with the request's
+   * error, or with that of `write`, which fails the request.
    */
   async deliver(started: Started, write: (event: RelayEvent) => Promise<void>): Promise<void> {
     await this.#write(write, { $case: 'started', value: started });
@@ -274,7 +281,7 @@ export class Relay {
     const timer = startTimer(this.#stallLimitMs, () => {
       const error = new ClusterError(
         'deadline_exceeded',
-        `the client took nothing for ${this.#stallLimitMs} ms (MIMO_GATEWAY_CLIENT_STALL)`,
+        `the client read nothing for ${this.#stallLimitMs} ms (MIMO_GATEWAY_CLIENT_STALL)`,
       );
       this.stall(error);
     });
@@ -286,7 +293,7 @@ export class Relay {
     }
   }
 
-  /** Goes on where it is parked and the client has caught up. */
+  /** Continues if it is parked and the client has caught up. */
   #unpark(): void {
     if (this.#isParked && this.#end === undefined && !this.#isBehind) {
       this.#isParked = false;
@@ -334,7 +341,7 @@ export class Relay {
     if (this.#matchedStop === undefined && delta.tokenIds.length > 0) {
       const nextIndex = this.#tokenIds.length;
       if (delta.index !== nextIndex) {
-        const text = `a frame at index ${delta.index} came where ${nextIndex} is next`;
+        const text = `got a frame at index ${delta.index}, expected ${nextIndex}`;
         this.fail(new ClusterError('internal', text));
         return;
       }
@@ -414,7 +421,7 @@ export class Relay {
     this.#lose(new ClusterError(code, `group ${this.#attempt?.place.group}: ${text}`), code === 'aborted');
   }
 
-  /** The attempt is over without a result; `broke` where the group broke with the sequence in it. */
+  /** The attempt ended without a result; `broke` if the group broke while it ran the sequence. */
   #lose(error: ClusterError, broke: boolean): void {
     if (this.#matchedStop !== undefined) {
       // The completion is whole without the engine's last word.
@@ -450,7 +457,7 @@ export class Relay {
     this.#attempt = undefined;
   }
 
-  /** What ended the completion at a token: the caller's stop text, where it is written for this token, else its id. */
+  /** What ended the completion at a token: the caller's stop text for this token, else its id. */
   #stopOf(tokenId: number): string {
     return this.#text.stopTextOf(tokenId) ?? String(tokenId);
   }

@@ -1,6 +1,6 @@
-// The requests that this gateway has accepted and not yet ended. Owns their end (exactly once, whatever the reason, and then
-// the record is erased), deadlines, the longest wait, and the answers to dispatchers. Knows no protocol of clients; records
-// are kept in record-keeper.ts, what happens to tokens is relay.ts's business.
+// The requests that this gateway has accepted and not yet ended. Owns their end (exactly once, whatever the reason,
+// and then the record is erased), deadlines, the longest wait, and the answers to dispatchers. Knows no protocol of
+// clients; records are kept in record-keeper.ts, what happens to tokens is relay.ts's business.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError, errorTable } from '@mimo/core/process/errors';
@@ -24,7 +24,7 @@ import { Relay, type RelayEnd } from './relay.ts';
 import type { Sessions } from './session.ts';
 import { leastCompany, type LostAttempt } from './dispatcher/suspicion.ts';
 
-/** What the table works with. */
+/** The table's dependencies. */
 export interface RequestsParts {
   readonly bus: Pick<Bus, 'connected' | 'records' | 'signals'>;
   readonly sessions: Sessions;
@@ -38,7 +38,7 @@ export interface RequestsParts {
   readonly log: Log;
 }
 
-/** An accepted request: its relay, and the promise of its record (rejected where it could not be stored). */
+/** An accepted request: its relay, and the promise of its record (rejected if it could not be stored). */
 export interface OpenRequest {
   readonly relay: Relay;
   readonly recorded: Promise<RecordPlace>;
@@ -50,21 +50,21 @@ interface HeldRequest {
   readonly deadline: Timer | undefined;
   /** By performance.now(), as all times here. */
   readonly acceptedMs: number;
-  /** Since when no group has given it a token: what the longest wait counts from. */
+  /** Since when no group has given it a token: the start of the longest wait. */
   waitingSinceMs: number;
   wait: Timer | undefined;
-  /** Since when no group was known that could go on with it, and none is to come; by performance.now(). */
+  /** Since when no known or expected group could continue it; by performance.now(). */
   strandedSinceMs: number | undefined;
   /** A dispatcher has heard that it is parked, and will not offer it until it hears otherwise. */
   isParkingTold: boolean;
 }
 
-/** A group that is not heard of for a moment, or is made ready again, is not gone for good. */
+/** A group that is silent for a moment, or is being made ready again, is not gone for good. */
 const strandedMs = 5_000;
 /** What admission gives: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
-/** In a full gateway, a client that takes nothing for this long gives way to a new request. */
+/** In a full gateway, a request whose client has read nothing for this long makes room for a new one. */
 const giveWayAfterMs = 2_000;
 
 /** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
@@ -93,7 +93,7 @@ export class Requests {
 
   /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
   open(admitted: RequestRecord, text: CompletionTextOptions): OpenRequest {
-    // Half of what an array takes: a request may wait for long.
+    // Half the size of an array: a request may wait for a long time.
     const record = { ...admitted, promptTokenIds: Uint32Array.from(admitted.promptTokenIds) };
     const { requestId, timeLeftMs } = record;
     const nowMs = performance.now();
@@ -132,7 +132,7 @@ export class Requests {
     return this.#keeper.keepRecorded(signal);
   }
 
-  /** Answers a dispatcher. Begins an attempt where the request waits. */
+  /** Answers a dispatcher. Begins an attempt if the request is waiting. */
   assign(assignment: Assignment): AssignmentReply {
     const { requestId, model, dispatcherEpoch } = assignment;
     const nowhere = { group: '', incarnation: '', epoch: 0, needs: undefined };
@@ -176,8 +176,8 @@ export class Requests {
   }
 
   /**
-   * Ends a request of the tenant, here or at the gateway that owns it; false where there is none of that id. Fails with
-   * `unavailable` where the queue, or the owner, does not answer.
+   * Ends a request of the tenant, here or at the gateway that owns it; false if there is none with that id. Fails
+   * with `unavailable` if the queue or the owner does not answer.
    */
   async cancel(cancellation: Cancellation): Promise<boolean> {
     const { requestId, tenant } = cancellation;
@@ -192,7 +192,7 @@ export class Requests {
     return record?.tenant === tenant && (await signals.cancel(record.gatewayId, cancellation));
   }
 
-  /** Ends a request of the tenant that is held here; false where there is none of that id. */
+  /** Ends a request of the tenant in this gateway; false if there is none with that id. */
   cancelHeld({ requestId, tenant }: Cancellation): boolean {
     const held = this.#held.get(requestId);
     if (held?.relay.record.tenant !== tenant) {
@@ -212,8 +212,8 @@ export class Requests {
   }
 
   /**
-   * Ends the requests of a model that have waited for a while for an identity that is none of `possible`: those of the groups
-   * that take requests, and of those that are to come. To be called again and again.
+   * Ends the requests of a model that have waited for a while for an identity that is none of `possible`: those of
+   * the groups that take requests, and of those that are to come. To be called again and again.
    */
   endStranded(model: string, possible: ReadonlySet<string>): void {
     const nowMs = performance.now();
@@ -236,14 +236,14 @@ export class Requests {
             ? 'while the request waited'
             : `after ${relay.completionTokens} completion tokens`;
         const text =
-          `model ${model} was replaced ${when}, and no group is left that computes what the request began with ` +
+          `model ${model} was replaced ${when}, and no group with the request's model identity is left ` +
           `(identity ${identity}): send it again`;
         relay.fail(new ClusterError('aborted', text));
       }
     }
   }
 
-  /** Ends the request whose client has taken nothing for longest, for a new one; false where every client reads. */
+  /** Ends the request whose client has been idle for longest, to make room; false if every client reads. */
   makeRoom(): boolean {
     const nowMs = performance.now();
     const longest = [...this.#held.values()]
@@ -256,7 +256,7 @@ export class Requests {
     longest?.relay.stall(
       new ClusterError(
         'resource_exhausted',
-        `the gateway is full, and the client has taken nothing for ${Math.round(longest.stalledMs)} ms`,
+        `the gateway is full, and the client has read nothing for ${Math.round(longest.stalledMs)} ms`,
       ),
     );
     return longest !== undefined;
@@ -343,7 +343,7 @@ export class Requests {
     held.wait?.clear();
     const deleting = this.#erase(held).finally(() => this.#deleting.delete(deleting));
     this.#deleting.add(deleting);
-    // What the client is not shown.
+    // Hidden from the client.
     if (end.kind === 'error' && !errorTable[end.error.code].textLeaves) {
       this.#parts.log.error(
         { error: end.error, requestId, model: held.relay.record.model },
@@ -367,8 +367,8 @@ export class Requests {
         parked: false,
       });
     } catch (error) {
-      // Not stored, or the queue was closed first: then a dispatcher finds that nobody holds the request.
-      this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'record not deleted');
+      // Not stored, or the queue was closed first: then a dispatcher finds that the request has no owner.
+      this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'cannot delete a record');
     }
   }
 

@@ -1,6 +1,6 @@
-// The models that this gateway serves at this moment: those it was started with, which stay, and those of the catalogue,
-// which come, change and go while it runs. Owns their files, their tokenizers and the life of each one's dispatcher; knows
-// nothing of how a model is asked for.
+// The models that this gateway serves at this moment: those it was started with, which stay, and those of the
+// catalogue, which come, change and go while it runs. Owns their files, their tokenizers and the life of each one's
+// dispatcher; knows nothing of how a model is asked for.
 
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -16,7 +16,7 @@ import { loadModel, type ServedModel } from './models.ts';
 import type { PromptEncoderOptions } from './prompts/prompt-encoder.ts';
 import type { Requests } from './requests.ts';
 
-/** What the set works with. */
+/** The set's dependencies. */
 export interface ServedModelsParts {
   /** Never replaced by the catalogue's, and never taken away. */
   readonly own: readonly ServedModel[];
@@ -40,7 +40,7 @@ interface Life {
   readonly ended: Promise<void>;
 }
 
-/** Models whose requests have ended are found at this pace; changes of the catalogue are acted upon as they come. */
+/** Models whose requests have ended are found at this pace; changes of the catalogue are handled at once. */
 const tickMs = 500;
 /** After a model could not be fetched or read. */
 const retryMs = 5_000;
@@ -115,7 +115,9 @@ export class ServedModels {
     await reading;
   }
 
-  /** Resolves once every model that the catalogue first named was served or has failed; rejects when the signal fires. */
+  /**
+   * Resolves once every model that the catalogue first named was served or has failed; rejects when the signal fires.
+   */
   caughtUp(signal: AbortSignal): Promise<void> {
     return beforeAbort(this.#caughtUp.promise, signal);
   }
@@ -188,7 +190,7 @@ export class ServedModels {
       await rm(directory, { recursive: true, force: true });
       if (!to.signal.aborted) {
         this.#retryAtMs.set(name, performance.now() + retryMs);
-        log.error({ error: ClusterError.from(error), model: name, digest }, 'model cannot be served');
+        log.error({ error: ClusterError.from(error), model: name, digest }, 'cannot serve a model');
       }
     }
   }
@@ -205,10 +207,10 @@ export class ServedModels {
     this.#retryAtMs.set(name, performance.now() + retryMs);
     try {
       await catalog.restore(model, here.directory, signal);
-      log.warn({ model: name, digest }, 'the catalogue had lost the model: published again');
+      log.warn({ model: name, digest }, 'the catalogue had lost the model: published it again');
     } catch (error) {
       if (!signal.aborted) {
-        log.error({ error: ClusterError.from(error), model: name, digest }, 'model not published again');
+        log.error({ error: ClusterError.from(error), model: name, digest }, 'cannot publish the model again');
       }
     }
   }
@@ -235,7 +237,10 @@ export class ServedModels {
     }
   }
 
-  /** Running requests of a removed model finish, with a dispatcher to take them further; waiting ones have nothing to wait for. */
+  /**
+   * Running requests of a removed model finish, with a dispatcher to take them further; waiting ones have nothing to
+   * wait for.
+   */
   #sweep(): void {
     for (const [name, { stop }] of this.#lives) {
       if (this.get(name) === undefined) {

@@ -16,7 +16,7 @@ import {
   type Submit,
 } from '@mimo/proto/worker';
 
-/** What a session does for one sequence. Both are ignored once the sequence has ended. */
+/** A session's operations on one sequence. Both are ignored once the sequence has ended. */
 export interface SequenceHandle {
   /** Asks the engine to free the sequence; its last delta still comes. */
   abort(): void;
@@ -24,14 +24,14 @@ export interface SequenceHandle {
   grant(tokens: number): void;
 }
 
-/** Who hears of a sequence. Nothing is called after a delta with `finish`, nor after `onLost`. */
+/** A sequence's callbacks. None is called after a delta with `finish`, or after `onLost`. */
 export interface SequenceListener {
   onDelta(delta: SequenceDelta): void;
   /** The session broke. `begun` false: the group never greeted us, so it cannot have worked on the sequence. */
   onLost(error: ClusterError, begun: boolean): void;
 }
 
-/** Which life of which group, and where it is reached. */
+/** A life of a group, and its address. */
 export interface SessionTarget {
   readonly model: string;
   readonly group: string;
@@ -42,8 +42,8 @@ export interface SessionTarget {
 const greetTimeoutMs = 5_000;
 const pingIntervalMs = 1_000;
 /**
- * A group that is silent for this long, pings unanswered, is lost: stopped or cut off. Its steps run in a thread of their
- * own, so that a long one keeps no ping waiting.
+ * A group that is silent for this long, pings unanswered, is lost: stopped or cut off. Its steps run in a thread of
+ * their own, so that a long one keeps no ping waiting.
  */
 const silenceLimitMs = 3_000;
 /** A session that nobody needs yet is not opened more often than this. */
@@ -95,7 +95,7 @@ export class Session {
       this.#end(new ClusterError('unavailable', `group ${target.group} ended its session`)),
     );
     this.#stream.on('error', (error) => {
-      // Whatever the transport calls it (a killed peer may look like CANCELLED): for a request the group is not there.
+      // Whatever the transport's code (a killed peer may look like CANCELLED): for a request the group is unavailable.
       const text = `group ${target.group} lost its session: ${errorFromStatus(error).message}`;
       this.#end(new ClusterError('unavailable', text, { cause: error }));
     });
@@ -170,7 +170,7 @@ export class Session {
     const nowMs = performance.now();
     const { group } = this.target;
     if (nowMs - this.#watchedMs > 2 * pingIntervalMs) {
-      // This process stood still, and what the group said meanwhile may not have been read yet.
+      // This process was paused, and the group's messages may not have been read yet.
       this.#heardMs = nowMs;
     }
     this.#watchedMs = nowMs;
@@ -193,7 +193,7 @@ export class Session {
     if (this.#slots.size > 0) {
       this.#log.warn({ error, sequences: this.#slots.size }, 'session lost');
     }
-    // Cancelling is the only way to be sure that nothing more comes; its own error has nobody to hear it.
+    // Only cancelling ensures that nothing more arrives; nobody needs its own error.
     this.#stream.removeAllListeners('error');
     this.#stream.on('error', () => undefined);
     this.#stream.cancel();
@@ -228,7 +228,7 @@ export class Sessions {
     return [...this.#sessions.values()].reduce((sum, session) => sum + session.sequences, 0);
   }
 
-  /** The session with a group's life, opened where there is none. An earlier life of the group has ended with that. */
+  /** The session with a group's life, opened if there is none. That ends the session with an earlier life. */
   to(target: SessionTarget): Session {
     const key = keyOf(target);
     const existing = this.#sessions.get(key);
@@ -236,7 +236,7 @@ export class Sessions {
       if (existing.target.incarnation === target.incarnation && existing.target.address === target.address) {
         return existing;
       }
-      const text = `group ${target.group} has begun another life`;
+      const text = `group ${target.group} was restarted`;
       existing.close(new ClusterError('unavailable', text));
     }
     const session = new Session({

@@ -1,15 +1,15 @@
 // Which version of a model a request is bound to, while groups of several may serve under one name. Pure.
 //
-// The rule: of the identities that groups with room for requests have, and whose tokens one of the loaded tokenizers writes, one is
-// drawn by weight: the newest version by its slots, an older one by its free slots, so that what waits for it only gets less. Where no
-// such group is there, the newest version is waited for.
+// The rule: of the identities that groups with room for requests have, and whose tokens one of the loaded tokenizers
+// writes, one is drawn by weight: the newest version by its slots, an older one by its free slots, so that what waits
+// for it only gets less. Where no such group is there, the newest version is waited for.
 //
 // INVARIANT: the identity is one that reads what the version's tokenizer writes.
 
 import { readsText } from '@mimo/core/bus/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 
-/** What is loaded of one version. */
+/** The loaded parts of one version. */
 export interface ModelVersion {
   /** As the catalogue has it; empty: not known, as of a directory. */
   readonly identity: string;

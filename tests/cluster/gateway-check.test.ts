@@ -80,7 +80,7 @@ describe('check', () => {
     expect(await check([`--address=${address}`], apiKey)).toMatchObject({ code: 0 });
     expect(await check([`--address=${address}`], 'another')).toEqual({
       code: 1,
-      said: 'check: the API key is not known',
+      said: 'check: unknown API key',
     });
   });
 
@@ -88,13 +88,13 @@ describe('check', () => {
     const address = await start(keysFile);
     expect(await check([`--address=${address}`, '--closed'])).toEqual({
       code: 0,
-      said: 'serving, and nobody gets in without an API key',
+      said: 'serving, and calls without an API key are rejected',
     });
     expect(await check([`--address=${address}`])).toMatchObject({ code: 1 });
     await gateway?.close();
     expect(await check([`--address=${await start('')}`, '--closed'])).toEqual({
       code: 1,
-      said: 'check: the gateway lets everybody in, and should not',
+      said: 'check: the gateway accepts callers without an API key, and should not',
     });
   });
 
@@ -103,7 +103,7 @@ describe('check', () => {
     await gateway?.drain(AbortSignal.timeout(5_000));
     expect(await check([`--address=${address}`, '--timeout-seconds=6'])).toEqual({
       code: 1,
-      said: 'check: the gateway does not serve: it says that it does not serve',
+      said: 'check: the gateway does not serve: its health is NOT_SERVING',
     });
   });
 

@@ -1,5 +1,5 @@
-// Models that come, change and go while a gateway runs: a real gateway process, a real nats-server with the catalogue, and
-// a group that answers every request with its prompt.
+// Models that come, change and go while a gateway runs: a real gateway process, a real nats-server with the
+// catalogue, and a group that answers every request with its prompt.
 
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -142,7 +142,7 @@ describe('a gateway that was started without models', () => {
     expect(await refusal(generate())).toMatchObject({
       code: 'not_found',
       message: expect.stringMatching(
-        /model "org\/mimo-demo\.v1" is not served here; there is no model yet: create a ModelService/,
+        /model "org\/mimo-demo\.v1" is not served here; no model exists yet: create a ModelService/,
       ) as string,
     });
     group = await startScriptedGroup({ model, group: 'g', queue: bus, stepMs: 1 });
@@ -242,7 +242,7 @@ describe('a gateway that was started without models', () => {
       callUnary(client, InferenceServiceService.countTokens, { request: count });
     expect(await refusal(counting())).toMatchObject({ code: 'unavailable' });
     expect(await isListed(broken)).toBe(false);
-    const said = gateway.lines.find((line) => line.includes('"model cannot be served"'));
+    const said = gateway.lines.find((line) => line.includes('"cannot serve a model"'));
     expect(said).toContain('tokenizer.json is not JSON');
     await publish({}, broken);
     await waitFor('the mended model', () => isListed(broken));

@@ -92,6 +92,6 @@ describe('the gateway process', () => {
   it('says which model directory it cannot use, and exits with 78', async () => {
     const gateway = run({ MIMO_GATEWAY_MODELS: 'm=/nowhere', MIMO_GATEWAY_NATS: 'nats://127.0.0.1:1' });
     expect(await gateway.exited).toEqual([78, null]);
-    expect(gateway.lines.join('\n')).toContain('model m: /nowhere/config.json cannot be read');
+    expect(gateway.lines.join('\n')).toContain('model m: cannot read /nowhere/config.json');
   });
 });

@@ -1,6 +1,6 @@
-// A client that opens a stream and cancels it makes an HTTP/2 reset; a plain Node server closes the connection, and every
-// stream on it, at some thousand of them. Here the cancels come over the same connection as the streams that must live; these
-// are another tenant's, as a proxy mixes them.
+// A client that opens a stream and cancels it makes an HTTP/2 reset; a plain Node server closes the connection, and
+// every stream on it, at some thousand of them. Here the cancels come over the same connection as the streams that
+// must live; these are another tenant's, as a proxy mixes them.
 
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -34,8 +34,8 @@ interface OpenStream {
 }
 
 /**
- * All were canceled, but for a few that came to their own end before their cancel did, and those that a full queue of prompts
- * refused, with a word on when to come again.
+ * All were canceled, but for a few that came to their own end before their cancel did, and those that a full queue of
+ * prompts refused, with a word on when to come again.
  */
 function expectCanceled(ends: readonly (ClusterError | undefined)[], maxRefused: number): void {
   const of = (code: ErrorCode | undefined) => ends.filter((end) => end?.code === code);
@@ -44,7 +44,7 @@ function expectCanceled(ends: readonly (ClusterError | undefined)[], maxRefused:
   expect(of(undefined).length).toBeLessThan(ends.length / 10);
   expect(refused.length).toBeLessThanOrEqual(maxRefused);
   for (const { message, detail } of refused.map((error) => error!)) {
-    expect(message).toContain('too many prompts wait to be read');
+    expect(message).toContain('too many prompts are waiting');
     expect(detail.retryAfterMs).toBeGreaterThan(0);
   }
 }

@@ -1,5 +1,5 @@
-// Clients that do not read: from the first byte, after some tokens, a byte at a time, for ever. None of them keeps a slot
-// from a client that reads, and what they get once they read is what they would have got at once.
+// Clients that do not read: from the first byte, after some tokens, a byte at a time, for ever. None of them keeps a
+// slot from a client that reads, and what they get once they read is what they would have got at once.
 
 import { constants } from 'node:http2';
 
@@ -141,7 +141,7 @@ describe('clients that never read again', () => {
     late.readOn(1_000_000);
     expect(await second.ended).toMatchObject({
       status: grpc.status.DEADLINE_EXCEEDED,
-      message: 'the client took nothing for 2000 ms (MIMO_GATEWAY_CLIENT_STALL)',
+      message: 'the client read nothing for 2000 ms (MIMO_GATEWAY_CLIENT_STALL)',
     });
     expect(tokenIdsOf(second.messages()).length).toBeGreaterThan(0);
     expect(await first.ended).toMatchObject({

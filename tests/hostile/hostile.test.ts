@@ -1,5 +1,6 @@
 // The hostile corpus against real processes: each input ends as it must, an honest tenant's streams beside them are
-// unharmed, and afterwards nothing is held. Prints the honest tenant's times and the memory; they are figures, not limits.
+// unharmed, and afterwards nothing is held. Prints the honest tenant's times and the memory; they are figures, not
+// limits.
 
 import { readFile, writeFile } from 'node:fs/promises';
 
@@ -14,13 +15,13 @@ import { frame, type CallEnd } from './raw-call.ts';
 import { openWorld, type Footprint, type HostileWorld } from './world.ts';
 
 /**
- * What a process may keep of the corpus once it has collected its garbage: code that was compiled, metrics, caches. Three
- * runs in a row kept 2.0, 0.8 and 0.2 MiB in the gateway, 1.0, 0.0 and 0.0 in the worker (2026-11).
+ * What a process may keep of the corpus once it has collected its garbage: code that was compiled, metrics, caches.
+ * Three runs in a row kept 2.0, 0.8 and 0.2 MiB in the gateway, 1.0, 0.0 and 0.0 in the worker (2026-11).
  */
 const keptLiveBytes = 8 * 2 ** 20;
 /**
- * What it may take of the machine beyond that is the allocators': 38 MiB more after the first of these runs and 28 after
- * the third in the gateway, 55 and 57 in the worker.
+ * What it may take of the machine beyond that is the allocators': 38 MiB more after the first of these runs and 28
+ * after the third in the gateway, 55 and 57 in the worker.
  */
 const keptBytes = 128 * 2 ** 20;
 
@@ -161,7 +162,7 @@ describe('afterwards', () => {
     const good = await readFile(world.keysFile, 'utf8');
     await writeFile(world.keysFile, `${markers.keysFile} is not JSON`);
     await waitFor('the gateway to refuse its keys file', async () =>
-      [...(await world.readLogs()).values()].some((text) => text.includes('keys file not usable')),
+      [...(await world.readLogs()).values()].some((text) => text.includes('invalid keys file')),
     );
     await writeFile(world.keysFile, good);
     await sendPrompts();

@@ -1,5 +1,6 @@
-// The settings of one rank's process: environment variables MIMO_WORKER_* -> one frozen configuration. Owns the table of
-// settings with its defaults and their reasons, and the checks across them. Knows nothing of what they are used for.
+// The settings of one rank's process: environment variables MIMO_WORKER_* -> one frozen configuration. Owns the table
+// of settings with its defaults and their reasons, and the checks across them. Knows nothing of what they are used
+// for.
 
 import {
   addressSetting,
@@ -40,7 +41,10 @@ export const workerSettings = {
   /** Hash of the spec that the group was started from; only handed on in heartbeats. */
   revision: textSetting('MIMO_WORKER_REVISION', ''),
 
-  /** What `prepare` fetches into the checkpoint directory, as `organisation/name`; empty: the checkpoint is there already. */
+  /**
+   * What `prepare` fetches into the checkpoint directory, as `organisation/name`; empty: the checkpoint is there
+   * already.
+   */
   hubRepository: textSetting('MIMO_WORKER_HUB_REPOSITORY', ''),
   /** A branch, tag or commit; a commit stays the same for ever. */
   hubRevision: textSetting('MIMO_WORKER_HUB_REVISION', 'main'),
@@ -70,8 +74,8 @@ export const workerSettings = {
   peerTimeoutMs: durationSetting('MIMO_WORKER_PEER_TIMEOUT', '10s'),
 
   /**
-   * A step that takes longer, peers waited for included, hangs: its group ends. The largest step takes seconds on two busy
-   * cores, and a device may compile in its first ones.
+   * A step that takes longer, peers waited for included, hangs: its group ends. The largest step takes seconds on two
+   * busy cores, and a device may compile in its first ones.
    */
   stepTimeoutMs: durationSetting('MIMO_WORKER_STEP_TIMEOUT', '2m'),
 
@@ -81,9 +85,9 @@ export const workerSettings = {
   advertise: textSetting('MIMO_WORKER_ADVERTISE', ''),
   /** Where Prometheus reads a leader's metrics, `host:port`; empty serves no page. */
   metricsListen: textSetting('MIMO_WORKER_METRICS_LISTEN', ''),
-  /** Without it no heartbeats are sent: whoever started the group asks its Stats. */
+  /** Without it the group sends no heartbeats; its Stats method must be polled instead. */
   natsUrls: natsServersSetting('MIMO_WORKER_NATS_URL', ''),
-  /** A .creds file, or one line with `user:password` or a token; read anew for each connection. */
+  /** A .creds file, or one line with `user:password` or a token; read again for each connection. */
   natsCredentialsFile: textSetting('MIMO_WORKER_NATS_CREDENTIALS_FILE', ''),
   /** A dispatcher takes a group for gone after three missing ones. */
   heartbeatIntervalMs: durationSetting('MIMO_WORKER_HEARTBEAT_INTERVAL', '250ms'),
@@ -104,8 +108,8 @@ export const workerSettings = {
   /** A size, or `auto`: what the device or the container's limit leaves after the weights. */
   kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES')),
   /**
-   * A sequence whose client has taken nothing for this long, or for as long as it ran before, gives its place up when another
-   * one comes.
+   * A sequence whose client has taken nothing for this long, or for as long as it ran before, gives its place up when
+   * another one comes.
    */
   parkAfterMs: durationSetting('MIMO_WORKER_PARK_AFTER', '2s'),
   maxBatchTokens: autoOr(integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 })),
@@ -113,7 +117,9 @@ export const workerSettings = {
 
   /** Kubernetes gives a pod 30 s by default between SIGTERM and SIGKILL. */
   drainGraceMs: durationSetting('MIMO_WORKER_DRAIN_GRACE', '25s'),
-  /** What runs for longer than this while draining is handed over: moving costs a stream a pause and its prompt again. */
+  /**
+   * What runs for longer than this while draining is handed over: moving costs a stream a pause and its prompt again.
+   */
   drainFinishMs: durationSetting('MIMO_WORKER_DRAIN_FINISH', '10s'),
   logLevel: choiceSetting('MIMO_WORKER_LOG_LEVEL', logLevels, 'info'),
 } as const;

@@ -59,7 +59,7 @@ async function serve(some: Partial<GateLimits> = {}): Promise<GrpcServer> {
       limits: { ...limits, ...some },
       admit: ({ authorization }) => {
         if (authorization !== 'good') {
-          throw new ClusterError('unauthenticated', 'the API key is not known');
+          throw new ClusterError('unauthenticated', 'unknown API key');
         }
       },
       onRefused: (path, code) => refused.push(`${path.slice(path.lastIndexOf('/') + 1)} ${code}`),

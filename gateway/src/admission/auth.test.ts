@@ -70,7 +70,7 @@ describe('loadKeys', () => {
     const lines: string[] = [];
     const destination = { write: (line: string) => void lines.push(line) };
     const error: unknown = await loadKeys(path).then(String, (thrown: unknown) => thrown);
-    createLog({ process: 'test', level: 'info', destination }).error({ error }, 'keys file not usable');
+    createLog({ process: 'test', level: 'info', destination }).error({ error }, 'invalid keys file');
     await rm(directory, { recursive: true });
     expect(error).toMatchObject({ code: 'invalid_argument', message: expect.stringContaining(path) });
     expect(lines.join('')).not.toContain('sk-secret');
@@ -79,7 +79,7 @@ describe('loadKeys', () => {
   it('says which file it cannot read, and none of what is in it', async () => {
     await expect(loadKeys('/nowhere/keys.json')).rejects.toMatchObject({
       code: 'invalid_argument',
-      message: 'the keys file /nowhere/keys.json cannot be read as JSON',
+      message: 'the keys file /nowhere/keys.json is not readable JSON',
     });
   });
 });

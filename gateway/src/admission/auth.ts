@@ -1,5 +1,6 @@
-// Who is calling. Owns the format of the API keys file and the check of a key; knows no transport: it is given the `authorization` value. Keys
-// are kept and compared as SHA-256 only, so that neither memory nor timing gives one away.
+// Identifies the caller. Owns the format of the API keys file and the check of a key. Independent of the transport:
+// its input is the `authorization` value. Keys are kept and compared as SHA-256 only, so that neither memory nor
+// timing gives one away.
 
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
@@ -37,7 +38,7 @@ const keysFileSchema = z.strictObject({
   ),
 });
 
-/** What each field must be, for errors; every field that zod can name as a place is one of these. */
+/** The expected form of each field, for errors; every field that zod can name is one of these. */
 const keyFields = {
   sha256: '64 hex digits',
   key: 'a text of at least 8 characters',
@@ -49,14 +50,16 @@ const keyFields = {
 /** Lets everybody in as tenant `anonymous`. */
 export const authenticateNobody: Authenticate = () => ({ tenant: 'anonymous', models: undefined });
 
-/** Reads `{ keys: [{ sha256 | key, tenant, models? }] }`. Fails with `invalid_argument` where the file is not that. */
+/**
+ * Reads `{ keys: [{ sha256 | key, tenant, models? }] }`. Fails with `invalid_argument` if the file has another form.
+ */
 export async function loadKeys(path: string): Promise<Authenticate> {
   let json: unknown;
   try {
     json = JSON.parse(await readFile(path, 'utf8'));
   } catch (error) {
     // Not the parser's own text: it may quote a key.
-    throw new ClusterError('invalid_argument', `the keys file ${path} cannot be read as JSON`, {
+    throw new ClusterError('invalid_argument', `the keys file ${path} is not readable JSON`, {
       cause: error,
     });
   }
@@ -83,13 +86,13 @@ export function parseKeys(json: unknown, source: string): Authenticate {
     }
     const caller = callers.get(hashOf(key));
     if (caller === undefined) {
-      throw new ClusterError('unauthenticated', 'the API key is not known');
+      throw new ClusterError('unauthenticated', 'unknown API key');
     }
     return caller;
   };
 }
 
-/** Where the file is wrong, in our own words: zod's name unknown fields, and a field may be a key that somebody misplaced. */
+/** The file's problem in our own words: zod's messages quote unknown fields, and a field may be a misplaced key. */
 function problemOf({ issues }: z.ZodError): string {
   const place = issues[0]?.path
     .map((part) => (typeof part === 'number' ? `[${part}]` : part.toString()))

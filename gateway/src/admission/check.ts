@@ -28,7 +28,7 @@ export interface ModelFacts {
 /** In the text of an error; its details hold as many as a status has room for. */
 const maxNamedViolations = 16;
 
-/** Fails with `invalid_argument` where there are violations. */
+/** Fails with `invalid_argument` if there are violations. */
 export function assertNone(violations: readonly FieldViolation[]): void {
   if (violations.length > 0) {
     const named = violations
@@ -43,14 +43,14 @@ export function assertNone(violations: readonly FieldViolation[]): void {
 /** The field that holds a prompt of each kind. */
 export const promptFields = { chat: 'messages', text: 'prompt', tokens: 'token_ids', none: 'input' } as const;
 
-/** What is wrong with a prompt, before it is tokenised. */
+/** The problems of a prompt, before it is tokenised. */
 export function checkPrompt(
   input: PromptInput,
   { facts, promptMaxBytes }: { readonly facts: ModelFacts; readonly promptMaxBytes: number },
 ): FieldViolation[] {
   const problems: FieldViolation[] = [];
   if (input.kind === 'none') {
-    problems.push({ field: 'input', description: 'must hold prompt or token_ids' });
+    problems.push({ field: 'input', description: 'must contain prompt or token_ids' });
   } else if (input.kind === 'chat') {
     checkMessages(input.messages, problems);
   } else if (input.kind === 'tokens') {
@@ -86,7 +86,7 @@ export function tooManyTokens(
   leastTokens: number,
   { maxContextTokens }: ModelFacts,
 ): FieldViolation {
-  const limit = `the limit is ${maxContextTokens - 1}, the context of ${maxContextTokens} less one`;
+  const limit = `the limit is ${maxContextTokens - 1}, one less than the context of ${maxContextTokens}`;
   return { field: promptFields[kind], description: `has at least ${leastTokens} tokens; ${limit}` };
 }
 

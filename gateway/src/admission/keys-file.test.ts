@@ -78,10 +78,10 @@ describe('openKeysFile', () => {
     await writeFile(path, keysOf('key-of-a'));
     const file = await open();
     await writeFile(path, '{"keys":[{"key":"a-secret-key"}]}');
-    await vi.waitFor(() => expect(lines.join('')).toContain('keys file not usable'), patience);
+    await vi.waitFor(() => expect(lines.join('')).toContain('invalid keys file'), patience);
     expect(tenantOf(file, 'key-of-a')).toBe('key-of-a');
     await rm(path);
-    await vi.waitFor(() => expect(lines.join('')).toContain('cannot be read as JSON'), patience);
+    await vi.waitFor(() => expect(lines.join('')).toContain('is not readable JSON'), patience);
     expect(tenantOf(file, 'key-of-a')).toBe('key-of-a');
     await writeFile(path, keysOf('key-of-b'));
     await vi.waitFor(() => expect(tenantOf(file, 'key-of-b')).toBe('key-of-b'), patience);

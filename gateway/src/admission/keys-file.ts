@@ -1,5 +1,5 @@
-// The API keys file while the gateway runs: it is read again when it changes, so that keys are added and revoked without a
-// restart. Owns the looking; what is in the file is auth.ts's business.
+// The API keys file while the gateway runs: it is read again when it changes, so that keys are added and revoked
+// without a restart. Owns the polling; the file's content belongs to auth.ts.
 
 import { stat } from 'node:fs/promises';
 
@@ -12,18 +12,24 @@ import { loadKeys, parseKeys, type Authenticate } from './auth.ts';
 /** The keys of a file, as they are at this moment. */
 export interface KeysFile {
   readonly authenticate: Authenticate;
-  /** Reads the file again whenever it changes, until the signal fires. A file that is wrong or gone leaves the last good keys. */
+  /**
+   * Reads the file again whenever it changes, until the signal fires. A file that is wrong or gone leaves the last
+   * good keys.
+   */
   follow(signal: AbortSignal): Promise<void>;
 }
 
 export interface KeysFileOptions {
   readonly path: string;
-  /** True: while there is no file, nobody is let in. False: there must be one at the start. */
+  /** True: without a file, every caller is rejected. False: the file must exist at the start. */
   readonly optional: boolean;
   readonly log: Log;
 }
 
-/** By looking and not by notification: a mounted Secret is changed by swapping a link to its directory, behind the path. */
+/**
+ * By looking and not by notification: a mounted Secret is changed by swapping a link to its directory, behind the
+ * path.
+ */
 const lookMs = 1_000;
 
 /** Reads the file for the first time; fails as `loadKeys` does. */
@@ -32,7 +38,7 @@ export async function openKeysFile({ path, optional, log }: KeysFileOptions): Pr
   let seen = await identify(path);
   let current: Authenticate;
   if (seen === undefined && optional) {
-    log.warn({ path }, 'no keys file yet: nobody is let in');
+    log.warn({ path }, 'no keys file yet: all callers are rejected');
     current = parseKeys({ keys: [] }, path);
   } else {
     current = await loadKeys(path);
@@ -45,9 +51,9 @@ export async function openKeysFile({ path, optional, log }: KeysFileOptions): Pr
     seen = found;
     try {
       current = await loadKeys(path);
-      log.info({ path }, 'keys file read again');
+      log.info({ path }, 'reloaded the keys file');
     } catch (error) {
-      log.error({ error: ClusterError.from(error), path }, 'keys file not usable: the last good keys stay');
+      log.error({ error: ClusterError.from(error), path }, 'invalid keys file: keeping the last valid keys');
     }
   };
   return {
@@ -61,7 +67,7 @@ export async function openKeysFile({ path, optional, log }: KeysFileOptions): Pr
   };
 }
 
-/** What tells one state of the file from another; undefined where there is none. */
+/** A fingerprint of the file's state; undefined without a file. */
 async function identify(path: string): Promise<string | undefined> {
   return stat(path).then(
     ({ dev, ino, size, mtimeMs, ctimeMs }) => [dev, ino, size, mtimeMs, ctimeMs].join(),

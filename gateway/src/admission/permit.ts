@@ -23,7 +23,7 @@ export function mayUse({ models }: Caller, model: string): boolean {
   return models?.has(model) !== false;
 }
 
-/** Fails with `permission_denied` where the caller may not use the model. */
+/** Fails with `permission_denied` if the caller may not use the model. */
 export function assertMayUse(caller: Caller, model: string): void {
   if (!mayUse(caller, model)) {
     throw new ClusterError('permission_denied', `tenant ${caller.tenant} may not use model ${model}`);

@@ -34,13 +34,13 @@ export const roleNames = new Map<Role, ChatMessage['role']>([
   [Role.ASSISTANT, 'assistant'],
 ]);
 
-/** Whether the completion goes on with the conversation's last message, and does not answer it. */
+/** Whether the completion continues the conversation's last message instead of answering it. */
 export function continuesLast(messages: readonly Message[]): boolean {
   return messages.at(-1)?.role === Role.ASSISTANT;
 }
 
 /**
- * The conversation as the template takes it: an empty system message is put first where none is, as MiMo recommends.
+ * The conversation as the template expects it: with an empty system message first if there is none, as MiMo recommends.
  */
 export function conversationOf(messages: readonly Message[]): ChatMessage[] {
   const conversation = messages.map(({ role, content }) => ({

@@ -179,7 +179,7 @@ describe('admitRequest', () => {
   it('accepts a prompt that leaves room for one token, and no longer one', () => {
     expect(admit({ kind: 'text', text: 'x'.repeat(99) }).sampling?.maxTokens).toBe(1);
     expect(violationsOf({ kind: 'text', text: 'x'.repeat(100) })).toEqual({
-      prompt: 'has at least 100 tokens; the limit is 99, the context of 100 less one',
+      prompt: 'has at least 100 tokens; the limit is 99, one less than the context of 100',
     });
   });
 

@@ -16,23 +16,23 @@ import {
 } from './check.ts';
 import type { PromptInput } from './prompt-input.ts';
 
-/** A prompt that was checked and, where it is sound, tokenised. */
+/** A checked prompt, tokenised if it is valid. */
 export interface ReadPrompt {
   readonly kind: PromptInput['kind'];
-  /** Empty where there are problems. */
+  /** Empty if there are problems. */
   readonly tokenIds: readonly number[];
-  /** What of the completion's text the prompt already holds: an opened tag, or a message that is continued. */
+  /** The part of the completion's text that the prompt already has: an opened tag, or a message to continue. */
   readonly begun: string;
   readonly problems: readonly FieldViolation[];
 }
 
-/** Everything else that a record holds. `seed` is the one drawn in case the caller gave none. */
+/** The other fields of a record. `seed` is used if the caller gave none. */
 export interface AdmissionContext {
   readonly facts: ModelFacts;
   readonly requestId: string;
   readonly tenant: string;
   readonly gatewayId: string;
-  /** What is to compute the text: version-choice.ts. */
+  /** The model identity that shall compute the text: version-choice.ts. */
   readonly identity: string;
   readonly seed: number;
   /** Until the caller's deadline; undefined: none. */
@@ -53,8 +53,8 @@ const defaults = {
 } as const;
 
 /**
- * Turns a request into its record: every default filled in, `max_tokens` within what is left of the context. Fails with
- * `invalid_argument` and a violation for each problem, the prompt's included.
+ * Turns a request into its record: fills in every default and keeps `max_tokens` within the remaining context. Fails
+ * with `invalid_argument` and a violation for each problem, the prompt's included.
  */
 export function admitRequest(
   prompt: ReadPrompt,
@@ -66,7 +66,7 @@ export function admitRequest(
   const promptTokenIds = [...prompt.tokenIds];
   const violations = [...checkSampling(sampling, facts), ...prompt.problems];
   if (promptTokenIds.length === 0 && prompt.problems.length === 0) {
-    violations.push({ field: promptFields[prompt.kind], description: 'gives no tokens' });
+    violations.push({ field: promptFields[prompt.kind], description: 'produces no tokens' });
   }
   if (promptTokenIds.length >= facts.maxContextTokens) {
     violations.push(tooManyTokens(prompt, promptTokenIds.length, facts));
@@ -74,7 +74,7 @@ export function admitRequest(
   const leftTokens = facts.maxContextTokens - promptTokenIds.length;
   const minTokens = sampling?.minTokens ?? 0;
   if (leftTokens > 0 && minTokens > leftTokens && minTokens <= (sampling?.maxTokens ?? Infinity)) {
-    const description = `must be at most the ${leftTokens} tokens that are left of the context, not ${minTokens}`;
+    const description = `must be at most ${leftTokens}, the remaining tokens of the context, not ${minTokens}`;
     violations.push({ field: 'sampling.min_tokens', description });
   }
   assertNone(violations);

@@ -19,13 +19,13 @@ export class Arrivals {
   #isSorted = true;
   #last: SeenRecord | undefined;
   /**
-   * The store of the newest record: what is known from another one was lost with it, and its owner may record it again.
+   * The store of the newest record: records of another store were lost with it, and their owners may record them again.
    */
   #storeId: string;
-  /** Until then what came in this store waits for older requests to be recorded again. */
+  /** Until then, new records in this store wait for older requests to be recorded again. */
   #settledMs = 0;
 
-  /** `storeId` is the store that was known before, empty where there was none. */
+  /** `storeId` is the previously known store, empty if there was none. */
   constructor(storeId: string) {
     this.#storeId = storeId;
   }

@@ -1,6 +1,6 @@
 // The waiting work of one model's queue: which of its live requests wait, for what, and how much that is. Their order
 // is in arrivals.ts, where a request runs is in dispatch-state.ts. Pure: time is an argument, the dispatcher's own
-// monotonic clock, which is compared with nobody's.
+// monotonic clock, which is never compared with other clocks.
 
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
 import type { QueueState } from '@mimo/core/bus/signals';
@@ -21,15 +21,15 @@ export const nothing: Load = { requests: 0, tokens: 0 };
 
 /** A gateway that did not answer. */
 interface SilentGateway {
-  /** Since when nobody listens in its name; undefined where somebody does, but did not answer in time. */
+  /** Since when nobody listens under its name; undefined if it listens but did not answer in time. */
   readonly goneSinceMs: number | undefined;
   readonly retryMs: number;
 }
 
 const retryMs = 1_000;
-/** What is parked is offered again after this, in case its owner's word was lost. */
+/** A parked request is offered again after this, in case its owner's message was lost. */
 const parkedRetryMs = 10_000;
-/** A gateway that does not listen for this long is gone, and with it everybody who waits for its requests. */
+/** A gateway that does not listen for this long is gone, and so are the clients of its requests. */
 const orphanAfterMs = 15_000;
 
 /** The backlog of one model. A request waits until it is said to be with a group, or is parked. */
@@ -39,16 +39,16 @@ export class Backlog {
   readonly #held = new Set<string>();
   /** Of those whose clients take nothing: until when they are not offered, in case their owner's next word is lost. */
   readonly #parked = new Map<string, number>();
-  /** Of those whose needs are not the record's any more. */
+  /** Requests whose needs differ from their records. */
   readonly #needs = new Map<string, Needs & { readonly sinceMs: number }>();
   readonly #silent = new Map<string, SilentGateway>();
   // Kept as things change: a queue may hold tens of thousands of requests.
-  /** What waits, by the identity that it needs. */
+  /** Waiting requests, by the identity that they need. */
   readonly #waitingFor = new Map<string, Load>();
   #heldTokens = 0;
   #arrivedTokens = 0;
 
-  /** `storeId` is the store that was known before, empty where there was none. */
+  /** `storeId` is the previously known store, empty if there was none. */
   constructor(storeId: string) {
     this.#arrivals = new Arrivals(storeId);
   }
@@ -193,8 +193,8 @@ export class Backlog {
   }
 
   /**
-   * Those of them that may not be in any company; in one that is not quite what they need, once they have waited for
-   * it.
+   * Those of them that may not share a group with any sequence; after a wait they accept company that is not quite
+   * suitable.
    */
   *onTrial(nowMs: number): Generator<TrialRequest, void, undefined> {
     for (const [requestId, needs] of this.#needs) {
@@ -243,7 +243,7 @@ export class Backlog {
     const needs = this.#needs.get(requestId);
     return {
       requestId,
-      // What was left at acceptance cannot be more now: late by the record's age, and never early.
+      // The time left cannot exceed the time left at acceptance: this is late by the record's age, and never early.
       expiredMs: seenMs + (record.timeLeftMs ?? Number.POSITIVE_INFINITY),
       notBeforeMs: Math.max(
         this.#silent.get(record.gatewayId)?.retryMs ?? 0,

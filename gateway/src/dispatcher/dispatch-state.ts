@@ -1,4 +1,4 @@
-// What a dispatcher believes: the live requests of one model and the group that each is with. Rebuilt from the stream
+// The dispatcher's view: the live requests of one model and the group of each. Rebuilt from the stream
 // and the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the
 // owning gateway's answer to an assignment is the truth. What waits is in backlog.ts. Pure: time is an argument, the
 // dispatcher's own monotonic clock.
@@ -21,7 +21,7 @@ export interface Place {
 interface Placed extends Place {
   readonly sinceMs: number;
   readonly onTrial: boolean;
-  /** It made progress there, as the group says. */
+  /** It made progress there, according to the group. */
   readonly proven: boolean;
 }
 
@@ -43,7 +43,7 @@ export class DispatchState {
   readonly #unsureMs = new Map<string, number>();
   #endedTokens = 0;
 
-  /** `storeId` is the store that was known before, empty where there was none. */
+  /** `storeId` is the previously known store, empty if there was none. */
   constructor(storeId = '') {
     this.#backlog = new Backlog(storeId);
   }
@@ -58,8 +58,8 @@ export class DispatchState {
   }
 
   /**
-   * The request has ended. It counts as ended work where it was with a group, which then had its tokens to compute.
-   * Unless the group has `released` it, it may still be there, as in a group that stands still.
+   * The request has ended. It counts as ended work if a group had it, since the group computed its tokens. Unless
+   * the group has `released` it, it may still be there, as in a group that stands still.
    */
   remove(requestId: string, released: boolean, nowMs: number): void {
     const request = this.#backlog.get(requestId);
@@ -75,7 +75,7 @@ export class DispatchState {
     return this.#backlog.get(requestId);
   }
 
-  /** The request is with a group, as its owner says: the attempt has this number. */
+  /** The request is with a group, according to its owner, in the attempt of this number. */
   confirm(requestId: string, where: Place & { readonly epoch: number }, nowMs: number): void {
     if (where.epoch >= (this.#epochs.get(requestId) ?? 0)) {
       this.place(requestId, where, nowMs);
@@ -127,7 +127,7 @@ export class DispatchState {
     }
   }
 
-  /** Its client takes nothing: it is in no group, and waits for none. */
+  /** Its client is not reading: it has no group and waits for none. */
   park(requestId: string, nowMs: number): void {
     this.#unplace(requestId);
     this.#backlog.park(requestId, nowMs);
@@ -153,7 +153,7 @@ export class DispatchState {
     if (request === undefined) {
       return [];
     }
-    // It may have begun, and its answer be what was lost.
+    // It may have begun, and only the answer was lost.
     this.#unplace(requestId, nowMs);
     return this.#backlog.unanswered(request.record.gatewayId, gone, nowMs);
   }
@@ -190,20 +190,20 @@ export class DispatchState {
     this.#forget(lives, nowMs);
   }
 
-  /** What no group has, in order of arrival: for groups of these identities, or all of it. */
+  /** Waiting requests in order of arrival: those for groups of these identities, or all. */
   waiting(identities?: ReadonlySet<string>): Iterable<WaitingRequest> {
     return this.#backlog.waiting(identities);
   }
 
   /**
-   * Those of them that may not be in any company; in one that is not quite what they need, once they have waited for
-   * it.
+   * Those of them that may not share a group with any sequence; after a wait they accept company that is not quite
+   * suitable.
    */
   onTrial(nowMs: number): Iterable<TrialRequest> {
     return this.#backlog.onTrial(nowMs);
   }
 
-  /** What is with each life of a group, by `placeKey`. */
+  /** The requests of each life of a group, by `placeKey`. */
   loads(): ReadonlyMap<string, Load> {
     const loads = new Map<string, Load>();
     for (const [requestId, place] of this.#placed) {
@@ -243,8 +243,8 @@ export class DispatchState {
   }
 
   /**
-   * Who is in a group: what is believed to be with it, and what it says it runs, though its client may be gone long
-   * since. `closed`: one of them is on trial there and has made no progress yet.
+   * The sequences of a group: those assigned to it, and those that it reports, even if their clients are gone.
+   * `closed`: one of them is on trial there and has made no progress yet.
    */
   #companyIn(
     heartbeat: Heartbeat,
@@ -278,7 +278,7 @@ export class DispatchState {
     }
   }
 
-  /** It waits again. With `leftMs` its group has not said that it is gone from there. */
+  /** It waits again. With `leftMs` its group has not confirmed that it was removed. */
   #unplace(requestId: string, leftMs?: number): void {
     const place = this.#placed.get(requestId);
     if (place !== undefined) {

@@ -19,7 +19,7 @@ import type { Groups } from './groups.ts';
 import { planAbandoned, planAssignments, type Placement } from './placement.ts';
 import { StatePublisher } from './state-publisher.ts';
 
-/** What a dispatcher works with. */
+/** A dispatcher's dependencies. */
 export interface DispatcherParts {
   readonly model: string;
   readonly gatewayId: string;
@@ -32,12 +32,15 @@ export interface DispatcherParts {
   readonly log: Log;
 }
 
-/** Groups that went silent and time-outs are found at this pace; everything else is acted upon as it comes. */
+/** Silent groups and time-outs are found at this pace; everything else is handled at once. */
 const tickMs = 100;
-/** Looking at the whole queue takes milliseconds where it is long. */
+/** Checking a long queue takes milliseconds. */
 const lookMs = 1_000;
 
-/** How long a gateway that stops leaves its lease to others; alone, it goes on after that with what it still holds. */
+/**
+ * How long a stopping gateway waits for others to take its lease; if none does, it continues to dispatch its
+ * remaining requests.
+ */
 const resignedMs = 2_000;
 
 /**
@@ -88,7 +91,7 @@ class Dispatcher {
   #turnedMs = performance.now();
   /** Records came since the file was begun. */
   #isFileUsed = false;
-  /** What lay in the queue at the beginning is known; before that its state would be told too small. */
+  /** Whether the initial replay is complete; until then, queue depth would be under-reported. */
   #replayed = false;
   /** Undefined until they are known: before that nothing is assigned. */
   #drains: MarkedGroups | undefined;
@@ -210,7 +213,7 @@ class Dispatcher {
       try {
         sessions.hold({ model, group, incarnation, address });
       } catch (error) {
-        log.debug({ error: ClusterError.from(error), group }, 'session not opened');
+        log.debug({ error: ClusterError.from(error), group }, 'cannot open the session');
       }
     }
   }
@@ -295,7 +298,7 @@ class Dispatcher {
         this.#state.park(requestId, performance.now());
         this.#planSoon();
       } else if (reply.outcome === AssignmentOutcome.STALE_DISPATCHER) {
-        log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'dispatcher is stale');
+        log.warn({ dispatcherEpoch: this.#epoch, gatewayId }, 'stale dispatcher');
         this.#stop.abort();
       } else {
         this.#state.remove(requestId, false, performance.now());
@@ -306,23 +309,23 @@ class Dispatcher {
         return;
       }
       const { code } = ClusterError.from(error);
-      log.debug({ code, requestId, gatewayId }, 'assignment not answered');
+      log.debug({ code, requestId, gatewayId }, 'no answer to an assignment');
       for (const orphan of this.#state.unanswered(requestId, code === 'not_found', performance.now())) {
         this.#orphan(orphan);
       }
     }
   }
 
-  /** Deletes the record of a request that nobody holds any more. */
+  /** Deletes the record of a request without an owner. */
   #orphan(requestId: string): void {
     const queued = this.#state.get(requestId);
     if (queued !== undefined) {
       const { model, bus, metrics, log } = this.#parts;
       this.#state.remove(requestId, false, performance.now());
       metrics.orphans({ model });
-      log.warn({ requestId, gatewayId: queued.record.gatewayId }, 'orphaned record deleted');
+      log.warn({ requestId, gatewayId: queued.record.gatewayId }, 'deleted an orphaned record');
       bus.records.erase(queued).catch((error: unknown) => {
-        log.debug({ error: ClusterError.from(error), requestId }, 'orphaned record not deleted');
+        log.debug({ error: ClusterError.from(error), requestId }, 'cannot delete an orphaned record');
       });
     }
   }

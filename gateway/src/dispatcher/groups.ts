@@ -1,12 +1,12 @@
-// What the gateway knows of the replica groups: the last heartbeat of each. Owns which groups count as alive, and which as
-// heard of lately enough to be given work; knows neither how heartbeats travel nor what is done with them. Time is an
+// The gateway's view of the replica groups: the last heartbeat of each. Owns which groups count as alive, and which
+// are recent enough to get work; independent of how heartbeats travel and are used. Time is an
 // argument.
 
 import { GroupState, type Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 
 /**
- * Three missing heartbeats: the group is given nothing more until the next one. A mistake costs only that, since what runs
- * there goes on: a stream is moved when its session breaks and not before.
+ * Three missing heartbeats: the group gets no new requests until the next one. A false alarm costs only that: running
+ * streams stay until their session breaks.
  */
 export const heartbeatQuietMs = 800;
 
@@ -46,7 +46,7 @@ export class Groups {
     return alive;
   }
 
-  /** What a life of a group runs, as it said last; nothing where it was not heard of. */
+  /** The sequences of one life of a group, from its last heartbeat; none without a heartbeat. */
   runningIn({
     model,
     group,
@@ -56,7 +56,7 @@ export class Groups {
     return heartbeat?.incarnation === incarnation ? heartbeat.running : [];
   }
 
-  /** Those of them that take requests, and said so lately. */
+  /** Those that accept requests, according to a recent heartbeat. */
   ready(model: string, nowMs: number): Heartbeat[] {
     return this.alive(model, nowMs).filter(({ state, group }) => {
       const seenMs = this.#seen.get(keyOf(model, group))?.seenMs ?? Number.NEGATIVE_INFINITY;

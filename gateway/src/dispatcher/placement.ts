@@ -1,32 +1,31 @@
-// Who runs next, and where. Pure: the same state and time always give the same plan.
+// Decides which request runs next, and where. Pure: the same state and time always give the same plan.
 //
-// The rule: requests in order of arrival; each goes to the group with the smallest share of its slots in use, of equals the
-// first by name, among those that compute what it needs. Where none of them has a free slot it waits, and no later one of
-// the same identity overtakes it. A request whose deadline has passed is not given to a group; its gateway ends it, and if that does
-// not happen the record is abandoned.
+// The rule: requests in order of arrival; each goes to the group with the smallest share of its slots in use, of
+// equals the first by name, among those that compute what it needs. Where none of them has a free slot it waits, and
+// no later one of the same identity overtakes it. A request whose deadline has passed is not given to a group; its
+// gateway ends it, and if that does not happen the record is abandoned.
 //
-// Requests on trial, which may be what broke their last groups (suspicion.ts), come first, since a group has the company that
-// they need mostly when it has just begun another life, and of them those that broke the most: each goes to a group with no
-// other company, which is then closed to all others. Where there is none, one group is cleared: given nothing, also where it is
-// the only one, until it has such company. It is the one with the fewest requests in it, of equals the first by name. As that one
-// gets fewer and fewer, the choice changes only to one with fewer still, or as few: so with ever new requests one
-// on trial waits for what runs in a group and not for what comes.
+// Requests on trial, which may be what broke their last groups (suspicion.ts), come first, since a group has the
+// company that they need mostly when it has just begun another life, and of them those that broke the most: each goes
+// to a group with no other company, which is then closed to all others. Where there is none, one group is cleared:
+// given nothing, also where it is the only one, until it has such company. It is the one with the fewest requests in
+// it, of equals the first by name. As that one gets fewer and fewer, the choice changes only to one with fewer still,
+// or as few: so with ever new requests one on trial waits for what runs in a group and not for what comes.
 //
-// INVARIANT: no group is given more than its free slots, nor a request of another identity; a request is placed at most once;
-// with a request on trial a group is given no other; at most one
-// group is cleared for requests of one identity; of two requests of one identity that are not on trial and may both be placed,
-// the earlier one is.
+// INVARIANT: no group is given more than its free slots, nor a request of another identity; a request is placed at
+// most once; with a request on trial a group is given no other; at most one group is cleared for requests of one
+// identity; of two requests of one identity that are not on trial and may both be placed, the earlier one is.
 
 import { Company } from '@mimo/proto/queue';
 
 /** A recorded request that no group has. */
 export interface WaitingRequest {
   readonly requestId: string;
-  /** By this time its deadline has passed, or some time ago; infinite: it has none. */
+  /** Latest possible time of its deadline; infinite without one. */
   readonly expiredMs: number;
   /** Not to be offered before this, because its gateway did not answer. */
   readonly notBeforeMs: number;
-  /** What is to compute it; empty: anything. */
+  /** The identity that must compute it; empty: any. */
   readonly identity: string;
   readonly company: Company;
 }
@@ -45,11 +44,11 @@ export interface OpenGroup {
   readonly usedSlots: number;
   /** Not to be used before this, because an attempt on it failed. */
   readonly notBeforeMs: number;
-  /** What is in it at most, as far as the group itself has said; UNSPECIFIED also while nobody knows. */
+  /** The group's company at most, according to the group; UNSPECIFIED also if unknown. */
   readonly company: Company;
 }
 
-/** What is decided upon. */
+/** The input of the decision. */
 export interface DispatchView {
   readonly onTrial: Iterable<TrialRequest>;
   /** In order of arrival, those on trial or not; read no further than there are free slots. */
@@ -57,7 +56,7 @@ export interface DispatchView {
   readonly groups: readonly OpenGroup[];
 }
 
-/** Which request goes to which group, and in what company: UNSPECIFIED promises none. */
+/** Which request goes to which group, and with which company: UNSPECIFIED promises nothing. */
 export interface Placement {
   readonly requestId: string;
   readonly group: string;
@@ -122,10 +121,10 @@ export function planAssignments({ onTrial, waiting, groups }: DispatchView, nowM
   return plan;
 }
 
-/** A gateway ends its requests at their deadline; it gets this long before somebody else cleans up. */
+/** A gateway ends its requests at their deadline; after this extra time the dispatcher cleans up. */
 export const abandonAfterMs = 10_000;
 
-/** The requests so far past their deadline that their gateway cannot be there any more: their records may go. */
+/** Requests so far past their deadline that their gateway must be gone: their records may be deleted. */
 export function planAbandoned(waiting: Iterable<WaitingRequest>, nowMs: number): string[] {
   const abandoned: string[] = [];
   for (const request of waiting) {

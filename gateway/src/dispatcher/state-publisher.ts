@@ -41,7 +41,7 @@ export class StatePublisher {
   publish(drains: MarkedGroups): void {
     const nowMs = performance.now();
     const sinceMs = nowMs - this.#publishedMs;
-    // A gateway that has just come may not have heard of every group yet, which is not their absence.
+    // A new gateway may not have heard from every group yet, which does not mean they are absent.
     const knowsGroups = nowMs - this.#beganMs >= heartbeatQuietMs;
     if (!knowsGroups || this.#timer !== undefined) {
       return;

@@ -1,20 +1,20 @@
-// Which requests may be what breaks their groups. Pure.
+// Which requests may be breaking their groups. Pure.
 //
-// The rule: a break counts against a request that had less than `provenTokens` from that group; more of them clear it. After
-// two breaks in a row it is tried only among requests that made progress there, and none joins them until it does too, or
-// ends; after three it is tried alone. It is guilty when at least three groups in a row broke with it and it was alone in the
-// last.
+// The rule: a break counts against a request that had less than `provenTokens` from that group; more of them clear
+// it. After two breaks in a row it is tried only among requests that made progress there, and none joins them until
+// it does too, or ends; after three it is tried alone. It is guilty when at least three groups in a row broke with it
+// and it was alone in the last.
 //
-// Where it does not get to be alone, since what else is in its group runs for long, it is tried among requests that made
-// progress after all, for which it waits longer after each break: an innocent one goes on so, and a guilty one breaks few groups
-// more until it is alone, which is mostly at once: a group that has just broken is empty.
+// Where it does not get to be alone, since what else is in its group runs for long, it is tried among requests that
+// made progress after all, for which it waits longer after each break: an innocent one goes on so, and a guilty one
+// breaks few groups more until it is alone, which is mostly at once: a group that has just broken is empty.
 //
-// INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it is in,
-// before it makes progress, and is alone where it waits for that, is guilty after at most four breaks.
+// INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it
+// is in, before it makes progress, and is alone where it waits for that, is guilty after at most four breaks.
 
 import { Company, type Needs } from '@mimo/proto/queue';
 
-/** A sequence that has got so many tokens from a group is not what breaks it at its first step. */
+/** A sequence that got this many tokens from a group does not break it at its first step. */
 export const provenTokens = 8;
 
 const sharedBreaks = 2;
@@ -23,7 +23,7 @@ const guiltyBreaks = 3;
 /** Most answers end within it. */
 const aloneWaitMs = 15_000;
 
-/** What is held against a request. */
+/** The suspicion against a request. */
 export interface Suspicion {
   /** Groups in a row that broke before it made progress. */
   readonly breaks: number;
@@ -35,7 +35,7 @@ export const unsuspected: Suspicion = { breaks: 0, alone: false };
 
 /** How an attempt ended that was not the last. */
 export interface LostAttempt {
-  /** The group broke with the sequence in it; else it refused or handed over what it had. */
+  /** True: the group broke while it ran the sequence. False: it rejected or handed over the sequence. */
   readonly broke: boolean;
   /** Tokens that this attempt added. */
   readonly tokens: number;
@@ -43,7 +43,7 @@ export interface LostAttempt {
   readonly alone: boolean;
 }
 
-/** What is held against a request after an attempt. */
+/** The suspicion against a request after an attempt. */
 export function suspicionAfter(before: Suspicion, { broke, tokens, alone }: LostAttempt): Suspicion {
   if (tokens >= provenTokens) {
     return unsuspected;
@@ -65,7 +65,9 @@ export function patienceMs({ company, breaks }: Pick<Needs, 'company' | 'breaks'
   return company === Company.NONE ? aloneWaitMs * 2 ** Math.max(0, breaks - guiltyBreaks) : 0;
 }
 
-/** What its owner takes, from a dispatcher that knows of so many breaks: that one has waited for as long as it should. */
+/**
+ * What its owner takes, from a dispatcher that knows of so many breaks: that one has waited for as long as it should.
+ */
 export function leastCompany(needs: Pick<Needs, 'company' | 'breaks'>, knownBreaks: number): Company {
   return needs.company === Company.NONE && needs.breaks === knownBreaks ? Company.PROVEN : needs.company;
 }

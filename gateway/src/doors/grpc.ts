@@ -129,7 +129,7 @@ function generationOf({ model, input, sampling }: GenerateRequest): CompletionRe
 
 function countedOf({ request }: CountTokensRequest): CompletionRequest {
   if (request === undefined) {
-    const description = 'must hold chat or generate';
+    const description = 'must contain chat or generate';
     throw new ClusterError('invalid_argument', `request ${description}`, {
       detail: { fieldViolations: [{ field: 'request', description }] },
     });

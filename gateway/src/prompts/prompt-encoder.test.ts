@@ -184,13 +184,13 @@ describe('PromptEncoder of a bad model', () => {
       'a template that loops',
       { template: onDemand.replace('BAD', loop) },
       chat('bad'),
-      /its chat template did not end within/,
+      /its chat template did not finish within/,
     ],
     [
       'a pattern that explodes',
       { pattern: '(?:a+)+$|\\\\p{L}+|[^a]' },
       text(`${'a'.repeat(200)}!`),
-      /its tokenizer did not end within/,
+      /its tokenizer did not finish within/,
     ],
   ])(
     'ends %s, tells the caller, the log and the metric, and reads the next prompt',

@@ -1,5 +1,6 @@
-// One model's prompts -> token ids. Owns the model's readers (prompt-reader.ts), which run what its files ask for in
-// processes of their own, and who waits for them (prompt-queue.ts). What a prompt may be is in prompt-input.ts. A model whose
+// One model's prompts -> token ids. Owns the model's readers (prompt-reader.ts), which run its template and tokenizer
+// in separate processes, and the queue for them (prompt-queue.ts).
+// What a prompt may be is in prompt-input.ts. A model whose
 // template or tokenizer never ends, or takes all memory, harms the callers of this model alone.
 
 import { beforeAbort } from '@mimo/core/process/abort';
@@ -13,7 +14,7 @@ import type { EncodedPrompt, ReaderMessage, ReadPromptMessage } from './prompt-m
 import { PromptQueue } from './prompt-queue.ts';
 import { startPromptReader, type PromptReader } from './prompt-reader.ts';
 
-/** How prompts are read, and who hears of it. */
+/** How prompts are read, and the callbacks. */
 export interface PromptEncoderOptions {
   /** At most this many readers of a model. */
   readonly maxReaders: number;
@@ -84,8 +85,9 @@ export class PromptEncoder {
 
   /**
    * The ids of a prompt that was checked. Fails with `invalid_argument` where the template refuses the messages,
-   * `TooManyTokensError` over the limit, `resource_exhausted` where too many wait, `failed_precondition` where the model's
-   * files do not come to an end; rejects with the signal's reason where that fires first: then it leaves the queue.
+   * `TooManyTokensError` over the limit, `resource_exhausted` where too many wait, `failed_precondition` where the
+   * model's files do not come to an end; rejects with the signal's reason where that fires first: then it leaves the
+   * queue.
    */
   async encode(input: PromptInput, { tenant, maxTokens, signal }: EncodeFor): Promise<EncodedPrompt> {
     if (input.kind === 'tokens' || input.kind === 'none') {
@@ -120,12 +122,12 @@ export class PromptEncoder {
     await this.close();
   }
 
-  /** Ends the readers at once; whoever waits for them gets `unavailable`. */
+  /** Ends the readers at once; waiting prompts fail with `unavailable`. */
   async close(): Promise<void> {
     this.#closed = true;
     clearTimeout(this.#idleTimer);
     for (const { reject } of this.#waiting) {
-      reject(new ClusterError('unavailable', `model ${this.#model} is not served here any more`));
+      reject(new ClusterError('unavailable', `model ${this.#model} is no longer served here`));
     }
     await Promise.all([...this.#readers].map((reader) => reader.close()));
     await this.#starting;
@@ -133,13 +135,13 @@ export class PromptEncoder {
 
   #assertRoom(tenant: string, cost: number): void {
     if (this.#closed) {
-      throw new ClusterError('unavailable', `model ${this.#model} is not served here any more`);
+      throw new ClusterError('unavailable', `model ${this.#model} is no longer served here`);
     }
     const full = (seen: { prompts: number; cost: number }, max: { prompts: number; cost: number }): boolean =>
       seen.prompts >= max.prompts || seen.cost + cost > max.cost;
     const own = this.#queue.waiting(tenant);
     if (full(own, waitingMax.tenant) || full(this.#queue.waiting(), waitingMax.all)) {
-      const text = `too many prompts wait to be read for model ${this.#model}: ${own.prompts} of this tenant`;
+      const text = `too many prompts are waiting for model ${this.#model}: ${own.prompts} of this tenant`;
       throw new ClusterError('resource_exhausted', text, { detail: { retryAfterMs: 1_000 } });
     }
   }
@@ -190,7 +192,10 @@ export class PromptEncoder {
     }
   }
 
-  /** Reading a prompt ended the reader, had to be ended or broke: the caller, the log and the metric learn of which model. */
+  /**
+   * Reading a prompt ended the reader, had to be ended or broke: the caller, the log and the metric learn of which
+   * model.
+   */
   #failure(reply: ReaderMessage | undefined, tookMs: number): ClusterError {
     const { timeoutMs, metrics, log } = this.#options;
     const model = this.#model;
@@ -207,7 +212,9 @@ export class PromptEncoder {
           ? 'reading a prompt ended its process'
           : 'reading a prompt failed',
     );
-    const what = isLate ? `did not end within ${timeoutMs} ms` : 'failed, such as for lack of memory';
+    const what = isLate
+      ? `did not finish within ${timeoutMs} ms`
+      : 'failed, for example because it ran out of memory';
     return new ClusterError(
       'failed_precondition',
       `model ${model} cannot read this prompt: its ${stage} ${what}`,
@@ -257,11 +264,14 @@ export class PromptEncoder {
     });
   }
 
-  /** Those who wait are refused, since a long prompt could wait for this reader without end; the next prompt tries again. */
+  /**
+   * Waiting prompts are rejected, since a long prompt could wait for this reader forever; the next prompt tries
+   * again.
+   */
   #startFailed(cause: unknown): void {
     const model = this.#model;
-    this.#options.log.error({ error: ClusterError.from(cause), model }, 'a prompt reader cannot be started');
-    const text = `model ${model} cannot read prompts at this moment`;
+    this.#options.log.error({ error: ClusterError.from(cause), model }, 'cannot start a prompt reader');
+    const text = `model ${model} cannot read prompts now`;
     for (const { reject } of this.#waiting) {
       reject(new ClusterError('unavailable', text, { cause, detail: { retryAfterMs: 1_000 } }));
     }

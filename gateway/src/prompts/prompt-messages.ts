@@ -1,11 +1,11 @@
-// What the gateway and the processes that read its prompts say to each other. Types only.
+// The messages between the gateway and its prompt readers. Types only.
 
 import type { ErrorCode } from '@mimo/core/process/errors';
 import type { TokenTableData } from '@mimo/tokenizer';
 
 import type { PromptInput } from '../admission/prompt-input.ts';
 
-/** A prompt's ids, and what of the completion's text it already holds. */
+/** A prompt's ids, and the part of the completion's text that it already has. */
 export interface EncodedPrompt {
   readonly tokenIds: readonly number[];
   readonly begun: string;
@@ -26,7 +26,7 @@ export type ReaderMessage =
   | { readonly kind: 'read'; readonly prompt: EncodedPrompt }
   | { readonly kind: 'too many tokens'; readonly leastTokens: number }
   | { readonly kind: 'failed'; readonly code: ErrorCode; readonly message: string }
-  /** An error that nobody expected; `error` is its kind and place, without words that could quote the prompt. */
+  /** An unexpected error; `error` is its kind and place, without text that could quote the prompt. */
   | { readonly kind: 'broken'; readonly stage: PromptStage; readonly error: string }
   /** The reader ends after this one. */
   | { readonly kind: 'timed out'; readonly stage: PromptStage };

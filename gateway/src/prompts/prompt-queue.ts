@@ -1,20 +1,21 @@
 // Whose prompt of a model is read next. Pure: knows neither processes nor time.
 //
-// The rule. Prompts wait in lanes, one for a tenant's short prompts and one for its long ones, each first come first served.
+// The rule. Prompts wait in lanes, one for a tenant's short prompts and one for its long ones, each first come first
+// served.
 //   1. A lane has at most one prompt being read.
 //   2. One reader never reads long prompts, where there may be several: a short prompt waits for no long one.
 //   3. Of the lanes that may go, the one with the earliest tag does (start-time fair queueing): a lane's tag grows by what
 //      its prompts cost, and begins at the present one when the lane has had nothing to do.
 // So a tenant waits for its own prompts and for about as much of any other tenant's as it asks for itself.
 
-/** What the queue needs to know of a prompt. */
+/** The facts about a prompt that the queue needs. */
 export interface PromptTurn {
   readonly tenant: string;
   /** In letters, see `promptCost`. */
   readonly cost: number;
 }
 
-/** A prompt that was taken; say `done` when it has been read. */
+/** A prompt taken from the queue; call `done` when it has been read. */
 export interface TakenPrompt<T> {
   readonly item: T;
   done(this: void): void;
@@ -97,7 +98,7 @@ export class PromptQueue<T> {
     return this.#next(readers) !== undefined;
   }
 
-  /** The next prompt, for one of so many readers, which is free; undefined where none may go. */
+  /** The next prompt for a free one of `readers` readers; undefined if none may run. */
   take(readers: number): TakenPrompt<T> | undefined {
     this.#forgetIdle();
     const lane = this.#next(readers);

@@ -1,6 +1,6 @@
-// A process that reads prompts: entry point, started and ended by prompt-reader.ts. Runs one model's chat template and the
-// pattern of its tokenizer, which may loop, explode or fill the memory: here they stop nothing but themselves. Takes one
-// checked prompt a message and answers it with one reply.
+// A process that reads prompts: entry point, started and ended by prompt-reader.ts. Runs one model's chat template
+// and the pattern of its tokenizer, which may loop, explode or fill the memory: here they stop nothing but
+// themselves. Takes one checked prompt a message and answers it with one reply.
 
 import { createContext, Script } from 'node:vm';
 
@@ -21,7 +21,7 @@ import type { EncodedPrompt, PromptStage, ReaderMessage, ReadPromptMessage } fro
 const [, , directory = '', timeoutMs = ''] = process.argv;
 let stage: PromptStage = 'tokenizer';
 
-// Only what a script calls can be given a deadline. It holds after this process's gateway is gone, too.
+// Only a call into a script can get a deadline. It also works after this process's gateway is gone.
 const script = new Script('call()');
 const called: { call: () => EncodedPrompt } = { call: () => ({ tokenIds: [], begun: '' }) };
 const context = createContext(called);
@@ -64,7 +64,7 @@ function answer(message: ReadPromptMessage, model: Parameters<typeof read>[1]): 
     if (error instanceof TooManyTokensError) {
       send({ kind: 'too many tokens', leastTokens: error.leastTokens });
     } else if (isTimeout(error)) {
-      // What it was at may be half done, so nothing is read here any more.
+      // Its work may be half done, so this process reads no more prompts.
       send({ kind: 'timed out', stage }, () => process.exit(1));
     } else if (error instanceof ClusterError) {
       send({ kind: 'failed', code: error.code, message: error.message });

@@ -1,6 +1,6 @@
-// One process that reads a model's prompts, one at a time, and can be ended whatever it is at. Owns the process and its two
-// time limits: the reader's own, and a kill where it does not even answer to that one. Why a process and not a thread:
-// docs/explanation/decisions/0018.
+// One process that reads a model's prompts, one at a time, and can be ended whatever it is at. Owns the process and
+// its two time limits: the reader's own, and a kill where it does not even answer to that one. Why a process and not
+// a thread: docs/explanation/decisions/0018.
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
@@ -19,7 +19,10 @@ export interface PromptReaderOptions {
 
 /** A model's largest tokenizer files take seconds. */
 const loadMaxMs = 60_000;
-/** A reader whose time is up and that cannot stop itself, as inside a long call of the engine's own, is killed after this. */
+/**
+ * A reader whose time is up and that cannot stop itself, as inside a long call of the engine's own, is killed after
+ * this.
+ */
 const killAfterMs = 2_000;
 /** Several times what a vocabulary of 151,000 entries and a megabyte of prompt need. */
 const heapMaxMegabytes = 512;
@@ -29,7 +32,7 @@ export interface PromptReader {
   readonly tokenTable: TokenTableData;
   /** Resolves once the process is gone. */
   readonly ended: Promise<void>;
-  /** Reads one prompt; undefined where the process ended over it. Only while no other is being read. */
+  /** Reads one prompt; undefined if the process ended meanwhile. One prompt at a time. */
   read(message: ReadPromptMessage): Promise<ReaderMessage | undefined>;
   close(): Promise<void>;
 }
@@ -58,7 +61,7 @@ export async function startPromptReader({
     await close();
     throw first?.kind === 'failed'
       ? new ClusterError(first.code, first.message)
-      : new ClusterError('failed_precondition', 'loading the tokenizer ended its process, or took too long');
+      : new ClusterError('failed_precondition', 'loading the tokenizer crashed its process or took too long');
   }
   child.unref();
   child.channel?.unref();

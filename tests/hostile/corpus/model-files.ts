@@ -1,5 +1,6 @@
-// Models whose chat template or tokenizer loops, explodes, fills the memory or makes no sense. They are served beside the
-// demonstration model, whose callers must not notice; no group runs them, so what can be read is counted and no more.
+// Models whose chat template or tokenizer loops, explodes, fills the memory or makes no sense. They are served beside
+// the demonstration model, whose callers must not notice; no group runs them, so what can be read is counted and no
+// more.
 
 import { cp, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -74,7 +75,7 @@ export const modelFiles: HostileSubject = {
       name: 'a template that loops',
       send: (world) => count(world, 'bad-template', user('loop')),
       code: 'failed_precondition',
-      message: /model bad-template cannot read this prompt: its chat template did not end within 4000 ms/,
+      message: /model bad-template cannot read this prompt: its chat template did not finish within 4000 ms/,
     },
     {
       name: 'a template that loops, while others chat',
@@ -120,7 +121,7 @@ export const modelFiles: HostileSubject = {
       name: 'a template that prints nothing',
       send: (world) => world.chat(chat('bad-template', user('nothing'))),
       code: 'invalid_argument',
-      message: /messages gives no tokens/,
+      message: /messages produces no tokens/,
     },
     {
       name: 'a template that leaves out the message to be continued',
@@ -137,7 +138,7 @@ export const modelFiles: HostileSubject = {
       name: 'a pattern that explodes',
       send: (world) => count(world, 'bad-pattern', user(`${'a'.repeat(200)}!`)),
       code: 'failed_precondition',
-      message: /model bad-pattern cannot read this prompt: its tokenizer did not end within 4000 ms/,
+      message: /model bad-pattern cannot read this prompt: its tokenizer did not finish within 4000 ms/,
     },
     {
       name: 'the same pattern, which reads what it can',
