@@ -2,18 +2,17 @@
 // the hub names for it. Owns the directory while it fills: many may ask for the same one at once, on a shared volume too,
 // one fetches, and what an interrupted one has is kept. Talks to the hub through @huggingface/hub alone.
 
-import { createHash } from 'node:crypto';
-import { createReadStream } from 'node:fs';
-import { mkdir, open, readdir, readFile, rename, rm, stat, statfs, writeFile } from 'node:fs/promises';
+import { mkdir, open, readdir, readFile, rename, rm, statfs, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 
-import { downloadFile, HubApiError, listFiles, modelInfo, type ListFileEntry } from '@huggingface/hub';
+import { downloadFile, HubApiError, listFiles, modelInfo } from '@huggingface/hub';
 
 import { beforeAbort, pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
 import { withFileLock } from '@mimo/core/process/file-lock';
 
 import { openCheckpoint, readModelConfig } from './checkpoint.ts';
+import { hubFileOf, isNeeded, isWeights, isWhole, sizeOf, type HubFile } from './hub-file.ts';
 
 /** What to fetch, and where to. */
 export interface HubFetch {
@@ -35,17 +34,6 @@ export interface HubProgress {
   readonly totalBytes: number;
 }
 
-const weights = /^[^/]+\.safetensors$/;
-const otherFiles = new Set([
-  'config.json',
-  'generation_config.json',
-  'model.safetensors.index.json',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'chat_template.jinja',
-  'vocab.json',
-  'merges.txt',
-]);
 /** Written last: what the directory holds, whole. */
 const markerFile = 'fetched.json';
 /** One connection rarely fills a line; more would only split it. */
@@ -55,14 +43,6 @@ const maxAttempts = 5;
 const retryMs = 1_000;
 /** A connection that brings nothing for this long is given up. */
 const stallMs = 60_000;
-
-/** A file of the repository, as the hub describes it. */
-interface Expected {
-  readonly path: string;
-  readonly bytes: number;
-  /** Git's id of a small file, the SHA-256 of a large one. */
-  readonly digest: { readonly kind: 'git' | 'sha256'; readonly hex: string };
-}
 
 /**
  * Brings a checkpoint into the directory, or finds that it is there. Fails with `not_found` where the hub has no such
@@ -145,12 +125,12 @@ class Fetching {
     return sha;
   }
 
-  async #list(commit: string): Promise<Expected[]> {
-    const files: Expected[] = [];
+  async #list(commit: string): Promise<HubFile[]> {
+    const files: HubFile[] = [];
     const { repository: repo } = this.#request;
     for await (const entry of listFiles({ ...this.#access, repo, revision: commit })) {
-      if (entry.type === 'file' && (weights.test(entry.path) || otherFiles.has(entry.path))) {
-        files.push(expectedOf(entry));
+      if (entry.type === 'file' && isNeeded(entry.path)) {
+        files.push(hubFileOf(entry));
       }
     }
     if (!files.some(({ path }) => path === 'config.json')) {
@@ -159,7 +139,7 @@ class Fetching {
     return files;
   }
 
-  async #assertSpace(files: readonly Expected[]): Promise<void> {
+  async #assertSpace(files: readonly HubFile[]): Promise<void> {
     const { directory } = this.#request;
     const kept = await Promise.all((await readdir(directory)).map((name) => sizeOf(join(directory, name))));
     const missingBytes =
@@ -173,7 +153,7 @@ class Fetching {
     }
   }
 
-  async #fetchAll(files: readonly Expected[], commit: string): Promise<void> {
+  async #fetchAll(files: readonly HubFile[], commit: string): Promise<void> {
     const next = files.values();
     const fetchNext = async (): Promise<void> => {
       try {
@@ -192,7 +172,7 @@ class Fetching {
   }
 
   /** A file at its final name is always whole and checked: it is fetched under another. */
-  async #fetchFile(file: Expected, commit: string): Promise<void> {
+  async #fetchFile(file: HubFile, commit: string): Promise<void> {
     const target = join(this.#request.directory, file.path);
     const partial = `${target}.${file.digest.hex.slice(0, 16)}.partial`;
     if (!(await isWhole(target, file))) {
@@ -215,7 +195,7 @@ class Fetching {
   }
 
   /** Brings a partial file to its full length, from where it is, over as many connections as it takes. */
-  async #download(file: Expected, partial: string, commit: string): Promise<void> {
+  async #download(file: HubFile, partial: string, commit: string): Promise<void> {
     const append = async (): Promise<void> => {
       const begin = await sizeOf(partial);
       if (file.bytes === 0) {
@@ -228,7 +208,7 @@ class Fetching {
   }
 
   async #append(
-    file: Expected,
+    file: HubFile,
     at: { readonly partial: string; readonly begin: number; readonly commit: string },
   ): Promise<void> {
     const { repository: repo } = this.#request;
@@ -259,7 +239,7 @@ class Fetching {
     }
   }
 
-  #tell({ path }: Expected, bytes: number): void {
+  #tell({ path }: HubFile, bytes: number): void {
     this.#doneBytes.set(path, bytes);
     const doneBytes = [...this.#doneBytes.values()].reduce((sum, each) => sum + each, 0);
     this.#request.onProgress?.({ file: path, doneBytes, totalBytes: this.#totalBytes });
@@ -314,40 +294,4 @@ function reasonOf(error: unknown): string {
   const text = error.message === 'fetch failed' ? error.message : error.name;
   const { cause } = error;
   return cause instanceof Error && 'code' in cause ? `${text} (${String(cause.code)})` : text;
-}
-
-function isWeights({ path }: Expected): boolean {
-  return weights.test(path);
-}
-
-function expectedOf({ path, size, oid, lfs }: ListFileEntry): Expected {
-  return lfs === undefined
-    ? { path, bytes: size, digest: { kind: 'git', hex: oid ?? '' } }
-    : { path, bytes: lfs.size, digest: { kind: 'sha256', hex: lfs.oid } };
-}
-
-async function sizeOf(path: string): Promise<number> {
-  return stat(path).then(
-    ({ size }) => size,
-    () => 0,
-  );
-}
-
-async function isWhole(path: string, { bytes, digest }: Expected): Promise<boolean> {
-  if (
-    await stat(path).then(
-      ({ size }) => size !== bytes,
-      () => true,
-    )
-  ) {
-    return false;
-  }
-  const hash = createHash(digest.kind === 'git' ? 'sha1' : 'sha256');
-  if (digest.kind === 'git') {
-    hash.update(`blob ${bytes}\0`);
-  }
-  for await (const chunk of createReadStream(path)) {
-    hash.update(chunk as Buffer);
-  }
-  return hash.digest('hex') === digest.hex;
 }
