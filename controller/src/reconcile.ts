@@ -4,7 +4,6 @@
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
-import type { Metrics } from '@mimo/core/process/metrics';
 
 import type { Actor, ActOn } from './act/act.ts';
 import { createScaleMemory, decideScale, type ScaleMemory } from './decide/autoscale.ts';
@@ -21,6 +20,7 @@ import type { ApiClock } from './kube/api-clock.ts';
 import type { EventRecorder } from './kube/events.ts';
 import type { Informer } from './kube/informer.ts';
 import { resourceTypes, type ObjectMetadata } from './kube/resource.ts';
+import type { ControllerMetrics } from './metrics.ts';
 import type { QueueObservation, QueueWatch } from './observe/queue-watch.ts';
 import { podAt, type PodRecord, type ServiceRecord, type SupportRecord } from './observe/records.ts';
 import type { ModelService } from './resources/resources.ts';
@@ -45,7 +45,7 @@ export interface ReconcilerOptions {
   readonly events: EventRecorder;
   readonly settings: WorkerSettings;
   readonly log: Log;
-  readonly countDecision: ReturnType<Metrics['counter']>;
+  readonly countDecision: ControllerMetrics['decisions'];
 }
 
 interface ServiceMemory {
@@ -62,6 +62,25 @@ interface ServiceMemory {
   refused: { readonly count: number; readonly untilMs: number; readonly message: string } | undefined;
   queueKnown: boolean;
   modelCondition: string;
+}
+
+/** What one round goes by. */
+interface Seen {
+  readonly record: ServiceRecord;
+  readonly service: ModelService;
+  readonly pods: readonly PodRecord[];
+  /** Those of them that are ranks. */
+  readonly ranks: readonly NonNullable<PodRecord['rank']>[];
+  readonly groups: readonly ReplicaGroup[];
+  readonly queue: QueueObservation;
+  readonly previous: ModelServiceStatus;
+  readonly deleting: boolean;
+  /** Other services of the same model name. */
+  readonly sharers: readonly ServiceRecord[];
+  readonly memory: ServiceMemory;
+  /** Whether every own write has come back. */
+  readonly settled: boolean;
+  readonly nowMs: number;
 }
 
 /** A service's figures, for metrics. */
@@ -105,35 +124,75 @@ export class Reconciler {
   }
 
   async #round(record: ServiceRecord, service: ModelService, signal: AbortSignal): Promise<void> {
-    const { caches, watch, settings } = this.#options;
-    const nowMs = this.#options.clock.nowMs();
+    const seen = this.#see(record, service);
+    const { memory, groups, deleting, settled, nowMs } = seen;
+    const preparation = this.#prepare(seen);
+    memory.startUp = observeStartUps(memory.startUp, groups, nowMs);
+    const decision = this.#decide(seen, preparation);
+    const actions = this.#plan(seen, preparation, decision);
+    this.#gauges.set(record.metadata.name, {
+      service: record.metadata.name,
+      wanted: deleting ? 0 : decision.wanted,
+      ready: groups.filter(({ state }) => state === 'ready').length,
+    });
+    this.#tell(record, memory, { decision, preparation, queue: seen.queue });
+    const on: ActOn = {
+      record,
+      service,
+      signal,
+      onWrite: (write) => memory.expectations.expect(write, performance.now()),
+      onServiceWrite: ({ metadata, status }) => {
+        memory.written = {
+          resourceVersion: metadata.resourceVersion,
+          status: status ?? {},
+        };
+      },
+    };
+    if (!deleting && settled) {
+      await this.#support(on, seen, decision);
+    }
+    await this.#actAll(actions, on, memory);
+  }
+
+  /** What the round goes by: the pods, the queue, and what is remembered. */
+  #see(record: ServiceRecord, service: ModelService): Seen {
+    const { caches, namespace, watch, clock } = this.#options;
+    const nowMs = clock.nowMs();
     const { name, uid } = record.metadata;
     const pods = caches.pods
       .indexed(name)
       .filter(({ ownerUid }) => ownerUid === uid)
       .map((pod) => podAt(pod, nowMs));
+    const ranks = pods.flatMap(({ rank }) => rank ?? []);
     const queue = watch.observe(service.spec.model.name, performance.now());
-    const groups = groupsFromPods(
-      pods.flatMap(({ rank }) => rank ?? []),
-      queue.loads,
-    );
-    const previous = this.#statusOf(record);
+    const groups = groupsFromPods(ranks, queue.loads);
     const memory = this.#memoryOf(record, groups, nowMs);
-    const deleting = service.metadata.deletionTimestamp !== undefined;
     const settled = memory.expectations.settle((pod) => {
-      const found = caches.pods.get(`${this.#options.namespace}/${pod}`);
+      const found = caches.pods.get(`${namespace}/${pod}`);
       return found === undefined ? undefined : { ...found };
     }, performance.now());
+    return {
+      record,
+      service,
+      pods,
+      ranks,
+      queue,
+      groups,
+      memory,
+      settled,
+      previous: this.#statusOf(record),
+      deleting: service.metadata.deletionTimestamp !== undefined,
+      sharers: caches.services.indexed(service.spec.model.name).filter((other) => other.metadata.uid !== uid),
+      nowMs,
+    };
+  }
 
-    const modelHash = modelHashOf(service.spec);
-    const sharers = caches.services
-      .indexed(service.spec.model.name)
-      .filter((other) => other.metadata.uid !== uid);
+  #prepare({ record, service, pods, queue, memory, previous, deleting, sharers, nowMs }: Seen): Preparation {
     const preparation = planPrepare({
-      service: name,
+      service: record.metadata.name,
       generation: service.metadata.generation,
       deleting,
-      modelHash,
+      modelHash: modelHashOf(service.spec),
       pods: pods.flatMap(({ prepare }) => prepare ?? []),
       preparedModel: previous.preparedModel,
       published: queue.published,
@@ -142,13 +201,15 @@ export class Reconciler {
       nowMs,
     });
     memory.preparation = preparation.memory;
-    memory.startUp = observeStartUps(memory.startUp, groups, nowMs);
+    return preparation;
+  }
 
-    const decision = this.#decide({ service, memory, groups, preparation, queue, nowMs });
+  #plan(seen: Seen, preparation: Preparation, decision: ScaleDecision): readonly Action[] {
+    const { service, ranks, queue, memory, settled, previous, sharers, nowMs } = seen;
     const { actions, failures } = planService({
       service,
-      revision: revisionOf(service.spec, settings),
-      pods: pods.flatMap(({ rank }) => rank ?? []),
+      revision: revisionOf(service.spec, this.#options.settings),
+      pods: ranks,
       loads: queue.loads,
       loadsComplete: queue.loadsComplete,
       marks: queue.marks,
@@ -163,46 +224,10 @@ export class Reconciler {
       nowMs,
     });
     memory.failures = failures;
-    this.#gauges.set(name, {
-      service: name,
-      wanted: deleting ? 0 : decision.wanted,
-      ready: groups.filter(({ state }) => state === 'ready').length,
-    });
-    this.#tell(record, memory, { decision, preparation, queue });
-
-    const on: ActOn = {
-      record,
-      service,
-      signal,
-      onWrite: (write) => memory.expectations.expect(write, performance.now()),
-      onServiceWrite: ({ metadata, status }) => {
-        memory.written = {
-          resourceVersion: metadata.resourceVersion,
-          status: status ?? {},
-        };
-      },
-    };
-    if (!deleting && settled) {
-      await this.#support(on, { memory, groups, decision, nowMs });
-    }
-    await this.#actAll(actions, on, memory);
+    return actions;
   }
 
-  #decide({
-    service,
-    memory,
-    groups,
-    preparation,
-    queue,
-    nowMs,
-  }: {
-    readonly service: ModelService;
-    readonly memory: ServiceMemory;
-    readonly groups: readonly ReplicaGroup[];
-    readonly preparation: Preparation;
-    readonly queue: QueueObservation;
-    readonly nowMs: number;
-  }): ScaleDecision {
+  #decide({ service, memory, groups, queue, nowMs }: Seen, preparation: Preparation): ScaleDecision {
     const { scaling } = service.spec;
     const { startUpMs } = memory.startUp;
     const blocker =
@@ -226,20 +251,7 @@ export class Reconciler {
   }
 
   /** The Service and the disruption budget of a service's groups. */
-  async #support(
-    on: ActOn,
-    {
-      memory,
-      groups,
-      decision,
-      nowMs,
-    }: {
-      readonly memory: ServiceMemory;
-      readonly groups: readonly ReplicaGroup[];
-      readonly decision: ScaleDecision;
-      readonly nowMs: number;
-    },
-  ): Promise<void> {
+  async #support(on: ActOn, { memory, groups, nowMs }: Seen, decision: ScaleDecision): Promise<void> {
     const { caches, namespace, actor } = this.#options;
     const { name, uid } = on.record.metadata;
     if (caches.rankServices.get(`${namespace}/${rankServiceName(name)}`)?.ownerUid !== uid) {

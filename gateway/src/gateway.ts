@@ -8,26 +8,21 @@ import { join } from 'node:path';
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
-import { startGrpcServer } from '@mimo/core/grpc/server';
-import type { Log } from '@mimo/core/process/log';
-import { startMetrics } from '@mimo/core/process/metrics';
+import { startMetrics, type Metrics } from '@mimo/core/process/metrics';
+import type { ProcessParts } from '@mimo/core/process/run-process';
+import { startGrpcServer, type GrpcServer } from '@mimo/core/grpc/server';
 import type { Bus } from '@mimo/core/bus/bus';
-import { NatsLink } from '@mimo/core/bus/nats/link';
-import { createMemoryBus } from '@mimo/core/bus/memory/bus';
-import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
-import { createNatsBus } from '@mimo/core/bus/nats/bus';
-import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
-
 import type { Heartbeat } from '@mimo/proto/worker';
 
-import { authenticateNobody } from './admission/auth.ts';
+import { authenticateNobody, type Authenticate } from './admission/auth.ts';
+import { openKeysFile, type KeysFile } from './admission/keys-file.ts';
+import { openBus, openCatalog } from './bus.ts';
 import { Completions } from './completions.ts';
 import type { GatewayConfig } from './config.ts';
 import { runDispatcher } from './dispatcher/dispatcher.ts';
 import { Groups } from './dispatcher/groups.ts';
 import { createInferenceService } from './doors/grpc.ts';
-import { openKeysFile } from './admission/keys-file.ts';
-import { createGatewayMetrics, observeQueues, type ReceivedState } from './metrics.ts';
+import { createGatewayMetrics, observeGateway, type GatewayMetrics, type ReceivedState } from './metrics.ts';
 import { loadModels } from './models.ts';
 import { pollHeartbeats } from './polled-heartbeats.ts';
 import { Requests } from './requests.ts';
@@ -42,7 +37,7 @@ export interface GatewayCounts {
   readonly sequences: number;
 }
 
-/** A running gateway. Drain it, then close it. */
+/** A running gateway. Its lifecycle drains and closes it. */
 export interface Gateway {
   readonly gatewayId: string;
   /** host:port of the gRPC door. */
@@ -50,13 +45,6 @@ export interface Gateway {
   readonly metricsAddress: string | undefined;
   readonly queueKind: Bus['kind'];
   counts(): GatewayCounts;
-  /**
-   * Leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then takes no more
-   * requests and waits for the running ones, until the signal fires.
-   */
-  drain(signal: AbortSignal): Promise<void>;
-  /** Ends running requests with `unavailable`, and frees everything. */
-  close(): Promise<void>;
 }
 
 /** In health checks: the process, which is alive, and the service, which can take requests. */
@@ -65,13 +53,6 @@ const serviceName = 'mimo.inference.v1.InferenceService';
 const readinessMs = 250;
 /** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
 const openQueueMs = 5_000;
-/**
- * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice
- * that on disk, 5 % and at most 10 %.
- */
-const catalogShare = 1 / 8;
-/** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
-const minCatalogBytes = 32 * 2 ** 20;
 /**
  * Time to fetch and read the catalogue's models: a gateway that is ready without them would reject models that others
  * serve.
@@ -82,184 +63,67 @@ const onTheirWayMs = 250;
 /** For the last statuses to reach their clients. */
 const closeGraceMs = 1_000;
 
+/** What the steps of starting share. */
+interface Parts extends ProcessParts<GatewayConfig> {
+  readonly gatewayId: string;
+  readonly metrics: GatewayMetrics;
+}
+
+/** What serves requests, whoever asks. */
+interface Serving {
+  readonly groups: Groups;
+  /** The groups of a model that take requests. */
+  readonly openGroups: (model: string) => readonly Heartbeat[];
+  readonly sessions: Sessions;
+  readonly requests: Requests;
+  readonly models: ServedModels;
+  /** What the dispatchers published last, by model. */
+  readonly states: ReadonlyMap<string, ReceivedState>;
+}
+
 /**
- * Starts a gateway. Fails with `failed_precondition` for an unusable directory, `invalid_argument` for an invalid
- * keys file, `unavailable` if an address is in use; the queue may connect later.
+ * Starts a gateway; resolves when it serves, with or without its queue. Fails with `failed_precondition` for an
+ * unusable directory, `invalid_argument` for an invalid keys file, `unavailable` if an address is in use.
+ *
+ * When it drains it leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then
+ * takes no more requests and waits for the running ones. Closing ends running requests with `unavailable`.
  */
-export async function startGateway(config: GatewayConfig, log: Log): Promise<Gateway> {
+export async function startGateway(started: ProcessParts<GatewayConfig>): Promise<Gateway> {
+  const { config, log, lifecycle } = started;
   const gatewayId = `${hostname()}-${randomUUID().slice(0, 8)}`;
-  const keys =
-    config.keysFile === ''
-      ? undefined
-      : await openKeysFile({ path: config.keysFile, optional: config.keysFileOptional, log });
-  if (keys === undefined) {
-    log.warn('no keys file: every caller is accepted as tenant anonymous');
-  }
-  const authenticate = keys?.authenticate ?? authenticateNobody;
-  const meters = await startMetrics({
-    process: 'gateway',
-    listenAddress: config.metricsListenAddress === '' ? undefined : config.metricsListenAddress,
-  });
-  const metrics = createGatewayMetrics(meters);
-  const prompts = { maxReaders: config.promptReaders, timeoutMs: config.promptTimeoutMs, metrics, log };
-  const own = await loadModels(config.models, prompts).catch(async (error: unknown) => {
-    await meters.close();
-    throw error;
-  });
-  const bus = openBus(config, gatewayId, log);
-  const catalogue = openCatalog(config, gatewayId, log);
-  const leave = async (error: unknown): Promise<never> => {
-    for (const { encoder } of own) {
-      await encoder.close();
-    }
-    await catalogue?.link.close();
-    await bus.close();
-    await meters.close();
-    throw error;
-  };
-  const modelsDirectory = await createModelsDirectory(config.modelsDirectory || tmpdir()).catch(leave);
-  const groups = new Groups();
-  const sessions = new Sessions(gatewayId, log);
-  const eraseAfterMs = config.eraseAfterMs === 0 ? Number.POSITIVE_INFINITY : config.eraseAfterMs;
-  const requests = new Requests({
-    bus,
-    sessions,
-    groups,
-    maxWaitMs: config.maxWaitMs,
-    eraseAfterMs,
-    clientStallMs: config.clientStallMs,
-    metrics,
-    log,
-  });
-  const resigning = new AbortController();
+  const meters = await openMetrics(started);
+  const parts: Parts = { ...started, gatewayId, metrics: createGatewayMetrics(meters) };
+  const keys = await openKeys(parts);
+  const modelsDirectory = await openModelsDirectory(parts);
+  const loops = lifecycle.opened('loops', new Loops());
+  const bus = openBus(parts, gatewayId);
+  const catalog = openCatalog(parts, gatewayId);
+  const serving = await openServing(parts, bus, loops);
+  const { models, requests, sessions } = serving;
   const stopping = new AbortController();
-  const closing = new AbortController();
-  const leaving = new AbortController();
-  const states = new Map<string, ReceivedState>();
-  const runModel = async (model: string, signal: AbortSignal): Promise<void> => {
-    const followState = async (): Promise<void> => {
-      for await (const state of bus.queueStates.follow(model, signal)) {
-        states.set(model, { state, receivedMs: performance.now() });
-      }
-      states.delete(model);
-    };
-    await Promise.all([
-      followState(),
-      runDispatcher(
-        { model, gatewayId, bus, groups, sessions, eraseAfterMs, metrics, log },
-        signal,
-        resigning.signal,
-      ),
-    ]);
-  };
-  const openGroups = (model: string): readonly Heartbeat[] => {
-    const seen = states.get(model)?.state.groups ?? [];
-    const draining = new Set(seen.filter((each) => each.draining).map(({ group }) => group));
-    return groups.ready(model, performance.now()).filter(({ group }) => !draining.has(group));
-  };
-  const models = new ServedModels({ own, prompts, requests, openGroups, run: runModel, log });
   const completions = new Completions({
+    ...serving,
     gatewayId,
-    models,
-    groups,
-    openGroups,
-    requests,
-    metrics,
+    metrics: parts.metrics,
     promptMaxBytes: config.promptMaxBytes,
     maxRequests: config.maxRequests,
     stopping: stopping.signal,
   });
-  const server = await startGrpcServer({
-    listenAddress: config.listenAddress,
-    maxReceiveBytes: config.maxReceiveBytes,
-    gate: {
-      limits: config,
-      admit: ({ authorization }) => void authenticate(authorization),
-      onRefused: (path, code) => metrics.requests({ method: methodOf(path), code }),
-    },
-    services: [createInferenceService({ completions, authenticate, metrics })],
-  }).catch(async (error: unknown) => {
-    await models.close();
-    await rm(modelsDirectory, { recursive: true, force: true });
-    return leave(error);
-  });
-  const served = [
-    bus.signals.serveAssignments(gatewayId, (assignment) => requests.assign(assignment)),
-    bus.signals.serveCancellations(gatewayId, (cancellation) => requests.cancelHeld(cancellation)),
-  ];
-  const followGroups = async (): Promise<void> => {
-    for await (const heartbeat of bus.heartbeats.follow(closing.signal)) {
-      groups.observe(heartbeat, performance.now());
-    }
-  };
-  const background = [
-    followGroups(),
-    requests.keepRecorded(closing.signal),
-    ...config.workers.map((address) => pollHeartbeats(address, bus.heartbeats, closing.signal)),
-  ];
-  if (keys !== undefined) {
-    background.push(keys.follow(closing.signal));
+  const { authenticate } = keys;
+  const server = await openServer(parts, bus, { completions, requests, authenticate });
+  lifecycle.onDrain('requests', async (signal) => drain({ server, stopping, requests }, signal));
+  lifecycle.onClose('requests', () => endRequests(stopping, requests));
+  loops.run(keys.follow(lifecycle.closing), followGroups(parts, bus, serving.groups));
+  loops.run(requests.keepRecorded(lifecycle.closing));
+  if (catalog !== undefined) {
+    loops.run(models.follow(catalog, modelsDirectory, lifecycle.closing));
   }
-  if (catalogue !== undefined) {
-    background.push(models.follow(catalogue.catalog, modelsDirectory, closing.signal));
-  }
-  meters.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
-    [requests.counts().requests, {}],
-  ]);
-  meters.gauge('gateway_queue_connected', '1 while the queue can store requests, tested every second', () => [
-    [bus.records.fault === undefined ? 1 : 0, {}],
-  ]);
-  meters.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
-    const { provenConnections = 0, unprovenConnections = 0 } = server.gateCounts() ?? {};
-    return [
-      [provenConnections, { state: 'proven' }],
-      [unprovenConnections, { state: 'unproven' }],
-    ];
-  });
-  meters.gauge('gateway_unanswered_bytes', 'Bytes of requests that are arriving or not answered yet', () => [
-    [server.gateCounts()?.unansweredBytes ?? 0, {}],
-  ]);
-  observeQueues(meters, () => states.values());
-  meters.gauge(
-    'gateway_models',
-    'Models of this gateway: served, and in the catalogue but not served yet',
-    () => [
-      [models.all().length, { state: 'served' }],
-      [models.pending.length, { state: 'pending' }],
-    ],
-  );
-  const isOpen = await bus.opened(AbortSignal.timeout(openQueueMs)).then(
-    () => true,
-    () => false,
-  );
-  if (!isOpen) {
-    log.warn(
-      { waitedMs: openQueueMs },
-      'serving without the queue: requests are rejected until it is reachable',
-    );
-  } else if (catalogue !== undefined) {
-    await models.caughtUp(AbortSignal.timeout(catchUpMs)).catch(() => {
-      log.warn({ waitedMs: catchUpMs }, 'serving before the model catalogue was read');
-    });
-  }
+  observeGateway(meters, { ...serving, records: bus.records, gateCounts: () => server.gateCounts() });
+  await waitForBus(parts, bus, catalog === undefined ? undefined : models);
   server.health.set(processName, true);
-  const followReadiness = async (): Promise<void> => {
-    const until = AbortSignal.any([closing.signal, leaving.signal]);
-    let ready: boolean | undefined;
-    while (!until.aborted) {
-      // A full queue refuses requests with a delay to try again after, which is an answer.
-      const now = bus.records.fault === undefined || bus.records.fault.reason === 'full';
-      if (now !== ready) {
-        ready = now;
-        server.health.set(serviceName, ready);
-      }
-      await pause(readinessMs, until);
-    }
-  };
-  background.push(followReadiness());
+  loops.run(followReadiness(server, bus, lifecycle.draining));
   const names = models.all().map(({ name }) => name);
   log.info({ address: server.address, models: names, queue: bus.kind }, 'gateway ready');
-
   return {
     gatewayId,
     address: server.address,
@@ -270,96 +134,191 @@ export async function startGateway(config: GatewayConfig, log: Log): Promise<Gat
       sessions: sessions.sessionCount,
       sequences: sessions.sequenceCount,
     }),
-    drain: async (signal) => {
-      leaving.abort();
-      for (const name of [processName, serviceName]) {
-        server.health.set(name, false);
-      }
-      resigning.abort();
-      server.goAway();
-      // A call that was on its way when its connection was asked to go is still taken.
-      await pause(onTheirWayMs, signal);
-      stopping.abort();
-      await requests.settled(signal);
-    },
-    close: async () => {
-      const stopped = new ClusterError('unavailable', 'this gateway has stopped', {
-        detail: { retryAfterMs: 500 },
-      });
-      stopping.abort();
-      requests.failAll(stopped);
-      await requests.settled(AbortSignal.timeout(closeGraceMs));
-      closing.abort(stopped);
-      const modelsClosed = models.close();
-      await server.close(AbortSignal.timeout(closeGraceMs));
-      sessions.close();
-      await Promise.all(served.map((each) => each.close()));
-      await catalogue?.link.close();
-      await bus.close();
-      await Promise.all([...background, modelsClosed]);
-      await rm(modelsDirectory, { recursive: true, force: true });
-      await meters.close();
-    },
   };
+}
+
+async function openMetrics({ config, lifecycle }: ProcessParts<GatewayConfig>): Promise<Metrics> {
+  const listenAddress = config.metricsListenAddress === '' ? undefined : config.metricsListenAddress;
+  return lifecycle.opened('metrics', await startMetrics({ process: 'gateway', listenAddress }));
+}
+
+/** Without a keys file every caller is the tenant anonymous. */
+async function openKeys({ config, log }: Parts): Promise<KeysFile> {
+  if (config.keysFile === '') {
+    log.warn('no keys file: every caller is accepted as tenant anonymous');
+    return { authenticate: authenticateNobody, follow: () => Promise.resolve() };
+  }
+  return openKeysFile({ path: config.keysFile, optional: config.keysFileOptional, log });
+}
+
+/** This gateway's private directory for the files of the catalogue's models. */
+async function openModelsDirectory({ config, lifecycle }: Parts): Promise<string> {
+  const parent = config.modelsDirectory || tmpdir();
+  const directory = await mkdtemp(join(parent, 'mimo-gateway-models-')).catch((error: unknown) => {
+    const text = `MIMO_GATEWAY_MODELS_DIRECTORY: cannot create a directory in ${parent}`;
+    throw new ClusterError('failed_precondition', text, { cause: error });
+  });
+  lifecycle.onClose('models directory', () => rm(directory, { recursive: true, force: true }));
+  return directory;
+}
+
+/** Work that goes on beside calls. It ends with its signal or with the queue, so it is awaited after that is closed. */
+class Loops {
+  readonly #running: Promise<unknown>[] = [];
+
+  run(...loops: readonly Promise<unknown>[]): void {
+    this.#running.push(...loops);
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#running);
+  }
+}
+
+async function openServing(parts: Parts, bus: Bus, loops: Loops): Promise<Serving> {
+  const { config, lifecycle, gatewayId, metrics, log } = parts;
+  const prompts = { maxReaders: config.promptReaders, timeoutMs: config.promptTimeoutMs, metrics, log };
+  const own = await loadModels(config.models, prompts);
+  const groups = new Groups();
+  const sessions = lifecycle.opened('sessions', new Sessions(gatewayId, log));
+  const { maxWaitMs, clientStallMs } = config;
+  const eraseAfterMs = config.eraseAfterMs === 0 ? Number.POSITIVE_INFINITY : config.eraseAfterMs;
+  const limits = { maxWaitMs, eraseAfterMs, clientStallMs };
+  const requests = new Requests({ bus, sessions, groups, ...limits, metrics, log });
+  const states = new Map<string, ReceivedState>();
+  const followState = async (model: string, signal: AbortSignal): Promise<void> => {
+    for await (const state of bus.queueStates.follow(model, signal)) {
+      states.set(model, { state, receivedMs: performance.now() });
+    }
+    states.delete(model);
+  };
+  const run = async (model: string, signal: AbortSignal): Promise<void> => {
+    const dispatcher = { model, gatewayId, bus, groups, sessions, eraseAfterMs, metrics, log };
+    await Promise.all([followState(model, signal), runDispatcher(dispatcher, signal, lifecycle.draining)]);
+  };
+  const openGroups = (model: string): readonly Heartbeat[] => {
+    const seen = states.get(model)?.state.groups ?? [];
+    const draining = new Set(seen.filter((each) => each.draining).map(({ group }) => group));
+    return groups.ready(model, performance.now()).filter(({ group }) => !draining.has(group));
+  };
+  const models = new ServedModels({ own, prompts, requests, openGroups, run, log });
+  lifecycle.onClose('models', () => loops.run(models.close()));
+  return { groups, openGroups, sessions, requests, models, states };
+}
+
+/** The door, and the two questions that dispatchers ask of the gateway that owns a request. */
+async function openServer(
+  { config, lifecycle, gatewayId, metrics }: Parts,
+  { signals }: Bus,
+  door: {
+    readonly completions: Completions;
+    readonly requests: Requests;
+    readonly authenticate: Authenticate;
+  },
+): Promise<GrpcServer> {
+  const { completions, requests, authenticate } = door;
+  const server = await startGrpcServer({
+    listenAddress: config.listenAddress,
+    maxReceiveBytes: config.maxReceiveBytes,
+    gate: {
+      limits: config,
+      admit: ({ authorization }) => void authenticate(authorization),
+      onRefused: (path, code) => metrics.requests({ method: methodOf(path), code }),
+    },
+    services: [createInferenceService({ completions, authenticate, metrics })],
+  });
+  const assignments = signals.serveAssignments(gatewayId, (assignment) => requests.assign(assignment));
+  const cancellations = signals.serveCancellations(gatewayId, (one) => requests.cancelHeld(one));
+  lifecycle.opened('assignments', assignments);
+  lifecycle.opened('cancellations', cancellations);
+  lifecycle.onClose('gRPC server', () => server.close(AbortSignal.timeout(closeGraceMs)));
+  return server;
+}
+
+/** Heartbeats, from the queue; without a NATS server the gateway asks the groups for them. */
+async function followGroups(
+  { config, lifecycle }: Parts,
+  { heartbeats }: Bus,
+  groups: Groups,
+): Promise<void> {
+  const { closing } = lifecycle;
+  const observe = async (): Promise<void> => {
+    for await (const heartbeat of heartbeats.follow(closing)) {
+      groups.observe(heartbeat, performance.now());
+    }
+  };
+  await Promise.all([
+    observe(),
+    ...config.workers.map((address) => pollHeartbeats(address, heartbeats, closing)),
+  ]);
+}
+
+/** Waits for the queue and for the catalogue's models, but not for long: the gateway answers without them too. */
+async function waitForBus({ log }: Parts, bus: Bus, models: ServedModels | undefined): Promise<void> {
+  const isOpen = await bus.opened(AbortSignal.timeout(openQueueMs)).then(
+    () => true,
+    () => false,
+  );
+  if (!isOpen) {
+    log.warn(
+      { waitedMs: openQueueMs },
+      'serving without the queue: requests are rejected until it is reachable',
+    );
+  } else if (models !== undefined) {
+    await models.caughtUp(AbortSignal.timeout(catchUpMs)).catch(() => {
+      log.warn({ waitedMs: catchUpMs }, 'serving before the model catalogue was read');
+    });
+  }
+}
+
+/** The health of the service is the queue's, until the signal fires. */
+async function followReadiness({ health }: GrpcServer, { records }: Bus, signal: AbortSignal): Promise<void> {
+  let ready: boolean | undefined;
+  while (!signal.aborted) {
+    // A full queue refuses requests with a delay to try again after, which is an answer.
+    const now = records.fault === undefined || records.fault.reason === 'full';
+    if (now !== ready) {
+      ready = now;
+      health.set(serviceName, ready);
+    }
+    await pause(readinessMs, signal);
+  }
+}
+
+/** Ends what still runs, and waits a moment for its clients to take their statuses. */
+async function endRequests(stopping: AbortController, requests: Requests): Promise<void> {
+  stopping.abort();
+  requests.failAll(
+    new ClusterError('unavailable', 'this gateway has stopped', { detail: { retryAfterMs: 500 } }),
+  );
+  await requests.settled(AbortSignal.timeout(closeGraceMs));
+}
+
+/** Takes no more requests, and waits for the running ones until the signal fires. */
+async function drain(
+  {
+    server,
+    stopping,
+    requests,
+  }: {
+    readonly server: GrpcServer;
+    readonly stopping: AbortController;
+    readonly requests: Requests;
+  },
+  signal: AbortSignal,
+): Promise<void> {
+  for (const name of [processName, serviceName]) {
+    server.health.set(name, false);
+  }
+  server.goAway();
+  // A call that was on its way when its connection was asked to go is still taken.
+  await pause(onTheirWayMs, signal);
+  stopping.abort();
+  await requests.settled(signal);
 }
 
 /** The label of a method in the metrics: `countTokens` for `/mimo.inference.v1.InferenceService/CountTokens`. */
 function methodOf(path: string): string {
   const name = path.slice(path.lastIndexOf('/') + 1);
   return `${name.slice(0, 1).toLowerCase()}${name.slice(1)}`;
-}
-
-/** This gateway's private directory for the files of the catalogue's models. */
-async function createModelsDirectory(parent: string): Promise<string> {
-  try {
-    return await mkdtemp(join(parent, 'mimo-gateway-models-'));
-  } catch (error) {
-    const text = `MIMO_GATEWAY_MODELS_DIRECTORY: cannot create a directory in ${parent}`;
-    throw new ClusterError('failed_precondition', text, { cause: error });
-  }
-}
-
-interface Catalogue {
-  readonly link: NatsLink;
-  readonly catalog: ModelCatalog;
-}
-
-/**
- * The catalogue lies beside the queue: a bus in memory has none. It has a link of its own, since a model's files may
- * be on their way for seconds, and the queue is taken for broken where its trials take two.
- */
-function openCatalog(config: GatewayConfig, gatewayId: string, log: Log): Catalogue | undefined {
-  if (config.natsUrls.length === 0) {
-    return undefined;
-  }
-  const link = new NatsLink({
-    servers: config.natsUrls,
-    credentialsFile: config.natsCredentialsFile,
-    clientName: `mimo-gateway ${gatewayId} models`,
-    log,
-  });
-  const catalog = createModelCatalog(link, {
-    replicas: config.natsReplicas,
-    maxBytes: Math.max(minCatalogBytes, Math.floor(config.queueMaxBytes * catalogShare)),
-    log,
-  });
-  return { link, catalog };
-}
-
-function openBus(config: GatewayConfig, gatewayId: string, log: Log): Bus {
-  if (config.natsUrls.length === 0) {
-    log.warn(
-      'no NATS server is configured: the queue is in memory, and requests do not survive this process',
-    );
-    return createMemoryBus();
-  }
-  return createNatsBus({
-    servers: config.natsUrls,
-    credentialsFile: config.natsCredentialsFile,
-    clientName: `mimo-gateway ${gatewayId}`,
-    replicas: config.natsReplicas,
-    recordMaxAgeMs: config.recordMaxAgeMs,
-    limits: { maxBytes: config.queueMaxBytes, maxRecords: config.queueMaxRequests },
-    log,
-  });
 }

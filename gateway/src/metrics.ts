@@ -2,7 +2,9 @@
 
 import type { Labels, Metrics } from '@mimo/core/process/metrics';
 import type { RefusalReason } from '@mimo/core/bus/queue-refusal';
+import type { Bus } from '@mimo/core/bus/bus';
 import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
+import type { GateCounts } from '@mimo/core/grpc/gate';
 
 /** What the gateway measures. */
 export interface GatewayMetrics {
@@ -78,6 +80,48 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
 export interface ReceivedState {
   readonly state: QueueState;
   readonly receivedMs: number;
+}
+
+/** What the gauges read when the page is read. */
+export interface GatewaySources {
+  readonly records: Pick<Bus['records'], 'fault'>;
+  readonly requests: { counts(): { readonly requests: number } };
+  readonly models: { all(): readonly unknown[]; readonly pending: readonly unknown[] };
+  readonly gateCounts: () => GateCounts | undefined;
+  /** What the dispatchers published last, by model. */
+  readonly states: ReadonlyMap<string, ReceivedState>;
+}
+
+/** Shows the state of the gateway and of the queues. */
+export function observeGateway(metrics: Metrics, sources: GatewaySources): void {
+  const { records, requests, models, gateCounts, states } = sources;
+  metrics.gauge('gateway_running_requests', 'Requests accepted and not ended', () => [
+    [requests.counts().requests, {}],
+  ]);
+  metrics.gauge(
+    'gateway_queue_connected',
+    '1 while the queue can store requests, tested every second',
+    () => [[records.fault === undefined ? 1 : 0, {}]],
+  );
+  metrics.gauge('gateway_connections', 'Open connections, and whether a call was admitted on them', () => {
+    const { provenConnections = 0, unprovenConnections = 0 } = gateCounts() ?? {};
+    return [
+      [provenConnections, { state: 'proven' }],
+      [unprovenConnections, { state: 'unproven' }],
+    ];
+  });
+  metrics.gauge('gateway_unanswered_bytes', 'Bytes of requests that are arriving or not answered yet', () => [
+    [gateCounts()?.unansweredBytes ?? 0, {}],
+  ]);
+  metrics.gauge(
+    'gateway_models',
+    'Models of this gateway: served, and in the catalogue but not served yet',
+    () => [
+      [models.all().length, { state: 'served' }],
+      [models.pending.length, { state: 'pending' }],
+    ],
+  );
+  observeQueues(metrics, () => states.values());
 }
 
 /**

@@ -15,8 +15,8 @@ import { runInNewContext } from 'node:vm';
 import { pause } from '@mimo/core/process/abort';
 import { createLog } from '@mimo/core/process/log';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway } from '@mimo/gateway/gateway';
 
+import { openGateway } from '../harness/in-process.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
@@ -62,7 +62,7 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     MIMO_GATEWAY_MODELS: `${model}=${demoModel}`,
     MIMO_GATEWAY_NATS: nats.url,
   });
-  const gateway = await startGateway(config, createLog({ process: 'bench', level: 'error' }));
+  const gateway = await openGateway(config, createLog({ process: 'bench', level: 'error' }));
   try {
     const wait = async (count: number): Promise<() => Promise<void>> => {
       const path = join(import.meta.dirname, 'waiting-clients.ts');

@@ -8,9 +8,9 @@ import { join } from 'node:path';
 
 import { createLog } from '@mimo/core/process/log';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
+import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';
 
 const root = join(import.meta.dirname, '../..');
@@ -20,7 +20,7 @@ const apiKey = 'a-key-of-a-tenant';
 let directory: string;
 let keysFile: string;
 let group: ScriptedGroup;
-let gateway: Gateway | undefined;
+let gateway: TestGateway | undefined;
 
 beforeAll(async () => {
   directory = await mkdtemp(join(tmpdir(), 'mimo-check-'));
@@ -47,7 +47,7 @@ async function start(keys: string): Promise<string> {
     MIMO_GATEWAY_WORKERS: group.address,
     MIMO_GATEWAY_KEYS_FILE: keys,
   });
-  gateway = await startGateway(config, createLog({ process: 'test', level: 'silent' }));
+  gateway = await openGateway(config, createLog({ process: 'test', level: 'silent' }));
   return gateway.address;
 }
 
@@ -100,7 +100,7 @@ describe('check', () => {
 
   it('gives up on a gateway that drains, saying so', async () => {
     const address = await start('');
-    await gateway?.drain(AbortSignal.timeout(5_000));
+    await gateway?.drain(60_000);
     expect(await check([`--address=${address}`, '--timeout-seconds=6'])).toEqual({
       code: 1,
       said: 'check: the gateway does not serve: its health is NOT_SERVING',

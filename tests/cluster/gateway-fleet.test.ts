@@ -60,7 +60,7 @@ describe('a gateway that leaves', () => {
     const running = generate(client, generation('x'));
     await begin(running, 2);
     let drained = false;
-    const draining = gateway.drain(AbortSignal.timeout(120_000)).then(() => (drained = true));
+    const draining = gateway.drain(120_000).then(() => (drained = true));
     await waitFor('new requests to be refused', () =>
       collect(generate(client, generation('new', { maxTokens: 1 }))).then(
         () => false,
@@ -91,7 +91,7 @@ describe('a gateway that leaves', () => {
     // The other one is waiting for the lease by then.
     await sleep(500);
     // It drains for as long as the stream runs, which stands still, and would hold the lease meanwhile.
-    const draining = leaving.drain(AbortSignal.timeout(120_000));
+    const draining = leaving.drain(120_000);
     await waitFor('another dispatcher', () => (states.at(-1)?.dispatcherEpoch ?? 0) > epoch);
     await stage.loseGroup(doomed);
     await stage.openGroup({ group: 'b', stepMs: 1 });
@@ -107,7 +107,7 @@ describe('a gateway that leaves', () => {
     const text = 'a rather long prompt that takes its time to be said again, '.repeat(4);
     const running = collect(generate(stage.clientOf(gateway), generation(text)));
     await vi.waitFor(() => expect(group.tokens).toBeGreaterThan(10), patience);
-    const draining = gateway.drain(AbortSignal.timeout(30_000));
+    const draining = gateway.drain(30_000);
     await stage.loseGroup(group);
     await stage.openGroup({ group: 'b', stepMs: 1 });
     expect((await running).text).toBe(text);

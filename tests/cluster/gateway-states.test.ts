@@ -1,8 +1,8 @@
 // What the dispatcher publishes about its queue and groups, for the controller and for people.
 
-import type { Gateway } from '@mimo/gateway/gateway';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 
+import type { TestGateway } from '../harness/in-process.ts';
 import { collect, generate, generation, readToEnd } from '../harness/client-streams.ts';
 import { GatewayStage } from '../harness/gateway-stage.ts';
 import { endless } from '../harness/scripted-group.ts';
@@ -19,7 +19,7 @@ afterAll(async () => {
   await stage.close();
 });
 
-async function askFour(gateway: Gateway): Promise<void> {
+async function askFour(gateway: TestGateway): Promise<void> {
   const client = stage.clientOf(gateway);
   await Promise.all(Array.from({ length: 4 }, () => collect(generate(client, generation('hello')))));
 }

@@ -11,11 +11,11 @@ import { createLog } from '@mimo/core/process/log';
 import type { Bus } from '@mimo/core/bus/bus';
 import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import type { InferenceServiceClient } from '@mimo/proto/inference';
 import type { Heartbeat } from '@mimo/proto/worker';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
+import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import { startChild, type Child } from '../../cli/src/local/child-process.ts';
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
@@ -36,7 +36,7 @@ const streamTokens = 1_200;
 let directory: string;
 let server: NatsServer;
 let bus: Bus;
-let gateway: Gateway;
+let gateway: TestGateway;
 let client: InferenceServiceClient & grpc.Client;
 const following = new AbortController();
 const beats = new Map<string, Heartbeat>();
@@ -103,7 +103,7 @@ beforeAll(async () => {
   await cp(demo, join(directory, 'first'), { recursive: true });
   await writeOtherCheckpoint(join(directory, 'second'));
   const config = { MIMO_GATEWAY_LISTEN: '127.0.0.1:0', MIMO_GATEWAY_NATS: server.url };
-  gateway = await startGateway(parseGatewayConfig(config), log);
+  gateway = await openGateway(parseGatewayConfig(config), log);
   client = createClient(gateway.address);
 });
 

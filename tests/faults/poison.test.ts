@@ -11,7 +11,6 @@ import { createLog } from '@mimo/core/process/log';
 import type { Bus } from '@mimo/core/bus/bus';
 import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import {
   InferenceServiceService,
   type ChatRequest,
@@ -21,6 +20,7 @@ import { compile } from '@mimo/worker/compiler/compile';
 import { shardDirectoryIn } from '@mimo/worker/shard-cache';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
+import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import { startChild, type Child } from '../../cli/src/local/child-process.ts';
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import { cacheDirectoryFrom, type NatsServer } from '../../cli/src/local/nats-server.ts';
@@ -36,7 +36,7 @@ const log = createLog({ process: 'test', level: 'silent' });
 let directory: string;
 let server: NatsServer;
 let bus: Bus;
-let gateways: Gateway[];
+let gateways: TestGateway[];
 let clients: InferenceServiceClient[];
 let rank: Child;
 let following: AbortController;
@@ -135,7 +135,7 @@ beforeEach(async () => {
     MIMO_GATEWAY_NATS: server.url,
     MIMO_GATEWAY_MODELS: `${model}=${demo}`,
   });
-  gateways = await Promise.all([startGateway(config, log), startGateway(config, log)]);
+  gateways = await Promise.all([openGateway(config, log), openGateway(config, log)]);
   clients = gateways.map(({ address }) => createClient(address));
   await startRank();
 });

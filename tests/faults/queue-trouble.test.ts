@@ -15,12 +15,12 @@ import { createLog } from '@mimo/core/process/log';
 import type { Bus } from '@mimo/core/bus/bus';
 import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { HealthCheckResponse_ServingStatus, HealthClient, HealthService } from '@mimo/proto/health';
 import { GenerateRequest, InferenceServiceClient, InferenceServiceService } from '@mimo/proto/inference';
 import { RequestRecord } from '@mimo/proto/queue';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
+import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { mountSmall } from '../harness/small-volume.ts';
@@ -72,7 +72,7 @@ function openQueue(): Bus {
 }
 
 interface Door {
-  readonly gateway: Gateway;
+  readonly gateway: TestGateway;
   readonly client: InferenceServiceClient;
 }
 
@@ -84,7 +84,7 @@ async function openDoor(env: Record<string, string> = {}): Promise<Door> {
     MIMO_GATEWAY_NATS: server.url,
     ...env,
   });
-  const gateway = await startGateway(config, log);
+  const gateway = await openGateway(config, log);
   closes.push(() => gateway.close());
   const client = new InferenceServiceClient(gateway.address, grpc.credentials.createInsecure());
   closes.push(() => client.close());

@@ -11,10 +11,10 @@ import type { Bus } from '@mimo/core/bus/bus';
 import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import type { QueueState } from '@mimo/core/bus/signals';
 import { parseGatewayConfig } from '@mimo/gateway/config';
-import { startGateway, type Gateway } from '@mimo/gateway/gateway';
 import { InferenceServiceClient } from '@mimo/proto/inference';
 import { loadTokenizer, type Tokenizer } from '@mimo/tokenizer';
 
+import { openGateway, type TestGateway } from './in-process.ts';
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startTestNats } from './nats.ts';
 import { startScriptedGroup, type ScriptedGroup, type ScriptedGroupOptions } from './scripted-group.ts';
@@ -39,7 +39,7 @@ export class GatewayStage {
   readonly nats: NatsServer;
   readonly bus: Bus;
   readonly tokenizer: Tokenizer;
-  readonly #gateways = new Set<Gateway>();
+  readonly #gateways = new Set<TestGateway>();
   readonly #groups = new Set<ScriptedGroup>();
   readonly #clients: InferenceServiceClient[] = [];
 
@@ -69,20 +69,20 @@ export class GatewayStage {
     });
   }
 
-  async openGateway(env: Readonly<Record<string, string>> = {}): Promise<Gateway> {
+  async openGateway(env: Readonly<Record<string, string>> = {}): Promise<TestGateway> {
     const config = parseGatewayConfig({
       MIMO_GATEWAY_LISTEN: '127.0.0.1:0',
       MIMO_GATEWAY_MODELS: `${GatewayStage.model}=${modelDirectory}`,
       MIMO_GATEWAY_NATS: this.nats.url,
       ...env,
     });
-    const gateway = await startGateway(config, log);
+    const gateway = await openGateway(config, log);
     this.#gateways.add(gateway);
     return gateway;
   }
 
   /** Ends a gateway before the test ends. */
-  async closeGateway(gateway: Gateway): Promise<void> {
+  async closeGateway(gateway: TestGateway): Promise<void> {
     this.#gateways.delete(gateway);
     await gateway.close();
   }
@@ -105,7 +105,7 @@ export class GatewayStage {
     await group.vanish();
   }
 
-  clientOf(gateway: Gateway): InferenceServiceClient {
+  clientOf(gateway: TestGateway): InferenceServiceClient {
     const client = new InferenceServiceClient(gateway.address, grpc.credentials.createInsecure());
     this.#clients.push(client);
     return client;

@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import { promisify } from 'node:util';
 
 import { parseControllerConfig } from '@mimo/controller/config';
-import { startController, type RunningController } from '@mimo/controller/controller';
+import { startController, type Controller } from '@mimo/controller/controller';
 import { crdDirectory } from '@mimo/controller/resources/crd-generate';
 import { labels, prepareLabels, routableCondition } from '@mimo/controller/decide/labels';
 import { hasReason } from '@mimo/controller/kube/api-status';
@@ -25,6 +25,7 @@ import { createNatsBus } from '@mimo/core/bus/nats/bus';
 import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import type { QueueState } from '@mimo/core/bus/signals';
 
+import { startInProcess, type InProcess } from '../harness/in-process.ts';
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';
 import { findTools } from '../harness/kubernetes/tools.ts';
@@ -64,7 +65,7 @@ export interface Stage {
   /** What a controller is told, with the rights of the chart's ServiceAccount. */
   controllerEnvironment(): Promise<Readonly<Record<string, string>>>;
   /** Starts one within this process. */
-  startController(more?: Environment): Promise<RunningController>;
+  startController(more?: Environment): Promise<Controller & InProcess>;
   /** A dispatcher of a model; it is silent until `publish` is set. */
   startDispatcher(model: string): PretendDispatcher;
   /** The queue's server is gone until `startNats`; it keeps its data. */
@@ -142,7 +143,8 @@ export async function startStage(): Promise<Stage> {
       startController: async (more = {}) => {
         const config = parseControllerConfig({ ...(await controllerEnvironment()), ...more });
         const level = process.env['MIMO_TEST_LOG'] === 'debug' ? 'debug' : 'silent';
-        return startController(config, createLog({ process: 'controller', level }));
+        const given = { config, log: createLog({ process: 'controller', level }), graceMs: 10_000 };
+        return startInProcess(startController, given);
       },
       startDispatcher: (model) => {
         const dispatcher = new PretendDispatcher(model, queue, kubelet);

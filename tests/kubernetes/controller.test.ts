@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import { labels, prepareLabels } from '@mimo/controller/decide/labels';
-import type { RunningController } from '@mimo/controller/controller';
+import type { Controller } from '@mimo/controller/controller';
 import { hasReason } from '@mimo/controller/kube/api-status';
 import { resourceTypes, type KubeObject } from '@mimo/controller/kube/resource';
 import type { ModelServiceStatus } from '@mimo/controller/resources/status';
@@ -14,6 +14,7 @@ import { pause } from '@mimo/core/process/abort';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
+import type { InProcess } from '../harness/in-process.ts';
 import { createTestClock, type TestClock } from '../harness/set-clock.ts';
 import { waitFor } from '../harness/wait-for.ts';
 import { namespace, startStage, type Pod, type Stage } from './controller-stage.ts';
@@ -117,7 +118,7 @@ function sameAs(pod: Pod | undefined): (other: Pod) => boolean {
   return ({ metadata }) => metadata.uid === pod?.metadata.uid;
 }
 
-async function pageOf({ address }: RunningController, path: string): Promise<string> {
+async function pageOf({ address }: Controller, path: string): Promise<string> {
   const response = await fetch(`http://${address}${path}`);
   return `${response.status} ${await response.text()}`;
 }
@@ -134,7 +135,7 @@ async function allowedEvictions(name: string): Promise<number | undefined> {
 }
 
 describe('a controller', () => {
-  let controller: RunningController;
+  let controller: Controller & InProcess;
   beforeAll(async () => {
     controller = await stage.startController();
     await waitFor('leadership', () => controller.leading, 60_000);

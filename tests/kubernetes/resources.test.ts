@@ -12,7 +12,8 @@ import {
   refusedTenants,
   specWith,
 } from '@mimo/controller/resources/resource-cases';
-import { parseModelService, parseTenant } from '@mimo/controller/resources/resources';
+import { parseModelService } from '@mimo/controller/resources/resources';
+import { parseTenant } from '@mimo/controller/resources/tenant';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { startControlPlane, type ControlPlane } from '../harness/kubernetes/control-plane.ts';

@@ -7,7 +7,8 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { parseAllDocuments } from 'yaml';
 
-import { parseModelService, parseTenant } from '../../controller/src/resources/resources.ts';
+import { parseModelService } from '../../controller/src/resources/resources.ts';
+import { parseTenant } from '../../controller/src/resources/tenant.ts';
 import { allPages } from '../../docs/site/pages.ts';
 import { readValues } from './chart-values.ts';
 

@@ -3,19 +3,21 @@
 // then. Takes no requests, sends no heartbeats.
 
 import { beforeAbort } from '@mimo/core/process/abort';
-import type { ClusterError } from '@mimo/core/process/errors';
 import { startGrpcServer } from '@mimo/core/grpc/server';
+import type { ProcessParts } from '@mimo/core/process/run-process';
 
-import type { RankParts } from './leader.ts';
+import type { WorkerConfig } from './config.ts';
+import type { EngineHost } from './engines/mimo/engine-host.ts';
 
 const maxReceiveBytes = 2 ** 20;
 const closeServerMs = 1_000;
 
-/** Starts a follower; resolves when the group is whole. `lost` as for `startLeader`. */
-export async function startFollower(parts: RankParts): Promise<{ readonly lost: Promise<ClusterError> }> {
-  const { config, log, lifecycle } = parts;
-  const engine = await parts.startEngine(lifecycle.draining);
-  lifecycle.onClose('engine', () => engine.close());
+/** Starts a follower; resolves when the group is whole. `openEngine` and the end are as for `startLeader`. */
+export async function startFollower(
+  { config, log, lifecycle }: ProcessParts<WorkerConfig>,
+  openEngine: () => Promise<EngineHost>,
+): Promise<void> {
+  const engine = await openEngine();
   const server = await startGrpcServer({ listenAddress: config.listen, services: [], maxReceiveBytes });
   lifecycle.onClose('gRPC server', () => server.close(AbortSignal.timeout(closeServerMs)));
   lifecycle.onDrain('leader', async (signal) => {
@@ -23,8 +25,7 @@ export async function startFollower(parts: RankParts): Promise<{ readonly lost: 
     engine.leave();
     await beforeAbort(engine.failed, signal);
   });
+  void engine.failed.then((error) => lifecycle.end(error));
   server.health.set('', true);
-  lifecycle.ready();
   log.info({ address: server.address }, 'following');
-  return { lost: engine.failed };
 }

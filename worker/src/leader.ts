@@ -7,12 +7,11 @@
 
 import { randomUUID } from 'node:crypto';
 
-import { NatsLink } from '@mimo/core/bus/nats/link';
 import { ClusterError } from '@mimo/core/process/errors';
-import { startGrpcServer } from '@mimo/core/grpc/server';
-import type { Lifecycle } from '@mimo/core/process/lifecycle';
-import type { Log } from '@mimo/core/process/log';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { startGrpcServer, type GrpcServer } from '@mimo/core/grpc/server';
 import { startMetrics } from '@mimo/core/process/metrics';
+import type { ProcessParts } from '@mimo/core/process/run-process';
 import { GroupState, type Heartbeat, type StatsResponse } from '@mimo/proto/worker';
 
 import type { WorkerConfig } from './config.ts';
@@ -28,61 +27,74 @@ const maxReceiveBytes = 16 * 2 ** 20;
 /** For sessions' last messages to leave. */
 const closeSessionsMs = 1_000;
 
-/** What a rank's process is started with. */
-export interface RankParts {
-  readonly config: WorkerConfig;
-  readonly log: Log;
-  readonly lifecycle: Lifecycle;
-  /** Loads the shards and joins the group; called once. */
-  readonly startEngine: (signal: AbortSignal) => Promise<EngineHost>;
+/** What the leader's steps share. */
+interface Leading extends ProcessParts<WorkerConfig> {
+  readonly view: GroupView;
+  /** Undefined without a NATS server: gateways ask for heartbeats then. */
+  readonly heartbeats: HeartbeatSender | undefined;
+  readonly engine: EngineHost;
+  readonly sessions: Sessions;
 }
 
 /**
- * Starts the leader; resolves when the group serves. What is opened is closed by the lifecycle. Resolves `lost` with the
- * reason when the group is over: the caller stops the lifecycle and exits, with a failure unless the code is `canceled`,
- * which says that it was dissolved in order.
+ * Starts the leader; resolves when the group serves. `openEngine` loads the shards and joins the group. The lifecycle
+ * ends when the group is lost, and in order when another rank was asked to end.
  */
-export async function startLeader(parts: RankParts): Promise<{ readonly lost: Promise<ClusterError> }> {
+export async function startLeader(
+  parts: ProcessParts<WorkerConfig>,
+  openEngine: () => Promise<EngineHost>,
+): Promise<void> {
   const { config, log, lifecycle } = parts;
   const view = new GroupView(config);
-  const heartbeats = config.natsUrls.length === 0 ? undefined : sendHeartbeats(parts, view);
-
+  const heartbeats = openHeartbeats(parts, view);
   const identity = await identityOf(config, lifecycle.draining);
-  const engine = await parts.startEngine(lifecycle.draining);
-  lifecycle.onClose('engine', () => engine.close());
+  const engine = await openEngine();
   const { maxContextTokens, draftTokens } = engine.info;
   const welcome = { group: config.group, model: config.model, maxContextTokens, draftTokens, identity };
   const sessions = new Sessions(engine, welcome, log);
-  const { sequences } = sessions;
-  const metrics = await startMetrics({
-    process: 'worker',
-    listenAddress: config.metricsListen === '' ? undefined : config.metricsListen,
+  const leading = { ...parts, view, heartbeats, engine, sessions };
+  await openMetrics(leading);
+  const server = await openServer(leading);
+  followEnd(leading, server);
+  view.serve({ engine, sessions, boundAddress: server.address, identity });
+  server.health.set('', true);
+  heartbeats?.beat();
+  log.info({ address: server.address, engine: summaryOf(engine) }, 'serving');
+}
+
+function openHeartbeats(
+  { config, log, lifecycle }: ProcessParts<WorkerConfig>,
+  view: GroupView,
+): HeartbeatSender | undefined {
+  if (config.natsUrls.length === 0) {
+    return undefined;
+  }
+  const link = new NatsLink({
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
+    clientName: `worker ${config.model} ${config.group}`,
+    log,
   });
-  lifecycle.onClose('metrics', () => metrics.close());
-  const measure = createEngineMetrics(metrics, () => engine.stats());
+  lifecycle.opened('NATS', link);
+  const { heartbeatIntervalMs: intervalMs } = config;
+  const heartbeats = startHeartbeats({ link, intervalMs, read: () => view.heartbeat(), log });
+  return lifecycle.opened('heartbeats', heartbeats);
+}
+
+/** The page of metrics, and what each of the engine's frames adds to it. */
+async function openMetrics({ config, lifecycle, engine, sessions }: Leading): Promise<void> {
+  const listenAddress = config.metricsListen === '' ? undefined : config.metricsListen;
+  const meters = lifecycle.opened('metrics', await startMetrics({ process: 'worker', listenAddress }));
+  const measure = createEngineMetrics(meters, () => engine.stats());
   engine.onFrame((frame) => {
-    sequences.onFrame(frame);
+    sessions.sequences.onFrame(frame);
     measure(frame);
   });
+}
 
-  const drain = async (signal: AbortSignal): Promise<number> => {
-    const before = sequences.count;
-    sequences.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
-    view.become(GroupState.DRAINING);
-    heartbeats?.beat();
-    const finishing = AbortSignal.any([signal, AbortSignal.timeout(config.drainFinishMs)]);
-    try {
-      await sequences.drained(finishing);
-    } catch (error) {
-      if (signal.aborted) {
-        throw error;
-      }
-      log.info({ sequences: sequences.count }, 'handing over');
-      sequences.handOver();
-      await sequences.drained(signal);
-    }
-    return before;
-  };
+async function openServer(leading: Leading): Promise<GrpcServer> {
+  const { config, lifecycle, sessions, view } = leading;
+  const drain = async (signal: AbortSignal): Promise<number> => drainSequences(leading, signal);
   const server = await startGrpcServer({
     listenAddress: config.listen,
     services: [createWorkerService({ sessions, drain, stats: () => view.stats() })],
@@ -96,41 +108,51 @@ export async function startLeader(parts: RankParts): Promise<{ readonly lost: Pr
     server.health.set('', false);
     await drain(signal);
   });
-
-  view.serve({ engine, sessions, boundAddress: server.address, identity });
-  server.health.set('', true);
-  heartbeats?.beat();
-  lifecycle.ready();
-  log.info({ address: server.address, engine: summaryOf(engine) }, 'serving');
-
-  const failed = engine.failed.then((error) => {
-    view.become(GroupState.FAILED);
-    server.health.set('', false);
-    sessions.fail(
-      new ClusterError('aborted', `group ${config.group} was lost: ${error.message}`, { cause: error }),
-    );
-    heartbeats?.beat();
-    return error;
-  });
-  const leaving = engine.leaving.then(
-    () => new ClusterError('canceled', 'another rank of the group was asked to end'),
-  );
-  return { lost: Promise.race([failed, leaving]) };
+  return server;
 }
 
-/** The lifecycle closes the link after the last heartbeat. */
-function sendHeartbeats({ config, log, lifecycle }: RankParts, view: GroupView): HeartbeatSender {
-  const link = new NatsLink({
-    servers: config.natsUrls,
-    credentialsFile: config.natsCredentialsFile,
-    clientName: `worker ${config.model} ${config.group}`,
-    log,
-  });
-  lifecycle.onClose('NATS', () => link.close());
-  const { heartbeatIntervalMs: intervalMs } = config;
-  const heartbeats = startHeartbeats({ link, intervalMs, read: () => view.heartbeat(), log });
-  lifecycle.onClose('heartbeats', () => heartbeats.close());
-  return heartbeats;
+/** Takes no new sequences, lets the running ones finish for a while, hands over the rest. Gives how many there were. */
+async function drainSequences(leading: Leading, signal: AbortSignal): Promise<number> {
+  const { config, log, view, heartbeats } = leading;
+  const { sequences } = leading.sessions;
+  const before = sequences.count;
+  sequences.refuse(new ClusterError('unavailable', `group ${config.group} is draining`));
+  view.become(GroupState.DRAINING);
+  heartbeats?.beat();
+  const finishing = AbortSignal.any([signal, AbortSignal.timeout(config.drainFinishMs)]);
+  try {
+    await sequences.drained(finishing);
+  } catch (error) {
+    if (signal.aborted) {
+      throw error;
+    }
+    log.info({ sequences: sequences.count }, 'handing over');
+    sequences.handOver();
+    await sequences.drained(signal);
+  }
+  return before;
+}
+
+/** Ends the process with the group: as a failure where a rank was lost, in order where a rank was asked to end. */
+function followEnd(
+  { config, lifecycle, view, heartbeats, engine, sessions }: Leading,
+  server: GrpcServer,
+): void {
+  const fail = async (): Promise<void> => {
+    const error = await engine.failed;
+    view.become(GroupState.FAILED);
+    server.health.set('', false);
+    const lost = `group ${config.group} was lost: ${error.message}`;
+    sessions.fail(new ClusterError('aborted', lost, { cause: error }));
+    heartbeats?.beat();
+    lifecycle.end(error);
+  };
+  const leave = async (): Promise<void> => {
+    await engine.leaving;
+    lifecycle.end(new ClusterError('canceled', 'another rank of the group was asked to end'));
+  };
+  void fail();
+  void leave();
 }
 
 function summaryOf({ info }: EngineHost): Readonly<Record<string, unknown>> {

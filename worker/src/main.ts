@@ -1,57 +1,27 @@
-// The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Owns the exit code: 0 after
-// a drain that was asked for, here or at another rank, 1 where the rank could not start or its group was lost, 78 where it
-// cannot start with what it was given. `prepare` as an argument runs prepare.ts instead, in the same environment.
+// The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Rank 0 leads its group, the
+// others follow. `prepare` as an argument runs prepare.ts instead, in the same environment.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { reportGrpcTo } from '@mimo/core/grpc/log';
-import { exitCodeOf, Lifecycle, stopOnSignals } from '@mimo/core/process/lifecycle';
-import { createLog, logCrashes } from '@mimo/core/process/log';
+import { runProcess, unusableExitCode, type ProcessParts } from '@mimo/core/process/run-process';
 
-import { parseWorkerConfig } from './config.ts';
-import { startEngine } from './engines/mimo/engine-host.ts';
+import { parseWorkerConfig, workerSettings, type WorkerConfig } from './config.ts';
+import { startEngine, type EngineHost } from './engines/mimo/engine-host.ts';
 import { startFollower } from './follower.ts';
 import { startLeader } from './leader.ts';
 import { engineOptionsFrom, prepareShard } from './shard-cache.ts';
 
-async function run(): Promise<void> {
-  const config = parseWorkerConfig(process.env);
-  const log = createLog({ process: 'worker', level: config.logLevel }).child({
-    model: config.model,
-    group: config.group,
-    rank: config.rank,
-  });
-  logCrashes(log);
+/** Starts a rank: its shard, its part in the group, and what it is to others. */
+async function startRank(parts: ProcessParts<WorkerConfig>): Promise<void> {
+  const { config, log, lifecycle } = parts;
   reportGrpcTo(log);
-  const lifecycle = new Lifecycle({ log, graceMs: config.drainGraceMs });
-  stopOnSignals(lifecycle);
-  const exitWith = async (error: ClusterError, message: string, exitCode = 1): Promise<void> => {
-    if (lifecycle.draining.aborted) {
-      // Its end was asked for; whoever asked waits for the exit that follows.
-      return;
-    }
-    const isInOrder = error.code === 'canceled';
-    log[isInOrder ? 'info' : 'error']({ error }, isInOrder ? 'the group ends' : message);
-    await lifecycle.stop(message);
-    if (!isInOrder) {
-      // The last line that a supervisor, or Kubernetes, shows.
-      process.stderr.write(`worker: ${message}: ${error.message}\n`);
-    }
-    process.exit(isInOrder ? 0 : exitCode);
+  const openEngine = async (): Promise<EngineHost> => {
+    const shard = await prepareShard(config, log, lifecycle.draining);
+    const options = engineOptionsFrom(config, shard);
+    return lifecycle.opened('engine', await startEngine(options, lifecycle.draining));
   };
-  try {
-    const start = config.rank === 0 ? startLeader : startFollower;
-    const { lost } = await start({
-      config,
-      log,
-      lifecycle,
-      startEngine: async (signal) =>
-        startEngine(engineOptionsFrom(config, await prepareShard(config, log, signal)), signal),
-    });
-    await exitWith(await lost, 'the group was lost');
-  } catch (error) {
-    const known = ClusterError.from(error);
-    await exitWith(known, 'the rank could not start', exitCodeOf(known));
-  }
+  const start = config.rank === 0 ? startLeader : startFollower;
+  await start(parts, openEngine);
 }
 
 /** The other command, whose own modules no rank needs. */
@@ -64,16 +34,19 @@ async function prepare(args: readonly string[]): Promise<never> {
   process.exit(await runPrepare(args, process.env, stopping.signal));
 }
 
-try {
-  const [command, ...args] = process.argv.slice(2);
-  if (command === 'prepare') {
-    await prepare(args);
-  } else if (command !== undefined) {
-    throw new ClusterError('invalid_argument', `${JSON.stringify(command)} is no command: there is prepare`);
-  }
-  await run();
-} catch (error) {
-  const known = ClusterError.from(error);
-  process.stderr.write(`worker: ${known.message}\n`);
-  process.exitCode = exitCodeOf(known);
+const [command, ...args] = process.argv.slice(2);
+if (command === 'prepare') {
+  await prepare(args);
+} else if (command === undefined) {
+  await runProcess({
+    name: 'worker',
+    settings: workerSettings,
+    parse: parseWorkerConfig,
+    graceMs: ({ drainGraceMs }) => drainGraceMs,
+    fields: ({ model, group, rank }) => ({ model, group, rank }),
+    start: startRank,
+  });
+} else {
+  process.stderr.write(`worker: unknown command ${JSON.stringify(command)}: the only command is prepare\n`);
+  process.exitCode = unusableExitCode;
 }

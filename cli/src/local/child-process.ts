@@ -2,7 +2,7 @@
 // program when the pipe closes, which the kernel does even after a kill -9. Owns their output files and their end;
 // does not know what they run.
 
-import { spawn } from 'node:child_process';
+import { spawn, type ChildProcess } from 'node:child_process';
 import { closeSync, openSync, readFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import type { Writable } from 'node:stream';
@@ -75,66 +75,89 @@ export async function startChild(options: ChildOptions): Promise<Child> {
     stdio: ['ignore', log, log, 'pipe', 'pipe'],
   });
   closeSync(log);
+  const exited = exitOf(shell);
+  return new ShellChild(options, { shell, exited, pid: await programIdOf(shell, options.name) });
+}
+
+/** Resolves when the shell has ended, and lets go of its lifeline then. */
+async function exitOf(shell: ChildProcess): Promise<ChildExit> {
   const lifeline = shell.stdio[3] as Writable;
   lifeline.on('error', () => undefined);
-  const exited = new Promise<ChildExit>((resolve) => {
-    shell.once('error', () => resolve({ code: 127, signal: null }));
-    shell.once('exit', (code, signal) => {
-      lifeline.destroy();
-      resolve(exitFromShell(code, signal));
-    });
+  const { promise, resolve } = Promise.withResolvers<ChildExit>();
+  shell.once('error', () => resolve({ code: 127, signal: null }));
+  shell.once('exit', (code, signal) => {
+    lifeline.destroy();
+    resolve(exitFromShell(code, signal));
   });
-  const pid = await new Promise<number>((resolve, reject) => {
-    let text = '';
-    const pidPipe = shell.stdio[4] as NodeJS.ReadableStream;
-    pidPipe.on('data', (chunk: Buffer) => {
-      text += chunk.toString();
-    });
-    pidPipe.on('end', () => {
-      if (/^\d+\n$/.test(text)) {
-        resolve(Number(text));
-      } else {
-        reject(new ClusterError('unavailable', `${options.name} cannot be started: no shell at /bin/sh`));
-      }
-    });
-    shell.once('error', reject);
+  return promise;
+}
+
+/** What the shell writes first: the process id of the program. */
+async function programIdOf(shell: ChildProcess, name: string): Promise<number> {
+  const { promise, resolve, reject } = Promise.withResolvers<number>();
+  let text = '';
+  const pidPipe = shell.stdio[4] as NodeJS.ReadableStream;
+  pidPipe.on('data', (chunk: Buffer) => {
+    text += chunk.toString();
   });
-  const signalProgram = (signal: NodeJS.Signals): void => {
+  pidPipe.on('end', () => {
+    if (/^\d+\n$/.test(text)) {
+      resolve(Number(text));
+    } else {
+      reject(new ClusterError('unavailable', `${name} cannot be started: no shell at /bin/sh`));
+    }
+  });
+  shell.once('error', reject);
+  return promise;
+}
+
+class ShellChild implements Child {
+  readonly name: string;
+  readonly pid: number;
+  readonly exited: Promise<ChildExit>;
+  readonly #logFile: string;
+  readonly #shell: ChildProcess;
+
+  constructor(
+    options: ChildOptions,
+    started: { readonly shell: ChildProcess; readonly exited: Promise<ChildExit>; readonly pid: number },
+  ) {
+    this.name = options.name;
+    this.#logFile = options.logFile;
+    this.#shell = started.shell;
+    this.exited = started.exited;
+    this.pid = started.pid;
+  }
+
+  logTail(): string {
     try {
-      process.kill(pid, signal);
+      return readFileSync(this.#logFile, 'utf8').slice(-logTailChars);
+    } catch {
+      return '';
+    }
+  }
+
+  kill(): void {
+    this.#signal('SIGKILL');
+  }
+
+  async stop(graceMs: number): Promise<void> {
+    this.#signal('SIGTERM');
+    const grace = new AbortController();
+    await Promise.race([this.exited, pause(graceMs, grace.signal)]);
+    grace.abort();
+    this.#signal('SIGKILL');
+    await this.exited;
+  }
+
+  #signal(signal: NodeJS.Signals): void {
+    if (this.#shell.exitCode !== null || this.#shell.signalCode !== null) {
+      return;
+    }
+    try {
+      process.kill(this.pid, signal);
     } catch {
       // Gone already: `exited` says so.
     }
-  };
-  const isRunning = (): boolean => shell.exitCode === null && shell.signalCode === null;
-  return {
-    name: options.name,
-    pid,
-    exited,
-    logTail: () => {
-      try {
-        return readFileSync(options.logFile, 'utf8').slice(-logTailChars);
-      } catch {
-        return '';
-      }
-    },
-    kill: () => {
-      if (isRunning()) {
-        signalProgram('SIGKILL');
-      }
-    },
-    stop: async (graceMs) => {
-      if (!isRunning()) {
-        return;
-      }
-      signalProgram('SIGTERM');
-      const grace = new AbortController();
-      await Promise.race([exited, pause(graceMs, grace.signal)]);
-      grace.abort();
-      if (isRunning()) {
-        signalProgram('SIGKILL');
-      }
-      await exited;
-    },
-  };
+  }
 }

@@ -1,10 +1,14 @@
 // Keeps a set of child processes running that live and die together: one goes, the others are taken down, and all are
 // started again after a growing pause, unless one reports that its settings cannot work. Owns that rule and nothing
 // else; does not know what the processes are.
+//
+// Why no library: respawn and PM2 restart each process by itself, concurrently either restarts one or ends all, and PM2
+// runs a daemon of its own. The ranks of a group must be restarted together, in new settings each time (ports, a
+// token), and never after exit code 78.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
-import { unusableExitCode } from '@mimo/core/process/lifecycle';
+import { unusableExitCode } from '@mimo/core/process/run-process';
 
 import type { Child } from './child-process.ts';
 

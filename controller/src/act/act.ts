@@ -5,9 +5,9 @@
 
 import { randomBytes, randomUUID } from 'node:crypto';
 
+import type { DrainMarks } from '@mimo/core/bus/drain-marks';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
-import type { DrainMarks } from '@mimo/core/bus/drain-marks';
 import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
 
 import type { Manifest, WorkerSettings } from '../decide/containers.ts';
@@ -53,6 +53,8 @@ export interface PlainActOn {
   readonly onServiceWrite: (object: KubeObject) => void;
 }
 
+type ActionOf<Kind extends Action['kind']> = Extract<Action, { readonly kind: Kind }>;
+
 /** The longest wait for the catalogue: the next round tries again. */
 const catalogueTimeoutMs = 5_000;
 
@@ -66,22 +68,19 @@ export class Actor {
 
   /** Carries out an action. Fails with the API server's or the queue's error. */
   async act(action: Action, on: ActOn): Promise<void> {
-    const { record, service } = on;
+    const model = on.service.spec.model.name;
     switch (action.kind) {
       case 'addFinalizer': {
-        const { uid, resourceVersion, finalizers = [] } = record.metadata;
-        // The version protects finalizers that others added meanwhile.
-        const metadata = { uid, resourceVersion, finalizers: [...finalizers, drainFinalizer] };
-        await this.#patchService({ metadata }, {}, on);
+        await this.#addFinalizer(on);
         break;
       }
       case 'removeModel': {
         const limit = AbortSignal.any([on.signal, AbortSignal.timeout(catalogueTimeoutMs)]);
-        await this.#options.catalog.remove(service.spec.model.name, limit);
+        await this.#options.catalog.remove(model, limit);
         break;
       }
       case 'createPreparePod': {
-        await this.#create(preparePod(service, action.modelHash, this.#options.settings), on);
+        await this.#create(preparePod(on.service, action.modelHash, this.#options.settings), on);
         this.#tell(on, 'Normal', 'PrepareStarted', `${action.name} finds and prepares the model`);
         break;
       }
@@ -90,59 +89,27 @@ export class Actor {
         break;
       }
       case 'markDraining': {
-        const { group, sinceUnixMs } = action;
-        await this.#options.drainMarks.mark(service.spec.model.name, group, { sinceUnixMs });
+        await this.#options.drainMarks.mark(model, action.group, { sinceUnixMs: action.sinceUnixMs });
         break;
       }
       case 'clearDraining': {
-        await this.#options.drainMarks.clear(service.spec.model.name, action.group);
+        await this.#options.drainMarks.clear(model, action.group);
         break;
       }
       case 'drainGroup': {
-        const sinceMs = this.#options.client.clock.nowMs();
-        await this.#annotate(action.pods, new Date(sinceMs).toISOString(), on);
-        this.#tell(on, 'Normal', 'GroupDraining', `${action.group}: ${action.reason}`);
-        await this.#mark(
-          action.group,
-          (marks, model) => marks.mark(model, action.group, { sinceUnixMs: sinceMs }),
-          service,
-        );
+        await this.#drainGroup(action, on);
         break;
       }
       case 'resumeGroup': {
-        await this.#annotate(action.pods, null, on);
-        this.#tell(on, 'Normal', 'GroupResumed', `${action.group} serves again`);
-        await this.#mark(action.group, (marks, model) => marks.clear(model, action.group), service);
+        await this.#resumeGroup(action, on);
         break;
       }
       case 'deleteGroup': {
-        const { group, pods, reason, failed } = action;
-        await settleAll(pods.map((pod) => this.#delete(pod, on)));
-        if (failed) {
-          this.#tell(on, 'Warning', 'GroupFailed', `${group} is ${reason}`);
-        } else {
-          this.#tell(on, 'Normal', 'GroupDeleted', `${group}: ${reason}`);
-        }
+        await this.#deleteGroup(action, on);
         break;
       }
       case 'createGroup': {
-        const { group, revision, index } = action;
-        // All pods of one life are created by one call, so that they share what is drawn here.
-        const identity = {
-          group,
-          revision,
-          index,
-          groupToken: randomBytes(16).toString('hex'),
-          life: randomUUID(),
-        };
-        const pods = groupPods(service, identity, this.#options.settings);
-        await settleAll(pods.map((pod) => this.#create(pod, on)));
-        this.#tell(
-          on,
-          'Normal',
-          'GroupCreated',
-          `${group} of ${pods.length} ${pods.length === 1 ? 'pod' : 'pods'}`,
-        );
+        await this.#createGroup(action, on);
         break;
       }
       case 'removeFinalizer':
@@ -190,6 +157,44 @@ export class Actor {
     { service, signal }: Pick<ActOn, 'service' | 'signal'>,
   ): Promise<void> {
     await this.#apply(resourceTypes.podDisruptionBudgets, disruptionBudget(service, minAvailable), signal);
+  }
+
+  async #addFinalizer(on: ActOn): Promise<void> {
+    const { uid, resourceVersion, finalizers = [] } = on.record.metadata;
+    // The version protects finalizers that others added meanwhile.
+    const metadata = { uid, resourceVersion, finalizers: [...finalizers, drainFinalizer] };
+    await this.#patchService({ metadata }, {}, on);
+  }
+
+  async #drainGroup({ group, pods, reason }: ActionOf<'drainGroup'>, on: ActOn): Promise<void> {
+    const sinceMs = this.#options.client.clock.nowMs();
+    await this.#annotate(pods, new Date(sinceMs).toISOString(), on);
+    this.#tell(on, 'Normal', 'GroupDraining', `${group}: ${reason}`);
+    await this.#mark(group, (marks, model) => marks.mark(model, group, { sinceUnixMs: sinceMs }), on.service);
+  }
+
+  async #resumeGroup({ group, pods }: ActionOf<'resumeGroup'>, on: ActOn): Promise<void> {
+    await this.#annotate(pods, null, on);
+    this.#tell(on, 'Normal', 'GroupResumed', `${group} serves again`);
+    await this.#mark(group, (marks, model) => marks.clear(model, group), on.service);
+  }
+
+  async #deleteGroup({ group, pods, reason, failed }: ActionOf<'deleteGroup'>, on: ActOn): Promise<void> {
+    await settleAll(pods.map((pod) => this.#delete(pod, on)));
+    if (failed) {
+      this.#tell(on, 'Warning', 'GroupFailed', `${group} is ${reason}`);
+    } else {
+      this.#tell(on, 'Normal', 'GroupDeleted', `${group}: ${reason}`);
+    }
+  }
+
+  /** All pods of one life are created by one call, so that they share what is drawn here. */
+  async #createGroup({ group, revision, index }: ActionOf<'createGroup'>, on: ActOn): Promise<void> {
+    const drawn = { groupToken: randomBytes(16).toString('hex'), life: randomUUID() };
+    const pods = groupPods(on.service, { group, revision, index, ...drawn }, this.#options.settings);
+    await settleAll(pods.map((pod) => this.#create(pod, on)));
+    const count = `${pods.length} ${pods.length === 1 ? 'pod' : 'pods'}`;
+    this.#tell(on, 'Normal', 'GroupCreated', `${group} of ${count}`);
   }
 
   /** Replaces the whole status. */

@@ -42,18 +42,12 @@ import {
   type QueueReading,
 } from './arrival-load.ts';
 import { groupsForRecent, groupsToRelease, isBacklog, planBacklog, type ServiceRule } from './replay.ts';
+import { explainScale, type ScaleInputs } from './scale-explanation.ts';
 
 /** The inputs of a decision. */
-export interface ScaleObservation {
-  readonly queue: QueueReading | 'unknown';
-  /** Groups that run requests. */
-  readonly readyGroups: number;
-  /** For each starting group, the expected time until it is ready, from measured start-ups; 0 if it is overdue. */
-  readonly startingReadyInMs: readonly number[];
+export interface ScaleObservation extends ScaleInputs {
   /** How long a start-up takes, measured; undefined before the first one. */
   readonly startUpMs: number | undefined;
-  /** Why groups cannot start, in the scheduler's words. */
-  readonly blocker?: string | undefined;
 }
 
 /** What one decision passes to the next. Kept in the controller's memory; a restart resets it. */
@@ -103,7 +97,25 @@ interface Terms {
   readonly formula: string;
 }
 
-/** Decides the count. Call it every few seconds and when the queue changes; the same arguments give the same result. */
+/** An observation whose queue could be read. */
+interface KnownObservation extends ScaleObservation {
+  readonly queue: QueueReading;
+}
+
+/** What a reading teaches, and what follows from it for the rule. */
+interface Lesson extends Pick<ScaleMemory, 'load' | 'recentGroups' | 'lastWorkMs'> {
+  /** `recentGroups` before smoothing. */
+  readonly replayed: number;
+  /** No work for `scaleToZeroAfterSeconds`. */
+  readonly idle: boolean;
+  /** Too little seen since the memory began to go below the count that it began with. */
+  readonly learning: boolean;
+  readonly rule: ServiceRule;
+}
+
+/**
+ * Decides the count. Call it every few seconds and when the queue changes; the same arguments give the same result.
+ */
 export function decideScale(
   spec: ScalingSpec,
   seen: ScaleObservation,
@@ -111,12 +123,8 @@ export function decideScale(
   nowMs: number,
 ): ScaleResult {
   const startUpMs = seen.startUpMs ?? spec.startUpSeconds * 1000;
-  const memoryMs = spec.memorySeconds === undefined ? 120_000 + 3 * startUpMs : spec.memorySeconds * 1000;
-  const targetMs = spec.targetWaitSeconds * 1000;
-  const existing = seen.readyGroups + seen.startingReadyInMs.length;
-
   if (seen.queue === 'unknown') {
-    const decided = explain({
+    const decision = explainScale({
       spec,
       seen,
       before: before.wanted,
@@ -127,12 +135,41 @@ export function decideScale(
       perSecond: groupSpeed(before.load, spec.groupTokensPerSecond),
     });
     // Unseen arrivals are possible: idle time counts from the next reading.
-    const memory = { ...before, wanted: decided.wanted, decidedMs: nowMs, lastWorkMs: nowMs };
-    return { decision: decided, memory };
+    return {
+      decision,
+      memory: { ...before, wanted: decision.wanted, decidedMs: nowMs, lastWorkMs: nowMs },
+    };
   }
+  const known = { ...seen, queue: seen.queue };
+  const lesson = learn(spec, known, before, { startUpMs, nowMs });
+  const { load, recentGroups, lastWorkMs, rule } = lesson;
+  const terms = computeTerms(known, load, { ...rule, recentGroups });
+  const { wanted, reason } = chooseCount(known, lesson, terms, before);
+  const decision = explainScale({
+    spec,
+    seen,
+    before: before.wanted,
+    asked: wanted,
+    reason,
+    terms,
+    startUpMs,
+    perSecond: rule.perSecond,
+  });
+  return {
+    decision,
+    memory: { ...before, wanted: decision.wanted, load, recentGroups, decidedMs: nowMs, lastWorkMs },
+  };
+}
 
-  const queue = seen.queue;
-  const load = observeLoad(before.load, { queue, readyGroups: seen.readyGroups, memoryMs, nowMs });
+function learn(
+  spec: ScalingSpec,
+  { queue, readyGroups }: KnownObservation,
+  before: ScaleMemory,
+  { startUpMs, nowMs }: { readonly startUpMs: number; readonly nowMs: number },
+): Lesson {
+  const memoryMs = spec.memorySeconds === undefined ? 120_000 + 3 * startUpMs : spec.memorySeconds * 1000;
+  const targetMs = spec.targetWaitSeconds * 1000;
+  const load = observeLoad(before.load, { queue, readyGroups, memoryMs, nowMs });
   const busy = queue.waitingRequests + queue.inFlightRequests > 0;
   const lastWorkMs = busy ? nowMs : before.lastWorkMs;
   const idle = nowMs - lastWorkMs >= spec.scaleToZeroAfterSeconds * 1000;
@@ -147,68 +184,75 @@ export function decideScale(
     maxGroups: spec.max,
   });
   const weight = 1 - Math.exp((-3 * (nowMs - before.decidedMs)) / memoryMs);
-  const recentGroups = before.recentGroups + (replayed - before.recentGroups) * weight;
+  return {
+    load,
+    lastWorkMs,
+    replayed,
+    recentGroups: before.recentGroups + (replayed - before.recentGroups) * weight,
+    idle,
+    learning: !idle && nowMs - before.beganMs < memoryMs,
+    rule: { perSecond, targetMs, startUpMs },
+  };
+}
 
-  const rule = { perSecond, targetMs, startUpMs };
-  const terms = computeTerms({ ...seen, queue }, load, { ...rule, recentGroups });
-  const asked = Math.max(idle ? 0 : terms.recent, terms.backlog, terms.oldest);
+interface Choice {
+  readonly wanted: number;
+  readonly reason: ScaleReason;
+}
 
-  let wanted = asked;
-  let reason: ScaleReason =
+/** The largest term; lower than before only with a margin; at least one group for as long as it is kept warm. */
+function chooseCount(seen: KnownObservation, lesson: Lesson, terms: Terms, before: ScaleMemory): Choice {
+  const asked = Math.max(lesson.idle ? 0 : terms.recent, terms.backlog, terms.oldest);
+  const reason =
     asked === terms.oldest && terms.oldest > terms.recent
       ? 'Oldest'
       : asked === terms.backlog && terms.backlog > terms.recent
         ? 'Backlog'
         : 'RecentLoad';
-  if (asked < before.wanted) {
-    const learning = !idle && nowMs - before.beganMs < memoryMs;
-    // A recent change has hardly moved the smoothed figure yet, and may last.
-    const needed = Math.max(recentGroups, replayed) / downMarginRatio;
-    const slotsPerGroup = queue.slots / Math.max(1, seen.readyGroups);
-    const floor = Math.max(
-      asked,
-      // Requests of a removed group move to free slots of other groups.
-      slotsPerGroup > 0 ? Math.ceil(queue.inFlightRequests / slotsPerGroup) : 0,
-      idle ? 0 : Math.ceil(needed - roundingGroups),
-      groupsToRelease(queue.waitingTokens, rule),
-      learning ? before.foundGroups : 0,
-    );
-    const held = terms.overdue || floor >= before.wanted;
-    wanted = held ? before.wanted : floor;
-    reason = held ? (learning && !terms.overdue ? 'Learning' : 'Stabilising') : reason;
+  const choice: Choice =
+    asked < before.wanted
+      ? lowerCount({ wanted: asked, reason }, { seen, lesson, terms, before })
+      : { wanted: asked, reason };
+  if (choice.wanted > 0) {
+    return choice;
   }
-  if (wanted === 0) {
-    // A serving or starting group survives short idle times; a count of zero stays without work.
-    wanted = !idle && existing > 0 && before.wanted > 0 ? 1 : 0;
-    reason = wanted === 0 ? 'Idle' : 'KeepWarm';
-  }
+  // A serving or starting group survives short idle times; a count of zero stays without work.
+  const existing = seen.readyGroups + seen.startingReadyInMs.length;
+  const isKept = !lesson.idle && existing > 0 && before.wanted > 0;
+  return isKept ? { wanted: 1, reason: 'KeepWarm' } : { wanted: 0, reason: 'Idle' };
+}
 
-  const decision = explain({
-    spec,
-    seen,
-    before: before.wanted,
-    asked: wanted,
-    reason,
-    terms,
-    startUpMs,
-    perSecond,
-  });
-  return {
-    decision,
-    memory: {
-      beganMs: before.beganMs,
-      foundGroups: before.foundGroups,
-      wanted: decision.wanted,
-      load,
-      recentGroups,
-      decidedMs: nowMs,
-      lastWorkMs,
-    },
-  };
+/** How far the count may go down now: to what is asked, or less far, or not at all. */
+function lowerCount(
+  asked: Choice,
+  given: {
+    readonly seen: KnownObservation;
+    readonly lesson: Lesson;
+    readonly terms: Terms;
+    readonly before: ScaleMemory;
+  },
+): Choice {
+  const { seen, lesson, terms, before } = given;
+  const { queue, readyGroups } = seen;
+  // A recent change has hardly moved the smoothed figure yet, and may last.
+  const needed = Math.max(lesson.recentGroups, lesson.replayed) / downMarginRatio;
+  const slotsPerGroup = queue.slots / Math.max(1, readyGroups);
+  const floor = Math.max(
+    asked.wanted,
+    // Requests of a removed group move to free slots of other groups.
+    slotsPerGroup > 0 ? Math.ceil(queue.inFlightRequests / slotsPerGroup) : 0,
+    lesson.idle ? 0 : Math.ceil(needed - roundingGroups),
+    groupsToRelease(queue.waitingTokens, lesson.rule),
+    lesson.learning ? before.foundGroups : 0,
+  );
+  if (!terms.overdue && floor < before.wanted) {
+    return { wanted: floor, reason: asked.reason };
+  }
+  return { wanted: before.wanted, reason: lesson.learning && !terms.overdue ? 'Learning' : 'Stabilising' };
 }
 
 function computeTerms(
-  seen: ScaleObservation & { readonly queue: QueueReading },
+  seen: KnownObservation,
   load: LoadMemory,
   rule: ServiceRule & { readonly recentGroups: number },
 ): Terms {
@@ -254,72 +298,5 @@ function computeTerms(
     rate,
     overdue,
     formula: `max(${parts.join(', ')})`,
-  };
-}
-
-interface Explained {
-  readonly spec: ScalingSpec;
-  readonly seen: ScaleObservation;
-  readonly before: number;
-  readonly asked: number;
-  readonly reason: ScaleReason;
-  readonly terms: Terms | undefined;
-  readonly startUpMs: number;
-  readonly perSecond: number;
-}
-
-const reasonTexts: Readonly<Record<ScaleReason, string>> = {
-  QueueUnknown: 'the queue cannot be read, so the count is held',
-  Oldest: 'the oldest request has waited twice the target and no group is starting',
-  Backlog: 'more work waits than the existing groups can finish in time',
-  RecentLoad: 'the recent arrivals need this count',
-  Learning: 'the controller started too recently to go below the count that it found',
-  Stabilising: 'fewer groups would do, but not yet for long enough, or without a margin',
-  KeepWarm: 'the last group stays until scaleToZeroAfterSeconds after the last work',
-  Idle: 'there is nothing to do',
-};
-
-/** Clamps the count and explains it. */
-function explain({
-  spec,
-  seen,
-  before,
-  asked,
-  reason,
-  terms,
-  startUpMs,
-  perSecond,
-}: Explained): ScaleDecision {
-  const wanted = Math.min(spec.max, Math.max(spec.min, asked));
-  const clamps: string[] = [];
-  if (wanted !== asked) {
-    const limit = wanted > asked ? 'min' : 'max';
-    clamps.push(`${limit} ${wanted} instead of ${asked}`);
-  }
-  const change = wanted === before ? `${wanted} held` : `${before} -> ${wanted}`;
-  const queue = seen.queue === 'unknown' ? undefined : seen.queue;
-  return {
-    wanted,
-    before,
-    reason,
-    message: `${change}: ${reasonTexts[reason]}${clamps.length === 0 ? '' : ` (${clamps.join(', ')})`}`,
-    formula: terms?.formula ?? `hold ${before}`,
-    clamps,
-    ...(seen.blocker === undefined ? {} : { blocker: seen.blocker }),
-    inputs: {
-      readyGroups: seen.readyGroups,
-      startingGroups: seen.startingReadyInMs.length,
-      ...(queue === undefined
-        ? {}
-        : {
-            waitingRequests: queue.waitingRequests,
-            waitingTokens: Math.round(queue.waitingTokens),
-            inFlightTokens: Math.round(queue.inFlightTokens),
-            oldestWaitingSeconds: Math.round(queue.oldestWaitingMs / 1000),
-          }),
-      ...(terms === undefined ? {} : { arrivalTokensPerSecond: Math.round(terms.rate) }),
-      groupTokensPerSecond: Math.round(perSecond),
-      startUpSeconds: Math.round(startUpMs / 1000),
-    },
   };
 }

@@ -1,10 +1,16 @@
-// The containers and volumes of a group's pods and of the prepare pod. Pure. Owns ports, probes, volumes, the worker's
-// variables (worker/src/config.ts reads them) and the security context: Pod Security "restricted", which only a
-// hostPath violates.
+// The containers and volumes of a group's pods and of the prepare pod. Pure. Owns probes, volumes and the security
+// context: Pod Security "restricted", which only a hostPath violates.
 
-import { amountOf } from '../resources/quantity.ts';
 import { executionProviderOf, type ModelService, type ModelServiceSpec } from '../resources/resources.ts';
-import { podName, rankServiceName } from './labels.ts';
+import {
+  credentialsDirectory,
+  metricsPort,
+  peerPort,
+  portOffset,
+  rankVariables,
+  workerPort,
+  type GroupIdentity,
+} from './worker-environment.ts';
 
 /** A Kubernetes object, or a part of one. */
 export type Manifest = Readonly<Record<string, unknown>>;
@@ -52,25 +58,8 @@ export interface Toleration {
   readonly effect?: string;
 }
 
-export interface GroupIdentity {
-  readonly group: string;
-  readonly revision: string;
-  readonly index: number;
-  /** Random for each life of a group: ranks reject ranks of another life. */
-  readonly groupToken: string;
-}
-
-export const workerPort = 50_052;
-const peerPort = 50_152;
-const metricsPort = 9464;
-/** Time between SIGTERM and SIGKILL: a hand-over takes seconds, and long work has drained before the pod is deleted. */
-export const terminationGraceSeconds = 30;
 /** Loading 7B from a slow volume takes almost an hour in the worst case. */
 const startUpLimitSeconds = 3600;
-const threadsMax = 256;
-/** A directory, not a file: only then does the kubelet update changed credentials in running pods. */
-const credentialsDirectory = '/etc/mimo/nats';
-
 export function imageOf({ resources, template }: ModelServiceSpec, settings: WorkerSettings): string {
   return template.image ?? (executionProviderOf(resources) === 'cuda' ? settings.cudaImage : settings.image);
 }
@@ -163,77 +152,6 @@ function imageFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest
   };
 }
 
-/** Ranks of one pod share its address, so each has its own ports. */
-function portOffset({ placement }: ModelServiceSpec, rank: number): number {
-  return placement === 'spread' ? 0 : rank;
-}
-
-function rankVariables(
-  service: ModelService,
-  identity: GroupIdentity,
-  { settings, rank }: { readonly settings: WorkerSettings; readonly rank: number },
-): readonly Manifest[] {
-  const { spec, metadata } = service;
-  const { model, speculation, resources, tensorParallel, template } = spec;
-  const spread = spec.placement === 'spread';
-  const offset = portOffset(spec, rank);
-  const peers = Array.from({ length: tensorParallel }, (_, peer) => {
-    const host = spread
-      ? `${podName(identity.group, peer)}.${rankServiceName(metadata.name)}.${metadata.namespace}.svc`
-      : '127.0.0.1';
-    return `${host}:${peerPort + portOffset(spec, peer)}`;
-  });
-  const { hub } = model.source;
-  const variables: Readonly<Record<string, string>> = {
-    MIMO_WORKER_MODEL: model.name,
-    MIMO_WORKER_GROUP: identity.group,
-    MIMO_WORKER_REVISION: identity.revision,
-    MIMO_WORKER_CHECKPOINT_DIRECTORY: checkpointDirectory(spec),
-    ...(hub === undefined
-      ? {}
-      : { MIMO_WORKER_HUB_REPOSITORY: hub.repository, MIMO_WORKER_HUB_REVISION: hub.revision }),
-    MIMO_WORKER_CACHE_DIRECTORY: '/cache',
-    MIMO_WORKER_PRECISION: model.precision,
-    MIMO_WORKER_DRAFT_TOKENS: String(speculation.draftTokens),
-    MIMO_WORKER_ADAPTIVE_SPECULATION: String(speculation.adaptive),
-    MIMO_WORKER_TENSOR_PARALLEL: String(tensorParallel),
-    MIMO_WORKER_RANK: String(rank),
-    MIMO_WORKER_LISTEN: `0.0.0.0:${workerPort + offset}`,
-    MIMO_WORKER_ADVERTISE: `$(POD_IP):${workerPort}`,
-    ...(rank === 0 ? { MIMO_WORKER_METRICS_LISTEN: `0.0.0.0:${metricsPort}` } : {}),
-    MIMO_WORKER_NATS_URL: settings.natsUrl,
-    ...(settings.natsCredentialsSecret
-      ? { MIMO_WORKER_NATS_CREDENTIALS_FILE: `${credentialsDirectory}/credentials` }
-      : {}),
-    MIMO_WORKER_GROUP_TOKEN: identity.groupToken,
-    MIMO_WORKER_DRAIN_GRACE: `${terminationGraceSeconds - 5}s`,
-    MIMO_WORKER_EXECUTION_PROVIDER: executionProviderOf(resources),
-    MIMO_WORKER_THREADS: String(Math.min(threadsMax, Math.max(1, Math.floor(amountOf(resources.cpu))))),
-    ...(resources.kvCache === undefined
-      ? {}
-      : { MIMO_WORKER_KV_BYTES: String(Math.floor(amountOf(resources.kvCache))) }),
-    ...(tensorParallel === 1
-      ? {}
-      : {
-          MIMO_WORKER_PEERS: peers.join(','),
-          MIMO_WORKER_PEER_LISTEN: `${spread ? '0.0.0.0' : '127.0.0.1'}:${peerPort + offset}`,
-        }),
-    // The template's variables come last and win.
-    ...Object.fromEntries(template.env.map(({ name, value }) => [name, value])),
-  };
-  const { tokenSecret } = hub ?? {};
-  return [
-    // First: later variables may contain $(POD_IP).
-    { name: 'POD_IP', valueFrom: { fieldRef: { fieldPath: 'status.podIP' } } },
-    ...(tokenSecret === undefined
-      ? []
-      : [
-          { name: 'HF_TOKEN', valueFrom: { secretKeyRef: { name: tokenSecret.name, key: tokenSecret.key } } },
-        ]),
-    ...Object.entries(variables).map(([name, value]) => ({ name, value })),
-  ];
-}
-
 function amountsOf({ resources }: ModelServiceSpec, asked: { readonly accelerators: boolean }): Manifest {
   const { cpu, memory, accelerators, acceleratorResource } = resources;
   const amounts = {
@@ -242,14 +160,6 @@ function amountsOf({ resources }: ModelServiceSpec, asked: { readonly accelerato
     ...(asked.accelerators && accelerators > 0 ? { [acceleratorResource]: String(accelerators) } : {}),
   };
   return { requests: amounts, limits: amounts };
-}
-
-function checkpointDirectory({ model }: ModelServiceSpec): string {
-  const { hub, volumeClaim } = model.source;
-  if (hub !== undefined) {
-    return `/cache/checkpoints/${hub.repository}/${hub.revision}`;
-  }
-  return volumeClaim === undefined ? '/checkpoint' : `/checkpoint/${volumeClaim.path}`;
 }
 
 /** The volumes that the containers mount. */

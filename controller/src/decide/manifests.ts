@@ -12,10 +12,7 @@ import {
   podSecurity,
   prepareContainer,
   rankContainer,
-  terminationGraceSeconds,
   volumesOf,
-  workerPort,
-  type GroupIdentity,
   type Manifest,
   type WorkerSettings,
 } from './containers.ts';
@@ -30,6 +27,7 @@ import {
   rankServiceName,
   routableCondition,
 } from './labels.ts';
+import { terminationGraceSeconds, workerPort, type GroupIdentity } from './worker-environment.ts';
 
 /**
  * A group on a machine that does not answer is rebuilt elsewhere after half a minute; Kubernetes' own limit is five

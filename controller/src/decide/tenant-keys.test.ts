@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 
-import { parseTenant, type Tenant } from '../resources/resources.ts';
+import { parseTenant, type Tenant } from '../resources/tenant.ts';
 import { planTenantKeys, type SecretEntries } from './tenant-keys.ts';
 
 function tenantOf(name: string, spec: object, metadata: object = {}): Tenant {

@@ -2,7 +2,7 @@
 // condition for each tenant. Pure. A missing or malformed key does not affect the tenant's other keys. A key that two
 // tenants claim belongs to neither, because its requests could not be attributed.
 
-import type { Tenant } from '../resources/resources.ts';
+import type { Tenant } from '../resources/tenant.ts';
 import type { Condition } from '../resources/status.ts';
 
 /** The entries of a Secret, decoded; undefined: there is no such Secret. */

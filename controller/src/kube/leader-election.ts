@@ -1,6 +1,10 @@
 // Leader election: of several processes, the holder of a coordination.k8s.io Lease acts. Owns taking, renewing,
 // giving up in time and releasing. A contender takes a lease that it has seen unchanged for its whole duration, by
 // its own monotonic clock; a holder stops well before that, by its own clock. Clocks are never compared.
+//
+// Why no library: @kubernetes/client-node has no leader election, and what npm offers is built on its requests and
+// watches, which this package does not use (README.md says why): a renewal without a time limit of its own could
+// outlast the lease.
 
 import { randomUUID } from 'node:crypto';
 

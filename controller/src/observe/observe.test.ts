@@ -2,14 +2,8 @@ import type { QueueState } from '@mimo/core/bus/signals';
 import { describe, expect, it } from 'vitest';
 
 import { labels, prepareLabels } from '../decide/labels.ts';
-import {
-  observeFailure,
-  observeLoads,
-  observePod,
-  observePreparePod,
-  type ApiPod,
-  type Failure,
-} from './observe.ts';
+import { observeFailure, observePod, observePreparePod, type ApiPod, type Failure } from './observe.ts';
+import { observeLoads } from './queue-loads.ts';
 
 type Status = NonNullable<ApiPod['status']>;
 type Container = NonNullable<Status['containerStatuses']>[number];

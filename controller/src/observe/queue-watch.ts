@@ -11,7 +11,7 @@ import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
 import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
 
 import type { QueueReading } from '../decide/arrival-load.ts';
-import { observeLoads, queueReading, type ObservedLoads, type QueueSight } from './observe.ts';
+import { observeLoads, queueReading, type ObservedLoads, type QueueSight } from './queue-loads.ts';
 
 export interface QueueWatchOptions {
   readonly bus: Pick<Bus, 'connected' | 'queueStates' | 'drainMarks'>;

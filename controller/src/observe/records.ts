@@ -16,7 +16,8 @@ import {
   type ApiPod,
   type Failure,
 } from './observe.ts';
-import { parseModelService, parseTenant, type ModelService, type Tenant } from '../resources/resources.ts';
+import { parseModelService, type ModelService } from '../resources/resources.ts';
+import { parseTenant, type Tenant } from '../resources/tenant.ts';
 import { modelServiceStatus, tenantStatus, type ModelServiceStatus } from '../resources/status.ts';
 
 /** A ModelService, as far as it is valid. */

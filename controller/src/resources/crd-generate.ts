@@ -8,13 +8,8 @@ import { join } from 'node:path';
 import { stringify } from 'yaml';
 import { z } from 'zod';
 
-import {
-  modelServiceSpec,
-  resourceGroup,
-  resourceVersion,
-  serviceNameMaxLength,
-  tenantSpec,
-} from './resources.ts';
+import { modelServiceSpec, resourceGroup, resourceVersion, serviceNameMaxLength } from './resources.ts';
+import { tenantSpec } from './tenant.ts';
 import { modelServiceStatus, tenantStatus } from './status.ts';
 
 /** Where the chart keeps its CRDs. */

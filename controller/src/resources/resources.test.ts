@@ -7,7 +7,8 @@ import { parse } from 'yaml';
 import { crdDirectory, generateCrds } from './crd-generate.ts';
 import type { WorkerSettings } from '../decide/containers.ts';
 import { acceptedSpecs, acceptedTenants, refusedSpecs, refusedTenants, specWith } from './resource-cases.ts';
-import { parseModelService, parseTenant } from './resources.ts';
+import { parseModelService } from './resources.ts';
+import { parseTenant } from './tenant.ts';
 import { revisionOf } from '../decide/revision.ts';
 
 const metadata = { name: 'chat', namespace: 'models', uid: 'u1' };

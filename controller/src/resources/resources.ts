@@ -1,75 +1,27 @@
-// ModelService and Tenant, group mimo-cluster.dev/v1alpha1: the one place where their fields, defaults, limits and
-// rules are written. From it come the TypeScript types, the controller's own check (parseModelService, parseTenant)
-// and the CRD YAML (crd-generate.ts). Knows no pods and no API server; status.ts holds what the controller reports
-// back. Each rule across fields is written twice side by side, as CEL for the API server and as a predicate for us.
+// ModelService, group mimo-cluster.dev/v1alpha1: the one place where its fields, defaults, limits and rules are
+// written; tenant.ts has those of Tenant, schema.ts what both are made of. From them come the TypeScript types, the
+// controller's own check (parseModelService, parseTenant) and the CRD YAML (crd-generate.ts). Knows no pods and no API
+// server; status.ts holds what the controller reports back.
 
-import { ClusterError } from '@mimo/core/process/errors';
 import { z } from 'zod';
 
 import { amountOf } from './quantity.ts';
+import {
+  dnsLabel,
+  dnsName,
+  keyedList,
+  metadata,
+  parseResource,
+  quantity,
+  seconds,
+  stringMap,
+  text,
+  withRules,
+  type ResourceMetadata,
+} from './schema.ts';
 
 export const resourceGroup = 'mimo-cluster.dev';
 export const resourceVersion = 'v1alpha1';
-
-/** A rule across fields: the same condition for the API server (`cel`) and here (`holds`). */
-interface Rule<T> {
-  readonly cel: string;
-  readonly message: string;
-  readonly holds: (value: T) => boolean;
-}
-
-/** A rule about a change, which only the API server can check because only it sees the old object. */
-interface TransitionRule {
-  readonly cel: string;
-  readonly message: string;
-}
-
-function withRules<S extends z.ZodType>(
-  schema: S,
-  rules: readonly Rule<z.output<S>>[],
-  transitions: readonly TransitionRule[] = [],
-): S {
-  let checked = schema;
-  for (const { holds, message } of rules) {
-    checked = checked.refine(holds, { message });
-  }
-  const validations = [...rules, ...transitions].map(({ cel, message }) => ({ rule: cel, message }));
-  return checked.meta({ ...schema.meta(), 'x-kubernetes-validations': validations });
-}
-
-/** A list that server-side apply merges by the given key, which no two entries share. */
-function keyedList<S extends z.ZodObject>(
-  item: S,
-  key: string & keyof z.output<S>,
-  maxItems: number,
-): z.ZodDefault<z.ZodArray<S>> {
-  return z
-    .array(item)
-    .max(maxItems)
-    .refine((entries) => new Set(entries.map((entry) => entry[key])).size === entries.length, {
-      message: `entries must differ in ${key}`,
-    })
-    .default([])
-    .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': [key] });
-}
-
-const dnsLabel = z
-  .string()
-  .min(1)
-  .max(63)
-  .regex(/^[a-z0-9]([-a-z0-9]*[a-z0-9])?$/);
-const dnsName = z
-  .string()
-  .min(1)
-  .max(253)
-  .regex(/^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$/);
-const quantity = z
-  .string()
-  .max(32)
-  .regex(/^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$/);
-const text = (maxLength: number): z.ZodString => z.string().min(1).max(maxLength);
-const stringMap = z.record(z.string(), z.string().max(4096)).default({});
-const seconds = (min: number, max: number): z.ZodInt => z.int().min(min).max(max);
 
 const source = withRules(
   z
@@ -351,68 +303,12 @@ export function executionProviderOf(
 export type ModelServiceSpec = z.output<typeof modelServiceSpec>;
 export type ScalingSpec = ModelServiceSpec['scaling'];
 
-export const tenantSpec = z.object({
-  apiKeys: z
-    .array(
-      z.object({
-        secretName: dnsName,
-        key: text(253).default('apiKey').describe("The Secret's entry with the SHA-256 of the key, in hex."),
-      }),
-    )
-    .min(1)
-    .max(32)
-    .meta({ 'x-kubernetes-list-type': 'map', 'x-kubernetes-list-map-keys': ['secretName', 'key'] })
-    .describe('Hashes of the API keys of this tenant.'),
-  weight: z
-    .int()
-    .min(1)
-    .max(10_000)
-    .default(100)
-    .describe('Share of a busy cluster relative to other tenants.'),
-  priorityClass: z.enum(['critical', 'standard', 'batch']).default('standard'),
-  limits: z
-    .object({
-      tokensPerMinute: z.int().min(1).max(2_000_000_000).optional(),
-      requestsPerMinute: z.int().min(1).max(100_000_000).optional(),
-      maxInFlight: z.int().min(1).max(100_000).optional().describe('Accepted and unfinished requests.'),
-    })
-    .prefault({})
-    .describe('Absent limits mean unlimited.'),
-  allowedModels: z
-    .array(text(128))
-    .max(256)
-    .default([])
-    .meta({ 'x-kubernetes-list-type': 'set' })
-    .describe('Names of the allowed models; empty: every model.'),
-});
-
-/** A complete tenant spec. Gateways enforce the limits; the controller only passes them on. */
-export type TenantSpec = z.output<typeof tenantSpec>;
-
 /** `<name>-<revision>-<group>-<rank>` must stay a DNS label, and is a host name with placement spread. */
 export const serviceNameMaxLength = 40;
-
-const metadata = z.object({
-  name: dnsLabel,
-  namespace: dnsLabel,
-  uid: z.string(),
-  generation: z.int().default(1),
-  resourceVersion: z.string().default(''),
-  deletionTimestamp: z.string().optional(),
-  finalizers: z.array(z.string()).default([]),
-});
-
-/** The metadata that decisions need. */
-export type ResourceMetadata = z.output<typeof metadata>;
 
 export interface ModelService {
   readonly metadata: ResourceMetadata;
   readonly spec: ModelServiceSpec;
-}
-
-export interface Tenant {
-  readonly metadata: ResourceMetadata;
-  readonly spec: TenantSpec;
 }
 
 /**
@@ -421,21 +317,5 @@ export interface Tenant {
  */
 export function parseModelService(value: unknown): ModelService {
   const named = metadata.extend({ name: dnsLabel.max(serviceNameMaxLength) });
-  return parse(z.object({ metadata: named, spec: modelServiceSpec }), value, 'ModelService');
-}
-
-/** Reads a Tenant; like parseModelService. */
-export function parseTenant(value: unknown): Tenant {
-  return parse(z.object({ metadata, spec: tenantSpec }), value, 'Tenant');
-}
-
-function parse<S extends z.ZodType>(schema: S, value: unknown, kind: string): z.output<S> {
-  const result = schema.safeParse(value);
-  if (result.success) {
-    return result.data;
-  }
-  const problems = result.error.issues.map(
-    ({ path, message }) => `${path.join('.') || 'object'}: ${message}`,
-  );
-  throw new ClusterError('invalid_argument', `${kind}: ${problems.join('; ')}`);
+  return parseResource(z.object({ metadata: named, spec: modelServiceSpec }), value, 'ModelService');
 }

@@ -1,5 +1,6 @@
 import { describe, expect, it, vi } from 'vitest';
 
+import { ClusterError } from './errors.ts';
 import { Lifecycle } from './lifecycle.ts';
 import { createLog } from './log.ts';
 
@@ -23,6 +24,22 @@ describe('Lifecycle', () => {
     expect(steps).toEqual(['drain a, draining', 'drain b, closing false', 'close second', 'close first']);
     expect(lifecycle.state).toBe('closed');
     expect(lifecycle.draining.aborted && lifecycle.closing.aborted).toBe(true);
+  });
+
+  it('closes what was opened after what was opened later, also where starting has failed in between', async () => {
+    const { lifecycle, steps } = recorder();
+    const part = (name: string) => ({ name, close: () => void steps.push(name) });
+    expect(lifecycle.opened('a', part('a'))).toMatchObject({ name: 'a' });
+    lifecycle.opened('b', part('b'));
+    await lifecycle.stop('test');
+    expect(steps).toEqual(['b', 'a']);
+  });
+
+  it('says why the process cannot go on, by the first reason', async () => {
+    const { lifecycle } = recorder();
+    lifecycle.end(new ClusterError('aborted', 'a rank was lost'));
+    lifecycle.end(new ClusterError('internal', 'something else'));
+    expect(await lifecycle.over).toMatchObject({ code: 'aborted', message: 'a rank was lost' });
   });
 
   it('goes on when a step fails', async () => {

@@ -1,20 +1,14 @@
-// The life of a process: starting -> ready -> draining -> closed. Owns the order: drain steps run one after another
-// within the grace period, then everything opened is closed in reverse. Does not know what the steps do; main.ts
-// forwards the operating system's signals with `stopOnSignals`.
+// The life of a process: starting -> ready -> draining -> closed. Owns the order: parts are opened one after another;
+// drain steps run one after another within the grace period; then every part is closed, the last first. Does not know
+// what the steps do. run-process.ts gives every process its lifecycle.
 
 import { ClusterError } from './errors.ts';
 import type { Log } from './log.ts';
 
 export type LifecycleState = 'starting' | 'ready' | 'draining' | 'closed';
 
-/** sysexits' EX_CONFIG: the process cannot work with its settings, so restarting it is useless. */
-export const unusableExitCode = 78;
-
-const unusableCodes = new Set(['invalid_argument', 'failed_precondition', 'not_found', 'permission_denied']);
-
-/** The exit code of a process that could not start: a supervisor should not restart it after 78. */
-export function exitCodeOf({ code }: ClusterError): number {
-  return unusableCodes.has(code) ? unusableExitCode : 1;
+interface Closable {
+  close(): Promise<void> | void;
 }
 
 type Step = { readonly name: string; readonly run: (signal: AbortSignal) => Promise<void> | void };
@@ -28,6 +22,7 @@ export class Lifecycle {
   readonly #graceMs: number;
   readonly #draining = new AbortController();
   readonly #closing = new AbortController();
+  readonly #over = Promise.withResolvers<ClusterError>();
   readonly #drainSteps: Step[] = [];
   readonly #closeSteps: Step[] = [];
   #state: LifecycleState = 'starting';
@@ -52,6 +47,22 @@ export class Lifecycle {
     return this.#closing.signal;
   }
 
+  /** Resolves with the reason when a part has said that the process cannot go on. */
+  get over(): Promise<ClusterError> {
+    return this.#over.promise;
+  }
+
+  /** Says that the process cannot go on. The code `canceled` means that its end is in order. */
+  end(reason: ClusterError): void {
+    this.#over.resolve(reason);
+  }
+
+  /** Gives back a part that was just opened, to be closed after every part that is opened later. */
+  opened<Part extends Closable>(name: string, part: Part): Part {
+    this.onClose(name, () => part.close());
+    return part;
+  }
+
   /** Adds a step that finishes current work; its signal fires when the grace period is over. */
   onDrain(name: string, run: (signal: AbortSignal) => Promise<void> | void): void {
     this.#drainSteps.push({ name, run });
@@ -69,18 +80,18 @@ export class Lifecycle {
     }
   }
 
-  /** Drains and closes; calling it again waits for the same end. Never rejects. */
-  stop(reason: string): Promise<void> {
-    this.#stopped ??= this.#stop(reason);
+  /** Drains for at most `graceMs`, and closes; calling it again waits for the same end. Never rejects. */
+  stop(reason: string, graceMs = this.#graceMs): Promise<void> {
+    this.#stopped ??= this.#stop(reason, graceMs);
     return this.#stopped;
   }
 
-  async #stop(reason: string): Promise<void> {
+  async #stop(reason: string, graceMs: number): Promise<void> {
     this.#state = 'draining';
-    this.#log.info({ reason, graceMs: this.#graceMs }, 'draining');
+    this.#log.info({ reason, graceMs }, 'draining');
     const canceled = new ClusterError('canceled', `stopping: ${reason}`);
     this.#draining.abort(canceled);
-    const grace = setTimeout(() => this.#closing.abort(canceled), this.#graceMs);
+    const grace = setTimeout(() => this.#closing.abort(canceled), graceMs);
     for (const step of this.#drainSteps) {
       await this.#attempt(step, this.#closing.signal);
     }
@@ -109,17 +120,5 @@ export class Lifecycle {
       this.#log.warn({ step: step.name }, 'step did not finish in time');
     }
     limit.removeEventListener('abort', end);
-  }
-}
-
-/** Stops on SIGTERM and SIGINT; a second signal exits at once with code 1. The process exits with `exitCode` after. */
-export function stopOnSignals(lifecycle: Lifecycle, exitCode = 0): void {
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-    process.on(signal, () => {
-      if (lifecycle.state === 'draining') {
-        process.exit(1);
-      }
-      void lifecycle.stop(signal).then(() => process.exit(exitCode));
-    });
   }
 }

@@ -1,6 +1,10 @@
 // The metrics of a process and the page that Prometheus reads. Code measures in milliseconds, metrics are in seconds:
 // only this file converts. Names are `<process>_<thing>_<unit>`; labels never hold a request id, a key or
 // a prompt.
+//
+// Why four OpenTelemetry packages for one page: API, SDK, resource and exporter are one library in parts. prom-client
+// would be one package, with Prometheus as the only reader; here another exporter, such as OTLP, is a reader more and
+// no instrument changes.
 
 import { once } from 'node:events';
 import { createServer } from 'node:http';
@@ -9,7 +13,6 @@ import type { AddressInfo } from 'node:net';
 import { PrometheusExporter } from '@opentelemetry/exporter-prometheus';
 import { resourceFromAttributes } from '@opentelemetry/resources';
 import { MeterProvider } from '@opentelemetry/sdk-metrics';
-import { ATTR_SERVICE_NAME } from '@opentelemetry/semantic-conventions';
 
 import { ClusterError } from './errors.ts';
 
@@ -49,7 +52,7 @@ export async function startMetrics(options: {
 }): Promise<Metrics> {
   const exporter = new PrometheusExporter({ preventServerStart: true });
   const provider = new MeterProvider({
-    resource: resourceFromAttributes({ [ATTR_SERVICE_NAME]: `mimo-${options.process}` }),
+    resource: resourceFromAttributes({ 'service.name': `mimo-${options.process}` }),
     readers: [exporter],
   });
   const meter = provider.getMeter('mimo');

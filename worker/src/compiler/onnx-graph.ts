@@ -1,6 +1,10 @@
 // Writes ONNX models as bytes. Owns the protobuf field numbers of the ONNX format that segments need; knows no
 // operator's meaning and no file: weights are references into an external data file.
 // Source: onnx.proto (IR version 10), fields as numbered there.
+//
+// Why no library: onnx-proto brings protobufjs, a second protobuf library, and an object for every field of a model;
+// code generated from onnx.proto would be thousands of lines for the few fields that segments have; Python's onnx
+// package would need Python where models are compiled.
 
 import { BinaryWriter, WireType } from '@bufbuild/protobuf/wire';
 

@@ -1,0 +1,65 @@
+// The gateway's connections to the queue and to the model catalogue beside it, by the configuration: in NATS, or a bus in
+// memory and no catalogue.
+
+import type { ProcessParts } from '@mimo/core/process/run-process';
+import type { Bus } from '@mimo/core/bus/bus';
+import { createMemoryBus } from '@mimo/core/bus/memory/bus';
+import type { ModelCatalog } from '@mimo/core/bus/model-catalog';
+import { createNatsBus } from '@mimo/core/bus/nats/bus';
+import { NatsLink } from '@mimo/core/bus/nats/link';
+import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
+
+import type { GatewayConfig } from './config.ts';
+
+/**
+ * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice that
+ * on disk, 5 % and at most 10 %.
+ */
+const catalogShare = 1 / 8;
+/** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
+const minCatalogBytes = 32 * 2 ** 20;
+
+/** Opens the bus, which connects by itself, also later. The lifecycle closes it. */
+export function openBus({ config, log, lifecycle }: ProcessParts<GatewayConfig>, gatewayId: string): Bus {
+  if (config.natsUrls.length === 0) {
+    log.warn(
+      'no NATS server is configured: the queue is in memory, and requests do not survive this process',
+    );
+    return lifecycle.opened('bus', createMemoryBus());
+  }
+  const bus = createNatsBus({
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
+    clientName: `mimo-gateway ${gatewayId}`,
+    replicas: config.natsReplicas,
+    recordMaxAgeMs: config.recordMaxAgeMs,
+    limits: { maxBytes: config.queueMaxBytes, maxRecords: config.queueMaxRequests },
+    log,
+  });
+  return lifecycle.opened('bus', bus);
+}
+
+/**
+ * Opens the catalogue, which lies beside the queue: undefined where the bus is in memory. It has a link of its own: files
+ * of models may be on their way for seconds, and the queue counts as broken when its trials take two.
+ */
+export function openCatalog(
+  { config, log, lifecycle }: ProcessParts<GatewayConfig>,
+  gatewayId: string,
+): ModelCatalog | undefined {
+  if (config.natsUrls.length === 0) {
+    return undefined;
+  }
+  const link = new NatsLink({
+    servers: config.natsUrls,
+    credentialsFile: config.natsCredentialsFile,
+    clientName: `mimo-gateway ${gatewayId} models`,
+    log,
+  });
+  lifecycle.opened('link of the catalogue', link);
+  return createModelCatalog(link, {
+    replicas: config.natsReplicas,
+    maxBytes: Math.max(minCatalogBytes, Math.floor(config.queueMaxBytes * catalogShare)),
+    log,
+  });
+}
