@@ -10,6 +10,7 @@
 import { constants, type ServerHttp2Session, type ServerHttp2Stream } from 'node:http2';
 import type { Socket } from 'node:net';
 
+import type { PacedSocket } from './paced-socket.ts';
 import { Allowance, PeerAllowances, peerOf, type Rate } from './peers.ts';
 
 export interface ConnectionLimits {
@@ -46,10 +47,10 @@ const settingsRate: Rate = { burst: 50, perSecond: 1 };
  */
 const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
 const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
-/** How often unproven connections are checked: half a second of some floods stops a process for longer. */
-const lookMs = 50;
-/** Other connections, and unfinished headers, are checked once a second. */
-const looksPerSecond = 20;
+/** Bytes read in one turn of the event loop: enough for several calls, 3 ms of the costliest headers; unproven, one call. */
+const turnBytes = { proven: 16 * 2 ** 10, unproven: 4 * 2 ** 10 };
+/** How often unproven connections are checked for unfinished headers. */
+const lookMs = 1_000;
 
 /** All connections of a server. Close it. */
 export class Connections {
@@ -61,7 +62,6 @@ export class Connections {
   readonly #suspects = new PeerAllowances(suspectRate, maxPeers);
   readonly #resets = new PeerAllowances(resetRate, maxPeers);
   readonly #looking: NodeJS.Timeout;
-  #looks = 0;
 
   constructor(limits: ConnectionLimits) {
     this.#limits = limits;
@@ -102,7 +102,7 @@ export class Connections {
   }
 
   /** Registers an accepted connection. */
-  take(session: ServerHttp2Session, socket: Socket): void {
+  take(session: ServerHttp2Session, socket: PacedSocket): void {
     const peer = peerOf(socket.remoteAddress);
     const connection = new Connection({
       session,
@@ -128,14 +128,9 @@ export class Connections {
   }
 
   #look(): void {
-    this.#looks += 1;
     const nowMs = performance.now();
-    const isSecond = this.#looks % looksPerSecond === 0;
     for (const connection of this.#all.values()) {
-      if (!connection.proven || isSecond) {
-        connection.look(nowMs);
-      }
-      if (!connection.proven && isSecond) {
+      if (!connection.proven) {
         connection.lookAtHeaders(nowMs);
       }
     }
@@ -157,7 +152,7 @@ function makeRoom(connections: Iterable<Connection>): boolean {
 export class Connection {
   readonly peer: string;
   readonly #session: ServerHttp2Session;
-  readonly #socket: Socket;
+  readonly #socket: PacedSocket;
   readonly #takeReset: () => boolean;
   readonly #onAbuse: () => void;
   readonly #pings = new Allowance(pingRate, performance.now());
@@ -177,7 +172,7 @@ export class Connection {
 
   constructor(parts: {
     readonly session: ServerHttp2Session;
-    readonly socket: Socket;
+    readonly socket: PacedSocket;
     readonly peer: string;
     /** False: the peer has reset too many streams. */
     readonly takeReset: () => boolean;
@@ -185,6 +180,7 @@ export class Connection {
   }) {
     this.#session = parts.session;
     this.#socket = parts.socket;
+    this.#socket.turnBytes = () => this.#chargeTurn(performance.now());
     this.peer = parts.peer;
     this.#takeReset = parts.takeReset;
     this.#onAbuse = parts.onAbuse;
@@ -253,17 +249,6 @@ export class Connection {
     }
   }
 
-  /** Charges the useless bytes since the last check. */
-  look(nowMs: number): void {
-    const idleBytes = this.#socket.bytesRead - this.#seenBytes - this.#chargedBytes;
-    if (idleBytes > 0) {
-      this.#chargedBytes += idleBytes;
-      if (!this.#bytes.take(nowMs, idleBytes)) {
-        this.#endAbuse();
-      }
-    }
-  }
-
   end(): void {
     this.#session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM);
   }
@@ -273,12 +258,24 @@ export class Connection {
     clearTimeout(this.#patience);
   }
 
+  /** Charges what was read and brought nothing; gives how much may be read in this turn, 0 where the connection has ended. */
+  #chargeTurn(nowMs: number): number {
+    const idleBytes = this.#socket.passedBytes - this.#seenBytes - this.#chargedBytes;
+    if (idleBytes > 0) {
+      this.#chargedBytes += idleBytes;
+      if (!this.#bytes.take(nowMs, idleBytes)) {
+        this.#endAbuse();
+      }
+    }
+    return this.#session.destroyed ? 0 : turnBytes[this.#proven ? 'proven' : 'unproven'];
+  }
+
   #endAbuse(): void {
     if (!this.#session.destroyed) {
       this.#onAbuse();
-      this.end();
-      // At once: otherwise data that came with it would still be read until the end of this turn.
+      // First, so that the stream which is being judged is not reset as if it had ended well.
       this.#socket.destroy();
+      this.end();
     }
   }
 

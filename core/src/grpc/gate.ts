@@ -8,6 +8,7 @@ import type { Socket } from 'node:net';
 import { ClusterError, type ErrorCode } from '../process/errors.ts';
 import { Bodies, type BodyLimits, type BodyRule } from './bodies.ts';
 import { Connections, type Connection, type ConnectionLimits } from './connections.ts';
+import { PacedSocket } from './paced-socket.ts';
 import { statusFromError } from './status.ts';
 import { PeerAllowances, type Rate } from './peers.ts';
 
@@ -94,15 +95,16 @@ export class Gate {
   /** Runs before node:http2 begins a session, which is the main cost of a rejected connection. */
   #judgeConnections(server: Http2Server): void {
     const listeners = server.listeners('connection');
-    let connecting: Socket | undefined;
+    let connecting: PacedSocket | undefined;
     server.removeAllListeners('connection');
     server.on('connection', (socket: Socket) => {
       if (!this.#connections.mayConnect(socket)) {
         socket.destroy();
         return;
       }
-      connecting = socket;
-      listeners.forEach((listener) => Reflect.apply(listener, server, [socket]));
+      const paced = new PacedSocket(socket);
+      connecting = paced;
+      listeners.forEach((listener) => Reflect.apply(listener, server, [paced]));
     });
     server.on('session', (session) => this.#connections.take(session, connecting!));
   }

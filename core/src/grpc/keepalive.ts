@@ -3,25 +3,31 @@
 // grpc-js uses a timer: it ends every call of a connection whose ping is not answered in time. But the answer may be
 // unread because this process was paused or busy, and a peer short of CPU answers late while it keeps sending. So
 // grpc-js's pings are answered here, and the peer is watched instead: it is lost if it sent nothing at all, not even
-// answers to pings, in 20 checks a second apart. A paused process does not check.
+// answers to pings, in 20 checks a second apart (60 for a client). A paused process does not check.
 //
 // On a draining connection (after a GOAWAY it accepts no new calls and running ones finish) Node rejects pings, which
 // grpc-js also takes for a dead peer (grpc/grpc-node#3068). There, TCP and the calls' own limits notice a dead peer.
 
 import { subscribe } from 'node:diagnostics_channel';
-import type { Http2Session } from 'node:http2';
+import { constants, type Http2Session } from 'node:http2';
 
 const lookMs = 1_000;
-/** A loaded machine may delay a process for seconds, but hardly for this long without a single packet. */
-export const lostAfterLooks = 20;
+/**
+ * Checks until a silent peer is lost. A loaded machine may delay a process for seconds, but rarely longer than this. A
+ * client gets more: it may make thousands of calls in one turn, a second of CPU time, which takes half a minute beside
+ * forty busy processes; if it is gone, waiting costs little, since streams without credit are parked.
+ */
+export const lostAfterLooks = { server: 20, client: 60 };
 
 /** Counts the checks at which a peer had sent nothing new. */
 export class PeerWatch {
   readonly #heardBytes: number;
+  readonly #lostAfter: number;
   #silentLooks = 0;
 
-  constructor(heardBytes: number) {
+  constructor(heardBytes: number, peer: keyof typeof lostAfterLooks) {
     this.#heardBytes = heardBytes;
+    this.#lostAfter = lostAfterLooks[peer];
   }
 
   /** The result of a check, given the bytes read from the peer so far. */
@@ -30,7 +36,7 @@ export class PeerWatch {
       return 'heard';
     }
     this.#silentLooks += 1;
-    return this.#silentLooks < lostAfterLooks ? 'silent' : 'lost';
+    return this.#silentLooks < this.#lostAfter ? 'silent' : 'lost';
   }
 }
 
@@ -60,7 +66,8 @@ function guard(message: unknown): void {
   };
   session.once('close', stop);
   const watchPeer = (onLost: () => void): void => {
-    const watch = new PeerWatch(session.socket.bytesRead);
+    const isServer = session.type === constants.NGHTTP2_SESSION_SERVER;
+    const watch = new PeerWatch(session.socket.bytesRead, isServer ? 'client' : 'server');
     looking = setInterval(() => {
       const found = session.closed ? 'heard' : watch.look(session.socket.bytesRead);
       if (found !== 'silent') {
