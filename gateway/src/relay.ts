@@ -14,6 +14,7 @@ import { Company, type Needs, type RequestRecord } from '@mimo/proto/queue';
 import { FinishReason } from '@mimo/proto/sampling';
 import { FinishKind, type SequenceDelta, type SequenceFinish } from '@mimo/proto/worker';
 
+import { ClientWindow } from './client-window.ts';
 import { CompletionText, type CompletionTextOptions, type TextDelta } from './completion-text.ts';
 import type { SequenceHandle, SequenceListener, Session } from './session.ts';
 import {
@@ -66,18 +67,6 @@ export interface RelayListener {
   onEnded(end: RelayEnd): void;
 }
 
-/** Tokens that a sequence may be ahead of its client: enough to hide a round trip, small beside a KV cache. */
-const creditWindowTokens = 256;
-/**
- * At first it may be ahead by this many, and by one more for each token that its client takes: one that stops costs
- * little.
- */
-const firstWindowTokens = 32;
-/** Credit is given back in portions of the window, so that it costs a message every so often and not one a token. */
-const creditPortionRatio = 1 / 4;
-/** A client within this share of its window gets a group: its unread text covers the wait. */
-const resumeBelowRatio = 1 / 2;
-
 interface Attempt {
   readonly epoch: number;
   readonly offer: Offer;
@@ -121,8 +110,7 @@ export class Relay {
   #suspicion = unsuspected;
   #identity: string;
   #released = true;
-  /** Of `#tokenIds`, those that the client has not taken yet. */
-  #unwrittenTokens = 0;
+  readonly #window = new ClientWindow();
   /** Of the attempts that are over. */
   #draftedTokens = 0;
   #acceptedTokens = 0;
@@ -214,7 +202,7 @@ export class Relay {
     };
     const firstIndex = this.#tokenIds.length;
     const onTrial = offer.company !== Company.UNSPECIFIED;
-    const creditTokens = this.#windowTokens - this.#unwrittenTokens;
+    const creditTokens = this.#window.openTokens;
     const handle = session.submit(
       {
         requestId,
@@ -259,7 +247,7 @@ export class Relay {
       if (delta !== undefined) {
         this.#pending = undefined;
         await this.#write(write, { $case: 'delta', value: delta });
-        this.#unwrittenTokens -= delta.tokenIds.length;
+        this.#window.take(delta.tokenIds.length);
         this.#giveCredit();
         this.#unpark();
       } else if (this.#end === undefined) {
@@ -295,7 +283,7 @@ export class Relay {
 
   /** Continues if it is parked and the client has caught up. */
   #unpark(): void {
-    if (this.#isParked && this.#end === undefined && !this.#isBehind) {
+    if (this.#isParked && this.#end === undefined && !this.#window.isBehind) {
       this.#isParked = false;
       this.#listener.onUnparked();
     }
@@ -307,15 +295,6 @@ export class Relay {
       : Math.max(0, Math.ceil(this.#deadlineMs - performance.now()));
   }
 
-  get #windowTokens(): number {
-    const takenTokens = this.#tokenIds.length - this.#unwrittenTokens;
-    return Math.min(firstWindowTokens + takenTokens, creditWindowTokens);
-  }
-
-  get #isBehind(): boolean {
-    return this.#unwrittenTokens > resumeBelowRatio * this.#windowTokens;
-  }
-
   /** Tokens that the present attempt has added. */
   get #attemptTokens(): number {
     return this.#attempt === undefined ? 0 : this.#tokenIds.length - this.#attempt.firstIndex;
@@ -324,11 +303,10 @@ export class Relay {
   #giveCredit(): void {
     const attempt = this.#attempt;
     if (attempt !== undefined) {
-      const comingTokens = attempt.creditTokens - this.#attemptTokens;
-      const owedTokens = this.#windowTokens - this.#unwrittenTokens - comingTokens;
-      if (owedTokens >= creditPortionRatio * this.#windowTokens) {
-        attempt.creditTokens += owedTokens;
-        attempt.handle.grant(owedTokens);
+      const grantedTokens = this.#window.grantTo(attempt.creditTokens - this.#attemptTokens);
+      if (grantedTokens > 0) {
+        attempt.creditTokens += grantedTokens;
+        attempt.handle.grant(grantedTokens);
       }
     }
   }
@@ -381,7 +359,7 @@ export class Relay {
     if (this.#tokenIds.length > 0) {
       this.#identity ||= this.#attempt?.offer.identity ?? '';
     }
-    this.#unwrittenTokens += tokens;
+    this.#window.add(tokens);
     this.#wake?.();
   }
 
@@ -447,7 +425,7 @@ export class Relay {
       return;
     }
     this.#endAttempt();
-    this.#isParked = this.#isBehind;
+    this.#isParked = this.#window.isBehind;
     this.#listener.onRequeued(lost);
   }
 

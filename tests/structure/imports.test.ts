@@ -72,6 +72,7 @@ const pureFiles = [
   'gateway/src/admission/permit.ts',
   'gateway/src/admission/prompt-input.ts',
   'gateway/src/admission/record.ts',
+  'gateway/src/client-window.ts',
   'gateway/src/dispatcher/arrivals.ts',
   'gateway/src/dispatcher/backlog.ts',
   'gateway/src/dispatcher/dispatch-state.ts',

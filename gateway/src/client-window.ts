@@ -1,0 +1,51 @@
+// How far a sequence may be ahead of its client, and what credit follows from that. Pure.
+//
+// The rule. The window begins small and grows by one for each token that the client takes, up to a limit. A group may
+// send what the window leaves open; more is granted in portions. A client that leaves more than half of its window
+// unread is behind, and gets no group until it has caught up.
+
+/** Tokens that a sequence may be ahead of its client: enough to hide a round trip, small beside a KV cache. */
+const windowTokens = 256;
+/** At first it may be ahead by this many: a client that stops costs little. */
+const firstWindowTokens = 32;
+/** Credit is given back in portions of the window, so that it costs a message every so often and not one a token. */
+const portionRatio = 1 / 4;
+/** A client within this share of its window gets a group: its unread text covers the wait. */
+const resumeBelowRatio = 1 / 2;
+
+/** The window of one client. */
+export class ClientWindow {
+  #takenTokens = 0;
+  #unreadTokens = 0;
+
+  /** Tokens came for the client. */
+  add(tokens: number): void {
+    this.#unreadTokens += tokens;
+  }
+
+  /** The client has taken tokens that came. */
+  take(tokens: number): void {
+    this.#unreadTokens -= tokens;
+    this.#takenTokens += tokens;
+  }
+
+  /** The client has so much to read that it needs no more. */
+  get isBehind(): boolean {
+    return this.#unreadTokens > resumeBelowRatio * this.#tokens;
+  }
+
+  /** The credit that a new attempt begins with. */
+  get openTokens(): number {
+    return this.#tokens - this.#unreadTokens;
+  }
+
+  /** The credit to grant to an attempt that may still send so many tokens; 0 where it is not a portion yet. */
+  grantTo(comingTokens: number): number {
+    const owedTokens = this.openTokens - comingTokens;
+    return owedTokens >= portionRatio * this.#tokens ? owedTokens : 0;
+  }
+
+  get #tokens(): number {
+    return Math.min(firstWindowTokens + this.#takenTokens, windowTokens);
+  }
+}
