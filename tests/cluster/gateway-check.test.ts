@@ -10,6 +10,7 @@ import { createLog } from '@mimo/core/process/log';
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
+import { bareEnvironment } from '../harness/bare-environment.ts';
 import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import { startScriptedGroup, type ScriptedGroup } from '../harness/scripted-group.ts';
 
@@ -58,7 +59,7 @@ interface Answer {
 
 async function check(args: readonly string[], key?: string): Promise<Answer> {
   const { promise, resolve } = Promise.withResolvers<Answer>();
-  const env = key === undefined ? {} : { MIMO_API_KEY: key };
+  const env = { ...bareEnvironment, ...(key === undefined ? {} : { MIMO_API_KEY: key }) };
   execFile(
     process.execPath,
     [join(root, 'gateway/src/check.ts'), ...args],

@@ -19,6 +19,7 @@ import { openGateway, type TestGateway } from '../harness/in-process.ts';
 import { startChild, type Child } from '../../cli/src/local/child-process.ts';
 import { freeAddresses } from '../../cli/src/local/free-ports.ts';
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
+import { bareEnvironment } from '../harness/bare-environment.ts';
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
 import { startTestNats } from '../harness/nats.ts';
@@ -61,7 +62,7 @@ async function startWorker(
     name,
     command: [process.execPath, join(root, 'worker/src/main.ts'), ...args],
     logFile: join(directory, `${name}.log`),
-    env,
+    env: { ...bareEnvironment, ...env },
   });
   children.push(child);
   return child;

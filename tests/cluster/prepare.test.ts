@@ -14,6 +14,7 @@ import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 
 import type { NatsServer } from '../../cli/src/local/nats-server.ts';
+import { bareEnvironment } from '../harness/bare-environment.ts';
 import { startTestHub, type TestHub } from '../harness/hub.ts';
 import { startTestNats } from '../harness/nats.ts';
 import { waitFor } from '../harness/wait-for.ts';
@@ -41,6 +42,7 @@ interface Run {
 function prepare(args: readonly string[], env: Readonly<Record<string, string>> = {}): Run {
   const child = spawn(process.execPath, [join(root, 'worker/src/main.ts'), 'prepare', ...args], {
     env: {
+      ...bareEnvironment,
       MIMO_WORKER_MODEL: 'demo',
       MIMO_WORKER_CHECKPOINT_DIRECTORY: checkpoint,
       MIMO_WORKER_CACHE_DIRECTORY: cache,

@@ -4,6 +4,7 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import { join } from 'node:path';
 
+import { bareEnvironment } from './bare-environment.ts';
 import { waitFor } from './wait-for.ts';
 
 const main = join(import.meta.dirname, '../../gateway/src/main.ts');
@@ -21,7 +22,10 @@ export interface GatewayProcess {
 
 /** Starts a gateway. */
 export function startGatewayProcess(env: Readonly<Record<string, string>>): GatewayProcess {
-  const child = spawn(process.execPath, [main], { env, stdio: ['ignore', 'pipe', 'pipe'] });
+  const child = spawn(process.execPath, [main], {
+    env: { ...bareEnvironment, ...env },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
   const lines: string[] = [];
   for (const stream of [child.stdout, child.stderr]) {
     stream.setEncoding('utf8').on('data', (text: string) => lines.push(...text.trimEnd().split('\n')));
