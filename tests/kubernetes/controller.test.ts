@@ -349,7 +349,9 @@ describe('a controller', () => {
     await pause(1_100, never);
     await createService('second', { model, scaling: { min: 1, max: 1 } });
     await waitFor('the refusal', async () =>
-      (await conditionOf('second', 'ModelFound')).includes('ModelService first serves a model of this name'),
+      (await conditionOf('second', 'ModelFound')).includes(
+        'ModelService first already serves a model of this name',
+      ),
     );
     expect(groupsOf('second')).toEqual([]);
     await deleteService('first');
