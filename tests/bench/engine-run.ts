@@ -26,6 +26,10 @@ export interface EngineRun {
   readonly sampling?: Partial<SequenceSampling>;
   /** Share of the drafts that `synthetic` makes right. */
   readonly acceptance: number;
+  /** Default: the script's, the same for all. */
+  readonly promptOf?: (sequence: number) => readonly number[];
+  /** Default 2048. */
+  readonly maxContextTokens?: number;
 }
 
 export interface EngineFigures {
@@ -49,7 +53,7 @@ export function measureEngine(run: EngineRun): EngineFigures {
       maxBatchTokens: Math.max(2 * prefillChunkTokens, 2 * batch),
       prefillChunkTokens,
       kvBlocks: run.kvBlocks,
-      maxContextTokens: 32 * kvBlockTokens,
+      maxContextTokens: run.maxContextTokens ?? 32 * kvBlockTokens,
     }),
   );
   const draftTokens = speculation === 'off' ? 0 : 1;
@@ -59,7 +63,7 @@ export function measureEngine(run: EngineRun): EngineFigures {
     // With credit for one token all sequences wait for the last to be read, and then decode together.
     engine.submit({
       sequenceId,
-      tokenIds,
+      tokenIds: run.promptOf?.(sequenceId) ?? tokenIds,
       resumedTokens: 0,
       sampling: { ...sampling, seed: sequenceId },
       creditTokens: 1,

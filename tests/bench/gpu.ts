@@ -2,8 +2,9 @@
 // decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
 // milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //
-//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer python3] [--part draws,attention,golden,host,streams,sampling,long,model]
-//                        [--directory DIR] [--precision bf16] [--bandwidth 3.35e12]
+//   npm run bench -- gpu --library /path/libonnxruntime.so.1.30.0 [--ranks 1,2] [--peer transformers|vllm] [--python python3]
+//                        [--part draws,attention,golden,host,streams,sampling,long,model,beside] [--directory DIR]
+//                        [--precision bf16] [--bandwidth 3.35e12]
 //   npm run bench -- gpu --provider webgpu --precision fp16
 //
 // CUDA needs its provider beside the library and its own libraries on the library path (docs/lab/gpu.md). A pass is the
@@ -35,6 +36,7 @@ import { openLocalGroup, promptLogits, type LocalGroup } from '../harness/local-
 import { openProcessGroup } from '../harness/process-group.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 import { measureEngine, median } from './engine-run.ts';
+import { measureBeside } from './gpu-beside.ts';
 import { compareDraws } from './gpu-draws.ts';
 
 const contextTokens = 512;
@@ -89,8 +91,10 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       draws: { type: 'string', default: '1000000' },
       /** Devices that hold the model, one run of everything for each number. */
       ranks: { type: 'string', default: '1' },
-      /** A Python with torch and transformers. */
+      /** Whom to run beside us: transformers over the shapes of `model`, vLLM over those of `beside`. */
       peer: { type: 'string' },
+      /** That has the peer. */
+      python: { type: 'string', default: 'python3' },
       /** Bytes a second of a device's memory; default: an H100 SXM's by its data sheet. */
       bandwidth: { type: 'string', default: '3.35e12' },
     },
@@ -119,11 +123,16 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
   if (parts.includes('golden')) {
     await compareFixtures(device, rankCounts, report);
   }
-  if (!['model', 'sampling', 'host', 'long', 'streams'].some((part) => parts.includes(part))) {
-    return;
-  }
+  const { provider, precision } = values;
   const directory = await mkdtemp(join(values.directory, 'mimo-bench-gpu-'));
   try {
+    if (parts.includes('beside') && isCuda) {
+      const python = values.peer === 'vllm' ? values.python : undefined;
+      await measureBeside({ device, directory, python }, report, signal);
+    }
+    if (!['model', 'sampling', 'host', 'long', 'streams'].some((part) => parts.includes(part))) {
+      return;
+    }
     await timed('checkpoint', report, () =>
       writeRandomCheckpoint({ directory, config: mimo7b, seed: 1, files: 4 }, signal),
     );
@@ -148,6 +157,12 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
         });
         measureSampling(group, 'host', report);
         measureLong(group, ['attention'], report);
+        await group.close();
+      }
+      if (ranks === 1 && isCuda && parts.includes('long')) {
+        const without = ['layers'] as const;
+        const group = await openGroup(rankDirectories, { device: { ...device, without }, sumOnHost: false });
+        measureLong(group, without, report);
         await group.close();
       }
       if (ranks === 1 && isCuda && parts.includes('streams')) {
@@ -183,13 +198,12 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
     }
   } finally {
     await rm(directory, { recursive: true, force: true });
+    const goals = goalsOf(results);
+    process.stdout.write(`${JSON.stringify({ bench: 'gpu', provider, precision, goals, results })}\n`);
   }
-  if (values.peer !== undefined) {
-    await runPeer(values.peer, report, signal);
+  if (values.peer === 'transformers') {
+    await runPeer(values.python, report, signal);
   }
-  const { provider, precision } = values;
-  const goals = goalsOf(results);
-  process.stdout.write(`${JSON.stringify({ bench: 'gpu', provider, precision, goals, results })}\n`);
 }
 
 /** What the results must show, where they were measured. */
@@ -307,7 +321,7 @@ async function compareAttention(device: Device, report: Report, signal: AbortSig
     const expected = promptLogits(reference, prompts, 701);
     await reference.close();
     for (const precision of ['fp16', 'bf16'] as const) {
-      for (const without of [[], ['attention']] as const) {
+      for (const without of [[], ['attention'], ['layers']] as const) {
         const group = await open(precision, { ...device, without });
         const relativeErrors = [701, 7, 2, 1].map((chunkTokens) =>
           promptLogits(group, prompts, chunkTokens).map((logits, i) =>

@@ -23,6 +23,8 @@ export interface RandomCheckpoint {
   readonly seed: number;
   /** Default 1: `model.safetensors`; more: that many files and an index. */
   readonly files?: number;
+  /** Values in bfloat16 of tensors that are not random. */
+  readonly chunksOf?: (name: string, shape: readonly number[]) => Iterable<Uint8Array> | undefined;
 }
 
 /** The architecture of MiMo-7B-RL. */
@@ -72,7 +74,7 @@ export function configToJson(config: ModelConfig): Record<string, unknown> {
  * seed gives the same bytes. Returns the bytes of all tensors. The signal ends it between two chunks.
  */
 export async function writeRandomCheckpoint(
-  { directory, config, seed, files = 1 }: RandomCheckpoint,
+  { directory, config, seed, files = 1, chunksOf }: RandomCheckpoint,
   signal: AbortSignal,
 ): Promise<number> {
   await mkdir(directory, { recursive: true });
@@ -81,7 +83,9 @@ export async function writeRandomCheckpoint(
     name,
     shape,
     dtype: 'BF16' as const,
-    chunks: randomChunks(shape, { norm: name.endsWith('norm.weight'), seed: seed + index }),
+    chunks:
+      chunksOf?.(name, shape) ??
+      randomChunks(shape, { norm: name.endsWith('norm.weight'), seed: seed + index }),
   }));
   const totalBytes = tensors.reduce((sum, tensor) => sum + tensorBytes(tensor), 0);
   if (files === 1) {

@@ -42,6 +42,12 @@ export function buildSegments(spec: RankSpec): RankSegments {
       file: `${name}.onnx`,
       inputs: inputs.map((value) => value.name),
       outputs: outputs.map((value) => value.name),
+      weights: Object.fromEntries(
+        weights.map((weight) => [
+          weight.name,
+          { file: weight.file, offset: weight.offset, bytes: weight.bytes },
+        ]),
+      ),
     };
     segments.push({ entry, model: encodeModel({ name, inputs, outputs, weights, nodes }) });
   };

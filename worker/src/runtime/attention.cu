@@ -67,11 +67,19 @@ struct Cursor {
   }
 };
 
+// Launched so that they may start before the kernel before has ended: nothing that it writes is read before this wait.
+__device__ __forceinline__ void waitForBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Rotates the rows' queries into `query`, and their keys into the cache, where their values go too. A block a row.
 extern "C" __global__ void __launch_bounds__(256)
-place(const u16* __restrict__ qkv, const float* __restrict__ cosines, const float* __restrict__ sines,
+place(const u16* qkv, const float* __restrict__ cosines, const float* __restrict__ sines,
       const int* __restrict__ words, int spans, int rows, u16* __restrict__ query, u16* __restrict__ keys, u16* __restrict__ values) {
   const Plan plan = {words, spans, rows};
+  waitForBefore();
   const int row = blockIdx.x, span = plan.spanOfRow()[row];
   const int position = plan.lengths()[span] - (plan.rowStarts()[span + 1] - row);
   const int page = plan.table()[span * plan.width() + position / PAGE];
@@ -99,7 +107,7 @@ place(const u16* __restrict__ qkv, const float* __restrict__ cosines, const floa
 
 // part: 2 slots a block of {O [8][128], m [8], l [8]} floats. counters [spans * KV_HEADS]: 0 before and after.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
-decode(const u16* __restrict__ query, const u16* __restrict__ keys, const u16* __restrict__ values,
+decode(const u16* query, const u16* keys, const u16* values,
        const int* __restrict__ words, int spans, int rows, u16* __restrict__ out, float* __restrict__ part,
        u32* __restrict__ counters) {
   const Plan plan = {words, spans, rows};
@@ -116,6 +124,7 @@ decode(const u16* __restrict__ query, const u16* __restrict__ keys, const u16* _
   float* mergeM = merge + WARPS * COLUMNS * D;
   float* mergeL = mergeM + WARPS * 8;
 
+  waitForBefore();
   const int total = starts[spans];
   const int chunk = max((total + (int)gridDim.x - 1) / (int)gridDim.x, 1);
   const int from = blockIdx.x * chunk, to = min(from + chunk, total);

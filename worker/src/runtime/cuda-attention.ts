@@ -29,6 +29,9 @@ const placeThreads = 256;
 /** Copies that do not pass through registers came with it. */
 const firstMajor = 8;
 
+/** From here on a kernel may start before the one before it has ended. */
+const firstOverlapMajor = 9;
+
 /** The rows of one span or two, a token and its draft. */
 const mostSpanRows = 2;
 
@@ -93,6 +96,7 @@ class CudaDecodeAttention implements DecodeAttention {
   /** By the most rows of a span, less one. */
   readonly #kernels: readonly CudaKernels[];
   readonly #blocks: number;
+  readonly #overlaps: boolean;
   readonly #plan: RuntimeMemory; // int32
   readonly #cosines: RuntimeMemory; // [positions, D / 2]
   readonly #sines: RuntimeMemory;
@@ -111,6 +115,7 @@ class CudaDecodeAttention implements DecodeAttention {
     const { maxSpans } = shape;
     this.#device = device;
     this.#shape = shape;
+    this.#overlaps = device.capability().major >= firstOverlapMajor;
     this.#kernels = codes.map((code) => new CudaKernels(device, code));
     this.#blocks = blocksOfProcessor * device.processors();
     const maxRows = mostSpanRows * maxSpans;
@@ -159,7 +164,8 @@ class CudaDecodeAttention implements DecodeAttention {
     const kernels = this.#kernels[spanRows - 1]!;
     const cache = [addressOf(keys), addressOf(values)];
     const plan = [addressOf(this.#plan), BigInt(spans), BigInt(rows)];
-    kernels.launch('place', { blocks: rows, threads: placeThreads, sharedBytes: 0 }, [
+    const overlaps = this.#overlaps;
+    kernels.launch('place', { blocks: rows, threads: placeThreads, sharedBytes: 0, overlaps }, [
       addressOf(qkv),
       addressOf(this.#cosines),
       addressOf(this.#sines),
@@ -172,6 +178,7 @@ class CudaDecodeAttention implements DecodeAttention {
       blocks: this.#blocks,
       threads: 32 * warps,
       sharedBytes: warps * stages * stageBytes + merged,
+      overlaps,
     };
     kernels.launch('decode', shape, [
       this.#query,

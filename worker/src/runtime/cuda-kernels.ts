@@ -15,6 +15,11 @@ const driverName = 'libcuda.so.1';
 
 /** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES */
 const sharedBytesAttribute = 8;
+/** CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the words of a CUlaunchAttribute. */
+const overlapsAttribute = 6;
+const attributeWords = 18;
+/** Of 8 bytes, of a CUlaunchConfig: dimensions, shared bytes, stream, attributes, and their number. */
+const launchConfigWords = 7;
 
 type Out = [bigint | null];
 type Size = [number | bigint];
@@ -41,7 +46,6 @@ function bindCompiler(library: LibraryHandle) {
 }
 
 function bindDriver(library: LibraryHandle) {
-  const uints = ['uint', 'uint', 'uint', 'uint', 'uint', 'uint', 'uint'];
   return {
     library,
     errorName: library.func('cuGetErrorName', 'int', ['int', '_Out_ const char **']),
@@ -55,7 +59,7 @@ function bindDriver(library: LibraryHandle) {
       'str',
     ]),
     setAttribute: library.func('cuFuncSetAttribute', 'int', ['void *', 'int', 'int']),
-    launch: library.func('cuLaunchKernel', 'int', ['void *', ...uints, 'void *', 'void *', 'void *']),
+    launch: library.func('cuLaunchKernelEx', 'int', ['void *', 'void *', 'void *', 'void *']),
   };
 }
 
@@ -154,6 +158,15 @@ function loadCompiler(): ReturnType<typeof bindCompiler> {
   }
 }
 
+/** How a kernel runs. */
+export interface LaunchShape {
+  readonly blocks: number;
+  readonly threads: number;
+  readonly sharedBytes: number;
+  /** It may start before the kernel before it has ended, and waits for that itself (griddepcontrol, sm_90). */
+  readonly overlaps?: boolean;
+}
+
 /** Compiled code on the device. `close` unloads it, once nothing runs it any more. */
 export class CudaKernels {
   readonly #driver = (loadedDriver ??= bindDriver(koffi.load(driverName)));
@@ -177,20 +190,21 @@ export class CudaKernels {
   }
 
   /** In the stream. Arguments are addresses and integers, each in 8 bytes, of which a kernel reads what it declares. */
-  launch(
-    name: string,
-    shape: { readonly blocks: number; readonly threads: number; readonly sharedBytes: number },
-    args: readonly bigint[],
-  ): void {
-    const { blocks, threads, sharedBytes } = shape;
+  launch(name: string, shape: LaunchShape, args: readonly bigint[]): void {
+    const { blocks, threads, sharedBytes, overlaps = false } = shape;
     const values = BigUint64Array.from(args);
     const first = koffi.address(values);
     const places = BigUint64Array.from(args, (_, i) => first + BigInt(8 * i));
     const kernel = this.#function(name, sharedBytes);
-    const { stream } = this.#device;
-    this.#check(this.#driver.launch(kernel, blocks, 1, 1, threads, 1, 1, sharedBytes, stream, places, null));
+    const attribute = new Int32Array(attributeWords);
+    attribute.set([overlapsAttribute, 0, 1]);
+    const config = new BigUint64Array(launchConfigWords);
+    new Uint32Array(config.buffer).set([blocks, 1, 1, threads, 1, 1, sharedBytes]);
+    config.set([this.#device.stream, koffi.address(attribute), overlaps ? 1n : 0n], 4);
+    this.#check(this.#driver.launch(config, kernel, places, null));
     // Addresses keep nothing alive; the driver has read the arguments by now.
     values.fill(0n);
+    attribute.fill(0);
   }
 
   #function(name: string, sharedBytes: number): bigint {

@@ -118,8 +118,61 @@ export interface DecodeAttention {
   release(): void;
 }
 
+/** Bytes of a file that hold one weight, as a device takes it. */
+export interface WeightPlace {
+  readonly path: string;
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+/** Weights of one layer: norms and bias [n], matrices [out, in]. */
+export interface LayerWeights {
+  readonly inputNorm: WeightPlace;
+  readonly qkv: WeightPlace;
+  readonly qkvBias: WeightPlace;
+  readonly output: WeightPlace;
+  readonly postNorm: WeightPlace;
+  readonly gate: WeightPlace;
+  readonly up: WeightPlace;
+  readonly down: WeightPlace;
+}
+
+/** All layers of a model that one device holds whole. */
+export interface LayersShape {
+  readonly floatType: FloatType;
+  readonly hidden: number;
+  readonly attended: number;
+  readonly qkv: number;
+  readonly feedForward: number;
+  /** Of the norms. */
+  readonly epsilon: number;
+  readonly layers: readonly LayerWeights[];
+}
+
+/** Memory of a pass: residual [rows, H], qkv [rows, W], attended [rows, Q]. */
+export interface LayerRows {
+  readonly residual: RuntimeMemory;
+  readonly qkv: RuntimeMemory;
+  readonly attended: RuntimeMemory;
+}
+
+/** What a layer does before and after its attention, faster than segments. `reserve` before the first pass. */
+export interface DeviceLayers {
+  /** Scratch memory for passes of so many rows. */
+  reserve(maxRows: number): void;
+  /** qkv of residual. `isFirst`: no other layer has made the residual of this pass. */
+  attend(
+    layer: number,
+    io: Pick<LayerRows, 'residual' | 'qkv'>,
+    at: { rows: number; isFirst: boolean },
+  ): void;
+  /** Adds to residual what the layer makes of it and of what was attended. */
+  finish(layer: number, io: Pick<LayerRows, 'residual' | 'attended'>, rows: number): void;
+  release(): void;
+}
+
 /** Kernels of our own beside ONNX Runtime's. */
-export type OwnKernel = 'sampling' | 'attention';
+export type OwnKernel = 'sampling' | 'attention' | 'layers';
 
 /** The kernels of one runtime. */
 export interface Kernels {
@@ -142,4 +195,6 @@ export interface Kernels {
   createSampler?(shape: SamplerShape): TokenSampler | undefined;
   /** Absent, or undefined, where segments attend in decode passes too. */
   createDecodeAttention?(shape: DecodeShape): DecodeAttention | undefined;
+  /** Loads the layers' weights. Absent, or undefined, where segments compute them, and nothing is loaded then. */
+  createDeviceLayers?(shape: LayersShape): DeviceLayers | undefined;
 }

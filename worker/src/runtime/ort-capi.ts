@@ -13,6 +13,8 @@ import { addresses, bundledLibrary, nativeText, ort, OrtApi, tensorElementTypes 
 import type {
   DecodeAttention,
   DecodeShape,
+  DeviceLayers,
+  LayersShape,
   OptionalKernels,
   OwnKernel,
   SamplerShape,
@@ -161,6 +163,10 @@ class OrtCapiRuntime implements Runtime {
 
   createDecodeAttention(shape: DecodeShape): DecodeAttention | undefined {
     return this.#without.includes('attention') ? undefined : this.#provider.createDecodeAttention?.(shape);
+  }
+
+  createDeviceLayers(shape: LayersShape): DeviceLayers | undefined {
+    return this.#without.includes('layers') ? undefined : this.#provider.createDeviceLayers?.(shape);
   }
 
   get deviceLink(): DeviceLink | undefined {

@@ -8,6 +8,7 @@ import { createCudaAttention } from './cuda-attention.ts';
 import { CudaDevice, DeviceMemory } from './cuda-device.ts';
 import { CudaLink } from './cuda-group.ts';
 import { CudaReplays } from './cuda-replay.ts';
+import { createCudaLayers } from './cuda-layers.ts';
 import { createCudaSampler } from './cuda-sampler.ts';
 import type { ElementType } from '../shards/element-type.ts';
 import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
@@ -116,6 +117,8 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
       orWarn('decode passes use the attention of ONNX Runtime', () =>
         createCudaAttention(device, shape, { allocate, cacheDirectory: kernelDirectory }),
       ),
+    createDeviceLayers: (shape) =>
+      orWarn('layers are computed by ONNX Runtime', () => createCudaLayers(device, shape, kernelDirectory)),
     deviceLink: link,
     stop: () => {
       try {

@@ -22,7 +22,13 @@ export interface ProviderParts {
 /** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
 export interface Provider extends Pick<
   Runtime,
-  'allocate' | 'memoryInfo' | 'replay' | 'createSampler' | 'createDecodeAttention' | 'deviceLink'
+  | 'allocate'
+  | 'memoryInfo'
+  | 'replay'
+  | 'createSampler'
+  | 'createDecodeAttention'
+  | 'createDeviceLayers'
+  | 'deviceLink'
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;

@@ -43,6 +43,15 @@ export interface SegmentEntry {
   readonly file: string;
   readonly inputs: readonly string[];
   readonly outputs: readonly string[];
+  /** Where each of its weights lies, by its name in the graph. */
+  readonly weights: Readonly<Record<string, WeightSlice>>;
+}
+
+/** Bytes of one of the shard's files. */
+export interface WeightSlice {
+  readonly file: string;
+  readonly offset: number;
+  readonly bytes: number;
 }
 
 /** `shard.json` of one rank's directory. */
@@ -67,7 +76,7 @@ export interface ShardManifest {
 }
 
 /** Raised whenever graphs, layout or manifest change; part of the key. */
-export const shardFormatVersion = 4;
+export const shardFormatVersion = 5;
 
 /** The manifest's name inside a rank's directory. */
 export const manifestFile = 'shard.json';

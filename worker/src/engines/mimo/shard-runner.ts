@@ -7,16 +7,16 @@
 import * as path from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
-import type { ShardManifest } from '../../shards/shard.ts';
+import type { SegmentEntry, ShardManifest } from '../../shards/shard.ts';
 import type { AttentionSegment, TargetProfile } from '../../shards/target-profile.ts';
 import type { Segment } from '../../runtime/kernel.ts';
-import type { Reducer } from '../../runtime/reduce.ts';
 import type { Runtime } from '../../runtime/runtime.ts';
-import { type Attention, createAttention } from './attention.ts';
+import { createAttention } from './attention.ts';
 import { HeadOutput } from './head-output.ts';
 import type { HeadRow } from './head-rows.ts';
 import { createReducer } from './reduce.ts';
-import { closeScratch, createScratch, type Rows, type Scratch } from './scratch.ts';
+import { closeScratch, createScratch, type Rows } from './scratch.ts';
+import { createLayers, type LayerMemory, type Layers } from './layers.ts';
 import type { ConfigurePlan, PassPlan } from './step-plan.ts';
 
 export interface ShardRunnerOptions {
@@ -28,27 +28,13 @@ export interface ShardRunnerOptions {
 }
 
 /** What a configured shard computes in. */
-interface Memory extends Scratch {
-  readonly attention: Attention;
+interface Memory extends LayerMemory {
   readonly head: HeadOutput;
   readonly maxHeadRows: number;
-  readonly reducer: Reducer;
 }
 
 /** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
 const maxReplayedRows = 256;
-
-/** `isFirst`: nothing to add to the residual yet. */
-interface LayerPlace {
-  readonly layer: number;
-  readonly isFirst: boolean;
-}
-
-interface Block {
-  readonly qkv: Segment;
-  readonly o: Segment;
-  readonly mlp: Segment;
-}
 
 /** Holds the loaded shard. `configure` before the first pass; `close` frees buffers (the runtime is the caller's). */
 export class ShardRunner {
@@ -57,13 +43,12 @@ export class ShardRunner {
   readonly #collective: Collective;
   readonly #embed: Segment;
   readonly #attention: Segment;
-  readonly #blocks: readonly Block[];
+  readonly #layers: Layers;
   readonly #final: Segment;
   readonly #head: Segment;
   /** Where the device looks for the best token. */
   readonly #best: Segment | undefined;
-  /** The first MTP layer; further ones draft further ahead, which this engine does not. */
-  readonly #mtp: { readonly input: Segment; readonly block: Block; readonly final: Segment } | undefined;
+  readonly #mtp: { readonly input: Segment; readonly final: Segment } | undefined;
   #memory: Memory | undefined;
 
   constructor(options: ShardRunnerOptions) {
@@ -72,30 +57,26 @@ export class ShardRunner {
     this.#runtime = runtime;
     this.#collective = collective;
     const entries = new Map(manifest.segments.map((entry) => [entry.name, entry]));
-    const load = (name: string): Segment => {
+    const entryOf = (name: string): SegmentEntry => {
       const entry = entries.get(name);
       if (entry === undefined) {
         throw new ClusterError('data_loss', `${directory}: the manifest has no segment ${name}`);
       }
+      return entry;
+    };
+    const load = (name: string): Segment => {
+      const entry = entryOf(name);
       return runtime.loadSegment({ ...entry, path: path.join(directory, entry.file) });
     };
-    const loadBlock = (prefix: string): Block => ({
-      qkv: load(`${prefix}.qkv`),
-      o: load(`${prefix}.o`),
-      mlp: load(`${prefix}.mlp`),
-    });
     const { config, profile } = manifest;
     const attention = chooseAttention(profile, runtime, directory);
     this.#embed = load('embed');
     this.#attention = load(attention);
-    this.#blocks = Array.from({ length: config.layers }, (_, i) => loadBlock(`layer.${i}`));
+    this.#layers = createLayers({ runtime, directory, manifest, load, entryOf });
     this.#final = load('final');
     this.#head = load('head');
     this.#best = runtime.kernels.topK && profile.head === 'best' ? load('best') : undefined;
-    this.#mtp =
-      config.mtpLayers > 0
-        ? { input: load('mtp.0.input'), block: loadBlock('mtp.0'), final: load('mtp.0.final') }
-        : undefined;
+    this.#mtp = config.mtpLayers > 0 ? { input: load('mtp.0.input'), final: load('mtp.0.final') } : undefined;
   }
 
   /** Allocates scratch rows and the KV pool. */
@@ -127,6 +108,7 @@ export class ShardRunner {
       maxHeadRows: plan.maxHeadRows,
       usableVocab: plan.usableVocab,
     });
+    this.#layers.reserve(plan.maxRows);
     this.#memory = { ...scratch, attention, head, maxHeadRows: plan.maxHeadRows, reducer };
   }
 
@@ -167,6 +149,7 @@ export class ShardRunner {
     if (this.#memory !== undefined) {
       this.#memory.attention.close();
       this.#memory.head.close();
+      this.#layers.close();
       closeScratch(this.#memory);
       this.#memory = undefined;
     }
@@ -175,8 +158,8 @@ export class ShardRunner {
   /** Returns the rows that the head takes. */
   #forward(rows: number, memory: Memory): Rows {
     this.#embedInto(memory.residual, rows, memory); // [rows, H]
-    for (const [layer, block] of this.#blocks.entries()) {
-      this.#runBlock(block, { layer, isFirst: layer === 0 }, rows, memory);
+    for (let layer = 0; layer < this.manifest.config.layers; layer++) {
+      this.#layers.run({ layer, isFirst: layer === 0 }, rows, memory);
     }
     this.#runtime.run(
       this.#final,
@@ -197,7 +180,7 @@ export class ShardRunner {
       [source.first(memory.maxRows), memory.hiddenRows.first(rows), memory.residualNext.first(rows)],
       [memory.residual.first(rows)],
     );
-    this.#runBlock(this.#mtp.block, { layer: this.#blocks.length, isFirst: true }, rows, memory);
+    this.#layers.run({ layer: this.manifest.config.layers, isFirst: true }, rows, memory);
     this.#runtime.run(
       this.#mtp.final,
       [memory.residual.first(rows), memory.delta.first(rows)],
@@ -208,25 +191,6 @@ export class ShardRunner {
 
   #embedInto(target: Rows, rows: number, memory: Memory): void {
     this.#runtime.run(this.#embed, [memory.tokenIds.first(rows)], [target.first(rows)]);
-  }
-
-  /**
-   * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
-   * layer takes no delta.
-   */
-  #runBlock(block: Block, at: LayerPlace, rows: number, memory: Memory): void {
-    const runtime = this.#runtime;
-    const residual = memory.residual.first(rows);
-    const residualNext = memory.residualNext.first(rows);
-    const delta = memory.delta.first(rows);
-    const deltaNext = memory.deltaNext.first(rows);
-    const deltaIn = at.isFirst ? memory.zero.first(rows) : delta;
-    runtime.run(block.qkv, [residual, deltaIn], [residualNext, memory.qkv.first(rows)]); // [rows, W]
-    memory.attention.run(at.layer, memory.qkv, memory.attended);
-    runtime.run(block.o, [memory.attended.first(rows)], [deltaNext]); // partial [rows, H]
-    memory.deltaNext.sum(rows, memory.reducer);
-    runtime.run(block.mlp, [residualNext, deltaNext], [residual, delta]); // partial [rows, H]
-    memory.delta.sum(rows, memory.reducer);
   }
 }
 
