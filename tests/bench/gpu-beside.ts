@@ -2,6 +2,7 @@
 // sampling, here and through vLLM (gpu_vllm.py). Owns the shapes that are compared, the table and its goals.
 
 import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { mkdir, readdir, readFile, symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -155,6 +156,7 @@ async function measureVllm(
       stdio: ['ignore', 'pipe', 'inherit'],
       signal,
     });
+    const ended = once(child, 'close');
     let rest = '';
     for await (const chunk of child.stdout.setEncoding('utf8')) {
       const lines = (rest + (chunk as string)).split('\n');
@@ -167,6 +169,7 @@ async function measureVllm(
         }
       }
     }
+    await ended;
     if (child.exitCode !== 0) {
       throw new ClusterError('internal', `${script}: ended with ${child.exitCode ?? child.signalCode}`);
     }

@@ -14,6 +14,12 @@ const [bfloat16, computeFloat, anyAlgorithm] = [14, 68, -1];
 
 type Out = [bigint | null];
 
+/** Handle, operations, sizes and alpha; a, b and c with their types and widths, beta before c; compute type, algorithm. */
+const gemmTypes = [
+  ['void *', 'int', 'int', 'int', 'int', 'int', 'void *'],
+  ['void *', 'int', 'int', 'void *', 'int', 'int', 'void *', 'void *', 'int', 'int', 'int', 'int'],
+].flat();
+
 function bind(library: LibraryHandle) {
   const [pointer, int] = ['void *', 'int'];
   return {
@@ -23,10 +29,7 @@ function bind(library: LibraryHandle) {
     destroy: library.func('cublasDestroy_v2', int, [pointer]),
     setStream: library.func('cublasSetStream_v2', int, [pointer, pointer]),
     setWorkspace: library.func('cublasSetWorkspace_v2', int, [pointer, pointer, 'size_t']),
-    gemm: library.func('cublasGemmEx', int, [
-      ...[pointer, int, int, int, int, int, pointer],
-      ...[pointer, int, int, pointer, int, int, pointer, pointer, int, int, int, int],
-    ]),
+    gemm: library.func('cublasGemmEx', int, gemmTypes),
   };
 }
 
@@ -83,9 +86,22 @@ export class CudaBlas {
         this.#handle,
         operations.transposed,
         operations.none,
-        ...[outputs, rows, columns, this.#one],
-        ...[weight, bfloat16, columns, x, bfloat16, columns],
-        ...[adds ? this.#one : this.#zero, y, bfloat16, outputs, computeFloat, anyAlgorithm],
+        outputs,
+        rows,
+        columns,
+        this.#one,
+        weight,
+        bfloat16,
+        columns,
+        x,
+        bfloat16,
+        columns,
+        adds ? this.#one : this.#zero,
+        y,
+        bfloat16,
+        outputs,
+        computeFloat,
+        anyAlgorithm,
       ),
     );
   }

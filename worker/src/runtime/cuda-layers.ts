@@ -165,8 +165,13 @@ class CudaLayers implements DeviceLayers {
       const blocks = Math.ceil((rows * feedForward) / 8 / plainThreads);
       this.#plain('activate', blocks, [both, product, BigInt(rows)]);
       this.#blas.multiply({
-        ...{ x: product, weight: down, y: sum, rows, columns: feedForward },
-        ...{ outputs: hidden, adds: true },
+        x: product,
+        weight: down,
+        y: sum,
+        rows,
+        columns: feedForward,
+        outputs: hidden,
+        adds: true,
       });
       return;
     }
