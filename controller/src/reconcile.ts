@@ -1,21 +1,18 @@
-// One ModelService: observe, decide, act. Owns a service's memory between rounds (decisions, failures, own writes),
-// which is lost at a restart and rebuilt from the status and the pods. All decisions are made in decide/, all actions
-// by act.ts.
+// One ModelService: observe, decide, act. Owns the order of a round, and keeps the memories of services between rounds
+// (service-memory.ts). All decisions are made in decide/, all actions by act/.
 
-import { ClusterError } from '@mimo/core/process/errors';
 import type { Log } from '@mimo/core/process/log';
 
 import type { Actor, ActOn } from './act/act.ts';
-import { createScaleMemory, decideScale, type ScaleMemory } from './decide/autoscale.ts';
+import { actInOrder } from './act/act-in-order.ts';
+import { decideScale } from './decide/autoscale.ts';
 import type { WorkerSettings } from './decide/containers.ts';
-import { noDisruption, planDisruption, type DisruptionMemory } from './decide/disruption.ts';
-import { noFailures, type FailureMemory } from './decide/failures.ts';
+import { planDisruption } from './decide/disruption.ts';
 import { groupsFromPods, isServing, type ReplicaGroup } from './decide/groups.ts';
 import { disruptionBudgetName, drainFinalizer, rankServiceName } from './decide/labels.ts';
 import { planService, type Action } from './decide/plan.ts';
-import { noPreparation, planPrepare, type Preparation, type PrepareMemory } from './decide/prepare.ts';
-import { noStartUp, observeStartUps, readyInMs, type StartUpMemory } from './decide/start-up.ts';
-import { Expectations, isAtLeast } from './act/expectations.ts';
+import { planPrepare, type Preparation } from './decide/prepare.ts';
+import { observeStartUps, readyInMs } from './decide/start-up.ts';
 import type { ApiClock } from './kube/api-clock.ts';
 import type { EventRecorder } from './kube/events.ts';
 import type { Informer } from './kube/informer.ts';
@@ -25,6 +22,7 @@ import type { QueueObservation, QueueWatch } from './observe/queue-watch.ts';
 import { podAt, type PodRecord, type ServiceRecord, type SupportRecord } from './observe/records.ts';
 import type { ModelService } from './resources/resources.ts';
 import { modelHashOf, revisionOf } from './decide/revision.ts';
+import { createServiceMemory, latestStatus, type ServiceMemory } from './service-memory.ts';
 import type { Condition, ModelServiceStatus, ScaleDecision } from './resources/status.ts';
 
 /** The API server's state, kept current by watches. Pods are indexed by their service, services by their model. */
@@ -46,22 +44,6 @@ export interface ReconcilerOptions {
   readonly settings: WorkerSettings;
   readonly log: Log;
   readonly countDecision: ControllerMetrics['decisions'];
-}
-
-interface ServiceMemory {
-  readonly uid: string;
-  readonly expectations: Expectations;
-  scale: ScaleMemory;
-  failures: FailureMemory;
-  preparation: PrepareMemory;
-  startUp: StartUpMemory;
-  disruption: DisruptionMemory;
-  /** Our last write of the service, until the watch shows one as new. */
-  written: { readonly resourceVersion: string; readonly status: ModelServiceStatus } | undefined;
-  /** Creations that the API server rejected: not retried before `untilMs`, by performance.now(). */
-  refused: { readonly count: number; readonly untilMs: number; readonly message: string } | undefined;
-  queueKnown: boolean;
-  modelCondition: string;
 }
 
 /** What one round goes by. */
@@ -89,10 +71,6 @@ export interface ServiceGauge {
   readonly wanted: number;
   readonly ready: number;
 }
-
-/** A rejected creation is retried after 2 s, 4 s ... 2 min. */
-const firstRefusalMs = 2_000;
-const longestRefusalMs = 120_000;
 
 /** Reconciles the services of one namespace while this process leads. */
 export class Reconciler {
@@ -151,7 +129,11 @@ export class Reconciler {
     if (!deleting && settled) {
       await this.#support(on, seen, decision);
     }
-    await this.#actAll(actions, on, memory);
+    const { failure, refused } = await actInOrder(this.#options.actor, actions, on, memory.refused);
+    memory.refused = refused;
+    if (failure !== undefined) {
+      throw failure;
+    }
   }
 
   /** What the round goes by: the pods, the queue, and what is remembered. */
@@ -180,7 +162,7 @@ export class Reconciler {
       groups,
       memory,
       settled,
-      previous: this.#statusOf(record),
+      previous: latestStatus(memory, record),
       deleting: service.metadata.deletionTimestamp !== undefined,
       sharers: caches.services.indexed(service.spec.model.name).filter((other) => other.metadata.uid !== uid),
       nowMs,
@@ -267,40 +249,6 @@ export class Reconciler {
     }
   }
 
-  /** All actions in order. A failure skips only the actions that depend on it; the first failure is thrown. */
-  async #actAll(actions: readonly Action[], on: ActOn, memory: ServiceMemory): Promise<void> {
-    let failure: ClusterError | undefined;
-    let refusal: ClusterError | undefined;
-    for (const batch of batchesOf(actions)) {
-      on.signal.throwIfAborted();
-      const { kind } = batch[0];
-      const creates = kind === 'createGroup' || kind === 'createPreparePod';
-      if (creates && (refusal !== undefined || performance.now() < (memory.refused?.untilMs ?? 0))) {
-        continue;
-      }
-      const results = await Promise.allSettled(batch.map((action) => this.#options.actor.act(action, on)));
-      const errors = results.flatMap((result) =>
-        result.status === 'rejected' ? [ClusterError.from(result.reason)] : [],
-      );
-      failure ??= errors[0];
-      if (creates) {
-        refusal = errors.find(({ code }) => code !== 'unavailable' && code !== 'canceled');
-        memory.refused = errors.length === 0 ? undefined : memory.refused;
-      }
-      if (errors.length > 0 && (kind === 'addFinalizer' || kind === 'removeModel')) {
-        break;
-      }
-    }
-    if (refusal !== undefined) {
-      const count = (memory.refused?.count ?? 0) + 1;
-      const untilMs = performance.now() + Math.min(longestRefusalMs, firstRefusalMs * 2 ** (count - 1));
-      memory.refused = { count, untilMs, message: refusal.message };
-    }
-    if (failure !== undefined) {
-      throw failure;
-    }
-  }
-
   /** Events and counters for the changes of this round. */
   #tell(
     record: ServiceRecord,
@@ -345,39 +293,13 @@ export class Reconciler {
     this.#options.events.record({ ...resourceTypes.modelServices, metadata }, { type, reason, message });
   }
 
-  /** The latest known status: our own last write may be newer than what the watch shows. */
-  #statusOf({ metadata, status }: ServiceRecord): ModelServiceStatus {
-    const memory = this.#memories.get(metadata.name);
-    if (memory?.written === undefined || memory.uid !== metadata.uid) {
-      return status;
-    }
-    if (isAtLeast(metadata.resourceVersion, memory.written.resourceVersion)) {
-      memory.written = undefined;
-      return status;
-    }
-    return memory.written.status;
-  }
-
   #memoryOf(record: ServiceRecord, groups: readonly ReplicaGroup[], nowMs: number): ServiceMemory {
     const { name, uid } = record.metadata;
     const known = this.#memories.get(name);
     if (known?.uid === uid) {
       return known;
     }
-    const living = groups.filter(({ state }) => state === 'starting' || state === 'ready').length;
-    const memory: ServiceMemory = {
-      uid,
-      expectations: new Expectations(),
-      scale: createScaleMemory(record.status.groups?.wanted ?? living, nowMs),
-      failures: noFailures,
-      preparation: noPreparation,
-      startUp: noStartUp,
-      disruption: noDisruption,
-      written: undefined,
-      refused: undefined,
-      queueKnown: false,
-      modelCondition: modelConditionOf(record.status),
-    };
+    const memory = createServiceMemory(record, groups, nowMs);
     this.#memories.set(name, memory);
     return memory;
   }
@@ -416,28 +338,6 @@ export class Reconciler {
       await actor.actPlainly({ kind: 'removeFinalizer' }, on);
     }
   }
-}
-
-/** Parallel requests for one service. */
-const batchMax = 16;
-
-/** Successive actions of one kind are independent. */
-function batchesOf(actions: readonly Action[]): readonly (readonly [Action, ...Action[]])[] {
-  const batches: [Action, ...Action[]][] = [];
-  for (const action of actions) {
-    const last = batches.at(-1);
-    if (last?.[0].kind === action.kind && last.length < batchMax) {
-      last.push(action);
-    } else {
-      batches.push([action]);
-    }
-  }
-  return batches;
-}
-
-function modelConditionOf({ conditions }: ModelServiceStatus): string {
-  const found = conditions?.find(({ type }) => type === 'ModelFound');
-  return found === undefined ? '' : `${found.status} ${found.reason}`;
 }
 
 /** Of two services with one model, the older serves it; a service being deleted does not. */
