@@ -6,11 +6,11 @@ import { ClientWindow } from './client-window.ts';
 describe('ClientWindow', () => {
   it('begins small, and grows with each token that the client takes, up to a limit', () => {
     const window = new ClientWindow();
-    expect(window.openTokens).toBe(32);
-    window.add(32);
+    expect(window.openTokens).toBe(16);
+    window.add(16);
     expect(window.openTokens).toBe(0);
-    window.take(32);
-    expect(window.openTokens).toBe(64);
+    window.take(16);
+    expect(window.openTokens).toBe(32);
     window.add(1_000);
     window.take(1_000);
     expect(window.openTokens).toBe(256);
@@ -18,7 +18,7 @@ describe('ClientWindow', () => {
 
   it('is behind from more than half of the window on, and until that is read', () => {
     const window = new ClientWindow();
-    window.add(16);
+    window.add(8);
     expect(window.isBehind).toBe(false);
     window.add(1);
     expect(window.isBehind).toBe(true);

@@ -6,8 +6,8 @@
 
 /** Tokens that a sequence may be ahead of its client: enough to hide a round trip, small beside a KV cache. */
 const windowTokens = 256;
-/** At first it may be ahead by this many: a client that stops costs little. */
-const firstWindowTokens = 32;
+/** At first it may be ahead by this many: a client that stops costs little. Half of it clears a request on trial. */
+const firstWindowTokens = 16;
 /** Credit is given back in portions of the window, so that it costs a message every so often and not one a token. */
 const portionRatio = 1 / 4;
 /** A client within this share of its window gets a group: its unread text covers the wait. */

@@ -192,7 +192,7 @@ describe('Relay', () => {
     const rig = new Rig();
     const prompt = [1, 2];
     const first = rig.begin();
-    expect(first.submit).toMatchObject({ tokenIds: prompt, resumedTokens: 0, creditTokens: 32 });
+    expect(first.submit).toMatchObject({ tokenIds: prompt, resumedTokens: 0, creditTokens: 16 });
     const [one, two] = [tokenizer.encode('größer '), tokenizer.encode('終 🙂')];
     first.listener.onDelta(delta(0, 'größer '));
     first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
@@ -203,7 +203,7 @@ describe('Relay', () => {
       tokenIds: [...prompt, ...one],
       resumedTokens: one.length,
       // What the client has not taken yet is still in the window.
-      creditTokens: 32 - one.length,
+      creditTokens: 16 - one.length,
     });
     first.listener.onDelta(delta(one.length, 'late'));
     second.listener.onDelta(delta(one.length, '終 🙂'));
@@ -312,12 +312,12 @@ describe('Relay', () => {
     const rig = new Rig();
     const broke = new ClusterError('unavailable', 'broke');
     const { listener } = rig.begin();
-    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(16) }));
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(8) }));
     listener.onLost(broke, true);
     expect(rig.relay.isParked).toBe(false);
     const trial = rig.begin({ company: Company.PROVEN });
-    expect(trial.submit).toMatchObject({ onTrial: true, creditTokens: 16 });
-    trial.listener.onDelta(SequenceDelta.fromPartial({ index: 16, tokenIds: [5] }));
+    expect(trial.submit).toMatchObject({ onTrial: true, creditTokens: 8 });
+    trial.listener.onDelta(SequenceDelta.fromPartial({ index: 8, tokenIds: [5] }));
     trial.listener.onLost(broke, true);
     expect(rig.relay.isParked).toBe(true);
   });
@@ -361,30 +361,30 @@ describe('Relay', () => {
     const { listener, grants } = rig.begin();
     const written: (() => void)[] = [];
     const delivering = rig.deliverTo(() => new Promise((resolve) => written.push(resolve)));
-    const sixteen = SequenceDelta.fromPartial({ tokenIds: fives(16) });
-    listener.onDelta({ ...sixteen, index: 0 });
+    const eight = SequenceDelta.fromPartial({ tokenIds: fives(8) });
+    listener.onDelta({ ...eight, index: 0 });
     await turn();
-    listener.onDelta({ ...sixteen, index: 16 });
+    listener.onDelta({ ...eight, index: 8 });
     await turn();
     expect([written.length, grants]).toEqual([1, []]);
     written.shift()?.();
     await turn();
-    expect(grants, '32 and the 16 that it took, less the 16 that it has not').toEqual([32]);
+    expect(grants, '16 and the 8 that it took, less the 8 that it has not').toEqual([16]);
     written.shift()?.();
     await turn();
-    expect(grants).toEqual([32, 32]);
-    listener.onDelta(SequenceDelta.fromPartial({ index: 32, tokenIds: fives(7) }));
+    expect(grants).toEqual([16, 16]);
+    listener.onDelta(SequenceDelta.fromPartial({ index: 16, tokenIds: fives(3) }));
     await turn();
     written.shift()?.();
     await turn();
-    expect(grants, 'a portion of it').toEqual([32, 32]);
-    for (let index = 39; index < 239; index += 40) {
-      listener.onDelta(SequenceDelta.fromPartial({ index, tokenIds: fives(40) }));
+    expect(grants, 'a portion of it').toEqual([16, 16]);
+    for (let index = 19; index < 239; index += 20) {
+      listener.onDelta(SequenceDelta.fromPartial({ index, tokenIds: fives(20) }));
       await turn();
       written.shift()?.();
       await turn();
     }
-    const mayHave = 32 + grants.reduce((sum, tokens) => sum + tokens, 0);
+    const mayHave = 16 + grants.reduce((sum, tokens) => sum + tokens, 0);
     expect(mayHave - 239, 'never more than the largest window').toBeGreaterThan(256 - 64);
     expect(mayHave - 239).toBeLessThanOrEqual(256);
     rig.relay.fail(new ClusterError('canceled', 'enough'));
@@ -414,29 +414,29 @@ describe('Relay', () => {
     });
     await turn();
     const { submit, listener } = rig.begin();
-    expect(submit.creditTokens).toBe(32);
-    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(8) }));
+    expect(submit.creditTokens).toBe(16);
+    listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: fives(4) }));
     await turn();
-    listener.onDelta(SequenceDelta.fromPartial({ index: 8, tokenIds: fives(24) }));
+    listener.onDelta(SequenceDelta.fromPartial({ index: 4, tokenIds: fives(12) }));
     const parked = { kind: FinishKind.PARKED, parkReason: ParkReason.NO_CREDIT, draftedTokens: 7 };
-    listener.onDelta(delta(32, '', parked));
+    listener.onDelta(delta(16, '', parked));
     expect([rig.relay.isParked, rig.relay.place, rig.lost]).toEqual([true, undefined, []]);
     take.shift()?.();
     await turn();
-    expect([rig.relay.isParked, rig.parking], '24 are left').toEqual([true, ['unparked', 'parked']]);
+    expect([rig.relay.isParked, rig.parking], '12 are left').toEqual([true, ['unparked', 'parked']]);
     take.shift()?.();
     await turn();
     expect([rig.relay.isParked, rig.parking]).toEqual([false, ['unparked', 'parked', 'unparked']]);
     const again = rig.begin();
-    expect(again.submit).toMatchObject({ resumedTokens: 32, creditTokens: 64, epoch: 2 });
-    expect(again.submit.tokenIds).toEqual([1, 2, ...fives(32)]);
-    listener.onDelta(SequenceDelta.fromPartial({ index: 32, tokenIds: [9] }));
-    again.listener.onDelta(delta(32, '', { kind: FinishKind.LENGTH, draftedTokens: 3 }));
+    expect(again.submit).toMatchObject({ resumedTokens: 16, creditTokens: 32, epoch: 2 });
+    expect(again.submit.tokenIds).toEqual([1, 2, ...fives(16)]);
+    listener.onDelta(SequenceDelta.fromPartial({ index: 16, tokenIds: [9] }));
+    again.listener.onDelta(delta(16, '', { kind: FinishKind.LENGTH, draftedTokens: 3 }));
     await turn();
     take.shift()?.();
     await delivering;
     expect(rig.ends).toMatchObject([
-      { finish: { usage: { completionTokens: 32 }, speculation: { draftedTokens: 10 } } },
+      { finish: { usage: { completionTokens: 16 }, speculation: { draftedTokens: 10 } } },
     ]);
   });
 
