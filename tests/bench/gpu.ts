@@ -36,7 +36,7 @@ import { openLocalGroup, promptLogits, type LocalGroup } from '../harness/local-
 import { openProcessGroup } from '../harness/process-group.ts';
 import { greedySampling } from '../harness/greedy-sampling.ts';
 import { measureEngine, median } from './engine-run.ts';
-import { measureBeside } from './gpu-beside.ts';
+import { besideGoal, measureBeside } from './gpu-beside.ts';
 import { compareDraws } from './gpu-draws.ts';
 
 const contextTokens = 512;
@@ -209,7 +209,8 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
 /** What the results must show, where they were measured. */
 function goalsOf(results: readonly Record<string, unknown>[]) {
   const least: Readonly<Record<string, number>> = { sampled: 0.97, penalties: 0.9, logprobs: 0.9 };
-  return results.flatMap(({ step, on, asked, batch, ofGreedy, kind, different, unfinished, failures }) => {
+  return results.flatMap((result) => {
+    const { step, on, asked, batch, ofGreedy, kind, different, unfinished, failures } = result;
     if (step === 'sampling' && on === 'device' && asked !== 'greedy') {
       const goal = least[asked as string]!;
       const value = ofGreedy as number;
@@ -221,6 +222,9 @@ function goalsOf(results: readonly Record<string, unknown>[]) {
           met: value >= goal,
         },
       ];
+    }
+    if (step === 'beside') {
+      return [besideGoal(result)];
     }
     if (step === 'draws' && kind === 'all') {
       return [{ name: 'draws unlike the host', goal: 0, value: different, met: different === 0 }];

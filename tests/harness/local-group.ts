@@ -121,7 +121,7 @@ export function testLimits(
     usableVocab: config.vocabSize,
     eosTokenIds: config.eosTokenIds,
     draftTokens: Math.min(1, config.mtpLayers),
-    maxSpeculatingSequences: Infinity,
+    draftCosts: [{ sequences: Infinity, share: 0 }],
     parkAfterMs: 2_000,
     ...more,
   };

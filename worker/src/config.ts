@@ -99,7 +99,7 @@ export const workerSettings = {
   runtimeLibrary: textSetting('MIMO_WORKER_RUNTIME_LIBRARY', ''),
   /** Tokens that the MTP layer drafts a step; 0 turns speculation off. The text is the same either way. */
   draftTokens: integerSetting('MIMO_WORKER_DRAFT_TOKENS', { min: 0, max: 1 }, 1),
-  /** Draft only while so few sequences decode that verifying costs little. */
+  /** Draft only while enough drafts are right to pay for verifying them at the sequences that decode. */
   adaptiveSpeculation: booleanSetting('MIMO_WORKER_ADAPTIVE_SPECULATION', true),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),

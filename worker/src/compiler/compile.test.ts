@@ -177,6 +177,38 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(readFileSync(files[0] ?? '').equals(stored)).toBe(true);
   });
 
+  it('says in the manifest where every weight lies, for runtimes that read them without the graphs', async () => {
+    const { rankDirectories } = await compile(options({ precision: 'bf16', tensorParallel: 1 }), signal);
+    const [rank = ''] = rankDirectories;
+    const { segments } = await readShardManifest(rank);
+    const read = (segment: string, weight: string): Buffer => {
+      const { file, offset, bytes } = segments.find(({ name }) => name === segment)!.weights[weight]!;
+      return readFileSync(join(rank, file)).subarray(offset, offset + bytes);
+    };
+    const layer = 'model.layers.0';
+    for (const [segment, weight, ...sources] of [
+      ['layer.0.qkv', 'norm', 'input_layernorm.weight'],
+      [
+        'layer.0.qkv',
+        'weight',
+        'self_attn.q_proj.weight',
+        'self_attn.k_proj.weight',
+        'self_attn.v_proj.weight',
+      ],
+      ['layer.0.qkv', 'bias', 'self_attn.q_proj.bias', 'self_attn.k_proj.bias', 'self_attn.v_proj.bias'],
+      ['layer.0.o', 'weight', 'self_attn.o_proj.weight'],
+      ['layer.0.mlp', 'norm', 'post_attention_layernorm.weight'],
+      ['layer.0.mlp', 'gate.weight', 'mlp.gate_proj.weight'],
+      ['layer.0.mlp', 'up.weight', 'mlp.up_proj.weight'],
+      ['layer.0.mlp', 'down.weight', 'mlp.down_proj.weight'],
+    ] as const) {
+      const stored = await Promise.all(
+        sources.map((source) => readTensor(modelDirectory, `${layer}.${source}`)),
+      );
+      expect(read(segment, weight).equals(Buffer.concat(stored)), `${segment} ${weight}`).toBe(true);
+    }
+  });
+
   it('gives every number of ranks the same quantised weights', async () => {
     expect((await readHead(1)).equals(await readHead(2))).toBe(true);
   });

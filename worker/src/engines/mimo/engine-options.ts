@@ -7,6 +7,7 @@ import type { Precision } from '../../shards/target-profile.ts';
 import { elementBytes } from '../../shards/element-type.ts';
 import type { ExecutionProvider, RuntimeOptions } from '../../runtime/runtime.ts';
 import type { EngineLimits } from './engine.ts';
+import type { DraftCost } from './draft-policy.ts';
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
 /** Where the other ranks of the group are. */
@@ -59,7 +60,7 @@ export interface EngineOptions {
   readonly usableVocab?: number;
   /** Tokens drafted a step; at most one, and none without an MTP layer. Default 1; 0 turns speculation off. */
   readonly draftTokens?: number;
-  /** Draft only where verifying pays (few sequences); false: always draft. Default true. */
+  /** Draft only where verifying pays (draft-policy.ts); false: always draft. Default true. */
   readonly adaptiveSpeculation?: boolean;
   /** A sequence without credit for this long is parked when others can use what it holds. Default 2 s. */
   readonly parkAfterMs?: number;
@@ -110,11 +111,23 @@ const speculatingOnProcessors: Readonly<Record<Precision, number>> = {
   bf16: 8,
 };
 
-/** Reading the weights takes a GPU as long as computing some 300 rows. */
-const speculatingOnDevices = 64;
+/** What a draft adds to a step on an H200 (2026-11), rounded up: 17-24 % up to 64 sequences, 35 % at 128, 60 % at 256. */
+const draftCostsOnDevices: readonly DraftCost[] = [
+  { sequences: 64, share: 0.25 },
+  { sequences: 128, share: 0.4 },
+  { sequences: Infinity, share: 0.65 },
+];
 
-function speculatingSequences({ executionProvider = 'cpu' }: EngineOptions, weights: Precision): number {
-  return executionProvider === 'cpu' ? speculatingOnProcessors[weights] : speculatingOnDevices;
+function draftCosts(
+  { executionProvider = 'cpu', adaptiveSpeculation = true }: EngineOptions,
+  weights: Precision,
+): readonly DraftCost[] {
+  if (!adaptiveSpeculation) {
+    return [{ sequences: Infinity, share: 0 }];
+  }
+  return executionProvider === 'cpu'
+    ? [{ sequences: speculatingOnProcessors[weights], share: 0 }]
+    : draftCostsOnDevices;
 }
 
 /**
@@ -218,10 +231,7 @@ function limitsOf(options: EngineOptions, sizes: Sizes, manifest: ShardManifest)
     usableVocab,
     eosTokenIds: config.eosTokenIds,
     draftTokens: Math.min(options.draftTokens ?? 1, 1, config.mtpLayers),
-    maxSpeculatingSequences:
-      options.adaptiveSpeculation === false
-        ? Infinity
-        : speculatingSequences(options, manifest.profile.weights),
+    draftCosts: draftCosts(options, manifest.profile.weights),
     parkAfterMs,
   };
 }

@@ -38,7 +38,7 @@ const limits: EngineLimits = {
   usableVocab: vocabSize,
   eosTokenIds: [eosTokenId],
   draftTokens: 1,
-  maxSpeculatingSequences: 4,
+  draftCosts: [{ sequences: 4, share: 0 }],
   parkAfterMs: 2000,
 };
 
@@ -190,13 +190,13 @@ describe('Engine', () => {
         fc.array(fc.record({ tokenIds: prompts, sampling: samplings }), { minLength: 1, maxLength: 8 }),
         fc.integer({ min: 3, max: 8 }),
         fc.constantFrom(0, 2, Infinity),
-        (cases, kvBlocks, maxSpeculatingSequences) => {
+        (cases, kvBlocks, sequences) => {
           const maxContextTokens = kvBlocks * kvBlockTokens;
           const engine = new Engine(new HashModel(), {
             ...limits,
             kvBlocks,
             maxContextTokens,
-            maxSpeculatingSequences,
+            draftCosts: [{ sequences, share: 0 }],
           });
           const requests = cases.map(({ tokenIds, sampling }, id) => request(id, tokenIds, { sampling }));
           requests.forEach((each) => engine.submit(each));

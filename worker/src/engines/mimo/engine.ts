@@ -20,6 +20,7 @@ import {
   type SequenceRequest,
 } from './engine-api.ts';
 import { problemOf, type ChosenToken, type HeadRow } from './head-rows.ts';
+import { type DraftCost, DraftPolicy } from './draft-policy.ts';
 import { kvBlockTokens, KvCache } from './kv-cache.ts';
 import {
   capacityTokens,
@@ -51,8 +52,8 @@ export interface EngineLimits {
   readonly eosTokenIds: readonly number[];
   /** 0 where the model has no MTP layer. */
   readonly draftTokens: number;
-  /** With more sequences decoding than this, verifying costs more than it gives. */
-  readonly maxSpeculatingSequences: number;
+  /** What a draft must give to pay (draft-policy.ts). */
+  readonly draftCosts: readonly DraftCost[];
   /** A sequence without credit for this long gives its slot and its KV blocks up to others. */
   readonly parkAfterMs: number;
 }
@@ -71,6 +72,7 @@ export class Engine {
   readonly #schedulerLimits: SchedulerLimits;
   readonly #sequenceLimits: SequenceLimits;
   readonly #kv: KvCache;
+  readonly #drafts: DraftPolicy;
   readonly #plan: typeof planStep;
   readonly #clockMs: () => number;
   /** Live sequences by id, in order of arrival: the oldest first. */
@@ -104,6 +106,7 @@ export class Engine {
       maxSequenceBlocks: Math.ceil(limits.maxContextTokens / kvBlockTokens),
       parkAfterMs: limits.parkAfterMs,
     };
+    this.#drafts = new DraftPolicy(limits.draftCosts);
     this.#kv = new KvCache({ blocks: limits.kvBlocks, slots: limits.maxSequences });
   }
 
@@ -165,7 +168,12 @@ export class Engine {
     if (rows.length > 0) {
       this.#counters.steps += 1;
       const chosen = this.#runPass(planForward(rows, this.#takeReleasedSlots()));
+      const { draftedTokens, acceptedTokens } = this.#counters;
       const surviving = this.#takeTokens(rows, chosen);
+      this.#drafts.observe({
+        drafted: this.#counters.draftedTokens - draftedTokens,
+        right: this.#counters.acceptedTokens - acceptedTokens,
+      });
       this.#makeDrafts(rows, surviving);
     }
     const deltas = [...this.#ended];
@@ -350,7 +358,7 @@ export class Engine {
     const decoding = [...this.#sequences.values()].filter(
       ({ id, pendingTokens }) => pendingTokens === 1 && this.#kv.grantOf(id) !== undefined,
     );
-    const plan = planDraft(drafting, decoding.length <= this.#limits.maxSpeculatingSequences);
+    const plan = planDraft(drafting, this.#drafts.pays(decoding.length));
     const guesses = this.#runPass(plan);
     let headRow = 0;
     for (const [i, { sequence }] of drafting.entries()) {
