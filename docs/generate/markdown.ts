@@ -15,7 +15,7 @@ export function pageOf(options: {
   return [note, `# ${options.title}`, ...options.parts].join('\n\n') + '\n';
 }
 
-/** A value as code, or nothing where there is none. */
+/** A value as code, or nothing if there is none. */
 export function code(text: string | number | boolean | undefined): string {
   return text === undefined || text === '' ? '' : `\`${text}\``;
 }

@@ -105,12 +105,12 @@ export class Completions {
     };
   }
 
-  /** Ends a request of the caller's tenant, here or in another gateway; false where there is none of that id. */
+  /** Ends a request of the caller's tenant, here or in another gateway; false if there is none of that id. */
   cancel(requestId: string, { tenant }: Caller): Promise<boolean> {
     return this.#parts.requests.cancel({ requestId, tenant });
   }
 
-  /** Counts the tokens of a prompt. Fails where it is not sound; how long it is does not matter. */
+  /** Counts the tokens of a prompt. Fails if it is not sound; how long it is does not matter. */
   async countTokens(
     { model: name, input }: Pick<CompletionRequest, 'model' | 'input'>,
     { caller, signal }: Pick<CompletionCall, 'caller' | 'signal'>,

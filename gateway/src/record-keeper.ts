@@ -82,7 +82,7 @@ export class RecordKeeper {
     return kept;
   }
 
-  /** Erases a record whose request has ended, once it is stored. Fails where it was not, or the bus is closed first. */
+  /** Erases a record whose request has ended, once it is stored. Fails if it was not, or the bus is closed first. */
   async erase(kept: KeptRecord): Promise<void> {
     this.#kept.delete(kept);
     await this.#parts.records.erase(await kept.recorded);

@@ -103,7 +103,7 @@ export const requestLimits = {
   ListModelsRequest: {},
 } as const satisfies Readonly<Record<string, MessageLimits>>;
 
-/** What is wrong with a number, as `must be a number from 0.01 to 2, not 5`; undefined where nothing is. */
+/** What is wrong with a number, as `must be a number from 0.01 to 2, not 5`; undefined if nothing is. */
 export function numberProblem(value: number, limit: NumberLimit): string | undefined {
   const { kind, max, minExcluded, orZero } = limit;
   const min = kind === 'float' ? Math.fround(limit.min) : limit.min;

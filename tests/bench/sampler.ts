@@ -110,7 +110,7 @@ interface Arm {
   readonly medianMs: number;
   /** A quarter of the draws took no longer. */
   readonly quartileMs: number;
-  /** Absent where the row is refused, and the reference may never end. */
+  /** Absent if the row is refused, and the reference may never end. */
   readonly referenceMs?: number;
   readonly draws: number;
   readonly sameTokens?: number;
@@ -121,7 +121,7 @@ type Draw = typeof drawToken;
 
 let scratch: Float32Array | undefined;
 
-/** One draw's milliseconds of this thread, and its token; undefined where the row is refused. */
+/** One draw's milliseconds of this thread, and its token; undefined if the row is refused. */
 function timed(
   draw: Draw,
   row: Float32Array,

@@ -186,7 +186,7 @@ describe('prepare', () => {
     hub.lie(weights, 2);
     expect(await prepare([], fromHub()).ended).toEqual({
       code: 1,
-      last: `prepare: ${weights} of ${repository} is not what the hub's sha256 digest says`,
+      last: `prepare: ${weights} of ${repository} does not match the hub's sha256 digest`,
     });
     expect(await readdir(checkpoint)).not.toContainEqual(expect.stringContaining(weights));
   });
@@ -194,7 +194,7 @@ describe('prepare', () => {
   it('ends with 3 where the hub has no such model, or does not show it', async () => {
     expect(await prepare([], fromHub({ MIMO_WORKER_HUB_REPOSITORY: 'org/other' })).ended).toEqual({
       code: 3,
-      last: 'prepare: the hub has no model org/other of revision main, or HF_TOKEN may not read it (status 404)',
+      last: 'prepare: the hub has no model org/other with revision main, or HF_TOKEN may not read it (status 404)',
     });
     expect(await prepare([], fromHub({ MIMO_WORKER_HUB_REVISION: 'v9' })).ended).toMatchObject({ code: 3 });
     await hub.close();
@@ -205,7 +205,7 @@ describe('prepare', () => {
     expect(run.lines.join('')).not.toContain('hf_secret');
   });
 
-  it('ends with 3 where it is no MiMo checkpoint, before its weights are fetched', async () => {
+  it('ends with 3 if it is not a MiMo checkpoint, before its weights are fetched', async () => {
     const other = join(directory, 'other');
     await cp(demo, other, { recursive: true });
     await writeFile(join(other, 'config.json'), '{"hidden_act":"gelu"}');
@@ -219,7 +219,7 @@ describe('prepare', () => {
     await rm(checkpoint, { recursive: true });
     expect(await prepare([], fromHub()).ended).toEqual({
       code: 3,
-      last: `prepare: ${repository} is no MiMo checkpoint: it has no config.json`,
+      last: `prepare: ${repository} is not a MiMo checkpoint: it has no config.json`,
     });
   });
 

@@ -10,7 +10,7 @@ import { TestCommand } from '../harness/command.ts';
 const demoModel = join(import.meta.dirname, '../../models/mimo-demo');
 const question = 'What is 47 + 85?';
 
-/** The program of a process; undefined where it has ended. */
+/** The program of a process; undefined if it has ended. */
 function programOf(pid: number): string | undefined {
   try {
     return readFileSync(`/proc/${pid}/comm`, 'utf8').trim();

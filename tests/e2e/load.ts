@@ -1,5 +1,6 @@
-// Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an undisturbed
-// run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing index.
+// Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an
+// undisturbed run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing
+// index.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -14,7 +15,7 @@ interface LoadReport {
   readonly tokens: number;
   /** One line for each request that failed, had a gap or a repetition, or another text than undisturbed. */
   readonly wrong: readonly string[];
-  /** Requests that ended `unavailable` where that was tolerated, so that the client asked again. */
+  /** Requests that ended `unavailable` if that was tolerated, so that the client asked again. */
   readonly unavailable: number;
   /** The longest time between two messages of a stream. */
   readonly longestPauseMs: number;

@@ -110,7 +110,7 @@ describe('joinGroup', () => {
     const options = await members(3);
     const alone = { ...options[0]!, timeoutMs: 300 };
     expect(await joinAll([alone])).toEqual([
-      refused('deadline_exceeded', /rank 1 \(127\S+\), rank 2 \(127\S+\) did not come within 300 ms/),
+      refused('deadline_exceeded', /rank 1 \(127\S+\), rank 2 \(127\S+\) did not connect within 300 ms/),
     ]);
     const stop = new AbortController();
     const joined = joinAll(options.slice(1), stop.signal);

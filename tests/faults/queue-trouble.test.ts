@@ -1,5 +1,6 @@
-// The queue's own troubles, on a real nats-server: its disk is lost or full, its streams are deleted or at their limits.
-// Gateways are whole, groups follow a script. What is asserted is what clients, operators and the disk see; nothing is timed.
+// The queue's own troubles, on a real nats-server: its disk is lost or full, its streams are deleted or at their
+// limits. Gateways are whole, groups follow a script. What is asserted is what clients, operators and the disk see;
+// nothing is timed.
 
 import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -167,7 +168,7 @@ async function askUntilTaken(door: Door, ids: readonly number[]): Promise<Asked>
   return asked;
 }
 
-/** What the request is refused with; undefined where it is taken. */
+/** What the request is refused with; undefined if it is taken. */
 async function refusalOf({ started }: Asked): Promise<ClusterError | undefined> {
   return started.then(
     () => undefined,

@@ -1,5 +1,6 @@
-// A group that loses a rank while streams run: every stream goes on, from the tokens that its client has, to the text of an
-// undisturbed run; in a second group where there is one, else in the same group once it is back. Nothing is left behind.
+// A group that loses a rank while streams run: every stream goes on, from the tokens that its client has, to the text
+// of an undisturbed run; in a second group if there is one, else in the same group once it is back. Nothing is left
+// behind.
 
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 

@@ -1,4 +1,4 @@
-// Clients that do not read: from the first byte, after some tokens, a byte at a time, for ever. None of them keeps a
+// Clients that do not read: from the first byte, after some tokens, a byte at a time, forever. None of them keeps a
 // slot from a client that reads, and what they get once they read is what they would have got at once.
 
 import { constants } from 'node:http2';

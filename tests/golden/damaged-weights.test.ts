@@ -79,7 +79,7 @@ describe.each([
       const deltas = complete(group, [promptIds, poisoned, promptIds, promptIds], sampling);
       const finish = deltas.findLast(({ sequenceId }) => sequenceId === 1)?.finish;
       expect(finish).toMatchObject({ kind: 'error', code: 'data_loss' });
-      expect(JSON.stringify(finish)).toContain('no token at position 11: the model computes NaN');
+      expect(JSON.stringify(finish)).toContain('no token at position 11: the model computed NaN');
       expect([0, 2, 3].map((sequenceId) => tokensOf(deltas, sequenceId))).toEqual([alone, alone, alone]);
     } finally {
       await group.close();

@@ -34,7 +34,7 @@ export function readExpectedIds(name: FixtureName): ExpectedIds {
   return JSON.parse(readFileSync(path.join(fixtureDirectory(name), 'expected.json'), 'utf8')) as ExpectedIds;
 }
 
-/** Throws where the fixture has no such tensor. */
+/** Throws if the fixture has no such tensor. */
 export function readExpectedMatrix(name: FixtureName, tensor: string): ExpectedMatrix {
   const bytes = readFileSync(path.join(fixtureDirectory(name), 'expected.safetensors'));
   const headerBytes = Number(bytes.readBigUInt64LE(0));

@@ -1,5 +1,6 @@
 // A whole cluster of real processes for a test: nats-server, gateway and groups of ranks on the demonstration model, on
-// free ports and in a directory of its own. Owns its start, its end, and the counters that show a leak. Asserts nothing.
+// free ports and in a directory of its own. Owns its start, its end, and the counters that show a leak. Asserts
+// nothing.
 
 import { mkdtemp, readFile, readdir, readlink, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -64,7 +65,7 @@ export interface TestCluster {
   readonly dataDirectory: string;
   /** What the local supervisor said, line by line. */
   readonly events: readonly string[];
-  /** A connection to the cluster's queue; throws where that is in the gateway's memory. */
+  /** A connection to the cluster's queue; throws if that is in the gateway's memory. */
   readonly queue: Bus;
   stats(group: number): Promise<StatsResponse>;
   held(): Promise<HeldCounts>;
@@ -294,7 +295,9 @@ export async function ask(client: InferenceServiceClient, options: AskOptions): 
   return { ...answer, started, tokenIds, logprobs, finish };
 }
 
-/** Sockets that a process holds open, besides its channel to each process that it started when there was work for it. */
+/**
+ * Sockets that a process holds open, besides its channel to each process that it started when there was work for it.
+ */
 export async function socketCount(pid: number): Promise<number> {
   const directory = `/proc/${pid}/fd`;
   const targets = await Promise.all(

@@ -1,5 +1,6 @@
-// Streams that are to come out as if nothing had happened to their groups: what an undisturbed run of each gives is asked
-// first, then the same again while the test does its worst. Owns the comparison and the counts; does not disturb anything.
+// Streams that are to come out as if nothing had happened to their groups: what an undisturbed run of each gives is
+// asked first, then the same again while the test does its worst. Owns the comparison and the counts; does not
+// disturb anything.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ChatRequest, InferenceServiceClient } from '@mimo/proto/inference';
@@ -16,7 +17,7 @@ export interface ExpectedStream {
 export interface StreamsOutcome {
   /** Finished with the same tokens, text and log-probabilities. */
   readonly same: number;
-  /** What went wrong, one line each; empty where nothing did. */
+  /** What went wrong, one line each; empty if nothing did. */
   readonly wrong: readonly string[];
   /** The longest pause between two messages of a stream. */
   readonly longestPauseMs: number;

@@ -1,6 +1,6 @@
-// A Vulkan device in software for tests of the WebGPU provider: Mesa's lavapipe, whose 25th release is the first with what
-// Dawn wants. Owns fetching it: Debian's packages, from the mirror that the machine's own apt uses, unpacked into the
-// cache; nothing is installed, and root is not needed.
+// A Vulkan device in software for tests of the WebGPU provider: Mesa's lavapipe, whose 25th release is the first with
+// what Dawn wants. Owns fetching it: Debian's packages, from the mirror that the machine's own apt uses, unpacked
+// into the cache; nothing is installed, and root is not needed.
 
 import { execFile } from 'node:child_process';
 import { existsSync } from 'node:fs';
@@ -20,7 +20,7 @@ export interface VulkanEnvironment {
 
 /**
  * The device that VK_DRIVER_FILES names, else lavapipe out of the cache, fetched at the first call. Throws
- * `failed_precondition` with what to do where it cannot be had.
+ * `failed_precondition` with what to do if it cannot be had.
  */
 export async function findSoftwareVulkan(
   cacheDirectory: string,

@@ -9,7 +9,7 @@ import { openSocket } from '../harness/raw-http2.ts';
 /** How a call ended for its client. `ok`: it finished. `reset`: the connection or stream broke without a status. */
 export interface CallEnd {
   readonly code: ErrorCode | 'ok' | 'reset';
-  /** Of the status; empty where it finished. */
+  /** Of the status; empty if it finished. */
   readonly message: string;
 }
 

@@ -1,6 +1,6 @@
-// A stage for the controller: a real control plane and a real nats-server, and around them the parts that the tests play,
-// a kubelet that reports what the test says of its pods and a dispatcher that reports what the test says of its queue.
-// Owns what each of them does by itself, so that a test says only what differs. Close it.
+// A stage for the controller: a real control plane and a real nats-server, and around them the parts that the tests
+// play, a kubelet that reports what the test says of its pods and a dispatcher that reports what the test says of its
+// queue. Owns what each of them does by itself, so that a test says only what differs. Close it.
 
 import { execFile } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -163,7 +163,10 @@ export async function startStage(): Promise<Stage> {
   }
 }
 
-/** What the chart gives to the controller: its rights, for the ServiceAccount of the stage, and the Lease that it may hold but not make. */
+/**
+ * What the chart gives to the controller: its rights, for the ServiceAccount of the stage, and the Lease that it may
+ * hold but not make.
+ */
 export async function chartRights(helm: string): Promise<string> {
   const chart = join(import.meta.dirname, '../../charts/mimo-cluster');
   const args = ['template', 'mimo', chart, `--namespace=${namespace}`];
@@ -214,7 +217,7 @@ class PretendKubelet {
       .map(([group]) => group);
   }
 
-  /** False: ranks stay Pending, as with an image that is pulled for ever. */
+  /** False: ranks stay Pending, as with an image that is pulled forever. */
   set starts(starts: boolean) {
     this.#starts = starts;
     this.#lookAtAll();

@@ -65,7 +65,7 @@ afterAll(async () => {
   await plane.close();
 });
 
-/** What a promise rejects with; fails where it resolves. */
+/** What a promise rejects with; fails if it resolves. */
 async function failureOf(promise: Promise<unknown>): Promise<ClusterError> {
   const error: unknown = await promise.then(
     () => new Error('resolved'),
@@ -180,8 +180,8 @@ describe('verbs', () => {
       expect(seen.map(({ type }) => type)).toEqual(['ADDED', 'MODIFIED', 'DELETED']);
       return events.at(-1);
     };
-    // Nothing of ours changes any more, and yet the version does not grow old. The server says so in the last two seconds
-    // of a watch and at no other time: one that stood still for those says nothing.
+    // Nothing of ours changes any more, and yet the version does not grow old. The server says so in the last two
+    // seconds of a watch and at no other time: one that stood still for those says nothing.
     const last = await lastOfWatch('elsewhere');
     expect(last?.type === 'BOOKMARK' ? last : await lastOfWatch('elsewhere-again')).toMatchObject({
       type: 'BOOKMARK',

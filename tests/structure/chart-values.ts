@@ -15,7 +15,7 @@ const end = '<!-- /values -->';
 export interface ChartValue {
   readonly path: string;
   readonly fallback: string;
-  /** Empty where there is none. */
+  /** Empty if there is none. */
   readonly reason: string;
 }
 

@@ -36,7 +36,7 @@ function readSchema(path: string): Schema {
   return readYaml(path) as Schema;
 }
 
-/** The schema of a value, or undefined where it has none. */
+/** The schema of a value, or undefined if it has none. */
 function schemaOf(file: string, path: string): Schema | undefined {
   const whole = readSchema(file);
   const resolve = (schema: Schema | undefined): Schema | undefined =>

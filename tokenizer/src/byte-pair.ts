@@ -1,10 +1,10 @@
-// Plain text to token ids by byte-level BPE. Owns the merging, in time that grows with the text (times a logarithm) for any
-// text, and stops early where only so many tokens are wanted. Knows no special tokens. The rules come from
-// tokenizer-files.ts; the pattern's dialect is Hugging Face's library's, whose own merging takes twenty seconds for a word
-// of a million letters. Ids are equal to the library's, by property test.
+// Plain text to token ids by byte-level BPE. Owns the merging, in time that grows with the text (times a logarithm)
+// for any text, and stops early where only so many tokens are wanted. Knows no special tokens. The rules come from
+// tokenizer-files.ts; the pattern's dialect is Hugging Face's library's, whose own merging takes twenty seconds for a
+// word of a million letters. Ids are equal to the library's, by property test.
 //
-// The rule: of all neighbours that may merge, those of the lowest rank do, the leftmost first. A heap holds the candidates
-// as rank and position; an entry whose position has changed since is passed over.
+// The rule: of all neighbours that may merge, those of the lowest rank do, the leftmost first. A heap holds the
+// candidates as rank and position; an entry whose position has changed since is passed over.
 
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { characterFromByte } from './byte-level.ts';
@@ -23,7 +23,7 @@ const keptBytes = 65_536;
 /** Ranks are below 2 ** 21 and positions below this, so that a rank and a position fit one number exactly. */
 const positions = 2 ** 31;
 
-/** Builds the encoder. Throws where the library cannot read the pattern. */
+/** Builds the encoder. Throws if the library cannot read the pattern. */
 export function createBytePairEncoder({
   model,
   normalizer,
@@ -85,7 +85,10 @@ export function createBytePairEncoder({
   };
 }
 
-/** The library's reading of a pattern in Oniguruma's dialect. It does not export the reader, so it builds a tokenizer of nothing. */
+/**
+ * The library's reading of a pattern in Oniguruma's dialect. It does not export the reader, so it builds a tokenizer
+ * of nothing.
+ */
 function compilePattern(preTokenizer: TokenizerDescription['bytePair']['pre_tokenizer']): RegExp {
   const library = new HuggingFaceTokenizer(
     {
@@ -156,7 +159,8 @@ class MergeTable {
 /** The memory that one word at a time is merged in. */
 class MergingWord {
   readonly #merges: MergeTable;
-  // By position, which is that of a part's first byte: its id, its neighbours, and the rank of merging it with the next.
+  // By position, which is that of a part's first byte: its id, its neighbours, and the rank of merging it with the
+  // next.
   #ids = new Int32Array(0);
   #previous = new Int32Array(0);
   #next = new Int32Array(0);

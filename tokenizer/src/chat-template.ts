@@ -1,6 +1,7 @@
-// A conversation to the prompt's text and token ids. Owns the chat template's rendering, where the prompt ends when the last
-// message is to be continued, and the guard that keeps special tokens out of what users wrote; knows no HTTP and no tools'
-// meaning. Templates come from the checkpoint and may loop for ever: the caller sees to it that it can stop them.
+// A conversation to the prompt's text and token ids. Owns the chat template's rendering, where the prompt ends when
+// the last message is to be continued, and the guard that keeps special tokens out of what users wrote; knows no HTTP
+// and no tools' meaning. Templates come from the checkpoint and may loop forever: the caller sees to it that it can
+// stop them.
 //
 // The guard. A template writes `<|im_end|>` and means the token; a message may hold the same characters and must not.
 // Before rendering, every string of the messages and tools that holds a special token's text, or begins or ends with a
@@ -46,8 +47,8 @@ export interface ChatOptions {
   /** True, the default: end with the opening of the assistant's turn. */
   readonly addGenerationPrompt?: boolean;
   /**
-   * True: the prompt ends with the last message's own text, so that the completion goes on with it. What a template prints
-   * behind it is left out, and so is white space at its end where the template trims it.
+   * True: the prompt ends with the last message's own text, so that the completion goes on with it. What a template
+   * prints behind it is left out, and so is white space at its end where the template trims it.
    */
   readonly continueLast?: boolean;
   /** Further variables for the template, such as `enable_thinking`. */
@@ -58,8 +59,8 @@ export interface ChatOptions {
 export interface EncodedChat {
   readonly tokenIds: number[];
   /**
-   * What the assistant's turn already holds, as far as it tells thinking from answer: the message that is continued, or the
-   * tags that the template itself put at the prompt's end.
+   * What the assistant's turn already holds, as far as it tells thinking from answer: the message that is continued,
+   * or the tags that the template itself put at the prompt's end.
    */
   readonly begun: string;
 }
@@ -303,7 +304,7 @@ function collectStrings(values: readonly unknown[]): string[] {
 /** What a text is compared with to find a special token or a part of one. */
 interface SpecialEdges {
   readonly specials: readonly string[];
-  /** The leftmost special token, the longest where several begin; undefined where there are none. */
+  /** The leftmost special token, the longest where several begin; undefined if there are none. */
   readonly any: RegExp | undefined;
   /** Proper beginnings and ends, such as "<|im" and "|>". */
   readonly heads: ReadonlySet<string>;
@@ -336,9 +337,9 @@ function edgesOf(tokenizer: Tokenizer): SpecialEdges {
 }
 
 /**
- * Whether a text could be a special token or, beside the template's own text or another message's, a part of one. A text
- * of letters only is let through, though it may lie inside one: templates compare such texts (roles, names), and none
- * prints letters between the halves of a token.
+ * Whether a text could be a special token or, beside the template's own text or another message's, a part of one. A
+ * text of letters only is let through, though it may lie inside one: templates compare such texts (roles, names), and
+ * none prints letters between the halves of a token.
  */
 function isSuspicious(text: string, edges: SpecialEdges): boolean {
   if (/^\p{L}*$/u.test(text)) {

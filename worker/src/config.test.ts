@@ -26,7 +26,7 @@ describe('parseWorkerConfig', () => {
     [
       'a checkpoint without a cache',
       { MIMO_WORKER_SHARD_DIRECTORY: undefined, MIMO_WORKER_CHECKPOINT_DIRECTORY: '/model' },
-      'MIMO_WORKER_CACHE_DIRECTORY must be given',
+      'MIMO_WORKER_CACHE_DIRECTORY must be set',
     ],
     ['a rank outside the group', { MIMO_WORKER_RANK: '1' }, 'below MIMO_WORKER_TENSOR_PARALLEL (1), not 1'],
     [
@@ -45,7 +45,7 @@ describe('parseWorkerConfig', () => {
       'must be organisation/name, not "../a"',
     ],
     ['a hub that is no URL', { MIMO_WORKER_HUB_ENDPOINT: 'hub' }, 'MIMO_WORKER_HUB_ENDPOINT must be a URL'],
-    ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be given'],
+    ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be set'],
     ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, fp16, bf16, int8, int4'],
     [
       'a drain that leaves no time to hand over',
@@ -64,7 +64,7 @@ describe('parseWorkerConfig', () => {
   it('asks no addresses of prepare, but a checkpoint', () => {
     const env = { ...minimal, MIMO_WORKER_NATS_URL: 'nats://n', MIMO_WORKER_TENSOR_PARALLEL: '2' };
     expect(() => parseWorkerConfig(env, 'prepare')).toThrow(
-      'MIMO_WORKER_SHARD_DIRECTORY leaves nothing to prepare',
+      'MIMO_WORKER_SHARD_DIRECTORY needs no preparation',
     );
     const checkpoint = {
       MIMO_WORKER_SHARD_DIRECTORY: undefined,

@@ -38,19 +38,19 @@ export const workerSettings = {
   model: textSetting('MIMO_WORKER_MODEL'),
   /** The group's name, the same on all its ranks. */
   group: textSetting('MIMO_WORKER_GROUP', 'group-0'),
-  /** Hash of the spec that the group was started from; only handed on in heartbeats. */
+  /** Hash of the spec that the group was started from; only reported in heartbeats. */
   revision: textSetting('MIMO_WORKER_REVISION', ''),
 
   /**
-   * What `prepare` fetches into the checkpoint directory, as `organisation/name`; empty: the checkpoint is there
-   * already.
+   * The repository that `prepare` fetches into the checkpoint directory, as `organisation/name`; empty: the
+   * checkpoint is already there.
    */
   hubRepository: textSetting('MIMO_WORKER_HUB_REPOSITORY', ''),
-  /** A branch, tag or commit; a commit stays the same for ever. */
+  /** A branch, tag or commit; only a commit never changes. */
   hubRevision: textSetting('MIMO_WORKER_HUB_REVISION', 'main'),
   /** URL of a hub; empty: the public one. */
   hubEndpoint: textSetting('MIMO_WORKER_HUB_ENDPOINT', ''),
-  /** For models that the hub does not show to everybody. Its name is the one that all of the hub's tools know. */
+  /** For private and gated models. All tools of the hub use this name. */
   hubToken: secretSetting('HF_TOKEN', ''),
 
   /** A Hugging Face checkpoint directory, compiled into the cache at the first start ... */
@@ -63,25 +63,25 @@ export const workerSettings = {
 
   tensorParallel: integerSetting('MIMO_WORKER_TENSOR_PARALLEL', { min: 1, max: 8 }, 1),
   rank: integerSetting('MIMO_WORKER_RANK', { min: 0, max: 7 }, 0),
-  /** Where the ranks reach one another for collectives: `host:port` by rank. Not needed by a group of one. */
+  /** Addresses of the ranks for collectives: `host:port` by rank. A group of one needs none. */
   peers: listSetting('MIMO_WORKER_PEERS', ''),
   /** Where this rank listens for its peers; default: its entry of `peers`. */
   peerListen: textSetting('MIMO_WORKER_PEER_LISTEN', ''),
-  /** Shared by the ranks of one life of the group, so that a rank of an earlier life is turned away. */
+  /** Shared by the ranks of one life of the group, so that a rank of an earlier life is rejected. */
   groupToken: secretSetting('MIMO_WORKER_GROUP_TOKEN', 'unset'),
   /** Loading 8 GB of weights from a slow volume takes minutes, and ranks start apart. */
   peerConnectTimeoutMs: durationSetting('MIMO_WORKER_PEER_CONNECT_TIMEOUT', '10m'),
   peerTimeoutMs: durationSetting('MIMO_WORKER_PEER_TIMEOUT', '10s'),
 
   /**
-   * A step that takes longer, peers waited for included, hangs: its group ends. The largest step takes seconds on two
-   * busy cores, and a device may compile in its first ones.
+   * A longer step, waits for peers included, counts as hung, and its group ends. The largest step takes seconds on
+   * two busy cores, and a device may compile in its first steps.
    */
   stepTimeoutMs: durationSetting('MIMO_WORKER_STEP_TIMEOUT', '2m'),
 
   /** The WorkerService on a leader, health on every rank. */
   listen: addressSetting('MIMO_WORKER_LISTEN', '0.0.0.0:50052'),
-  /** What gateways dial, `host:port`; default: the address listened on. */
+  /** The address for gateways, `host:port`; default: the listening address. */
   advertise: textSetting('MIMO_WORKER_ADVERTISE', ''),
   /** Where Prometheus reads a leader's metrics, `host:port`; empty serves no page. */
   metricsListen: textSetting('MIMO_WORKER_METRICS_LISTEN', ''),
@@ -89,11 +89,11 @@ export const workerSettings = {
   natsUrls: natsServersSetting('MIMO_WORKER_NATS_URL', ''),
   /** A .creds file, or one line with `user:password` or a token; read again for each connection. */
   natsCredentialsFile: textSetting('MIMO_WORKER_NATS_CREDENTIALS_FILE', ''),
-  /** A dispatcher takes a group for gone after three missing ones. */
+  /** A dispatcher stops using a group after three missing heartbeats. */
   heartbeatIntervalMs: durationSetting('MIMO_WORKER_HEARTBEAT_INTERVAL', '250ms'),
 
   runtime: choiceSetting('MIMO_WORKER_RUNTIME', ['auto', 'ort-capi', 'ort-node'], 'auto'),
-  /** `cuda` computes on the GPU that the pod is given; it takes precision fp16 or bf16 ... */
+  /** `cuda` computes on the pod's GPU; it needs precision fp16 or bf16 ... */
   executionProvider: choiceSetting('MIMO_WORKER_EXECUTION_PROVIDER', executionProviders, 'cpu'),
   /** ... and the libonnxruntime of onnxruntime-gpu with its CUDA provider beside it; default: the bundled library. */
   runtimeLibrary: textSetting('MIMO_WORKER_RUNTIME_LIBRARY', ''),
@@ -103,9 +103,11 @@ export const workerSettings = {
   adaptiveSpeculation: booleanSetting('MIMO_WORKER_ADAPTIVE_SPECULATION', true),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
-  /** This and the two below: a number, or `auto`: what suits the execution provider (engine-options.ts). */
+  /** This and the two settings below: a number, or `auto` for the execution provider's default (engine-options.ts). */
   maxSequences: autoOr(integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 })),
-  /** A size, or `auto`: what the device or the container's limit leaves after the weights. */
+  /**
+   * Memory for the KV cache: a size, or `auto` for what the weights leave of the device or of the container's limit.
+   */
   kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES')),
   /**
    * A sequence whose client has taken nothing for this long, or for as long as it ran before, gives its place up when
@@ -118,27 +120,28 @@ export const workerSettings = {
   /** Kubernetes gives a pod 30 s by default between SIGTERM and SIGKILL. */
   drainGraceMs: durationSetting('MIMO_WORKER_DRAIN_GRACE', '25s'),
   /**
-   * What runs for longer than this while draining is handed over: moving costs a stream a pause and its prompt again.
+   * Streams that run for longer than this while draining are handed over. A move costs a pause and computes the
+   * prompt again.
    */
   drainFinishMs: durationSetting('MIMO_WORKER_DRAIN_FINISH', '10s'),
   logLevel: choiceSetting('MIMO_WORKER_LOG_LEVEL', logLevels, 'info'),
 } as const;
 
-/** The configuration of one rank. Times in milliseconds, sizes in bytes; '' where an optional text was not given. */
+/** The configuration of one rank. Times in milliseconds, sizes in bytes; '' for optional texts that are not set. */
 export type WorkerConfig = ConfigOf<typeof workerSettings>;
 
-/** What is run: a rank, or the command that finds, compiles and publishes its model beforehand. */
+/** What to run: a rank, or the command that finds, compiles and publishes its model in advance. */
 export type WorkerCommand = 'rank' | 'prepare';
 
 function checkModel(config: WorkerConfig): string[] {
   const problems: string[] = [];
   if ((config.checkpointDirectory === '') === (config.shardDirectory === '')) {
     problems.push(
-      'exactly one of MIMO_WORKER_CHECKPOINT_DIRECTORY and MIMO_WORKER_SHARD_DIRECTORY must be given',
+      'exactly one of MIMO_WORKER_CHECKPOINT_DIRECTORY and MIMO_WORKER_SHARD_DIRECTORY must be set',
     );
   }
   if (config.checkpointDirectory !== '' && config.cacheDirectory === '') {
-    problems.push('MIMO_WORKER_CACHE_DIRECTORY must be given where a checkpoint has to be compiled');
+    problems.push('MIMO_WORKER_CACHE_DIRECTORY must be set, because a checkpoint has to be compiled');
   }
   if (config.hubRepository !== '' && !/^\w[\w.-]*(\/\w[\w.-]*)?$/.test(config.hubRepository)) {
     problems.push(
@@ -172,7 +175,7 @@ function checkRank(config: WorkerConfig): string[] {
   const listenHost = config.listen.slice(0, config.listen.lastIndexOf(':'));
   if (config.natsUrls.length > 0 && config.advertise === '' && ['0.0.0.0', '[::]'].includes(listenHost)) {
     problems.push(
-      `MIMO_WORKER_ADVERTISE must be given where MIMO_WORKER_LISTEN is every address (${config.listen})`,
+      `MIMO_WORKER_ADVERTISE must be set, because MIMO_WORKER_LISTEN is every address (${config.listen})`,
     );
   }
   for (const peer of config.peers) {
@@ -195,7 +198,7 @@ export function parseWorkerConfig(env: Environment, command: WorkerCommand = 'ra
       ? checkRank(config)
       : config.shardDirectory === ''
         ? []
-        : ['MIMO_WORKER_SHARD_DIRECTORY leaves nothing to prepare: give MIMO_WORKER_CHECKPOINT_DIRECTORY']),
+        : ['MIMO_WORKER_SHARD_DIRECTORY needs no preparation: set MIMO_WORKER_CHECKPOINT_DIRECTORY']),
   ];
   return parseConfig({ prefix: 'MIMO_WORKER_', settings: workerSettings, check }, env);
 }

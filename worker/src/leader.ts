@@ -1,5 +1,6 @@
-// Rank 0 of a replica group: the engine that schedules and samples, the WorkerService in front of it, and the heartbeats
-// that say so. Owns the group's state as others see it and the order of its end; knows no model and no tensors.
+// Rank 0 of a replica group: the engine that schedules and samples, the WorkerService in front of it, and the
+// heartbeats that say so. Owns the group's state as others see it and the order of its end; knows no model and no
+// tensors.
 //
 // starting -> ready -> draining -> gone; from any of them -> failed, where every sequence ends with `aborted`, a last
 // heartbeat says FAILED, and the process ends: a group lives and dies whole. While draining, what runs may finish for a
@@ -160,7 +161,7 @@ function summaryOf({ info }: EngineHost): Readonly<Record<string, unknown>> {
   return { ...rest, layers: config.layers, hiddenSize: config.hiddenSize };
 }
 
-/** What the group says of itself. */
+/** The group's report about itself. */
 class GroupView {
   readonly #config: WorkerConfig;
   readonly #incarnation = randomUUID();

@@ -8,9 +8,9 @@ const counters = {
   engine_steps_total: ['steps', 'Forward passes over the group'],
   engine_prompt_tokens_total: ['promptTokens', 'Prompt tokens read'],
   engine_completion_tokens_total: ['completionTokens', 'Completion tokens produced'],
-  engine_draft_tokens_total: ['draftedTokens', 'Tokens that the MTP layer proposed'],
-  engine_accepted_tokens_total: ['acceptedTokens', 'Proposed tokens that were right'],
-  engine_parked_sequences_total: ['parkedSequences', 'Sequences that gave up their place without credit'],
+  engine_draft_tokens_total: ['draftedTokens', 'Tokens that the MTP layer drafted'],
+  engine_accepted_tokens_total: ['acceptedTokens', 'Drafted tokens that were accepted'],
+  engine_parked_sequences_total: ['parkedSequences', 'Sequences parked because their client was slow'],
 } as const;
 
 /** Makes the instruments; feed it each frame. `read` is asked when the page is. */
@@ -18,12 +18,14 @@ export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): 
   metrics.gauge('engine_running_sequences', 'Sequences that hold KV cache', () => [
     [read().runningSequences, {}],
   ]);
-  metrics.gauge('engine_waiting_sequences', 'Sequences that wait for it', () => [
+  metrics.gauge('engine_waiting_sequences', 'Sequences that wait for KV cache', () => [
     [read().waitingSequences, {}],
   ]);
-  metrics.gauge('engine_parkable_sequences', 'Running sequences without credit for long', () => [
-    [read().parkableSequences, {}],
-  ]);
+  metrics.gauge(
+    'engine_parkable_sequences',
+    'Running sequences whose client has not read for a while',
+    () => [[read().parkableSequences, {}]],
+  );
   metrics.gauge('engine_kv_cache_used_ratio', 'KV blocks in use, 0 to 1', () => {
     const { kvBlocks, kvBlocksUsed } = read();
     return kvBlocks === 0 ? [] : [[kvBlocksUsed / kvBlocks, {}]];
@@ -35,7 +37,7 @@ export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): 
   }));
   const step = metrics.duration(
     'engine_step_seconds',
-    'Wall time of a step; prefill where it read prompt tokens',
+    'Wall time of a step; phase prefill if it read prompt tokens',
   );
   let promptTokens = 0;
   return ({ stats, stepMs }) => {

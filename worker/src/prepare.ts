@@ -1,6 +1,6 @@
 // `node worker/src/main.ts prepare`: what must be there before a group of a model can start. Finds the checkpoint or
-// fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue; each
-// is done once, whoever asks. Owns the command's exit code, which tells Kubernetes what is worth a retry.
+// fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue;
+// each is done once, whoever asks. Owns the command's exit code, which tells the controller whether to retry.
 
 import { hostname } from 'node:os';
 import { parseArgs } from 'node:util';
@@ -24,7 +24,7 @@ interface PrepareSteps {
   readonly publish: boolean;
 }
 
-/** What another attempt would only repeat: the model, or what is asked of it, has to change first. */
+/** Errors that another attempt would only repeat: the model or its settings must change first. */
 const terminalCodes: ReadonlySet<ErrorCode> = new Set([
   'not_found',
   'invalid_argument',
@@ -44,8 +44,8 @@ const vocabularyFiles = ['vocab.json', 'merges.txt'];
 
 /**
  * Runs the command and gives its exit code: 0 done, 3 the model cannot be found or cannot be run as asked, 2 wrong
- * settings or arguments, 1 anything else. What failed is the last line on standard error. The signal cancels; what is done
- * by then is kept for the next call.
+ * settings or arguments, 1 anything else. What failed is the last line on standard error. The signal cancels; what is
+ * done by then is kept for the next call.
  */
 export async function runPrepare(
   args: readonly string[],
@@ -118,7 +118,10 @@ async function fetchFromHub(config: WorkerConfig, log: Log, signal: AbortSignal)
   const begin = performance.now();
   let loggedAt = begin;
   const { hubRepository: repository, hubRevision: revision } = config;
-  log.info({ repository, revision, directory: config.checkpointDirectory }, 'fetching unless it is there');
+  log.info(
+    { repository, revision, directory: config.checkpointDirectory },
+    'fetching the checkpoint unless it is there',
+  );
   await fetchCheckpoint(
     {
       repository,
@@ -138,7 +141,7 @@ async function fetchFromHub(config: WorkerConfig, log: Log, signal: AbortSignal)
   log.info({ repository, revision, elapsedMs: Math.round(performance.now() - begin) }, 'fetched');
 }
 
-/** The files that are published; fails with `failed_precondition` where there is no tokenizer among them. */
+/** The files that are published; fails with `failed_precondition` if there is no tokenizer among them. */
 async function readModelFiles(directory: string): Promise<ReadonlyMap<string, Uint8Array>> {
   const files = await readTextFiles(directory);
   if (!files.has(tokenizerFile) && !vocabularyFiles.every((name) => files.has(name))) {
@@ -166,7 +169,7 @@ async function publish(
     log.info({ digest, identity, files: [...model.files.keys()] }, 'published');
   } catch (error) {
     if (limit.aborted) {
-      const text = `NATS of MIMO_WORKER_NATS_URL did not take the model within ${publishMs} ms`;
+      const text = `NATS at MIMO_WORKER_NATS_URL did not store the model within ${publishMs} ms`;
       throw new ClusterError('unavailable', text, { cause: error });
     }
     throw error;

@@ -1,5 +1,5 @@
-// The engine's deltas -> what a gateway reads of them. Pure. Owns how an end is reported: an abort that the gateway asked
-// for is one, any other is an error with its code.
+// The engine's deltas -> what a gateway reads of them. Pure. Owns how an end is reported: an abort that the gateway
+// asked for is one, any other is an error with its code.
 
 import type { ClusterError } from '@mimo/core/process/errors';
 import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
@@ -30,7 +30,7 @@ const finishKinds = {
 
 const parkReasons = { 'no credit': ParkReason.NO_CREDIT } as const;
 
-/** What a step gave a sequence. */
+/** A step's result for a sequence. */
 export function deltaToWire(sequence: SequenceOnWire, delta: SequenceDelta): WireDelta {
   return {
     slot: sequence.slot,
@@ -76,7 +76,7 @@ function errorOf(
   }
   return sequence.abortedFor === 'deadline'
     ? { code: 'deadline_exceeded', message: 'the deadline passed while the sequence ran' }
-    : { code: 'aborted', message: 'the group ended in mid-sequence' };
+    : { code: 'aborted', message: 'the group ended while the sequence ran' };
 }
 
 /** Adds a later delta of the same sequence to one that has not been sent yet. */

@@ -1,6 +1,6 @@
-// The live sequences of the group, from their submit to their last delta: the one place that knows which there are, whose
-// they are and how far each has come. The engine names them by id, sessions by slot; both only route. Knows no stream,
-// no gRPC and no NATS. Time and timers come from the platform, because a deadline has to fire by itself.
+// The live sequences of the group, from their submit to their last delta: the one place that knows which there are,
+// whose they are and how far each has come. The engine names them by id, sessions by slot; both only route. Knows no
+// stream, no gRPC and no NATS. Time and timers come from the platform, because a deadline has to fire by itself.
 //
 // Each turn of a sequence's life is one path:
 //   begin   `begin`; one that cannot begin ends at once
@@ -49,7 +49,9 @@ export interface LiveSequence extends SequenceOnWire {
   deadline: Timer | undefined;
 }
 
-/** Every live sequence. The leader feeds it the engine's frames; sessions begin and abort; the group's end `fail`s it. */
+/**
+ * Every live sequence. The leader feeds it the engine's frames; sessions begin and abort; the group's end `fail`s it.
+ */
 export class LiveSequences {
   readonly #engine: SequenceEngine;
   readonly #group: Pick<Welcome, 'group' | 'identity'>;
@@ -88,7 +90,7 @@ export class LiveSequences {
     return this.#bySlot.get(reader)?.get(slot);
   }
 
-  /** Begins a sequence; one that cannot begin ends at once. Throws `failed_precondition` where its slot is in use. */
+  /** Begins a sequence; if it cannot begin, it ends at once. Throws `failed_precondition` if its slot is in use. */
   begin(reader: SequenceReader, submit: Submit): void {
     const sequence = this.#add(reader, submit);
     try {
@@ -214,7 +216,7 @@ export class LiveSequences {
     }
     const { group, identity } = this.#group;
     if (bound !== '' && bound !== identity) {
-      throw new ClusterError('unavailable', `group ${group} computes with ${identity}, not with ${bound}`);
+      throw new ClusterError('unavailable', `group ${group} has model identity ${identity}, not ${bound}`);
     }
   }
 

@@ -138,7 +138,7 @@ describe('Sessions', () => {
       .receive({ message: { $case: 'hello', value: { gatewayId: 'x', model: 'other' } } });
     expect(stranger.ended?.error).toMatchObject({
       code: 'not_found',
-      message: 'this group holds m, not other',
+      message: 'this group serves m, not other',
     });
     expect(sessions.count).toBe(1);
   });
@@ -300,7 +300,7 @@ describe('Sessions', () => {
     expect(peer.frames[0]?.deltas[0]?.finish).toMatchObject({
       kind: FinishKind.ERROR,
       errorCode: 'unavailable',
-      errorMessage: 'group g computes with i, not with another',
+      errorMessage: 'group g has model identity i, not another',
     });
   });
 

@@ -54,7 +54,7 @@ export class Sessions {
   /** Checks a Hello; fails with `not_found` for a model that is not this group's. */
   greet(model: string): Welcome {
     if (model !== this.#welcome.model) {
-      throw new ClusterError('not_found', `this group holds ${this.#welcome.model}, not ${model}`);
+      throw new ClusterError('not_found', `this group serves ${this.#welcome.model}, not ${model}`);
     }
     return this.#welcome;
   }

@@ -65,7 +65,7 @@ function exitFromShell(code: number | null, signal: NodeJS.Signals | null): Chil
 
 /**
  * Starts a program in a session of its own, so that a Ctrl-C in the terminal reaches only this process, which then
- * stops its children in order. Fails with `unavailable` where it cannot be started.
+ * stops its children in order. Fails with `unavailable` if it cannot be started.
  */
 export async function startChild(options: ChildOptions): Promise<Child> {
   const log = openSync(options.logFile, 'a');

@@ -48,11 +48,11 @@ export interface Records {
   /** Has the store begin another file. The store removes a file once it holds no live record. */
   turnFile(): Promise<void>;
   /**
-   * Deletes a record, and overwrites it on disk where the server keeps it in plain text. True where this call deleted
-   * it, false where it was gone, perhaps with its whole store. Waits through disconnections.
+   * Deletes a record, and overwrites it on disk where the server keeps it in plain text. True if this call deleted
+   * it, false if it was gone, perhaps with its whole store. Waits through disconnections.
    */
   erase(place: RecordPlace): Promise<boolean>;
-  /** The live record of a request by its id alone, prompt included; undefined where there is none. */
+  /** The live record of a request by its id alone, prompt included; undefined if there is none. */
   read(requestId: string): Promise<RequestRecord | undefined>;
   /**
    * Replays the live records of a model in order, then follows new ones; each record once. `onReplayed` is called when

@@ -26,7 +26,7 @@ async function open(optional = false): Promise<KeysFile> {
   return file;
 }
 
-/** The tenant that a key stands for; undefined where it is refused. */
+/** The tenant that a key stands for; undefined if it is refused. */
 function tenantOf(file: KeysFile, key: string): string | undefined {
   try {
     return file.authenticate(`Bearer ${key}`).tenant;

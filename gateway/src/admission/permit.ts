@@ -8,7 +8,7 @@ import type { Caller } from './auth.ts';
 /** The table of the requests that are held, as far as a new one's place depends on it. */
 export interface Places {
   counts(): { readonly requests: number };
-  /** Ends a request whose client takes nothing, for a new one; false where every client reads. */
+  /** Ends a request whose client takes nothing, for a new one; false if every client reads. */
   makeRoom(): boolean;
 }
 
@@ -31,7 +31,7 @@ export function assertMayUse(caller: Caller, model: string): void {
 }
 
 /**
- * Fails with `unavailable` while the gateway stops, with `resource_exhausted` where it is full of clients that read.
+ * Fails with `unavailable` while the gateway stops, with `resource_exhausted` if it is full of clients that read.
  */
 export function assertPlace(places: Places, { maxRequests, stopping }: PlaceRules): void {
   if (stopping.aborted) {

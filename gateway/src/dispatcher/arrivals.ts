@@ -42,7 +42,7 @@ export class Arrivals {
     return this.#records.get(requestId);
   }
 
-  /** Takes a record; false where its request is known already, perhaps from another store. */
+  /** Takes a record; false if its request is known already, perhaps from another store. */
   add({ isArrival: _isArrival, ageMs, ...queued }: FollowedRecord, nowMs: number): boolean {
     const { record, storeId } = queued;
     const known = this.#records.get(record.requestId);

@@ -82,7 +82,7 @@ export class Backlog {
     }
   }
 
-  /** The request is with a group. False where there is no such request. */
+  /** The request is with a group. False if there is no such request. */
   hold(requestId: string): boolean {
     const request = this.#arrivals.get(requestId);
     if (request === undefined) {

@@ -89,7 +89,7 @@ interface Schedule {
   readonly awayFor: number;
   /** Every so many ticks another gateway dispatches; 0: never. */
   readonly termTicks: number;
-  /** Innocent requests that come for ever. */
+  /** Innocent requests that come forever. */
   readonly traffic?: { readonly everyTicks: number; readonly tokens: number };
 }
 
@@ -262,7 +262,7 @@ class World {
     );
   }
 
-  /** Runs to the end of every request; false where that does not come. */
+  /** Runs to the end of every request; false if that does not come. */
   async run(): Promise<boolean> {
     const { requests, termTicks, traffic } = this.schedule;
     const isOver = (): boolean => requests.every((_, index) => this.ends.has(`r${index}`));
@@ -516,7 +516,8 @@ describe('suspicion at work', () => {
         expect(await world.run()).toBe(true);
         expect(world.ends.get('r0')).toBe('aborted');
         expect([...world.ends].filter(([id, end]) => id !== 'r0' && end === 'aborted')).toEqual([]);
-        // One that runs leaves its slot; the groups that break come back; others on trial go first, each until it makes progress.
+        // One that runs leaves its slot; the groups that break come back; others on trial go first, each until it
+        // makes progress.
         const { groups, slots, hangsFor, awayFor, traffic } = schedule;
         const aBreak = hangsFor + awayFor + 2 * settleTicks;
         const aTrial = provenTokens + settleTicks + 2 * beatTicks;

@@ -84,8 +84,8 @@ export class PromptEncoder {
   }
 
   /**
-   * The ids of a prompt that was checked. Fails with `invalid_argument` where the template refuses the messages,
-   * `TooManyTokensError` over the limit, `resource_exhausted` where too many wait, `failed_precondition` where the
+   * The ids of a prompt that was checked. Fails with `invalid_argument` if the template refuses the messages,
+   * `TooManyTokensError` over the limit, `resource_exhausted` if too many wait, `failed_precondition` if the
    * model's files do not come to an end; rejects with the signal's reason where that fires first: then it leaves the
    * queue.
    */

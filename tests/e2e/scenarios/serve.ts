@@ -1,5 +1,5 @@
-// A model at zero: a request wakes it and is answered, many at once raise it to several groups in one decision, idleness
-// takes it back to zero. No request is lost, counted at the client.
+// A model at zero: a request wakes it and is answered, many at once raise it to several groups in one decision,
+// idleness takes it back to zero. No request is lost, counted at the client.
 
 import type { ModelServiceStatus } from '@mimo/controller/resources/status';
 
@@ -15,7 +15,8 @@ const burstGroups = 3;
 const decisionGoalMs = 1_000;
 /**
  * The controller takes what arrives within 300 ms for one burst. Where processes are stopped in the middle of it, what
- * the client, the gateway or the queue is late with is another one and rightly another decision, so there is a second try.
+ * the client, the gateway or the queue is late with is another one and rightly another decision, so there is a second
+ * try.
  */
 const mostBursts = 3;
 
@@ -115,7 +116,7 @@ interface Burst {
   readonly requestsLost: number;
 }
 
-/** Asks many times at once; fails where a request is lost or its answer another. */
+/** Asks many times at once; fails if a request is lost or its answer another. */
 async function sendBurst(world: World): Promise<Burst> {
   const { installation } = world;
   const decisions: ScaleDecision[] = [];

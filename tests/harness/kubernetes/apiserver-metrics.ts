@@ -2,7 +2,7 @@
 
 import type { ControlPlane } from './control-plane.ts';
 
-/** The sum over the series of that name that carry all of those labels; 0 where there is none. */
+/** The sum over the series of that name that carry all of those labels; 0 if there is none. */
 export async function readApiserverMetric(
   plane: ControlPlane,
   name: string,

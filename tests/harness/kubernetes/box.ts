@@ -1,6 +1,6 @@
 // A machine in a box: network, mount, process, name and IPC namespaces in which one node of a cluster lives, so that
-// nothing of it reaches this machine's network, mounts, /var, /run or processes. Owns the namespaces, the wiring of boxes
-// with one another and the processes inside; RunDirectory ends them. No packet leaves: there is no uplink.
+// nothing of it reaches this machine's network, mounts, /var, /run or processes. Owns the namespaces, the wiring of
+// boxes with one another and the processes inside; RunDirectory ends them. No packet leaves: there is no uplink.
 
 import { execFile, spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
@@ -231,7 +231,7 @@ class NamespaceProcess implements BoxProcess {
   }
 }
 
-/** The one child of a process: what `unshare --fork` and `nsenter --pid` started. Fails where it has ended already. */
+/** The one child of a process: what `unshare --fork` and `nsenter --pid` started. Fails if it has ended already. */
 async function childOf(pid: number, name: string): Promise<number> {
   let child = Number.NaN;
   await waitFor(

@@ -66,7 +66,9 @@ export interface PretendNodesOptions {
   readonly stopDelayMs?: (pod: PretendPod) => number;
   /** Pods that end by themselves once they have started; default none does. */
   readonly endingOf?: (pod: PretendPod) => Ending | undefined;
-  /** Well below the controller-manager's grace period, at whose end a node counts as lost; on a busy machine more so. */
+  /**
+   * Well below the controller-manager's grace period, at whose end a node counts as lost; on a busy machine more so.
+   */
   readonly leaseRenewMs?: number;
 }
 
@@ -84,7 +86,7 @@ export interface PretendNodes {
   close(): Promise<void>;
 }
 
-/** What a kubelet would say of a pod on its node; `undefined` where it has said so already. Pure. */
+/** What a kubelet would say of a pod on its node; `undefined` if it has said so already. Pure. */
 export function planPodStatus(
   pod: PretendPod,
   {

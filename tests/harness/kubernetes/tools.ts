@@ -105,7 +105,7 @@ const delay: ToolModule = {
 
 /**
  * Names a build: version, then a digest of every source of the module, the platform and the linker's flags. Whatever
- * may change a program changes the key. Fails with `failed_precondition` where go.mod does not name the version.
+ * may change a program changes the key. Fails with `failed_precondition` if go.mod does not name the version.
  */
 export async function toolKey(module: ToolModule, directory: string): Promise<string> {
   const version = await versionOf(module, directory);

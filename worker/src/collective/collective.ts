@@ -24,7 +24,7 @@ export interface Collective {
   broadcast(frame: Int32Array): void;
   /** Other ranks: the next frame of rank 0. */
   receive(): Int32Array;
-  /** For whoever waits by other means for what peers take part in: throws as the blocking calls do. */
+  /** For code that waits for peers by other means: throws as the blocking calls do. */
   watch(waitedMs: number): void;
   /** Leaves the group. Idempotent. */
   close(): void;
@@ -40,7 +40,9 @@ export function assertNotStopped(flag: StopFlag): void {
   }
 }
 
-/** Sums `parts` (equal lengths) into `into`, in order, rounding to float32 after each addition. `into` may be a part. */
+/**
+ * Sums `parts` (equal lengths) into `into`, in order, rounding to float32 after each addition. `into` may be a part.
+ */
 export function sumInOrder(into: Float32Array, parts: readonly Float32Array[]): void {
   const first = parts[0]!;
   const second = parts[1]!;

@@ -90,7 +90,7 @@ export class HandshakeEnd {
   }
 }
 
-/** Dials `host:port`. Undefined where nobody listens there yet; throws the signal's reason. */
+/** Dials `host:port`. Undefined if nothing listens there yet; throws the signal's reason. */
 export async function connect(address: string, signal: AbortSignal): Promise<HandshakeEnd | undefined> {
   const { promise, resolve } = Promise.withResolvers<net.Socket | undefined>();
   const socket = net.connect({ ...parseAddress(address), noDelay: true });
@@ -117,7 +117,7 @@ async function* readMessages(socket: net.Socket): AsyncGenerator<Message> {
       if (bytes > maxMessageBytes) {
         throw new ClusterError(
           'data_loss',
-          `handshake: a message of at most ${maxMessageBytes} bytes is due, ${bytes} come`,
+          `handshake: expected a message of at most ${maxMessageBytes} bytes, got ${bytes}`,
         );
       }
       if (pending.length < 4 + bytes) {
@@ -137,7 +137,7 @@ function parseMessage(text: string): Message {
       return message as Message;
     }
   } catch {
-    // Told like any other text that is no message.
+    // Reported like any other invalid message.
   }
   throw new ClusterError('data_loss', 'handshake: the peer does not speak this protocol');
 }

@@ -1,11 +1,11 @@
-// How the ranks of a network group find and check one another before the step thread takes over. Owns the handshake; runs
-// on the main thread with ordinary sockets, and ends with one plain descriptor per peer. Knows no tensors.
+// How the ranks of a network group find and check one another before the step thread takes over. Owns the handshake;
+// runs on the main thread with ordinary sockets, and ends with one plain descriptor per peer. Knows no tensors.
 //
 // Each rank listens and dials the lower ranks until they are there. On a connection, each message being a 4-byte length
 // and JSON:   dialler: Hello    listener: Hello or Refusal    dialler: Accepted or Refusal    listener: one byte, `go`.
 // Once the listener has its Accepted, both give the connection to their step threads. The dialler's side of the event
-// loop lets go before it sends Accepted, and sends nothing more until `go`; so neither event loop can swallow a byte that
-// is meant for a step thread.
+// loop lets go before it sends Accepted, and sends nothing more until `go`; so neither event loop can swallow a byte
+// that is meant for a step thread.
 
 import { createHash, timingSafeEqual } from 'node:crypto';
 import * as net from 'node:net';
@@ -45,8 +45,8 @@ const goByte = Uint8Array.of(1);
 
 /**
  * Connects this rank with all others. Errors: `failed_precondition` on both sides, naming both values, where model,
- * precision or world size differ or a rank comes twice; `permission_denied` where the token differs; `deadline_exceeded`
- * naming the ranks that did not come; `unavailable` where it cannot listen; `canceled` by the signal.
+ * precision or world size differ or a rank comes twice; `permission_denied` if the token differs; `deadline_exceeded`
+ * naming the ranks that did not come; `unavailable` if it cannot listen; `canceled` by the signal.
  */
 export async function joinGroup(options: JoinOptions, signal: AbortSignal): Promise<PeerConnection[]> {
   const { member, timeoutMs } = options;
@@ -60,7 +60,7 @@ export async function joinGroup(options: JoinOptions, signal: AbortSignal): Prom
     stop.abort(
       new ClusterError(
         'deadline_exceeded',
-        `rank ${member.rank}: ${who} did not come within ${timeoutMs} ms`,
+        `rank ${member.rank}: ${who} did not connect within ${timeoutMs} ms`,
       ),
     );
   }, timeoutMs);
@@ -146,7 +146,7 @@ async function receiveDialler(
   const { options, come } = group;
   const theirs = await end.read();
   if (theirs.kind !== 'hello') {
-    throw new ClusterError('data_loss', `a ${theirs.kind} where a hello was due`);
+    throw new ClusterError('data_loss', `expected a hello, got a ${theirs.kind}`);
   }
   const problem = findMismatch(options, theirs, come);
   if (problem !== undefined) {
@@ -226,7 +226,7 @@ function findMismatch(
   if (!isSameToken(options.token, theirs.token)) {
     return new ClusterError(
       'permission_denied',
-      `rank ${member.rank}: the group token of rank ${theirs.rank} is another one`,
+      `rank ${member.rank}: the group token of rank ${theirs.rank} differs`,
     );
   }
   const mine = hello(options);

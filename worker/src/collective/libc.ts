@@ -1,6 +1,7 @@
 // The few system calls that must not go through the event loop: on a connected socket, since the step thread has none
-// while it computes, and the end of a process whose step thread cannot be ended. Owns the binding to libc; descriptors are non-blocking, as libuv leaves them. Knows no protocol.
-// Node ignores SIGPIPE, so writing to a closed connection is an error code.
+// while it computes, and the end of a process whose step thread cannot be ended. Owns the binding to libc;
+// descriptors are non-blocking, as libuv leaves them. Knows no protocol. Node ignores SIGPIPE, so writing to a closed
+// connection is an error code.
 
 import { constants } from 'node:os';
 import koffi from 'koffi';
@@ -29,14 +30,14 @@ const exitCall: (code: number) => void = libc.func('_exit', 'void', ['int']);
 const readable = 1;
 const writable = 4;
 
-/** What a descriptor is waited for. */
+/** The events to wait for on a descriptor. */
 export interface PollInterest {
   readonly fd: number;
   readonly read: boolean;
   readonly write: boolean;
 }
 
-/** Bytes read, 0 where none are there yet. Throws `unavailable` when the peer has closed or the connection broke. */
+/** Bytes read, 0 if none have arrived yet. Throws `unavailable` when the peer has closed or the connection broke. */
 export function readSome(fd: number, into: Uint8Array): number {
   const count = readCall(fd, into, into.byteLength);
   if (count === 0) {
@@ -45,7 +46,7 @@ export function readSome(fd: number, into: Uint8Array): number {
   return count > 0 ? count : throwUnlessLater('read');
 }
 
-/** Bytes written, 0 where the peer must take some first. Throws `unavailable` when the connection broke. */
+/** Bytes written, 0 if the peer must read first. Throws `unavailable` when the connection broke. */
 export function writeSome(fd: number, from: Uint8Array): number {
   const count = writeCall(fd, from, from.byteLength);
   return count >= 0 ? count : throwUnlessLater('write');

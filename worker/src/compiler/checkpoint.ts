@@ -28,9 +28,9 @@ const indexFile = 'model.safetensors.index.json';
 const problemsShown = 8;
 
 /**
- * Reads a checkpoint directory. Throws `not_found` without a config or weights, `invalid_argument` where the config
+ * Reads a checkpoint directory. Throws `not_found` without a config or weights, `invalid_argument` if the config
  * cannot be run or config and tensors disagree (missing, unknown or wrongly shaped tensors, listed by name), and
- * `data_loss` where a file is damaged.
+ * `data_loss` if a file is damaged.
  */
 export async function openCheckpoint(directory: string): Promise<Checkpoint> {
   const config = await readModelConfig(directory);

@@ -23,11 +23,14 @@ import { isSharedCopy, type Transfer } from './weight-layout.ts';
 export interface CompileOptions {
   /** Folder with config.json and safetensors. */
   readonly modelDirectory: string;
-  /** Folder that gets `rank-0`, `rank-1`, ...; made where it is missing. */
+  /** Directory for `rank-0`, `rank-1`, ...; created if missing. */
   readonly outDirectory: string;
   readonly tensorParallel: number;
   readonly precision: Precision;
-  /** Default 4: int8 arithmetic inside int8 and int4 products; 0: fp32 arithmetic, slow, for comparison with an oracle. */
+  /**
+   * Default 4: int8 arithmetic inside int8 and int4 products; 0: fp32 arithmetic, slow, for comparison with an
+   * oracle.
+   */
   readonly accuracyLevel?: 0 | 4;
   /** Default `pre-norm`: Xiaomi's own code and weights. */
   readonly mtpHidden?: ShardManifest['mtpHidden'];
@@ -45,7 +48,7 @@ export interface CompileProgress {
   readonly totalBytes: number;
 }
 
-/** What a compile left on disk. */
+/** The result of a compile on disk. */
 export interface CompileResult {
   readonly key: string;
   /** One a rank, in rank order. */
@@ -91,7 +94,7 @@ export async function compile(options: CompileOptions, signal: AbortSignal): Pro
     }
     return { ...made, upToDate: false };
   };
-  // Looking first without the lock lets shards on a read-only volume be used.
+  // A first check without the lock allows shards on a read-only volume.
   const done = await findDone();
   if (done !== undefined) {
     return done;
@@ -231,7 +234,7 @@ function planJobs(from: {
 function tensorOf(checkpoint: Checkpoint, name: string): TensorLocation {
   const tensor = checkpoint.tensors.get(name);
   if (tensor === undefined) {
-    throw new ClusterError('internal', `segments refer to ${name}, which the checkpoint does not hold`);
+    throw new ClusterError('internal', `segments refer to ${name}, which the checkpoint does not have`);
   }
   return tensor;
 }

@@ -1,6 +1,6 @@
-// A checkpoint from a Hugging Face hub into a directory: only the files that MiMo needs, each checked by the digest that
-// the hub names for it. Owns the directory while it fills: many may ask for the same one at once, on a shared volume too,
-// one fetches, and what an interrupted one has is kept. Talks to the hub through @huggingface/hub alone.
+// A checkpoint from a Hugging Face hub into a directory: only the files that MiMo needs, each checked by the digest
+// that the hub names for it. Owns the directory while it fills: many may ask for the same one at once, on a shared
+// volume too, one fetches, and what an interrupted one has is kept. Talks to the hub through @huggingface/hub alone.
 
 import { mkdir, open, readdir, readFile, rename, rm, statfs, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
@@ -45,9 +45,9 @@ const retryMs = 1_000;
 const stallMs = 60_000;
 
 /**
- * Brings a checkpoint into the directory, or finds that it is there. Fails with `not_found` where the hub has no such
- * model or revision (or does not show it to this token), `invalid_argument` where it is no MiMo checkpoint, `data_loss`
- * where a file is not what the hub says, `resource_exhausted` where the disk is too small, `unavailable` where the
+ * Fetches a checkpoint into the directory, unless it is already there. Fails with `not_found` if the hub has no such
+ * model or revision (or does not show it to this token), `invalid_argument` if it is not a MiMo checkpoint, `data_loss`
+ * if a file does not match the hub's digest, `resource_exhausted` if the disk is too small, `unavailable` if the
  * hub cannot be reached. The signal cancels; what is there by then is kept for the next call.
  */
 export async function fetchCheckpoint(request: HubFetch, signal: AbortSignal): Promise<void> {
@@ -134,7 +134,7 @@ class Fetching {
       }
     }
     if (!files.some(({ path }) => path === 'config.json')) {
-      throw new ClusterError('invalid_argument', `${repo} is no MiMo checkpoint: it has no config.json`);
+      throw new ClusterError('invalid_argument', `${repo} is not a MiMo checkpoint: it has no config.json`);
     }
     return files;
   }
@@ -186,7 +186,7 @@ class Fetching {
         await rm(partial);
         throw new ClusterError(
           'data_loss',
-          `${file.path} of ${this.#request.repository} is not what the hub's ${file.digest.kind} digest says`,
+          `${file.path} of ${this.#request.repository} does not match the hub's ${file.digest.kind} digest`,
         );
       }
       await rename(partial, target);
@@ -194,7 +194,7 @@ class Fetching {
     this.#tell(file, file.bytes);
   }
 
-  /** Brings a partial file to its full length, from where it is, over as many connections as it takes. */
+  /** Completes a partial file from where it ends, over as many connections as needed. */
   async #download(file: HubFile, partial: string, commit: string): Promise<void> {
     const append = async (): Promise<void> => {
       const begin = await sizeOf(partial);
@@ -216,7 +216,7 @@ class Fetching {
     const options = { ...this.#access, repo, path: file.path, revision: at.commit, xet: false };
     const blob = await downloadFile(options);
     if (blob === null) {
-      throw new ClusterError('not_found', `${repo} has no ${file.path} any more`);
+      throw new ClusterError('not_found', `${repo} no longer has ${file.path}`);
     }
     const reader = blob.slice(at.begin, file.bytes).stream().getReader();
     const output = await open(at.partial, 'a');
@@ -245,7 +245,9 @@ class Fetching {
     this.#request.onProgress?.({ file: path, doneBytes, totalBytes: this.#totalBytes });
   }
 
-  /** Asks the hub, again and again while it may yet answer. `progress` grows with each attempt that brought something. */
+  /**
+   * Asks the hub, again and again while it may yet answer. `progress` grows with each attempt that brought something.
+   */
   async #ask<Result>(act: () => Promise<Result>, progress = async (): Promise<number> => 0): Promise<Result> {
     let before = await progress();
     for (let attempt = 1; ; attempt++) {
@@ -271,7 +273,7 @@ class Fetching {
       return error;
     }
     if (error instanceof HubApiError && [401, 403, 404].includes(error.statusCode)) {
-      const text = `the hub has no model ${repository} of revision ${revision}, or HF_TOKEN may not read it`;
+      const text = `the hub has no model ${repository} with revision ${revision}, or HF_TOKEN may not read it`;
       return new ClusterError('not_found', `${text} (status ${error.statusCode})`);
     }
     if (error instanceof Error && 'code' in error && error.code === 'ENOSPC') {

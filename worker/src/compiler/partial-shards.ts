@@ -1,5 +1,5 @@
-// What a compile has on disk before it is done. Owns `<out>/partial-<key>/`: the ranks' files at their final size, and
-// progress.json with the jobs that are safely in them, so that an interrupted compile goes on where it was.
+// The files of an unfinished compile. Owns `<out>/partial-<key>/`: the ranks' files at their final size, and
+// progress.json with the jobs that are safely in them, so that an interrupted compile continues where it stopped.
 // INVARIANT: `<out>/rank-N` is only ever a whole directory that was moved there, manifest and all.
 
 import {
@@ -49,7 +49,7 @@ export function rankDirectory(parent: string, rank: number): string {
 
 /**
  * Takes up the partial shards of this key, or begins them; those of other keys are removed. Throws
- * `resource_exhausted` where the disk cannot hold them.
+ * `resource_exhausted` if the disk cannot hold them.
  */
 export async function openPartial(of: {
   readonly outDirectory: string;
@@ -106,7 +106,7 @@ async function readProgress(path: string): Promise<Set<number>> {
   return new Set(progress.done);
 }
 
-/** Gives each file its size; false where one of them was not there in full, so that no progress counts. */
+/** Gives each file its size; false if one of them was not there in full, so that no progress counts. */
 async function reserveFiles(
   directory: string,
   files: readonly { readonly path: string; readonly bytes: number }[],

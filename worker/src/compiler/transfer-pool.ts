@@ -7,7 +7,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import type { TransferAnswer } from './compile-thread.ts';
 import type { TransferJob } from './transfer.ts';
 
-/** Jobs, how many threads share them, and what is told of each that is done. */
+/** Jobs, the number of threads that share them, and a callback for each finished job. */
 export interface TransferRun {
   readonly jobs: readonly TransferJob[];
   readonly threads: number;

@@ -65,7 +65,7 @@ export type CreateDeviceView = (address: bigint, dims: readonly number[], type: 
 export class CudaDevice {
   readonly api = (loadedCuda ??= loadCuda());
   readonly stream: bigint;
-  /** Looked at while a wait lasts, where it may last for ever: other ranks take part in what is computed. */
+  /** Checked during waits that could last forever, because other ranks take part in the computation. */
   watch: ((waitedMs: number) => void) | undefined;
 
   /** Throws `failed_precondition` without libcudart or a device. */

@@ -1,5 +1,5 @@
-// The devices of a group's ranks, one process each, through NCCL by koffi: sums of partial results in the stream of each,
-// over NVLink where there is one. Owns the communicator; knows no rows. All ranks hold the same bits after a sum.
+// The devices of a group's ranks, one process each, through NCCL by koffi: sums of partial results in the stream of
+// each, over NVLink if there is one. Owns the communicator; knows no rows. All ranks hold the same bits after a sum.
 
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -88,7 +88,7 @@ export class CudaLink implements DeviceLink {
       try {
         watch(waitedMs);
       } catch (error) {
-        // A sum that waits for a lost rank would keep the stream for ever.
+        // A sum that waits for a lost rank would block the stream forever.
         this.abort();
         throw error;
       }

@@ -1,4 +1,4 @@
-// CUDA C++ that is compiled where it runs: NVRTC and the driver, by koffi. Owns the cache of what was compiled, and the
+// CUDA C++ compiled at run time: NVRTC and the driver, by koffi. Owns the cache of what was compiled, and the
 // launches; knows no kernel.
 
 import { createHash, randomUUID } from 'node:crypto';
@@ -78,7 +78,7 @@ export interface KernelSource {
 
 /**
  * The device's code of a source: from the directory, or compiled and then kept there, where one is given. Throws
- * `failed_precondition` without NVRTC, and `internal` with its log where the source does not compile.
+ * `failed_precondition` without NVRTC, and `internal` with its log if the source does not compile.
  */
 export function compileKernels(source: KernelSource, cacheDirectory?: string): Uint8Array {
   const options = [
@@ -111,7 +111,7 @@ function keep(file: string, code: Uint8Array): void {
     writeFileSync(partial, code);
     renameSync(partial, file);
   } catch (error) {
-    process.emitWarning(`cuda: compiled kernels are not kept: ${ClusterError.from(error).message}`);
+    process.emitWarning(`cuda: cannot cache compiled kernels: ${ClusterError.from(error).message}`);
   }
 }
 

@@ -14,7 +14,7 @@ type Out = [bigint | null];
 /** Graphs of one device's stream. `close` frees them. */
 export class CudaReplays {
   readonly #device: CudaDevice;
-  /** By key, oldest use first; undefined where the work was done once, which warms up what it needs. */
+  /** By key, oldest use first; undefined if the work was done once, which warms up what it needs. */
   readonly #graphs = new Map<string, bigint | undefined>();
   #isRecording = true;
 
@@ -48,7 +48,7 @@ export class CudaReplays {
     this.#graphs.clear();
   }
 
-  /** Undefined where the work cannot be recorded; nothing is then tried again. */
+  /** Undefined if the work cannot be recorded; nothing is then tried again. */
   #record(work: () => void): bigint | undefined {
     const { api, stream } = this.#device;
     const graph: Out = [null];

@@ -22,8 +22,8 @@ const topBytes = 8;
 const firstMajor = 9;
 
 /**
- * Throws `failed_precondition` on a device without clusters or a host without NVRTC. The first on a machine compiles for
- * some seconds; with a cache directory, only the first.
+ * Throws `failed_precondition` on a device without clusters or a host without NVRTC. The first on a machine compiles
+ * for some seconds; with a cache directory, only the first.
  */
 export function createCudaSampler(
   device: CudaDevice,
@@ -34,7 +34,7 @@ export function createCudaSampler(
   if (major < firstMajor) {
     throw new ClusterError(
       'failed_precondition',
-      `sampling on the device takes sm_${firstMajor}0, is ${architecture}`,
+      `sampling on the device needs sm_${firstMajor}0 or later, is ${architecture}`,
     );
   }
   const text = readFileSync(new URL('sampling.cu', import.meta.url), 'utf8');

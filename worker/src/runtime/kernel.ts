@@ -1,5 +1,5 @@
-// What computes: segments (ONNX graphs), and kernels of our own where a device has them. Interfaces only; ort-capi.ts and
-// ort-node.ts run segments, cuda-kernels.ts compiles and launches ours.
+// The computing units: segments (ONNX graphs), and our own kernels if a device has them. Interfaces only; ort-capi.ts
+// and ort-node.ts run segments, cuda-kernels.ts compiles and launches ours.
 
 import type { FloatType } from '../shards/element-type.ts';
 import type { RuntimeMemory, RuntimeTensor } from './memory.ts';
@@ -44,7 +44,7 @@ export interface DrawRequest {
   readonly forbidden: readonly number[];
 }
 
-/** What the engine's sampler answers, and the token's logit. */
+/** The sampler's answer, and the token's logit. */
 export interface SampledToken {
   readonly tokenId: number;
   /** After penalties; not finite where the row has a NaN or no finite maximum. */
@@ -67,8 +67,8 @@ export interface SamplerShape {
 }
 
 /**
- * Chooses tokens where the logits lie, to the ids of the engine's sampler. For each pass: `ask`, then `run` (which may be
- * part of what is replayed, for as many rows), then `answers`. `release` it before the memories.
+ * Chooses tokens where the logits lie, to the ids of the engine's sampler. For each pass: `ask`, then `run` (which
+ * may be part of what is replayed, for as many rows), then `answers`. `release` it before the memories.
  */
 export interface TokenSampler {
   /** Of every row in turn: how its token is drawn, or undefined for the largest logit. */
@@ -182,13 +182,15 @@ export interface Kernels {
   /** Throws `data_loss` when the file cannot be loaded. */
   loadSegment(source: SegmentSource): Segment;
   /**
-   * Computes into the outputs' memory; a device may still be computing on return, reads wait for it. An output may be the
-   * same memory as an input where the graph allows it (attention's KV). Throws `internal` with ONNX Runtime's message.
+   * Computes into the outputs' memory; a device may still be computing on return, reads wait for it. An output may be
+   * the same memory as an input where the graph allows it (attention's KV). Throws `internal` with ONNX Runtime's
+   * message.
    */
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void;
   /**
-   * Does `work`, which only runs segments and sums. A device may remember what it launched under a key and launch it again
-   * without `work`: all calls with a key must work on the same memory, with the same values where kernels read the host.
+   * Does `work`, which only runs segments and sums. A device may remember what it launched under a key and launch it
+   * again without `work`: all calls with a key must work on the same memory, with the same values where kernels read
+   * the host.
    */
   replay(key: string, work: () => void): void;
   /** Absent, or undefined, where tokens are chosen on the host. The first on a machine may take some seconds. */

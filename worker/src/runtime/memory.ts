@@ -1,5 +1,5 @@
-// The memory that kernels compute in, JavaScript's or a device's, and its native views. Interfaces only; host-memory.ts and
-// cuda-device.ts hold the host's and CUDA's, provider-webgpu.ts WebGPU's.
+// The memory that kernels compute in, JavaScript's or a device's, and its native views. Interfaces only;
+// host-memory.ts and cuda-device.ts hold the host's and CUDA's, provider-webgpu.ts WebGPU's.
 
 import type { ElementType } from '../shards/element-type.ts';
 
@@ -8,7 +8,7 @@ export type TensorData = Float32Array | Int32Array | BigInt64Array | Uint16Array
 
 /** A view of memory with dimensions. `release` frees the native side; the tensor must not be used again. */
 export interface RuntimeTensor {
-  /** JavaScript memory behind the view; none where it lies on a device. */
+  /** JavaScript memory behind the view; none for device memory. */
   readonly data?: TensorData;
   release(): void;
 }
@@ -26,7 +26,10 @@ export interface RuntimeMemory {
   tensor(start: number, dims: readonly number[]): RuntimeTensor;
   /** Floats are rounded to the memory's type; integers must be of it. */
   write(start: number, values: Float32Array | Int32Array | BigInt64Array): void;
-  /** Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read of it overwrites. */
+  /**
+   * Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read of it
+   * overwrites.
+   */
   read(start: number, count: number): Float32Array;
   release(): void;
 }
@@ -40,12 +43,12 @@ export interface MemoryInfo {
 /** The memory of one runtime. */
 export interface Memory {
   /**
-   * A view of JavaScript memory, for values that kernels read on the host. The data stays where it is (SharedArrayBuffer
-   * is allowed) and stays alive as long as the tensor.
+   * A view of JavaScript memory, for values that kernels read on the host. The data stays where it is
+   * (SharedArrayBuffer is allowed) and stays alive as long as the tensor.
    */
   tensor(data: Float32Array | Int32Array | BigInt64Array, dims: readonly number[]): RuntimeTensor;
-  /** Throws `resource_exhausted` where the device has too little left. The caller releases it. */
+  /** Throws `resource_exhausted` if the device has too little left. The caller releases it. */
   allocate(type: ElementType, length: number, use: MemoryUse): RuntimeMemory;
-  /** Undefined where nobody knows a limit. */
+  /** Undefined if nobody knows a limit. */
   memoryInfo(): MemoryInfo | undefined;
 }

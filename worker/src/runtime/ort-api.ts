@@ -102,14 +102,14 @@ const loadedApis = new Map<string, Functions>();
 export class OrtApi {
   readonly functions: Functions;
 
-  /** Throws where koffi cannot load the file. */
+  /** Throws if koffi cannot load the file. */
   constructor(file: string) {
     const functions = loadedApis.get(file) ?? loadApi(file);
     loadedApis.set(file, functions);
     this.functions = functions;
   }
 
-  /** What a function gives out; throws as `check`. */
+  /** A function's output value; throws as `check`. */
   create(make: (out: [Pointer]) => Pointer): bigint {
     const out: [Pointer] = [null];
     this.check(make(out));

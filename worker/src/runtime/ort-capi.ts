@@ -258,7 +258,7 @@ function fillPointers(pointers: BigUint64Array, tensors: readonly RuntimeTensor[
   }
 }
 
-/** Throws where koffi or the library cannot be loaded. See `createRuntime`. */
+/** Throws if koffi or the library cannot be loaded. See `createRuntime`. */
 export function createOrtCapiRuntime(options: RuntimeOptions): Runtime {
   return new OrtCapiRuntime(options);
 }

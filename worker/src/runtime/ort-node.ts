@@ -139,7 +139,7 @@ function byName(names: readonly string[], tensors: readonly RuntimeTensor[]): Re
   return record;
 }
 
-/** Throws where the package's native part cannot be loaded. See `createRuntime`. */
+/** Throws if the package's native part cannot be loaded. See `createRuntime`. */
 export function createOrtNodeRuntime(options: RuntimeOptions): Runtime {
   return new OrtNodeRuntime(options);
 }

@@ -51,7 +51,7 @@ function shareArena(api: OrtApi, env: bigint, memory: bigint): void {
   functions.releaseArenaConfig(config);
 }
 
-/** What a kernel of our own does faster is done without it where it cannot be had. */
+/** If one of our kernels is not available, ONNX Runtime does the same work more slowly. */
 function orWarn<T>(otherwise: string, create: () => T): T | undefined {
   try {
     return create();
@@ -112,9 +112,9 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
     memoryInfo: () => device.memoryInfo(),
     replay: (key, work) => replays.run(key, work),
     createSampler: (shape) =>
-      orWarn('tokens are drawn on the host', () => createCudaSampler(device, shape, kernelDirectory)),
+      orWarn('sampling on the host', () => createCudaSampler(device, shape, kernelDirectory)),
     createDecodeAttention: (shape) =>
-      orWarn('decode passes use the attention of ONNX Runtime', () =>
+      orWarn('decode passes use ONNX Runtime attention', () =>
         createCudaAttention(device, shape, { allocate, cacheDirectory: kernelDirectory }),
       ),
     createDeviceLayers: (shape) =>

@@ -1,5 +1,5 @@
-// The WebGPU execution provider that onnxruntime-node bundles (Dawn on Vulkan, Metal or Direct3D): weights, keys, values
-// and activations in buffers of the device. Owns those buffers; knows no segment.
+// The WebGPU execution provider that onnxruntime-node bundles (Dawn on Vulkan, Metal or Direct3D): weights, keys,
+// values and activations in buffers of the device. Owns those buffers; knows no segment.
 //
 // A buffer has a handle and no address: a view begins where the buffer begins. What crosses to the host in every pass
 // (token ids, partial sums, logits) lies in JavaScript memory, and a run copies it in or out.
@@ -30,7 +30,7 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
     const { message } = ClusterError.from(error);
     const reason = /adapter/i.test(message)
       ? 'no device: needs a driver and loader of Vulkan (libvulkan.so.1), Metal or Direct3D'
-      : 'this libonnxruntime has no such provider';
+      : 'this libonnxruntime does not contain the provider';
     throw new ClusterError('failed_precondition', `executionProvider webgpu: ${reason}: ${message}`, {
       cause: error,
     });
@@ -68,7 +68,10 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
 /** The device's buffers are handed out by the provider of a session; all sessions share one device. */
 function createAllocator(api: OrtApi, memory: bigint, session: bigint | undefined): bigint {
   if (session === undefined) {
-    throw new ClusterError('internal', 'WebGPU memory is allocated after the first segment is loaded');
+    throw new ClusterError(
+      'internal',
+      'WebGPU memory can be allocated only after the first segment is loaded',
+    );
   }
   return api.create((out) => api.functions.createAllocator(session, memory, out));
 }
@@ -128,5 +131,5 @@ class BufferMemory implements RuntimeMemory {
 }
 
 function resident(): ClusterError {
-  return new ClusterError('internal', 'resident memory of a WebGPU device is touched by segments alone');
+  return new ClusterError('internal', 'only segments can access resident memory of a WebGPU device');
 }

@@ -1,5 +1,5 @@
-// What differs between execution providers of the C API: where memory lies, how runs reach it, and whether the devices of
-// a group reach one another. Owns the interface only.
+// What differs between execution providers of the C API: where memory lies, how runs reach it, and whether the
+// devices of a group reach one another. Owns the interface only.
 
 import type { ElementType, FloatType } from '../shards/element-type.ts';
 import type { OrtApi } from './ort-api.ts';
@@ -7,7 +7,7 @@ import type { OptionalKernels } from './kernel.ts';
 import type { RuntimeTensor, TensorData } from './memory.ts';
 import type { Runtime } from './runtime.ts';
 
-/** What a provider is made from. */
+/** A provider's inputs. */
 export interface ProviderParts {
   readonly api: OrtApi;
   readonly env: bigint;
@@ -32,7 +32,7 @@ export interface Provider extends Pick<
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;
-  /** OrtMemoryInfo of views by address; null where there are none. */
+  /** OrtMemoryInfo of views by address; null if there are none. */
   readonly memory: bigint | null;
   /** OrtRunOptions, or null. */
   readonly runOptions: bigint | null;

@@ -7,7 +7,10 @@ import type { RuntimeMemory } from './memory.ts';
 export interface Reducer {
   /** Shares pass through JavaScript memory: it must be `exchanged`, and cannot be part of what is replayed. */
   readonly crossesHost: boolean;
-  /** Replaces the first `count` elements by their sum over the ranks, in order with the runs. All ranks get the same bits. */
+  /**
+   * Replaces the first `count` elements by their sum over the ranks, in order with the runs. All ranks get the same
+   * bits.
+   */
   sum(memory: RuntimeMemory, count: number): void;
 }
 
@@ -21,7 +24,7 @@ export interface DeviceGroupMember {
 
 /** Devices that reach those of other ranks. */
 export interface DeviceLink {
-  /** For rank 0 of a group: what all ranks `join` with. Empty where a library is missing: the host then sums. */
+  /** For rank 0 of a group: what all ranks `join` with. Empty if a library is missing: the host then sums. */
   createGroupId(): Int32Array;
   /** Blocks until all ranks have joined. Throws `failed_precondition` naming what is missing. Once a runtime. */
   join(id: Int32Array, member: DeviceGroupMember): Reducer;

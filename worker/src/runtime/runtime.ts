@@ -1,5 +1,5 @@
-// The boundary to ONNX Runtime: sessions, the memory they compute in, synchronous runs. Owns the interface and its options;
-// create-runtime.ts chooses what is behind it, and nothing above knows which. Knows no model and no rank.
+// The boundary to ONNX Runtime: sessions, the memory they compute in, synchronous runs. Owns the interface and its
+// options; create-runtime.ts chooses what is behind it, and nothing above knows which. Knows no model and no rank.
 
 import type { Kernels, OwnKernel } from './kernel.ts';
 import type { Memory } from './memory.ts';
@@ -16,7 +16,7 @@ export type ExecutionProvider = (typeof executionProviders)[number];
 /** Loaded graphs and their runs; not shared between threads. */
 export interface Runtime extends Kernels, Memory {
   readonly implementation: RuntimeImplementation;
-  /** Undefined where the ranks' shares are added on the host. */
+  /** Undefined if the ranks' shares are added on the host. */
   readonly deviceLink?: DeviceLink | undefined;
   /** Frees the sessions and the tensors that were not released. Idempotent. */
   close(): void;

@@ -2,8 +2,9 @@
 // point into, and this manifest. Owns the names of segments and of their inputs and outputs, and reading the manifest;
 // knows no session.
 //
-// Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences together.
-// H hidden size; T tensorParallel; D head dim; Qr = query heads / T; Kr = KV heads / T; Vr = this rank's vocabulary rows.
+// Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences
+// together. H hidden size; T tensorParallel; D head dim; Qr = query heads / T; Kr = KV heads / T; Vr = this rank's
+// vocabulary rows.
 //
 //   embed              tokenIds int32 [rows]                            -> hidden [rows, H]
 //   layer.{i}.qkv      residual [rows, H], delta [rows, H]              -> residualOut [rows, H], qkv [rows, (Qr + 2 Kr) D]
@@ -83,7 +84,7 @@ export const manifestFile = 'shard.json';
 
 /**
  * Reads a rank's manifest and checks that its segments and weight files are there in full. Throws `not_found` without
- * a manifest, `failed_precondition` for another format version and `data_loss` where a file is missing or short.
+ * a manifest, `failed_precondition` for another format version and `data_loss` if a file is missing or short.
  */
 export async function readShardManifest(directory: string): Promise<ShardManifest> {
   const path = join(directory, manifestFile);

@@ -1,5 +1,6 @@
-// What a shard computes in and with. The compiler chooses a profile once and writes it into the manifest; the engine checks it
-// once against its runtime. Nothing else derives an element type or a kernel from a precision.
+// The types and kernels of a shard's computation. The compiler chooses a profile once and writes it into the
+// manifest; the engine checks it once against its runtime. Nothing else derives an element type or a kernel from a
+// precision.
 
 import type { FloatType } from './element-type.ts';
 

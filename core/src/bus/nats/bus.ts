@@ -27,7 +27,7 @@ export function createNatsHeartbeats(link: NatsLink, log: Log): Heartbeats {
 
 /**
  * Opens the bus. Returns at once and connects in the background, retrying forever; until then `connected` is false.
- * Throws `invalid_argument` where the credentials file cannot be read. Close it.
+ * Throws `invalid_argument` if the credentials file cannot be read. Close it.
  */
 export function createNatsBus(options: NatsBusOptions): NatsBus {
   const { limits, log } = options;

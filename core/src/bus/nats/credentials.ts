@@ -23,7 +23,7 @@ export function splitServer(server: string): { readonly address: string; readonl
 
 /**
  * Reads the file for each connection; if that fails, the last credentials are used again. Throws `invalid_argument`
- * where it cannot be read at first.
+ * if it cannot be read at first.
  */
 export function authenticatorFromFile(path: string): Authenticator {
   const read = (): Authenticator => {

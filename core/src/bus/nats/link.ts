@@ -50,7 +50,7 @@ export class NatsLink {
   #lost = new AbortController();
   #closed: Promise<void> | undefined;
 
-  /** Throws `invalid_argument` where the credentials file cannot be read. */
+  /** Throws `invalid_argument` if the credentials file cannot be read. */
   constructor(options: NatsLinkOptions) {
     this.#log = options.log;
     this.#connecting = connectForEver(options);

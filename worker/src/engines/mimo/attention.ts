@@ -21,8 +21,8 @@ export function slackPages(maxSpans: number, { kernels }: Pick<Runtime, 'kernels
 export interface Attention {
   release(slot: number): void;
   /**
-   * Room for the spans' slots, and where the runs of this pass find them. Returns what the runs read on the host or take
-   * for shapes, as a key: passes of equal keys and rows are the same to a device.
+   * Room for the spans' slots, and where the runs of this pass find them. Returns what the runs read on the host or
+   * take for shapes, as a key: passes of equal keys and rows are the same to a device.
    */
   place(spans: readonly RowSpan[]): string;
   /** `qkv` [rows, W] to `attended` [rows, Q]; `layer` counts the MTP layer last. */
@@ -125,10 +125,11 @@ class SequenceAttention implements Attention {
 }
 
 /**
- * Rows that attention computes for a span. The kernel adds in another order for one row than for more, and int8 rounding
- * makes 0.05 of logit out of that last bit; so a single row gets a neighbour, whatever stands there, and every row's
- * result is the same to the bit alone, in a chunk or beside a draft. The neighbour's output and its place in the cache are
- * overwritten by those to whom they belong. Measured: 2 rows cost 1.4 times one at 512 positions (Zen 4, 2026-11).
+ * Rows that attention computes for a span. The kernel adds in another order for one row than for more, and int8
+ * rounding makes 0.05 of logit out of that last bit; so a single row gets a neighbour, whatever stands there, and
+ * every row's result is the same to the bit alone, in a chunk or beside a draft. The neighbour's output and its place
+ * in the cache are overwritten by those to whom they belong. Measured: 2 rows cost 1.4 times one at 512 positions
+ * (Zen 4, 2026-11).
  */
 function attentionRows(rows: number): number {
   return Math.max(2, rows);
@@ -153,7 +154,7 @@ class PagedAttention implements Attention {
   readonly #boundsTensor: RuntimeTensor;
   /** What the segment runs on; nothing where `#decode` attends. */
   #placed: { readonly rows: number; readonly tensors: readonly RuntimeTensor[] } | undefined;
-  /** For passes whose spans have few rows, where there is one. */
+  /** For passes whose spans have few rows, if there is one. */
   readonly #decode: DecodeAttention | undefined;
 
   constructor({ runtime, segment, manifest, layers, maxSpans, budgetTokens }: AttentionOptions) {

@@ -225,7 +225,7 @@ function weighExactly(row: Float32Array, cut: Cut, { top, temperature }: Scale):
 
 /**
  * The end of the shortest prefix of those listed that is heavy enough: whose weight reaches a number from `least` to
- * `most`. Undefined where it matters which number it is.
+ * `most`. Undefined if it matters which number it is.
  */
 function endOf(
   row: Float32Array,

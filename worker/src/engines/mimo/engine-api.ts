@@ -1,11 +1,14 @@
-// The engine as its process sees it: what goes in and what comes out (requests, frames, figures; plain data that crosses
-// threads), and the host that takes them. Knows no text, no session of a gateway and no tensor.
+// The engine as its process sees it: what goes in and what comes out (requests, frames, figures; plain data that
+// crosses threads), and the host that takes them. Knows no text, no session of a gateway and no tensor.
 
 import type { ClusterError, ErrorCode } from '@mimo/core/process/errors';
 import type { ModelConfig } from '../../shards/model-config.ts';
 import type { Precision } from '../../shards/target-profile.ts';
 
-/** How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed, position). */
+/**
+ * How the next token of a sequence is chosen; complete, every default filled in. Sampling is keyed by (seed,
+ * position).
+ */
 export interface SequenceSampling {
   readonly temperature: number;
   readonly topP: number;
@@ -61,7 +64,7 @@ export interface SequenceDelta {
   /** Without the token that ended it. */
   readonly tokenIds: readonly number[];
   readonly logprobs?: readonly TokenLogprob[];
-  /** Drafts made and accepted so far; absent where there was none. */
+  /** Drafts made and accepted so far; absent if there was none. */
   readonly speculation?: { readonly draftedTokens: number; readonly acceptedTokens: number };
   readonly finish?: SequenceEnd & {
     readonly completionTokens: number;
@@ -75,7 +78,7 @@ export interface EngineFrame {
   readonly step: number;
   readonly deltas: readonly SequenceDelta[];
   readonly stats: EngineStats;
-  /** Wall time of the step; absent where the engine ran in no step thread. */
+  /** Wall time of the step; absent if the engine ran in no step thread. */
   readonly stepMs?: number;
 }
 
@@ -116,17 +119,19 @@ export interface EngineInfo {
 }
 
 /**
- * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something; `submit`
- * throws `failed_precondition`.
+ * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something;
+ * `submit` throws `failed_precondition`.
  */
 export interface EngineHost {
   readonly info: EngineInfo;
   /**
-   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have not
-   * ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
+   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have
+   * not ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
    */
   readonly failed: Promise<ClusterError>;
-  /** On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order. */
+  /**
+   * On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order.
+   */
   readonly leaving: Promise<void>;
   /** A step has taken so long that nothing should be submitted until it ends. */
   readonly isStalled: boolean;
@@ -143,8 +148,8 @@ export interface EngineHost {
   /** As of the last frame. */
   stats(): EngineStats;
   /**
-   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays, and the
-   * process ends with it.
+   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays,
+   * and the process ends with it.
    */
   close(): Promise<void>;
 }

@@ -1,5 +1,5 @@
-// The options of an engine: from what the worker passes to a complete, checked set. Owns the defaults, their reasons and
-// the limits that follow from the shards. Reads manifests, and nothing else from disk.
+// The options of an engine: from what the worker passes to a complete, checked set. Owns the defaults, their reasons
+// and the limits that follow from the shards. Reads manifests, and nothing else from disk.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { readShardManifest, type ShardManifest } from '../../shards/shard.ts';
@@ -18,7 +18,9 @@ export type GroupOptions =
   | {
       readonly kind: 'network';
       readonly rank: number;
-      /** `host:port` of every rank by rank, this one's included (others reach it there). Higher ranks dial lower ones. */
+      /**
+       * `host:port` of every rank by rank, this one's included (others reach it there). Higher ranks dial lower ones.
+       */
       readonly addresses: readonly string[];
       /** Where this rank listens, `host:port`; default: its entry of `addresses`. */
       readonly listenAddress?: string;
@@ -88,8 +90,8 @@ const forProcessors = { maxSequences: 16, prefillChunkTokens: 64, maxBatchTokens
 const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>>>> = {
   cpu: forProcessors,
   webgpu: forProcessors,
-  // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of one;
-  // chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/lab/gpu.md).
+  // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of
+  // one; chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/lab/gpu.md).
   cuda: { maxSequences: 256, prefillChunkTokens: 512, maxBatchTokens: 2048 },
 };
 
@@ -111,7 +113,9 @@ const speculatingOnProcessors: Readonly<Record<Precision, number>> = {
   bf16: 8,
 };
 
-/** What a draft adds to a step on an H200 (2026-11), rounded up: 17-24 % up to 64 sequences, 35 % at 128, 60 % at 256. */
+/**
+ * What a draft adds to a step on an H200 (2026-11), rounded up: 17-24 % up to 64 sequences, 35 % at 128, 60 % at 256.
+ */
 const draftCostsOnDevices: readonly DraftCost[] = [
   { sequences: 64, share: 0.25 },
   { sequences: 128, share: 0.4 },
@@ -132,7 +136,7 @@ function draftCosts(
 
 /**
  * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
- * `failed_precondition` where the shards are not those of the group.
+ * `failed_precondition` if the shards are not those of the group.
  */
 export async function completeOptions(options: EngineOptions): Promise<CompleteOptions> {
   const { shardDirectories: directories } = options;

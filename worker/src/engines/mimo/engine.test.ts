@@ -509,12 +509,12 @@ describe('Engine', () => {
   it.each<[ChosenToken, string]>([
     [
       { tokenId: 0, logit: NaN },
-      'the model computes NaN as the logit of token 0: its weights or its kernels are damaged',
+      'the model computed NaN as the logit of token 0: its weights or its kernels are damaged',
     ],
-    [{ tokenId: 7, logit: Infinity }, 'the model computes Infinity as the logit of token 7'],
+    [{ tokenId: 7, logit: Infinity }, 'the model computed Infinity as the logit of token 7'],
     [{ tokenId: 0, logit: -Infinity }, 'every token is masked: all logits are -Infinity'],
-    [{ tokenId: NaN, logit: 1 }, 'token NaN was chosen: there are 50'],
-    [{ tokenId: 50, logit: 1 }, 'token 50 was chosen: there are 50'],
+    [{ tokenId: NaN, logit: 1 }, 'token NaN was chosen, but only 50 tokens exist'],
+    [{ tokenId: 50, logit: 1 }, 'token 50 was chosen, but only 50 tokens exist'],
   ])('ends a sequence that gets %j with the cause, and only that one', (chosen, problem) => {
     const model = new HashModel();
     const executor = {

@@ -1,13 +1,13 @@
 // The leader's step: decide, run the backbone, choose tokens, verify drafts, run the MTP layer, report. Owns the
-// sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank: passes
-// go through a PassExecutor (step-thread.ts over the group, or a model of the test's own).
+// sequences and the KV bookkeeping; everything here is synchronous. Knows no thread, no session and no other rank:
+// passes go through a PassExecutor (step-thread.ts over the group, or a model of the test's own).
 //
 // Speculation with one draft token, written so that no hidden state is carried from step to step:
-// after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next prompt
-// token, for the last row the chosen one. So the MTP layer runs for exactly the surviving rows in the same step; slot s
-// pairs the hidden state of row s with token s+1, and the MTP cache is as long as the backbone's. A draft is accepted iff
-// the token drawn for its row equals it, so text with and without speculation is the same. A rejected draft's row is
-// undone by not counting it: the next step overwrites its keys and values.
+// after the tokens of a step are chosen, the next token of every surviving row is known: for a prompt row the next
+// prompt token, for the last row the chosen one. So the MTP layer runs for exactly the surviving rows in the same
+// step; slot s pairs the hidden state of row s with token s+1, and the MTP cache is as long as the backbone's. A
+// draft is accepted iff the token drawn for its row equals it, so text with and without speculation is the same. A
+// rejected draft's row is undone by not counting it: the next step overwrites its keys and values.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import {
@@ -138,7 +138,8 @@ export class Engine {
 
   /**
    * Gives up the sequence's slot and KV blocks: it leaves the engine with a `parked` delta in the next step. Submitted
-   * again with the tokens that it had, it goes on to the same text, because a choice depends on them and its seed alone.
+   * again with the tokens that it had, it goes on to the same text, because a choice depends on them and its seed
+   * alone.
    */
   park(sequenceId: number, reason: ParkReason): void {
     if (this.#endOutside(sequenceId, { kind: 'parked', reason })) {
@@ -155,8 +156,8 @@ export class Engine {
 
   /**
    * Runs one step of everything that can run, and reports it with what has ended since the last step; undefined when
-   * nothing ran or ended and no count of blocked or parkable sequences changed. Throws what the executor throws: the group
-   * is then lost.
+   * nothing ran or ended and no count of blocked or parkable sequences changed. Throws what the executor throws: the
+   * group is then lost.
    */
   step(): EngineFrame | undefined {
     const before = { parkable: this.#parkableSequences, blocked: this.#blockedSequences };
@@ -203,7 +204,7 @@ export class Engine {
     };
   }
 
-  /** Throws `internal` where bookkeeping and sequences disagree. Tests call it after each step. */
+  /** Throws `internal` if bookkeeping and sequences disagree. Tests call it after each step. */
   checkIntegrity(): void {
     this.#kv.checkIntegrity();
     for (const sequence of this.#sequences.values()) {
@@ -230,7 +231,9 @@ export class Engine {
     }
   }
 
-  /** Milliseconds until the next sequence without credit may be parked; Infinity where no sequence is without credit. */
+  /**
+   * Milliseconds until the next sequence without credit may be parked; Infinity where no sequence is without credit.
+   */
   get idleMs(): number {
     const nowMs = this.#clockMs();
     const waits = [...this.#sequences.values()]
@@ -297,7 +300,7 @@ export class Engine {
   #runPass(plan: PassPlan): readonly ChosenToken[] {
     return this.#executor.run(plan).map((row) => {
       if (row instanceof Float32Array) {
-        throw new ClusterError('internal', 'a pass returned logits where a token was asked for');
+        throw new ClusterError('internal', 'a pass returned logits instead of a token');
       }
       return row;
     });

@@ -1,4 +1,4 @@
-// What a pass is asked for each of its head rows, and what it returns. Owns the choice of a token from one row of
+// The requested and returned outputs of each head row of a pass. Owns the choice of a token from one row of
 // logits on the host, where no device has chosen it; knows no batch and no sequence.
 
 import { argmax, drawToken, type DrawContext, type DrawnToken } from './sampler.ts';
@@ -33,15 +33,15 @@ export function bestToken(row: Float32Array): ChosenToken {
   return { tokenId, logit: row[tokenId] ?? -Infinity };
 }
 
-/** Why a chosen token cannot be taken, for an error; undefined where it can. A device may return anything. */
+/** Why a chosen token cannot be taken, for an error; undefined if it can. A device may return anything. */
 export function problemOf({ tokenId, logit }: ChosenToken, usableVocab: number): string | undefined {
   if (logit === -Infinity) {
     return 'every token is masked: all logits are -Infinity';
   }
   if (!Number.isFinite(logit)) {
-    return `the model computes ${logit} as the logit of token ${tokenId}: its weights or its kernels are damaged`;
+    return `the model computed ${logit} as the logit of token ${tokenId}: its weights or its kernels are damaged`;
   }
   return Number.isInteger(tokenId) && tokenId >= 0 && tokenId < usableVocab
     ? undefined
-    : `token ${tokenId} was chosen: there are ${usableVocab}`;
+    : `token ${tokenId} was chosen, but only ${usableVocab} tokens exist`;
 }

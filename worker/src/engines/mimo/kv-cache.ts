@@ -2,14 +2,15 @@
 // kv-buffers.ts on every rank. Attention wants one contiguous buffer a sequence, so a sequence holds one run of blocks
 // whose capacity is a power of two (cut at the longest context), and grows by doubling.
 //
-// INVARIANT: the capacities of all grants add up to the used blocks, which never exceed the total; no slot has two owners.
+// INVARIANT: the capacities of all grants add up to the used blocks, which never exceed the total; no slot has two
+// owners.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
 /** Positions of one block. 64 rows are as efficient a prefill chunk as any larger (reference, section F). */
 export const kvBlockTokens = 64;
 
-/** What a sequence holds. */
+/** A sequence's grant. */
 export interface KvGrant {
   readonly slot: number;
   readonly blocks: number;
@@ -78,7 +79,7 @@ export class KvCache {
     return grant;
   }
 
-  /** Takes everything back; returns the slot whose memory is free, or undefined where nothing was held. */
+  /** Takes everything back; returns the slot whose memory is free, or undefined if nothing was held. */
   release(sequenceId: number): number | undefined {
     const held = this.#grants.get(sequenceId);
     if (held === undefined) {

@@ -1,5 +1,5 @@
-// How much of the KV cache fits where the ranks compute, once their weights are loaded. Owns the reserve, the errors that
-// name need and limit, and how rank 0 learns what the others have left; asks no device itself.
+// How much of the KV cache fits where the ranks compute, once their weights are loaded. Owns the reserve, the errors
+// that name need and limit, and how rank 0 learns what the others have left; asks no device itself.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
@@ -23,7 +23,7 @@ export interface KvNeed {
 }
 
 /**
- * The blocks that all ranks can hold; `memories` by rank, undefined where no limit is known. Throws `resource_exhausted`
+ * The blocks that all ranks can hold; `memories` by rank, undefined if no limit is known. Throws `resource_exhausted`
  * with the rank that has too little, what it needs and what it has.
  */
 export function fitKvBlocks(need: KvNeed, memories: readonly (MemoryInfo | undefined)[]): number {
@@ -48,7 +48,7 @@ export function fitKvBlocks(need: KvNeed, memories: readonly (MemoryInfo | undef
   return Math.min(blocks, ...fits);
 }
 
-/** Throws `resource_exhausted` where a rank's weights are larger than what is free before they are loaded. */
+/** Throws `resource_exhausted` if a rank's weights are larger than what is free before they are loaded. */
 export function assertWeightsFit(weightBytes: number, memory: MemoryInfo | undefined): void {
   if (memory !== undefined && weightBytes > memory.freeBytes) {
     throw new ClusterError(

@@ -11,7 +11,7 @@ export function createGroupId({ deviceLink }: Runtime, { worldSize }: Collective
   return (worldSize === 1 ? undefined : deviceLink?.createGroupId()) ?? new Int32Array(0);
 }
 
-/** Blocks until all devices have joined, where they do. Throws `failed_precondition` where this rank's cannot. */
+/** Blocks until all devices have joined, where they do. Throws `failed_precondition` if this rank's cannot. */
 export function createReducer({ deviceLink }: Runtime, collective: Collective, groupId: Int32Array): Reducer {
   const { rank, worldSize } = collective;
   if (worldSize === 1) {

@@ -1,13 +1,16 @@
 // Which rows run in the next step. Pure: the same arguments always give the same plan.
 //
 // 1. Running sequences that decode (one pending token), oldest first: one row, or two with a draft.
-// 2. Prefill shares the rows that are left, B. The oldest prompt may take half of them, every other prompt then takes what
+// 2. Prefill shares the rows that are left, B. The oldest prompt may take half of them, every other prompt then takes
+//    what
 //    it can use, shortest remaining first, and what is left over goes to the oldest. No prompt gets more than a chunk.
-// 3. Where short prompts (of at most a chunk) stand beside longer ones, every other step is *quick*: longer ones get no rows
+// 3. Where short prompts (of at most a chunk) stand beside longer ones, every other step is *quick*: longer ones get
+//    no rows
 //    in it, so that short ones do not wait while theirs are computed.
 // 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. In
 //    `maxOvertakes` steps later ones may be admitted though there is no room for it; then it is the next.
-// 5. A sequence without credit gets no rows. One that has been without for as long as it ran before, or for `parkAfterMs`,
+// 5. A sequence without credit gets no rows. One that has been without for as long as it ran before, or for
+//    `parkAfterMs`,
 //    is *parked* when its slot or its blocks let another one in, the longest without credit first: it leaves the engine
 //    and is computed again later.
 // 6. Where blocks are short, a sequence that must grow takes them from a sequence without credit, which is parked; else
@@ -18,18 +21,21 @@
 //   prompts do not count.
 //   steps <= 2 * (ceil(p / r) + sum of ceil(q / r) over the older prompts' tokens q) + 2. Shorter ones do not count.
 // INVARIANT: rows <= maxBatchTokens; running <= maxSequences; granted blocks <= total; in a step that is not quick the
-// oldest sequence with credit that runs, or an older one that is admitted, gets a row (where one longest context fits the
-// cache, and maxBatchTokens >= 2 maxSequences).
+// oldest sequence with credit that runs, or an older one that is admitted, gets a row (where one longest context fits
+// the cache, and maxBatchTokens >= 2 maxSequences).
 
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
 /** A single row is computed with a neighbour (shard-runner.ts), which takes a place in the cache. */
 const minAttentionRows = 2;
 
-/** So often may later sequences take the room that a waiting one lacks: enough for a burst of short prompts, and an end. */
+/**
+ * So often may later sequences take the room that a waiting one lacks: enough for a burst of short prompts, and an
+ * end.
+ */
 export const maxOvertakes = 32;
 
-/** What the scheduler sees of a sequence. */
+/** The scheduler's view of a sequence. */
 export interface SchedulerSequence {
   readonly sequenceId: number;
   /** Tokens known but not yet in the KV cache; at least 1. With 1 it decodes. */
@@ -86,7 +92,7 @@ export interface StepDecision {
   readonly preempted: readonly number[];
   readonly admitted: readonly number[];
   readonly rows: readonly ScheduledRows[];
-  /** Waiting sequences for which there is no room. */
+  /** Waiting sequences without room. */
   readonly blocked: readonly number[];
   /** Of these, those before which a later one was admitted. */
   readonly overtaken: readonly number[];
@@ -97,9 +103,9 @@ export interface StepDecision {
 const leastPatienceMs = 200;
 
 /**
- * For how long a sequence without credit keeps its place though others wait. Computing it again takes about as long as it
- * ran, so waiting that long before parking it costs at most twice what the better of the two would have; and a client
- * that takes one message and stops holds a slot for a moment only.
+ * For how long a sequence without credit keeps its place though others wait. Computing it again takes about as long
+ * as it ran, so waiting that long before parking it costs at most twice what the better of the two would have; and a
+ * client that takes one message and stops holds a slot for a moment only.
  */
 export function patienceMs(
   { ranMs }: Pick<SchedulerSequence, 'ranMs'>,
@@ -149,7 +155,7 @@ export function planStep(state: SchedulerState, limits: SchedulerLimits): StepDe
   return step.decision(isQuick);
 }
 
-/** The short prompts that can run. The last chunk of a long one is none: nobody waits for it alone. */
+/** The short prompts that can run. The last chunk of a long prompt does not count as short. */
 function shortPrompts(
   prompts: readonly SchedulerSequence[],
   step: Step,
@@ -200,7 +206,7 @@ class Step {
     return sequence.blocks > 0 ? !this.#isGone(sequence) : this.#roomFor(sequence) !== undefined;
   }
 
-  /** Gives it rows, and a slot and blocks as it needs them; false where it cannot have them. */
+  /** Gives it rows, and a slot and blocks as it needs them; false if it cannot have them. */
   give(sequence: SchedulerSequence, pendingRows: number, withDraft: boolean): boolean {
     const rows = pendingRows + (withDraft ? 1 : 0);
     if (this.#isGone(sequence) || this.budget < pendingRows) {
@@ -248,7 +254,7 @@ class Step {
       (sequence) => sequence.creditTokens > 0 && this.#roomFor(sequence) === undefined,
     );
     const youngest = this.#sequences.findLastIndex(({ sequenceId }) => this.#admitted.has(sequenceId));
-    // One that waits without credit holds nothing, but nobody needs it here either.
+    // A waiting sequence without credit has no slot, but is not needed here either.
     const idle = waiting.filter((sequence) => isParkable(sequence, this.#limits));
     return {
       parked: [...this.#parked, ...idsOf(idle)],

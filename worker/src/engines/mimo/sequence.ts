@@ -14,7 +14,7 @@ import type { HeadRequest } from './head-rows.ts';
 import { hasPenalties, type DrawnToken } from './sampler.ts';
 import { SeenTokens } from './seen-tokens.ts';
 
-/** What a request is checked against. */
+/** The limits that a request is checked against. */
 export interface SequenceLimits {
   readonly vocabSize: number;
   readonly maxContextTokens: number;
@@ -81,7 +81,7 @@ export class Sequence {
   draftedTokens = 0;
   acceptedTokens = 0;
   end: SequenceEnd | undefined;
-  /** Completion occurrences by id, prompt tokens with 0; empty where no penalty needs it. */
+  /** Completion occurrences by id, prompt tokens with 0; empty if no penalty needs it. */
   readonly #seen: SeenTokens;
   readonly #stopIds: ReadonlySet<number>;
   #stalledSinceMs: number | undefined;

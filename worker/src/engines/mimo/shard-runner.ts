@@ -27,7 +27,7 @@ export interface ShardRunnerOptions {
   readonly collective: Collective;
 }
 
-/** What a configured shard computes in. */
+/** The types that a configured shard computes in. */
 interface Memory extends LayerMemory {
   readonly head: HeadOutput;
   readonly maxHeadRows: number;
@@ -194,7 +194,7 @@ export class ShardRunner {
   }
 }
 
-/** The profile's attention that this runtime computes. Throws `failed_precondition` where it cannot compute the shard. */
+/** The profile's attention that this runtime computes. Throws `failed_precondition` if it cannot compute the shard. */
 function chooseAttention(
   { weights, activations, attention }: TargetProfile,
   { floatTypes, kernels }: Runtime,

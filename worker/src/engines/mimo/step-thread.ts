@@ -1,6 +1,6 @@
-// The thread that computes: entry point of a worker_thread that runs one rank, leader or follower. Owns the loop and the
-// order of messages; all work is synchronous, and the event loop turns only while there is nothing to do.
-// Started and stopped by engine-host.ts; talks to it through `parentPort`.
+// The thread that computes: entry point of a worker_thread that runs one rank, leader or follower. Owns the loop and
+// the order of messages; all work is synchronous, and the event loop turns only while there is nothing to do. Started
+// and stopped by engine-host.ts; talks to it through `parentPort`.
 
 import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -264,7 +264,7 @@ function apply(engine: Engine, request: Exclude<StepThreadRequest, { kind: 'clos
   }
 }
 
-/** The port's messages, in order: taken without the event loop while there is work, awaited where there is none. */
+/** The port's messages, in order: taken without the event loop while there is work, awaited if there is none. */
 class Inbox {
   readonly #port: MessagePort;
   readonly #arrived: StepThreadRequest[] = [];
