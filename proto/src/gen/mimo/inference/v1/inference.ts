@@ -80,9 +80,8 @@ export interface Message {
 export interface ChatRequest {
   model: string;
   /**
-   * Oldest first. Where the first is not a system message, an empty one is put before it: MiMo's recommendation.
-   * Where the last is an assistant message the completion continues it, and holds only what is new; else it answers
-   * the user's.
+   * Oldest first. Where the first is not a system message, an empty one is put before it: MiMo's recommendation. Where the
+   * last is an assistant message the completion continues it, and holds only what is new; else it answers the user's.
    */
   messages: Message[];
   sampling: SamplingParams | undefined;
@@ -137,10 +136,7 @@ export interface Delta {
   tokenIds: number[];
   /** New text of the answer. */
   text: string;
-  /**
-   * New text between <think> and </think> (Chat only), also where the template opened the tag or the last message
-   * did.
-   */
+  /** New text between <think> and </think> (Chat only), also where the template opened the tag or the last message did. */
   reasoning: string;
   logprobs: TokenLogprob[];
 }
@@ -2037,8 +2033,8 @@ export const InferenceServiceService = {
     responseDeserialize: (value: Buffer): ChatResponse => ChatResponse.decode(value),
   },
   /**
-   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>"
-   * are those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
    */
   generate: {
     path: "/mimo.inference.v1.InferenceService/Generate" as const,
@@ -2050,8 +2046,8 @@ export const InferenceServiceService = {
     responseDeserialize: (value: Buffer): GenerateResponse => GenerateResponse.decode(value),
   },
   /**
-   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream,
-   * which then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
    */
   cancel: {
     path: "/mimo.inference.v1.InferenceService/Cancel" as const,
@@ -2088,13 +2084,13 @@ export interface InferenceServiceServer extends UntypedServiceImplementation {
   /** Chat answers a conversation through the model's chat template. */
   chat: handleServerStreamingCall<ChatRequest, ChatResponse>;
   /**
-   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>"
-   * are those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
    */
   generate: handleServerStreamingCall<GenerateRequest, GenerateResponse>;
   /**
-   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream,
-   * which then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
    */
   cancel: handleUnaryCall<CancelRequest, CancelResponse>;
   /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
@@ -2108,8 +2104,8 @@ export interface InferenceServiceClient extends Client {
   chat(request: ChatRequest, options?: Partial<CallOptions>): ClientReadableStream<ChatResponse>;
   chat(request: ChatRequest, metadata?: Metadata, options?: Partial<CallOptions>): ClientReadableStream<ChatResponse>;
   /**
-   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>"
-   * are those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
+   * Generate continues a raw prompt, without a template. In the prompt's text, special tokens such as "<|im_start|>" are
+   * those tokens, as in Hugging Face's tokenizers; in the messages of Chat the same characters are only letters.
    */
   generate(request: GenerateRequest, options?: Partial<CallOptions>): ClientReadableStream<GenerateResponse>;
   generate(
@@ -2118,8 +2114,8 @@ export interface InferenceServiceClient extends Client {
     options?: Partial<CallOptions>,
   ): ClientReadableStream<GenerateResponse>;
   /**
-   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream,
-   * which then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
+   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
    */
   cancel(
     request: CancelRequest,
