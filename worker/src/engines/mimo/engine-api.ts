@@ -1,6 +1,7 @@
 // The engine as its process sees it: what goes in and what comes out (requests, frames, figures; plain data that
 // crosses threads), and the host that takes them. Knows no text, no session of a gateway and no tensor.
 
+import type { ChosenSize, Size } from './default-sizes.ts';
 import type { ClusterError, ErrorCode } from '@mimo/core/process/errors';
 import type { ModelConfig } from '../../shards/model-config.ts';
 import type { Precision } from '../../shards/target-profile.ts';
@@ -116,6 +117,8 @@ export interface EngineInfo {
   readonly kvBlocks: number;
   /** Positions of one block. */
   readonly kvBlockTokens: number;
+  /** Sequences at a time, rows of a step and of a chunk, each with the reason. */
+  readonly sizes: Readonly<Record<Size, ChosenSize>>;
 }
 
 /**

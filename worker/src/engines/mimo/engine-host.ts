@@ -100,6 +100,7 @@ class RunningEngine implements EngineHost {
       maxSequences: limits.maxSequences,
       kvBlocks: limits.kvBlocks,
       kvBlockTokens,
+      sizes: this.#complete.sizes,
     };
   }
 

@@ -7,6 +7,7 @@ import type { Precision } from '../../shards/target-profile.ts';
 import { elementBytes } from '../../shards/element-type.ts';
 import type { ExecutionProvider, RuntimeOptions } from '../../runtime/runtime.ts';
 import type { EngineLimits } from './engine.ts';
+import { type ChosenSize, chooseSizes, type Size } from './default-sizes.ts';
 import type { DraftCost } from './draft-policy.ts';
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
@@ -80,20 +81,9 @@ export interface CompleteOptions {
   readonly limits: EngineLimits;
   readonly isKvAuto: boolean;
   readonly stepTimeoutMs: number;
+  /** Why the sizes are what they are. */
+  readonly sizes: Readonly<Record<Size, ChosenSize>>;
 }
-
-type Size = 'maxSequences' | 'prefillChunkTokens' | 'maxBatchTokens';
-
-// 64 rows are as efficient a chunk as 256 or 512 (reference, section F) and keep the other sequences' steps short.
-const forProcessors = { maxSequences: 16, prefillChunkTokens: 64, maxBatchTokens: 128 } as const;
-
-const defaults: Readonly<Record<ExecutionProvider, Readonly<Record<Size, number>>>> = {
-  cpu: forProcessors,
-  webgpu: forProcessors,
-  // Reading the weights takes as long as computing some 300 rows, and 256 sequences decode in 2.5 times the step of
-  // one; chunks of 512 read a prompt as fast as any (H200, 2026-11; docs/lab/gpu.md).
-  cuda: { maxSequences: 256, prefillChunkTokens: 512, maxBatchTokens: 2048 },
-};
 
 /** A client that pauses for less keeps its place; computing a long prompt again takes about as long. */
 const defaultParkAfterMs = 2_000;
@@ -155,6 +145,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
     threads: sizes.threads,
     isKvAuto: options.kvBlocks === undefined && sizes.kvBytes === 'auto',
     stepTimeoutMs: sizes.stepTimeoutMs,
+    sizes: sizes.chosen,
     limits: limitsOf(options, sizes, manifests[0]!),
   };
 }
@@ -173,15 +164,16 @@ function checkSizes(options: EngineOptions) {
     }
     return value;
   };
-  const size = (name: Size, fallback: number): number =>
-    options[name] === 'auto' ? fallback : count(name, fallback);
-  const ours = defaults[options.executionProvider ?? 'cpu'];
-  const maxSequences = size('maxSequences', ours.maxSequences);
-  const maxBatchTokens = size('maxBatchTokens', Math.max(ours.maxBatchTokens, 2 * maxSequences));
+  const chosen = chooseSizes(options, options.executionProvider ?? 'cpu');
+  const size = (name: Size): number =>
+    options[name] === 'auto' ? chosen[name].value : count(name, chosen[name].value);
+  const maxSequences = size('maxSequences');
+  const maxBatchTokens = size('maxBatchTokens');
   const sizes = {
     maxSequences,
     maxBatchTokens,
-    prefillChunkTokens: size('prefillChunkTokens', Math.min(ours.prefillChunkTokens, maxBatchTokens)),
+    prefillChunkTokens: size('prefillChunkTokens'),
+    chosen,
     threads: count('threads', 1),
     stepTimeoutMs: count('stepTimeoutMs', defaultStepTimeoutMs),
     parkAfterMs: count('parkAfterMs', defaultParkAfterMs, 0),

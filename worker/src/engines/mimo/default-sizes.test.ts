@@ -1,0 +1,39 @@
+import { describe, expect, it } from 'vitest';
+import { chooseSizes } from './default-sizes.ts';
+
+describe('chooseSizes', () => {
+  it('takes the sizes of the execution provider where they are not set, and says why', () => {
+    for (const [provider, sizes] of [
+      ['cuda', [256, 512, 2048]],
+      ['cpu', [16, 64, 128]],
+      ['webgpu', [16, 64, 128]],
+    ] as const) {
+      const chosen = chooseSizes({ maxSequences: 'auto' }, provider);
+      const { maxSequences, prefillChunkTokens, maxBatchTokens } = chosen;
+      expect([maxSequences.value, prefillChunkTokens.value, maxBatchTokens.value]).toEqual(sizes);
+      for (const { reason } of Object.values(chosen)) {
+        expect(reason.startsWith(`${provider}: `)).toBe(true);
+      }
+    }
+  });
+
+  it('leaves alone what is set', () => {
+    const chosen = chooseSizes({ maxSequences: 3, prefillChunkTokens: 100, maxBatchTokens: 7 }, 'cuda');
+    expect(chosen).toEqual({
+      maxSequences: { value: 3, reason: 'set' },
+      prefillChunkTokens: { value: 100, reason: 'set' },
+      maxBatchTokens: { value: 7, reason: 'set' },
+    });
+  });
+
+  it('fits those that are not set to those that are', () => {
+    expect(chooseSizes({ maxSequences: 2000 }, 'cuda').maxBatchTokens).toEqual({
+      value: 4000,
+      reason: 'two rows for each of maxSequences',
+    });
+    expect(chooseSizes({ maxBatchTokens: 40 }, 'cpu').prefillChunkTokens).toEqual({
+      value: 40,
+      reason: 'no more than maxBatchTokens',
+    });
+  });
+});
