@@ -1,5 +1,5 @@
-// The layers of `npm test`, fastest first. In `servers` most of the time is spent waiting for real processes, so that
-// several files run beside one another, also on two cores: each has its own directories and ports.
+// The layers of `npm test`, fastest first. In `servers` and `kubernetes` most of the time is spent waiting for real
+// processes, so several files run beside one another, even on two cores: each has its own directories and ports.
 
 import { defineConfig } from 'vitest/config';
 
@@ -62,7 +62,8 @@ export default defineConfig({
           name: 'kubernetes',
           include: ['tests/kubernetes/**/*.test.ts'],
           globalSetup,
-          fileParallelism: false,
+          maxWorkers: 2,
+          sequence: { groupOrder: 2 },
           ...limits,
         },
       },
