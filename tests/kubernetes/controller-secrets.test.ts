@@ -225,9 +225,9 @@ describe('a controller', () => {
       );
       await stage.plane.startApiserver();
       await stage.stopNats();
-      await waitFor('NATS to be missed', async () => (await readLog()).includes('queue disconnected'));
+      await waitFor('NATS to be missed', async () => (await readLog()).includes('NATS disconnected'));
       await stage.startNats();
-      await waitFor('NATS to be back', async () => (await readLog()).includes('queue connected again'));
+      await waitFor('NATS to be back', async () => (await readLog()).includes('NATS reconnected'));
       await waitFor('what is wrong to be said', async () =>
         (await readSaid()).statuses.includes('Secret plain: entry apiKey'),
       );

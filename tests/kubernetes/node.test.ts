@@ -76,7 +76,15 @@ describe('a real cluster of two nodes', () => {
       kind: 'Pod',
       metadata: { name: 'lost', namespace: 'default' },
       spec: {
-        containers: [{ name: 'lost', image: 'registry.k8s.io/pause:mimo-tests', imagePullPolicy: 'Never' }],
+        containers: [
+          {
+            name: 'lost',
+            image: 'registry.k8s.io/pause:mimo-tests',
+            imagePullPolicy: 'Never',
+            // The kubelet waits only for volumes that a container mounts.
+            volumeMounts: [{ name: 'checkpoint', mountPath: '/models' }],
+          },
+        ],
         volumes: [{ name: 'checkpoint', hostPath: { path: '/no/such/model', type: 'Directory' } }],
       },
     });
