@@ -69,7 +69,7 @@ interface Parts extends ProcessParts<GatewayConfig> {
   readonly metrics: GatewayMetrics;
 }
 
-/** What serves requests, whoever asks. */
+/** Serves requests, for every door. */
 interface Serving {
   readonly groups: Groups;
   /** The groups of a model that take requests. */

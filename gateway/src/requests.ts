@@ -169,7 +169,7 @@ export class Requests {
         this.#parts.groups.runningIn(assignment).every((each) => each.requestId === requestId);
       relay.begin(this.#parts.sessions.to(assignment), { identity, company, isAlone });
     } catch (error) {
-      // Such as an address that is none: whoever waits learns of it, and the dispatcher has nothing to try again.
+      // For example an invalid address: waiting code gets the error, and the dispatcher need not retry.
       relay.fail(ClusterError.from(error));
     }
     return { ...nowhere, outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };

@@ -1,7 +1,7 @@
-// `npm run bench -- autoscale [--seed N] [--target-wait S] [--max N] [--trace NAME] [--plot FILE]`: the production scaling
-// rule (with at most --max groups) and other rules in a discrete-event cluster, against a clairvoyant. Prints a table, draws
-// docs/explanation/autoscale.svg, and prints one JSON line last. Owns the goals; the traces, the cluster, the arms and the drawing are in
-// autoscale/.
+// `npm run bench -- autoscale [--seed N] [--target-wait S] [--max N] [--trace NAME] [--plot FILE]`: the production
+// scaling rule (with at most --max groups) and other rules in a discrete-event cluster, against a clairvoyant. Prints
+// a table, draws docs/explanation/autoscale.svg, and prints one JSON line last. Owns the goals; the traces, the
+// cluster, the arms and the drawing are in autoscale/.
 
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -38,7 +38,7 @@ const goals: Readonly<Record<string, { readonly attainmentRatio: number; readonl
   'code bursts': { attainmentRatio: 0.9, costRatio: 1.5 },
 };
 
-/** Runs the benchmark. Throws `invalid_argument` for options and traces that are none, and what the signal aborts with. */
+/** Runs the benchmark. Throws `invalid_argument` for unknown options and traces, and the signal's reason. */
 export async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
   const { values } = parseArgs({
     args: [...args],
@@ -160,7 +160,10 @@ function runPanel(trace: Trace, seconds: number, targetWaitMs: number, ourMax: n
   });
 }
 
-/** The fewest groups that, held throughout, would have reached the attainment: the least bill without foresight or luck. */
+/**
+ * The fewest groups that, held throughout, would have reached the attainment: the least bill without foresight or
+ * luck.
+ */
 function runBestConstant(options: Omit<RunOptions, 'policy'>, attainmentRatio: number): RunResult {
   const runWith = (groups: number): RunResult =>
     runCluster({ ...options, policy: createStatic(groups), initialGroups: groups });

@@ -1,5 +1,5 @@
 // The engine's decoding, measured: sequences of one prompt, all chunks of prefill, then greedy steps, with drafts or
-// without. Owns the loop and the synthetic acceptance; whoever calls chooses model, group and table.
+// without. Owns the loop and the synthetic acceptance; the caller chooses model, group and table.
 //
 // Random weights accept no drafts. `synthetic` computes everything and then puts scripted tokens in the place of those
 // that the head and the draft layer chose, so that a given share of the drafts is right.

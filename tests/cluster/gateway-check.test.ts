@@ -85,7 +85,7 @@ describe('check', () => {
     });
   });
 
-  it('is content with a closed door where it should be closed, and only there', async () => {
+  it('accepts a closed door only where it should be closed', async () => {
     const address = await start(keysFile);
     expect(await check([`--address=${address}`, '--closed'])).toEqual({
       code: 0,

@@ -149,7 +149,7 @@ describe('groups', () => {
         }
         yield* tokenIds;
       };
-      // Slower than it breaks: whoever begins together with the poison gets nothing.
+      // Slower than it breaks: requests that begin together with the poison get nothing.
       const group = await stage.openGroup({ group: 'a', stepMs: 50, script });
       await Promise.race([broken.promise, all]);
       await stage.loseGroup(group);

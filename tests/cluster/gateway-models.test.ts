@@ -207,7 +207,7 @@ describe('a gateway that was started without models', () => {
     }
   });
 
-  it('finishes what runs when a model is removed, and refuses what waits and what comes', async () => {
+  it('finishes running requests when a model is removed, and rejects waiting and new ones', async () => {
     group = await startScriptedGroup({ model, group: 'g', queue: bus, stepMs: 20, maxSequences: 1 });
     await publish();
     await waitFor('the model and its group', async () => (await listed())[0]?.readyGroups === 1);

@@ -1,5 +1,5 @@
-// A NATS server that asks who connects: every way of telling it, on a real nats-server, with credentials that change while
-// processes run.
+// A NATS server that asks who connects: every way of telling it, on a real nats-server, with credentials that change
+// while processes run.
 
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -52,7 +52,7 @@ function open(options: Omit<NatsServers, 'clientName'>): ReturnType<typeof creat
   return queue;
 }
 
-/** Whether records can be counted, which only a client that was let in can. */
+/** Whether records can be counted, which only an accepted client can. */
 async function isLetIn(queue: ReturnType<typeof createNatsBus>): Promise<boolean> {
   await queue.opened(AbortSignal.timeout(20_000));
   return (await queue.records.count()) === 0;
@@ -196,7 +196,10 @@ function sign(issuer: Key, subject: Key, nats: object): string {
   return `${body}.${Buffer.from(issuer.sign(Buffer.from(body))).toString('base64url')}`;
 }
 
-/** An operator, an account with JetStream and a user, as `nsc` makes them: the server's configuration and a .creds file. */
+/**
+ * An operator, an account with JetStream and a user, as `nsc` makes them: the server's configuration and a .creds
+ * file.
+ */
 function createOperator(): { readonly config: string; readonly credentials: string } {
   const [operator, system, account] = [nkeys.createOperator(), nkeys.createAccount(), nkeys.createAccount()];
   const user = nkeys.createUser();

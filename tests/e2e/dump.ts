@@ -1,4 +1,4 @@
-// The state of a cluster as files, for whoever looks into a failure.
+// The state of a cluster as files, to investigate a failure.
 
 import { cp, mkdir, mkdtemp, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

@@ -39,7 +39,7 @@ export interface LoadOptions {
   readonly signal: AbortSignal;
   /**
    * What a client must expect of this fault: `unavailable` before anything was accepted, or at any time. Default:
-   * nothing, as whoever operates the cluster is no reason for an error.
+   * nothing, as actions of the operator are not a reason for an error.
    */
   readonly tolerated?: 'refusal' | 'break';
 }

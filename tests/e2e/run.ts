@@ -122,7 +122,7 @@ export async function runEndToEnd(options: EndToEndOptions): Promise<EndToEndRes
         rollouts: options.rollouts,
       });
     }
-    // With a service that serves: whoever uninstalls need not have cleaned up before.
+    // With a serving service: an uninstall needs no clean-up before it.
     await installation.applyModelService({ ...oneRank, scaling: { min: 1, max: 1 }, drainSeconds: 5 });
     await installation.waitForGroups(1);
     stopwatch();

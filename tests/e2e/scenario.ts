@@ -60,12 +60,12 @@ export function check(holds: boolean, message: string): asserts holds {
   }
 }
 
-/** Far above every goal: whoever takes so long is not slow but does not do it. */
+/** Far above every goal: a step that takes this long is not slow but stuck. */
 const hopelessMs = 60_000;
 
 /**
- * Says how a time compares with its goal, and gives that for the figures. One that is missed is said loudly and lets the
- * scenario go on, since processes that are stopped for a moment miss it too; a time without any hope fails it.
+ * Says how a time compares with its goal, and gives that for the figures. One that is missed is said loudly and lets
+ * the scenario go on, since processes that are stopped for a moment miss it too; a time without any hope fails it.
  */
 export function judge(
   { say }: World,

@@ -1,4 +1,5 @@
-// The handshake of a network group over real sockets: who is let in, who is turned away, and what both are told.
+// The handshake of a network group over real sockets: which ranks are accepted and rejected, and the errors of both
+// sides.
 
 import * as net from 'node:net';
 import { once } from 'node:events';

@@ -38,7 +38,7 @@ function complete(
   prompts: readonly (readonly number[])[],
   sampling: SequenceSampling,
 ): readonly SequenceDelta[] {
-  // Two slots, so that whoever waits takes over the slot of the sequence that ended first.
+  // Two slots, so that a waiting sequence takes over the slot of the first one to end.
   const engine = new Engine(group, testLimits(group.manifest, { maxSequences: 2, usableVocab }));
   for (const [sequenceId, tokenIds] of prompts.entries()) {
     engine.submit({ sequenceId, tokenIds, resumedTokens: 0, sampling, creditTokens: Infinity });

@@ -1,6 +1,6 @@
-// Clients that only cost: connections that idle, headers and bodies that never end, resets, tables, pings. Each flood goes on
-// until its signal fires, connecting again where the server hung up. Used by the benchmark `floods`, in a process of its
-// own, and by the hostile corpus, briefly.
+// Clients that only cost: connections that idle, headers and bodies that never end, resets, tables, pings. Each flood
+// goes on until its signal fires, connecting again where the server hung up. Used by the benchmark `floods`, in a
+// process of its own, and by the hostile corpus, briefly.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Socket } from 'node:net';
@@ -23,7 +23,7 @@ import {
 /** Where to, and with which keys. */
 interface FloodTarget {
   readonly address: string;
-  /** A key that is let in. */
+  /** An accepted key. */
   readonly apiKey: string;
   /** Connections or streams at once; each flood has its own idea of many. */
   readonly scale: number;
@@ -43,7 +43,7 @@ function count(many: number, { scale }: FloodTarget): number {
   return Math.max(1, Math.round(many * scale));
 }
 
-/** Runs `talk` on so many connections, again and again: whoever is hung up on connects anew, ten times a second at most. */
+/** Runs `talk` on so many connections, again and again: closed ones reconnect, at most ten times a second. */
 async function onConnections(
   connections: number,
   { target, signal, ...settings }: { target: FloodTarget; signal: AbortSignal; settings?: Buffer },

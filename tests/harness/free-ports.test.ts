@@ -32,7 +32,7 @@ describe('freePorts', () => {
     return ports;
   }
 
-  it('gives each process ports of its own, whoever asks at the same time', async () => {
+  it('gives each process its own ports, also at the same time', async () => {
     const calls = [freePorts(20), freePorts(20), ...Array.from({ length: 6 }, () => portsOfAnother(20))];
     const ports = (await Promise.all(calls)).flat();
     expect(ports).toHaveLength(160);

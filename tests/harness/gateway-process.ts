@@ -1,4 +1,5 @@
-// The gateway as a pod runs it: a process with nothing but the environment that it is given. Owns its output and its end.
+// The gateway as a pod runs it: a process with nothing but the environment that it is given. Owns its output and its
+// end.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
@@ -9,7 +10,7 @@ import { waitFor } from './wait-for.ts';
 
 const main = join(import.meta.dirname, '../../gateway/src/main.ts');
 
-/** A gateway that was started. Whoever starts it ends it. */
+/** A running gateway, which its starter ends. */
 export interface GatewayProcess {
   readonly child: ChildProcess;
   /** What it wrote: log lines and errors. */

@@ -1,4 +1,4 @@
-// A real nats-server for a test, on loopback. Owns nothing but the finding of its binary; whoever starts one closes it.
+// A real nats-server for a test, on loopback. Owns only finding its binary; the caller that starts one closes it.
 
 import { execFile } from 'node:child_process';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';

@@ -1,4 +1,4 @@
-// A gRPC client without manners: any headers, any bytes, any frames. Owns one HTTP/2 connection a call; knows no proto.
+// A misbehaving gRPC client: any headers, any bytes, any frames. Owns one HTTP/2 connection a call; knows no proto.
 
 import { connect, constants, type ClientHttp2Session, type OutgoingHttpHeaders } from 'node:http2';
 

@@ -128,7 +128,7 @@ describe('the values reach their objects', () => {
     expect(workerSettingsOf(host).cache).toEqual({ kind: 'hostPath', path: '/models' });
   });
 
-  it('the queue: streams have up to three replicas, whoever makes them first', async () => {
+  it('the queue: streams have up to three replicas, whichever process creates them', async () => {
     for (const [replicas, ofStreams] of [
       [1, 1],
       [3, 3],

@@ -1,6 +1,6 @@
 // The chart on a real API server with its controllers, in namespaces that enforce Pod Security "restricted": what is
-// installed is admitted and makes its pods, the controller's rights are exactly those of the table, an upgrade keeps what
-// the controller wrote, and nothing is left behind. There are no machines: what the pods do is the node layer's.
+// installed is admitted and makes its pods, the controller's rights are exactly those of the table, an upgrade keeps
+// what the controller wrote, and nothing is left behind. There are no machines: what the pods do is the node layer's.
 
 import { execFile } from 'node:child_process';
 import { join } from 'node:path';
@@ -459,7 +459,7 @@ describe('before an uninstall', () => {
     expect(await removed).toEqual({ code: 0, said: 'removed 2 ModelServices' });
   });
 
-  it('one that is held for ever ends it, by name', async () => {
+  it('one that is held forever ends it, by name', async () => {
     await createServices('held');
     const { code, said } = await removeServices(15);
     expect(code).toBe(1);

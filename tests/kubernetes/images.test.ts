@@ -16,13 +16,16 @@ import { copiedPaths, findImages, type BuiltImage, type ImageName } from '../har
 import { waitFor } from '../harness/wait-for.ts';
 
 const root = join(import.meta.dirname, '../..');
-/** The worker's CUDA image is for whoever asks for it: it brings 930 MB. */
+/** The worker's CUDA image is optional: it brings 930 MB. */
 const workers =
   process.env['MIMO_CUDA_IMAGE'] === undefined ? (['worker'] as const) : (['worker', 'worker-cuda'] as const);
 const ours = ['gateway', 'controller', ...workers] as const;
 const names = [...ours, 'nats'] as const;
 /** Images are built within this; it takes six minutes on two busy cores with an empty cache. */
-/** Images are built here where the sources have changed: a busy machine takes as long as it takes, and says how far it is. */
+/**
+ * Images are built here where the sources have changed: a busy machine takes as long as it takes, and says how far it
+ * is.
+ */
 const noLimit = 0;
 const gatewayMaxMegabytes = 250;
 

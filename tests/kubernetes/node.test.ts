@@ -148,7 +148,7 @@ describe('a real cluster of two nodes', () => {
     const spec = { podSelector: { matchLabels: { app: 'web-1' } }, policyTypes: ['Ingress'] };
     await waitFor('the Service to answer', async () => (await askWeb()) === 'web-1\n');
     await cluster.apply({ ...policy, spec });
-    await waitFor('nobody to be let in', async () => (await askWeb()) === undefined);
+    await waitFor('all connections to be rejected', async () => (await askWeb()) === undefined);
     for (const app of ['web-1', 'another']) {
       await cluster.apply({ ...policy, spec: { ...spec, ingress: [holeFor(app)] } });
       expect(await askWeb()).toBe(undefined);
@@ -160,7 +160,7 @@ describe('a real cluster of two nodes', () => {
       async () => (await cluster.kubectl('get', 'pod', 'web-1', '-o', path)) === 'True',
     );
     await cluster.apply({ ...policy, spec: { ...spec, ingress: [holeFor('web-0')] } });
-    await waitFor('the other pod to be let in', async () => (await askWeb()) === 'web-1\n');
+    await waitFor('the other pod to be allowed', async () => (await askWeb()) === 'web-1\n');
     await cluster.kubectl('delete', 'networkpolicy', 'web');
   });
 

@@ -1,5 +1,6 @@
-// What a checkpoint's token ids stand for. Owns the bytes of each id and which ids are special, as plain data that travels
-// between processes: whoever decodes a stream needs nothing else of a tokenizer. Knows neither encoding nor templates.
+// What a checkpoint's token ids stand for. Owns the bytes of each id and which ids are special, as plain data that
+// travels between processes: decoding a stream needs nothing else of a tokenizer. Knows neither encoding nor
+// templates.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { bytesFromSpelling } from './byte-level.ts';
@@ -18,7 +19,8 @@ export interface TokenTableData {
  * What the ids of one checkpoint stand for. Immutable and shared freely.
  *
  * A token is special when the files say so or when it is written `<|...|>` (the files leave the flag off for
- * `<|fim_prefix|>` and its like). The other added tokens, such as `<tool_call>`, are words: they are matched in any text.
+ * `<|fim_prefix|>` and its like). The other added tokens, such as `<tool_call>`, are words: they are matched in any
+ * text.
  */
 export interface TokenTable {
   /** One more than the largest id; the model's own vocabulary may have padding rows beyond it. */
@@ -83,7 +85,8 @@ export function createTokenTable({ bytes, ends, specialTokens }: TokenTableData)
  */
 export function leastComposedBytes(text: string): number {
   const bytes = Buffer.byteLength(text);
-  // A UTF-16 unit beyond ASCII has 2 or 3 bytes, or 2 where it is half of a character of 4: at most twice its excess over 1.
+  // A UTF-16 unit beyond ASCII has 2 or 3 bytes, or 2 where it is half of a character of 4: at most twice its excess
+  // over 1.
   const asciiBytes = Math.max(0, 2 * text.length - bytes);
   return asciiBytes + (bytes - asciiBytes) / 4;
 }

@@ -83,10 +83,7 @@ describe('parseTokenizerFiles', () => {
   it.each([
     ['text that is not JSON', { ...none, tokenizerJson: '{' }],
     ['a list', { ...none, tokenizerJson: '[]' }],
-    [
-      'an id that is no number',
-      withTokenizer({ model: { ...smallest.model, vocab: { ...bytes, ab: '256' } } }),
-    ],
+    ['a non-numeric id', withTokenizer({ model: { ...smallest.model, vocab: { ...bytes, ab: '256' } } })],
     ['an id beyond reason', withTokenizer({ added_tokens: [{ id: 1e12, content: 'x' }] })],
     [
       'a byte without an id',

@@ -105,7 +105,7 @@ describe('decode', () => {
     expect(tokenizer.decode(tokenIds, { skipSpecialTokens: true })).toBe('user\nHi');
   });
 
-  it('keeps a byte order mark and replaces bytes that are no UTF-8', () => {
+  it('keeps a byte order mark and replaces invalid UTF-8 bytes', () => {
     expect(tokenizer.decode(tokenizer.encode('\ufeffa'))).toBe('\ufeffa');
     expect(tokenizer.decode(tokenizer.encode('🇫').slice(0, -1))).toBe('\ufffd');
   });

@@ -13,7 +13,10 @@ export interface EncodeOptions {
    * characters of text.
    */
   readonly allowSpecial?: boolean;
-  /** A text with more ids than this is given up as soon as that is certain, so that it costs no more than one that fits. */
+  /**
+   * A text with more ids than this is given up as soon as that is certain, so that it costs no more than one that
+   * fits.
+   */
   readonly maxTokens?: number;
 }
 
@@ -43,12 +46,12 @@ export interface Tokenizer extends TokenTable {
   readonly bosToken: string | undefined;
   readonly eosToken: string | undefined;
   /**
-   * The ids of a text. Throws `invalid_argument` for a lone surrogate, which has no UTF-8, and `TooManyTokensError` for more
-   * than `maxTokens`. Nothing is prepended.
+   * The ids of a text. Throws `invalid_argument` for a lone surrogate, which has no UTF-8, and `TooManyTokensError`
+   * for more than `maxTokens`. Nothing is prepended.
    */
   encode(text: string, options?: EncodeOptions): number[];
   /**
-   * The text of token ids; bytes that are no UTF-8 become U+FFFD. For a stream use a StreamDecoder: decoding ids one by
+   * The text of token ids; invalid UTF-8 bytes become U+FFFD. For a stream use a StreamDecoder: decoding ids one by
    * one breaks characters that span tokens. Throws `invalid_argument` for what is no id.
    */
   decode(tokenIds: readonly number[], options?: DecodeOptions): string;
@@ -64,7 +67,9 @@ export async function loadTokenizer(directory: string): Promise<Tokenizer> {
   return createTokenizer(parseTokenizerFiles(await readTokenizerFiles(directory)));
 }
 
-/** Builds a tokenizer from its parsed files. Throws `failed_precondition` when the library cannot read their pattern. */
+/**
+ * Builds a tokenizer from its parsed files. Throws `failed_precondition` when the library cannot read their pattern.
+ */
 export function createTokenizer(description: TokenizerDescription): Tokenizer {
   const { addedTokens } = description;
   const encodePlain = createPlainEncoder(description);

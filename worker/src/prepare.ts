@@ -1,6 +1,7 @@
 // `node worker/src/main.ts prepare`: what must be there before a group of a model can start. Finds the checkpoint or
 // fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue;
-// each is done once, whoever asks. Owns the command's exit code, which tells the controller whether to retry.
+// each is done once, however many processes ask. Owns the command's exit code, which tells the controller whether to
+// retry.
 
 import { hostname } from 'node:os';
 import { parseArgs } from 'node:util';

@@ -25,7 +25,7 @@ interface ChildExit {
   readonly signal: NodeJS.Signals | null;
 }
 
-/** A running child. Whoever starts it stops it. */
+/** A running child, which its starter stops. */
 export interface Child {
   readonly name: string;
   /** Of the program itself, not of its watching shell. */

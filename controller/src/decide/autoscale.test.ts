@@ -341,7 +341,7 @@ describe('decideScale', () => {
           expect(decision.wanted).toBeLessThanOrEqual(max);
           expect(decision.message.length * decision.formula.length).toBeGreaterThan(0);
           expect(seen.queue === 'unknown' ? decision.wanted : before).toBe(before);
-          // Who goes down leaves as many as work off what waits in a third of the target.
+          // A scale-down leaves enough groups to finish the waiting work in a third of the target.
           const waiting =
             seen.queue === 'unknown' || decision.wanted >= before ? 0 : seen.queue.waitingTokens;
           const perTarget = (decision.inputs.groupTokensPerSecond + 1) * spec.targetWaitSeconds;

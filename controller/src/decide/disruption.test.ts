@@ -66,7 +66,7 @@ describe('planDisruption', () => {
     expect(planAll({ groups, wanted: 1 }).map((min) => allowed(groups, min))).toEqual([1]);
   });
 
-  it('does not keep machines for ever from being emptied: a group that cannot come back is given up on', () => {
+  it('does not block the draining of machines forever: gives up on a group that cannot come back', () => {
     const whole = groupsOf('ready', 'ready', 'ready');
     const two = groupsOf('ready', 'ready', 'starting');
     const limits = planAll(

@@ -35,7 +35,7 @@ describe('parseKeys', () => {
     'Bearer ',
     'Bearer key-of-c',
     `Bearer ${sha256}`,
-  ])('does not let in %s', (authorization) => {
+  ])('rejects %s', (authorization) => {
     expect(() => authenticate(authorization)).toThrow(expect.objectContaining({ code: 'unauthenticated' }));
   });
 

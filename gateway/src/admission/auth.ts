@@ -47,7 +47,7 @@ const keyFields = {
   keys: '{ keys: [{ sha256 or key, tenant, models? }] } with no other fields',
 } as const;
 
-/** Lets everybody in as tenant `anonymous`. */
+/** Accepts every caller as tenant `anonymous`. */
 export const authenticateNobody: Authenticate = () => ({ tenant: 'anonymous', models: undefined });
 
 /**

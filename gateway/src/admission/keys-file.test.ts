@@ -93,7 +93,7 @@ describe('openKeysFile', () => {
     expect(tenantOf(await open(), 'key-of-a')).toBeUndefined();
   });
 
-  it('needs the file at the start, unless it is optional: then nobody is let in until it comes', async () => {
+  it('needs the file at the start, unless it is optional: then it rejects everybody until the file exists', async () => {
     await expect(open()).rejects.toMatchObject({ code: 'invalid_argument' });
     const file = await open(true);
     expect(tenantOf(file, 'key-of-a')).toBeUndefined();

@@ -303,7 +303,7 @@ describe('DispatchState', () => {
     expect(stateOf().openGroups(groups, unmarked, at)).toHaveLength(2);
   });
 
-  it('sums up what waits, what runs, what came and what ended in a group', () => {
+  it('sums up waiting, running, arrived and completed work', () => {
     const state = stateOf('a', 'b', 'c', 'd');
     const record = RequestSummary.fromPartial({ requestId: 'found', tokens: 1 });
     const found = { storeId: 's', sequence: 9, record, isArrival: false, ageMs: 0 };

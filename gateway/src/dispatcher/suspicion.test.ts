@@ -472,7 +472,7 @@ describe('suspicion at work', () => {
     termTicks: fc.constantFrom(0, 0, 150, 400),
   });
 
-  it('ends no innocent request, whoever leaves when, and every poison after at most four breaks', async () => {
+  it('ends no innocent request, whenever clients leave, and every poison after at most four breaks', async () => {
     await fc.assert(
       fc.asyncProperty(schedules, async (schedule) => {
         const world = new World(schedule);

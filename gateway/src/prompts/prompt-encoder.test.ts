@@ -92,7 +92,7 @@ describe('PromptEncoder', () => {
     expect(await ask(encoder, { kind: 'tokens', tokenIds: [1, 2] })).toEqual({ tokenIds: [1, 2], begun: '' });
   });
 
-  it('answers short prompts before the long ones that came first, whoever’s they are', async () => {
+  it('answers short prompts before earlier long ones, of any tenant', async () => {
     const encoder = await openEncoder(demo);
     await ask(encoder, text(long));
     const order: string[] = [];

@@ -1,5 +1,6 @@
-// etcd, kube-apiserver, kube-controller-manager and kube-scheduler in a box, for nodes in boxes of their own. Owns their
-// flags and certificates. Nothing but the kubeconfig file is needed to use it, from this machine's loopback too.
+// etcd, kube-apiserver, kube-controller-manager and kube-scheduler in a box, for nodes in boxes of their own. Owns
+// their flags and certificates. Nothing but the kubeconfig file is needed to use it, from this machine's loopback
+// too.
 
 import { readFileSync } from 'node:fs';
 import { request } from 'node:https';
@@ -29,7 +30,7 @@ export interface BoxControlPlane {
   readonly pki: Pki;
   /** Of an administrator, through a port of this machine's loopback. */
   readonly kubeconfigFile: string;
-  /** Of the API server's port. Whoever closes the cluster closes it. */
+  /** Of the API server's port. Closed with the cluster. */
   readonly forward: Forward;
   /** https://… as seen from the boxes. */
   readonly internalUrl: string;

@@ -403,7 +403,7 @@ async function buildImage(image: ImageName, workshop: Workshop): Promise<BuiltIm
     await removeOldArchives(directory, image);
     const { bavail, bsize } = await statfs(directory);
     if (bavail * bsize < keptFreeBytes) {
-      // Layers of earlier builds, which would have made later ones quicker.
+      // Layers of earlier builds, which would speed up later ones.
       await buildah('rmi', '--prune', '--force');
     }
   }
@@ -423,9 +423,9 @@ async function removeOldArchives(directory: string, image: ImageName): Promise<v
 }
 
 /**
- * Gives the images, building those of which nothing in the cache has the same sources; one process at a time. Fails with
- * `failed_precondition`, saying what to do, where this machine cannot build images, and with `unavailable` and the
- * builder's last words where a build fails. Options that are left out are as in `findTools`.
+ * Gives the images, building those of which nothing in the cache has the same sources; one process at a time. Fails
+ * with `failed_precondition`, saying what to do, where this machine cannot build images, and with `unavailable` and
+ * the builder's last words where a build fails. Options that are left out are as in `findTools`.
  */
 export async function findImages<Name extends ImageName>(
   names: readonly Name[],

@@ -1,4 +1,4 @@
-// Deadlines from nothing to eleven thousand years, and headers that are none: each lasts as long as it says, or is refused
+// Deadlines from nothing to eleven thousand years, and invalid headers: each lasts as long as it says, or is rejected
 // as malformed. grpc-js alone ends those of 25 days and more at once, and reads a number out of any text.
 
 import { Role } from '@mimo/proto/inference';

@@ -1,5 +1,5 @@
 // One connection while two ranks greet each other: messages in turn, each a 4-byte length and JSON, and at the end the
-// plain descriptor. Owns the socket until then; what is said, and who is let in, is join-group.ts's business.
+// plain descriptor. Owns the socket until then; messages and the choice of peers belong to join-group.ts.
 
 import * as net from 'node:net';
 import { ClusterError } from '@mimo/core/process/errors';

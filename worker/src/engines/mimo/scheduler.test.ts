@@ -164,7 +164,7 @@ describe('planStep', () => {
     expect(plan(prompts)).toMatchObject({ admitted: [1, 2], blocked: [] });
   });
 
-  it('lets nobody overtake one that was overtaken often enough', () => {
+  it('allows no more overtaking of a sequence that was overtaken often enough', () => {
     const prompts = [
       waiting(1, { pendingTokens: 5 }),
       waiting(2, { pendingTokens: 300, overtakes: maxOvertakes }),
