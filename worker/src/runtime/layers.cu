@@ -2,10 +2,10 @@
 // as the checkpoint has it, and what stands between products: norms, bias, SiLU, the residual's sums. For NVRTC, without
 // headers. cuda-layers.ts defines what is in capitals and not here.
 //
-// Passes of few rows last as long as reading W does. A block computes 16 rows of W (m16n8k16: rows of W fill the 16, rows of x the
-// 8 columns), its warps divide the columns. The order of k within 32 is free as long as W and x agree, so each
-// lane reads 16 bytes at once, straight into the registers of its products. Reading W begins before the kernel before ends
-// (programmatic dependent launch): W depends on nothing.
+// Passes of few rows last as long as reading W does. A block a multiprocessor computes tiles of 16 rows of W (m16n8k16: rows
+// of W fill the 16, rows of x the 8 columns), its warps divide the columns, each with its own ring of cp.async stages, which
+// runs on over the tiles. The order of k within 32 is free as long as W and x agree, so each lane takes 16 bytes at once.
+// Reading W begins before the kernel before ends (programmatic dependent launch): W depends on nothing.
 //
 // A norm is its gain on x, which the writer of x multiplies in, and a factor a row on y: `squares` holds the row's sums of
 // squares over 16 columns of x each, which are added in one order, so that the same pass gives the same bits.
