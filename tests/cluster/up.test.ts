@@ -124,7 +124,7 @@ describe('the mimo command', () => {
     command.env['MIMO_WORKER_KV_BLOCK'] = 'x';
     const typo = await command.run(['up', '--port', String(command.port)]);
     expect(typo.code).toBe(1);
-    expect(typo.stderr).toContain('MIMO_WORKER_KV_BLOCK is not a known setting of this process');
+    expect(typo.stderr).toContain('MIMO_WORKER_KV_BLOCK is not a setting of this process');
     expect(typo.stderr).not.toContain('starting it again');
     await command.gone();
   });
