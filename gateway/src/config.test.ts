@@ -11,7 +11,7 @@ describe('parseGatewayConfig', () => {
       models: new Map([['mimo', '/models/mimo']]),
       natsUrls: ['nats://127.0.0.1:4222'],
       maxWaitMs: 600_000,
-      clientStallMs: 60_000,
+      clientStallMs: 300_000,
       maxReceiveBytes: 16 * 2 ** 20,
     });
   });

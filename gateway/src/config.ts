@@ -69,8 +69,11 @@ export const gatewaySettings = {
   keysFileOptional: booleanSetting('MIMO_GATEWAY_KEYS_FILE_OPTIONAL', false),
   /** How long a request waits for a group, unless its own deadline is sooner; covers a cold start. */
   maxWaitMs: durationSetting('MIMO_GATEWAY_MAX_WAIT', '10m'),
-  /** A stream whose client reads nothing for this long is ended; proxies commonly use the same time. */
-  clientStallMs: durationSetting('MIMO_GATEWAY_CLIENT_STALL', '60s'),
+  /**
+   * A stream whose client reads nothing for this long is ended. A client on a busy machine may stand still for more
+   * than a minute, and waiting costs little: its stream holds no slot, and gives way in a full gateway.
+   */
+  clientStallMs: durationSetting('MIMO_GATEWAY_CLIENT_STALL', '5m'),
   /** How long a stopping gateway lets its streams finish; below Kubernetes' own 30 s. */
   graceMs: durationSetting('MIMO_GATEWAY_GRACE', '25s'),
   /** One incoming message; a prompt of a million token ids is about 3 MB. */

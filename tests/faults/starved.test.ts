@@ -1,6 +1,8 @@
 // Processes that get no processor time for longer than any ping of theirs, or of their peers, is waited for: a client's
 // streams are paused and not lost. SIGSTOP stands for a machine that is busy with something else.
 
+import { fork } from 'node:child_process';
+import { once } from 'node:events';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import type { ClusterError } from '@mimo/core/process/errors';
@@ -8,9 +10,12 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
 import { ask, chatRequest, createClient, startTestCluster, type TestCluster } from '../harness/cluster.ts';
 import { expectStreams, startStreams } from '../harness/disturbed-streams.ts';
+import type { ClientReport } from '../harness/starved-client.ts';
 
 /** The client's next ping comes 10 s after the last; grpc-js itself gives up 5 s after that where it is asked to. */
 const stoppedMs = 16_000;
+/** As a client that makes thousands of calls in one turn stands still beside fifty busy processes. */
+const clientStoppedMs = 100_000;
 
 describe('a cluster whose gateway is starved', () => {
   let cluster: TestCluster;
@@ -48,5 +53,32 @@ describe('a cluster whose gateway is starved', () => {
     expect(await ended).toBe('unavailable');
     cluster.parts.gateway.children[0]?.kill();
     client.close();
+  });
+});
+
+describe('a client that is starved', () => {
+  let cluster: TestCluster;
+  beforeAll(async () => {
+    cluster = await startTestCluster();
+  });
+  afterAll(() => cluster.close());
+
+  it(`keeps every stream when it stands still for ${clientStoppedMs / 1000} s amid a burst of cancels`, async () => {
+    const script = new URL('../harness/starved-client.ts', import.meta.url);
+    const child = fork(script, [cluster.parts.gatewayAddress]);
+    const exited = once(child, 'exit');
+    const nextReport = async (): Promise<ClientReport> =>
+      (await Promise.race([once(child, 'message'), exited]))[0];
+    try {
+      expect(await nextReport()).toEqual({ kind: 'open' });
+      child.kill('SIGSTOP');
+      await sleep(clientStoppedMs);
+      child.kill('SIGCONT');
+      const ended = nextReport();
+      child.send('cancel');
+      expect(await ended).toMatchObject({ outcome: { same: 8, wrong: [] }, canceled: 500 });
+    } finally {
+      child.kill('SIGKILL');
+    }
   });
 });

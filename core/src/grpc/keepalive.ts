@@ -3,7 +3,7 @@
 // grpc-js uses a timer: it ends every call of a connection whose ping is not answered in time. But the answer may be
 // unread because this process was paused or busy, and a peer short of CPU answers late while it keeps sending. So
 // grpc-js's pings are answered here, and the peer is watched instead: it is lost if it sent nothing at all, not even
-// answers to pings, in 20 checks a second apart (60 for a client). A paused process does not check.
+// answers to pings, in 20 checks a second apart (300 for a client). A paused process does not check.
 //
 // On a draining connection (after a GOAWAY it accepts no new calls and running ones finish) Node rejects pings, which
 // grpc-js also takes for a dead peer (grpc/grpc-node#3068). There, TCP and the calls' own limits notice a dead peer.
@@ -14,10 +14,11 @@ import { constants, type Http2Session } from 'node:http2';
 const lookMs = 1_000;
 /**
  * Checks until a silent peer is lost. A loaded machine may delay a process for seconds, but rarely longer than this. A
- * client gets more: it may make thousands of calls in one turn, a second of CPU time, which takes half a minute beside
- * forty busy processes; if it is gone, waiting costs little, since streams without credit are parked.
+ * client gets more: it may make thousands of calls in one turn, seconds of CPU time, which take more than a minute
+ * beside fifty busy processes. If it is gone, waiting costs little, since streams without credit are parked; and a
+ * gateway waits for as long where only a stream is unread (`MIMO_GATEWAY_CLIENT_STALL`).
  */
-export const lostAfterLooks = { server: 20, client: 60 };
+export const lostAfterLooks = { server: 20, client: 300 };
 
 /** Counts the checks at which a peer had sent nothing new. */
 export class PeerWatch {

@@ -82,7 +82,7 @@ export async function startGrpcServer(options: GrpcServerOptions): Promise<GrpcS
   const server = new grpc.Server({
     'grpc.max_receive_message_length': options.maxReceiveBytes,
     'grpc.max_send_message_length': -1,
-    // Detects a client that vanished, within 90 s: see grpc/keepalive.ts.
+    // Detects a client that vanished, within six minutes: see grpc/keepalive.ts.
     'grpc.keepalive_time_ms': 30_000,
     ...(options.gate !== undefined && {
       'grpc.max_concurrent_streams': options.gate.limits.maxStreamsPerConnection,
