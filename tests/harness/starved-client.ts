@@ -11,7 +11,8 @@ export type ClientReport =
   | { readonly kind: 'open' }
   | { readonly kind: 'ended'; readonly outcome: StreamsOutcome; readonly canceled: number };
 
-const maxTokens = 2_000;
+/** More than a window of HTTP/2 holds of all streams together, so that writes to a client that stands still wait. */
+const maxTokens = 600;
 const burstCalls = 500;
 
 const [, , address = ''] = process.argv;
