@@ -162,7 +162,7 @@ async function openModelsDirectory({ config, lifecycle }: Parts): Promise<string
   return directory;
 }
 
-/** Work that goes on beside calls. It ends with its signal or with the queue, so it is awaited after that is closed. */
+/** Background work. It ends with its signal or with the queue, so it is awaited after that is closed. */
 class Loops {
   readonly #running: Promise<unknown>[] = [];
 

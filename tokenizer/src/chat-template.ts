@@ -47,7 +47,7 @@ export interface ChatOptions {
   /** True, the default: end with the opening of the assistant's turn. */
   readonly addGenerationPrompt?: boolean;
   /**
-   * True: the prompt ends with the last message's own text, so that the completion goes on with it. What a template
+   * True: the prompt ends with the last message's own text, so that the completion continues it. What a template
    * prints behind it is left out, and so is white space at its end where the template trims it.
    */
   readonly continueLast?: boolean;

@@ -6,7 +6,8 @@
 //      begins with anything else is all answer, tags and all.
 //   2. It ends at the first `</think>`; without one, all the rest is thinking.
 //   3. Line ends next to a tag belong to the tag: after `<think>`, before `</think>`, after `</think>`.
-// The whole text is what the prompt already holds of it (`begun`) and the completion; only the completion's part comes out.
+// The whole text is what the prompt already holds of it (`begun`) and the completion; only the completion's part
+// comes out.
 
 /** What one piece of text added to each part; either may be empty. */
 export interface ReasoningDelta {
@@ -14,7 +15,7 @@ export interface ReasoningDelta {
   readonly answer: string;
 }
 
-/** What the completion goes on with. */
+/** What the completion continues. */
 export interface ReasoningOptions {
   /** The part of the text that stands at the prompt's end: an opening tag, or a message that is continued. */
   readonly begun?: string;

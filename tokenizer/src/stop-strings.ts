@@ -9,7 +9,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 export interface StopResult {
   /** Text that no stop string can take back. */
   readonly text: string;
-  /** The stop string that ended the output; undefined while it goes on. */
+  /** The stop string that ended the output; undefined while it continues. */
   readonly stop: string | undefined;
 }
 

@@ -1,4 +1,4 @@
-// A leader's heartbeats: what they say (pure, from what it is told) and their sending. A heartbeat that cannot be sent is
+// A leader's heartbeats: their content (pure) and their sending. A heartbeat that cannot be sent is
 // dropped, since the next one says more.
 
 import { createNatsHeartbeats } from '@mimo/core/bus/nats/bus';

@@ -59,7 +59,7 @@ export class DispatchState {
 
   /**
    * The request has ended. It counts as ended work if a group had it, since the group computed its tokens. Unless
-   * the group has `released` it, it may still be there, as in a group that stands still.
+   * the group has `released` it, it may still be there, as in a paused group.
    */
   remove(requestId: string, released: boolean, nowMs: number): void {
     const request = this.#backlog.get(requestId);
@@ -220,7 +220,7 @@ export class DispatchState {
 
   /**
    * The groups that may be given requests, of those that are ready: not the marked ones. One in which a sequence waits
-   * for room has no free slot; a sequence that gives way to the next one does not hold its own.
+   * for room has no free slot; a sequence that must make room for the next one does not count.
    */
   openGroups(ready: readonly Heartbeat[], drains: MarkedGroups, nowMs: number): OpenGroup[] {
     const loads = this.loads();

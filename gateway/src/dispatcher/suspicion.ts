@@ -6,8 +6,9 @@
 // and it was alone in the last.
 //
 // Where it does not get to be alone, since what else is in its group runs for long, it is tried among requests that
-// made progress after all, for which it waits longer after each break: an innocent one goes on so, and a guilty one
-// breaks few groups more until it is alone, which is mostly at once: a group that has just broken is empty.
+// made progress after all, for which it waits longer after each break: an innocent one makes progress this way, and a
+// guilty one breaks few groups more until it is alone, which is mostly at once: a group that has just broken is
+// empty.
 //
 // INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it
 // is in, before it makes progress, and is alone where it waits for that, is guilty after at most four breaks. Each trial

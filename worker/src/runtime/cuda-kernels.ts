@@ -167,7 +167,7 @@ export interface LaunchShape {
   readonly overlaps?: boolean;
 }
 
-/** Compiled code on the device. `close` unloads it, once nothing runs it any more. */
+/** Compiled code on the device. `close` unloads it, once nothing runs it. */
 export class CudaKernels {
   readonly #driver = (loadedDriver ??= bindDriver(koffi.load(driverName)));
   readonly #device: CudaDevice;

@@ -74,7 +74,7 @@ export interface MemoryHandle {
   readonly closing: AbortSignal;
 }
 
-/** Why nothing is stored any more: the bus is closed. */
+/** Why nothing can be stored: the bus is closed. */
 export function faultOf({ closing }: MemoryHandle): QueueRefusal | undefined {
   return closing.aborted ? new QueueRefusal('disconnected', 'the queue is closed') : undefined;
 }

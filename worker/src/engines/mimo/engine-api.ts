@@ -128,7 +128,7 @@ export interface EngineInfo {
 export interface EngineHost {
   readonly info: EngineInfo;
   /**
-   * Resolves (never rejects) with the reason when the group is over: no frame comes any more, and sequences that have
+   * Resolves (never rejects) with the reason when the group is over: no more frames follow, and sequences that have
    * not ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
    */
   readonly failed: Promise<ClusterError>;
@@ -151,7 +151,7 @@ export interface EngineHost {
   /** As of the last frame. */
   stats(): EngineStats;
   /**
-   * Stops the threads and frees the model; no frame comes any more. Idempotent. Where a step hangs its thread stays,
+   * Stops the threads and frees the model; no more frames follow. Idempotent. Where a step hangs its thread stays,
    * and the process ends with it.
    */
   close(): Promise<void>;

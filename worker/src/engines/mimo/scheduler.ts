@@ -70,7 +70,7 @@ export interface SchedulerLimits {
   readonly prefillChunkTokens: number;
   /** Blocks of the longest context. */
   readonly maxSequenceBlocks: number;
-  /** A sequence without credit for this long gives way to others, however long it ran. */
+  /** A sequence without credit for this long makes room for others, however long it ran. */
   readonly parkAfterMs: number;
 }
 
