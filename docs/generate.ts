@@ -1,5 +1,6 @@
-// docs/reference from its sources: settings, metrics, error codes, commands, resources, the API. `node docs/generate.ts`
-// writes the pages; a test compares what is committed. With a directory as its argument it writes there instead.
+// docs/reference from its sources: settings, metrics, error codes, commands, resources, the API. `node
+// docs/generate.ts` writes the pages; a test compares what is committed. With a directory as its argument it writes
+// there instead.
 
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,5 +1,6 @@
-// The terminal recording of the README: runs `npm run up` and `npm run chat` for real and writes what they printed, at the
-// pace at which it came, as an animated SVG. `node docs/record.ts` writes docs/recording.svg; a cold start is cut short.
+// The terminal recording of the README: runs `npm run up` and `npm run chat` for real and writes what they printed, at
+// the pace at which it came, as an animated SVG. `node docs/record.ts` writes docs/recording.svg; a cold start is cut
+// short.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';

@@ -1,5 +1,5 @@
-// What is remembered of a ModelService between its rounds, in memory only: after a restart it begins with what the status
-// and the pods say.
+// What is remembered of a ModelService between its rounds, in memory only: after a restart it begins with what the
+// status and the pods say.
 
 import type { Refusal } from './act/act-in-order.ts';
 import { Expectations, isAtLeast } from './act/expectations.ts';

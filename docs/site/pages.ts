@@ -1,4 +1,5 @@
-// The pages of the site: every Markdown file of the repository, grouped as docs/README.md groups them. Knows no generator.
+// The pages of the site: every Markdown file of the repository, grouped as docs/README.md groups them. Knows no
+// generator.
 
 import { existsSync, globSync, readFileSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';

@@ -1,5 +1,5 @@
-// The gateway's connections to the queue and to the model catalogue beside it, by the configuration: in NATS, or a bus in
-// memory and no catalogue.
+// The gateway's connections to the queue and to the model catalogue beside it, by the configuration: in NATS, or a bus
+// in memory and no catalogue.
 
 import type { ProcessParts } from '@mimo/core/process/run-process';
 import type { Bus } from '@mimo/core/bus/bus';
@@ -12,8 +12,8 @@ import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import type { GatewayConfig } from './config.ts';
 
 /**
- * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice that
- * on disk, 5 % and at most 10 %.
+ * What the catalogue may hold beside the queue: in the chart, whose queue has 40 % of the volume and may take twice
+ * that on disk, 5 % and at most 10 %.
  */
 const catalogShare = 1 / 8;
 /** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
@@ -40,8 +40,8 @@ export function openBus({ config, log, lifecycle }: ProcessParts<GatewayConfig>,
 }
 
 /**
- * Opens the catalogue, which lies beside the queue: undefined where the bus is in memory. It has a link of its own: files
- * of models may be on their way for seconds, and the queue counts as broken when its trials take two.
+ * Opens the catalogue, which lies beside the queue: undefined where the bus is in memory. It has a link of its own:
+ * files of models may be on their way for seconds, and the queue counts as broken when its trials take two.
  */
 export function openCatalog(
   { config, log, lifecycle }: ProcessParts<GatewayConfig>,

@@ -1,5 +1,5 @@
-// Heartbeats without NATS: asks the leaders named in the configuration for theirs, several times a second, and publishes
-// the answers on the bus in memory as if they had come by themselves.
+// Heartbeats without NATS: asks the leaders named in the configuration for theirs, several times a second, and
+// publishes the answers on the bus in memory as if they had come by themselves.
 
 import * as grpc from '@grpc/grpc-js';
 

@@ -1,10 +1,11 @@
-// A full-size checkpoint in the real layout whose text is known, so that drafts are right as often as a trained model's:
-// after token t comes t + 1, and the MTP layer drafts that too, but after one token in nineteen. All shapes and bytes are the
-// real model's, and nothing is zero but a column: engines that compute everything are compared on it as they are.
+// A full-size checkpoint in the real layout whose text is known, so that drafts are right as often as a trained
+// model's: after token t comes t + 1, and the MTP layer drafts that too, but after one token in nineteen. All shapes
+// and bytes are the real model's, and nothing is zero but a column: engines that compute everything are compared on it
+// as they are.
 //
-// A token's embedding is a row of noise, the head's row of t + 1 has the direction of t's embedding, and the layers add
-// almost nothing. The MTP layer passes the embedding of its token on. The embedding's first number marks the tokens after
-// which the draft is wrong: the MTP layer's input adds another token's embedding in its measure.
+// A token's embedding is a row of noise, the head's row of t + 1 has the direction of t's embedding, and the layers
+// add almost nothing. The MTP layer passes the embedding of its token on. The embedding's first number marks the
+// tokens after which the draft is wrong: the MTP layer's input adds another token's embedding in its measure.
 
 import { mimo7b, type RandomCheckpoint } from '@mimo/worker/compiler/random-checkpoint';
 

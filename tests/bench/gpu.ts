@@ -85,7 +85,10 @@ export async function run(args: readonly string[], signal: AbortSignal): Promise
       provider: { type: 'string', default: 'cuda' },
       directory: { type: 'string', default: tmpdir() },
       precision: { type: 'string', default: 'bf16' },
-      /** Those to run; `host`: sampling without the device's sampler, for comparison; `long`: decode at long contexts; `streams`: as many as the defaults take, and more. */
+      /**
+       * Those to run; `host`: sampling without the device's sampler, for comparison; `long`: decode at long contexts;
+       * `streams`: as many as the defaults take, and more.
+       */
       part: { type: 'string', default: 'draws,attention,golden,host,streams,sampling,long,model' },
       /** Draws to compare with the host's. */
       draws: { type: 'string', default: '1000000' },
@@ -298,8 +301,8 @@ const wideHeads: ModelConfig = {
 };
 
 /**
- * Attention of our own over spans of one row, of two, and of both, beside ONNX Runtime's over the same and whole prompts:
- * the relative error of the logits, where the reference is float32 on the CPU.
+ * Attention of our own over spans of one row, of two, and of both, beside ONNX Runtime's over the same and whole
+ * prompts: the relative error of the logits, where the reference is float32 on the CPU.
  */
 async function compareAttention(device: Device, report: Report, signal: AbortSignal): Promise<void> {
   const directory = await mkdtemp(join(tmpdir(), 'mimo-bench-heads-'));

@@ -1,5 +1,6 @@
-// The rule that the scheduler had before, as its peer in `prefill.ts`: prompts are read strictly oldest first, and waiting
-// ones are admitted in the order of their arrival. Pure. For engines whose cache never runs short: nobody is preempted.
+// The rule that the scheduler had before, as its peer in `prefill.ts`: prompts are read strictly oldest first, and
+// waiting ones are admitted in the order of their arrival. Pure. For engines whose cache never runs short: nobody is
+// preempted.
 
 import { blocksFor } from '@mimo/worker/engines/mimo/kv-cache';
 import type {

@@ -1,11 +1,11 @@
-// Short prompts behind long ones in the engine: how long a short prompt waits for its first token under a flood of long ones,
-// and what the long ones pay, by the scheduler's rule and by the rule "oldest first" in turn in one run.
+// Short prompts behind long ones in the engine: how long a short prompt waits for its first token under a flood of
+// long ones, and what the long ones pay, by the scheduler's rule and by the rule "oldest first" in turn in one run.
 //
 //   npm run bench -- prefill [--seconds 40] [--long 2000] [--short 23] [--flood 8] [--model models/mimo-demo]
 //
-// The engine and its one rank of the demonstration model compute in this thread. A stream decodes all the time, so that its
-// longest gap is seen too. Short prompts come at random times, most of them in the middle of a step. "Beyond a step" is the
-// time to the first token less the longest step that the prompt met.
+// The engine and its one rank of the demonstration model compute in this thread. A stream decodes all the time, so
+// that its longest gap is seen too. Short prompts come at random times, most of them in the middle of a step. "Beyond
+// a step" is the time to the first token less the longest step that the prompt met.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, cpus, tmpdir } from 'node:os';

@@ -1,10 +1,11 @@
-// Short prompts behind long ones at the door: a chat of 5 kB alone, and just after eight prompts of a megabyte that cannot
-// fit, of the same tenant; on a cluster of real processes with the demonstration model.
+// Short prompts behind long ones at the door: a chat of 5 kB alone, and just after eight prompts of a megabyte that
+// cannot fit, of the same tenant; on a cluster of real processes with the demonstration model.
 //
 //   npm run bench -- prompts [--kinds word,letters,spaces,marks,han] [--count 8] [--asks 5] [--vocabulary DIRECTORY]
 //
-// --vocabulary: a directory with tokenizer.json and tokenizer_config.json, such as MiMo-7B's. It is served as a model without
-// groups and a context of 32,768, and the 5 kB are counted with CountTokens; reading prompts is all that takes time there.
+// --vocabulary: a directory with tokenizer.json and tokenizer_config.json, such as MiMo-7B's. It is served as a model
+// without groups and a context of 32,768, and the 5 kB are counted with CountTokens; reading prompts is all that takes
+// time there.
 
 import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { availableParallelism, cpus, tmpdir } from 'node:os';

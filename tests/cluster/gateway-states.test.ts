@@ -69,8 +69,8 @@ describe('the published state', () => {
       patience,
     );
     stop();
-    // What is told only when the last state is a second old leaves a second between any two; a machine that stands still
-    // does so between some.
+    // What is told only when the last state is a second old leaves a second between any two; a machine that stands
+    // still does so between some.
     const pausesMs = timesMs.slice(1).map((timeMs, index) => timeMs - (timesMs[index] ?? 0));
     expect(Math.min(...pausesMs)).toBeLessThan(800);
   });

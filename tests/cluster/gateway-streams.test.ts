@@ -1,5 +1,5 @@
-// The streams of one gateway over real gRPC, with a real NATS server and groups that follow a script: their order, text,
-// ends and pace.
+// The streams of one gateway over real gRPC, with a real NATS server and groups that follow a script: their order,
+// text, ends and pace.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 

@@ -1,5 +1,5 @@
-// The promises of the ports of the bus, kept by both implementations: the same suite runs on the bus in memory and on a real
-// nats-server. What only a server can do (die, come back, come back empty) follows after it.
+// The promises of the ports of the bus, kept by both implementations: the same suite runs on the bus in memory and on
+// a real nats-server. What only a server can do (die, come back, come back empty) follows after it.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

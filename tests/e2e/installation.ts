@@ -261,7 +261,10 @@ function imageValues(path: string, { name }: BuiltImage): readonly string[] {
   ];
 }
 
-/** Volumes on this machine's disk, each for the one claim of its class; the checkpoint is a copy that every user can read. */
+/**
+ * Volumes on this machine's disk, each for the one claim of its class; the checkpoint is a copy that every user can
+ * read.
+ */
 async function createVolumes(cluster: RealCluster): Promise<void> {
   const directory = async (name: string): Promise<string> => {
     const path = join(cluster.sharedDirectory, name);

@@ -1,5 +1,6 @@
-// A real group that stands still, or dies, whenever certain requests are in it, and what becomes of the others there. Two
-// gateways, a real nats-server and a real rank, which the test stops and kills as a fault in its step thread would.
+// A real group that stands still, or dies, whenever certain requests are in it, and what becomes of the others there.
+// Two gateways, a real nats-server and a real rank, which the test stops and kills as a fault in its step thread
+// would.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

@@ -1,4 +1,5 @@
-// The quantiser against the oracle's: for every matrix of the `quantised` fixture the same bytes and scales, to the bit.
+// The quantiser against the oracle's: for every matrix of the `quantised` fixture the same bytes and scales, to the
+// bit.
 
 import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';

@@ -1,5 +1,5 @@
-// What a client does with streams of the gateway in a test: asks, reads a whole stream and checks its order, reads a part
-// of one. Knows nothing of what serves them.
+// What a client does with streams of the gateway in a test: asks, reads a whole stream and checks its order, reads a
+// part of one. Knows nothing of what serves them.
 
 import { callServerStream, type CallLimits } from '@mimo/core/grpc/client';
 import {
@@ -52,7 +52,10 @@ export interface WholeStream {
     | undefined;
 }
 
-/** Reads a whole stream; asserts that its indices are contiguous, and that it begins with `started` and ends with `finish`. */
+/**
+ * Reads a whole stream; asserts that its indices are contiguous, and that it begins with `started` and ends with
+ * `finish`.
+ */
 export async function collect(stream: AsyncIterable<GenerateResponse | ChatResponse>): Promise<WholeStream> {
   const events: string[] = [];
   let started = { requestId: '', seed: 0, promptTokens: 0 };

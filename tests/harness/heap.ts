@@ -1,5 +1,5 @@
-// How much of a Node process is live: its heap after a full collection, read through the inspector that SIGUSR1 starts. For
-// processes with `heapEnv` in their environment and a log file of their standard error.
+// How much of a Node process is live: its heap after a full collection, read through the inspector that SIGUSR1
+// starts. For processes with `heapEnv` in their environment and a log file of their standard error.
 
 import { once } from 'node:events';
 import { readFile } from 'node:fs/promises';

@@ -134,8 +134,8 @@ export interface PromptLogits {
 }
 
 /**
- * Runs prompts together, each `chunkTokens` rows at a time. MTP slot s has the hidden state of position s and token s+1,
- * so the last position has none.
+ * Runs prompts together, each `chunkTokens` rows at a time. MTP slot s has the hidden state of position s and token
+ * s+1, so the last position has none.
  */
 export function promptLogits(
   group: LocalGroup,

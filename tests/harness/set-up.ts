@@ -1,6 +1,6 @@
-// What is built or fetched before the first test of a layer, once for a machine, with its progress on standard error: no
-// time limit of a test or a hook counts it, however busy the machine is. Where something cannot be had here the tests that
-// need it say so, with what to do; the programs of Kubernetes are needed by all of theirs.
+// What is built or fetched before the first test of a layer, once for a machine, with its progress on standard error:
+// no time limit of a test or a hook counts it, however busy the machine is. Where something cannot be had here the
+// tests that need it say so, with what to do; the programs of Kubernetes are needed by all of theirs.
 
 import type { TestProject } from 'vitest/node';
 

@@ -1,5 +1,6 @@
-// A client that does not read as it should: an HTTP/2 connection whose streams have a window of the test's choice. Owns its
-// streams, their bytes and how they ended; knows gRPC's framing and nothing of grpc-js, which reads as fast as it can.
+// A client that does not read as it should: an HTTP/2 connection whose streams have a window of the test's choice.
+// Owns its streams, their bytes and how they ended; knows gRPC's framing and nothing of grpc-js, which reads as fast
+// as it can.
 
 import { connect as connectSocket, type Socket } from 'node:net';
 import {

@@ -11,7 +11,10 @@ const defaultTimeoutMs = 90_000;
 /** The same for `vi.waitFor`. */
 export const patience = { timeout: defaultTimeoutMs, interval: pollMs };
 
-/** Polls until the condition holds; fails, naming `what`, after the time-out. Errors of the condition count as "not yet". */
+/**
+ * Polls until the condition holds; fails, naming `what`, after the time-out. Errors of the condition count as "not
+ * yet".
+ */
 export async function waitFor(
   what: string,
   condition: () => boolean | Promise<boolean>,

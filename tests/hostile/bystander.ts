@@ -1,5 +1,5 @@
-// Streams of an honest tenant that run beside the hostile inputs. Owns the measure of harm: each stream must end with the
-// same tokens as alone; time to the first token and the longest gap are reported, not asserted.
+// Streams of an honest tenant that run beside the hostile inputs. Owns the measure of harm: each stream must end with
+// the same tokens as alone; time to the first token and the longest gap are reported, not asserted.
 
 import * as grpc from '@grpc/grpc-js';
 

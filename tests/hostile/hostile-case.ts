@@ -1,5 +1,5 @@
-// One hostile input: what it sends, and how it must end. The corpus is a list of these; hostile.test.ts runs them against
-// the processes of world.ts.
+// One hostile input: what it sends, and how it must end. The corpus is a list of these; hostile.test.ts runs them
+// against the processes of world.ts.
 
 import type { CallEnd } from './raw-call.ts';
 import type { HostileWorld, ModelWriter } from './world.ts';

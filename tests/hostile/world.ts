@@ -1,5 +1,6 @@
-// The real processes that the hostile corpus is tried on: nats-server, a gateway with API keys and metrics, a group of one
-// rank of models/mimo-demo. Owns their start and end, the calls a case makes, and what the processes hold and wrote.
+// The real processes that the hostile corpus is tried on: nats-server, a gateway with API keys and metrics, a group of
+// one rank of models/mimo-demo. Owns their start and end, the calls a case makes, and what the processes hold and
+// wrote.
 
 import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -74,7 +75,9 @@ export interface HostileWorld {
 
 /** What a subject adds to the world. */
 export interface ModelWriter {
-  /** Writes checkpoints' front halves (config, tokenizer, template) below `directory`; gives their directories by name. */
+  /**
+   * Writes checkpoints' front halves (config, tokenizer, template) below `directory`; gives their directories by name.
+   */
   readonly writeModels?: (directory: string) => Promise<Readonly<Record<string, string>>>;
 }
 

@@ -1,5 +1,5 @@
-// Every choice of a platform team, from nothing to everything, as the real helm renders it: whole, consistent and readable
-// by our own processes. No cluster.
+// Every choice of a platform team, from nothing to everything, as the real helm renders it: whole, consistent and
+// readable by our own processes. No cluster.
 
 import { parseGatewayConfig } from '@mimo/gateway/config';
 import { beforeAll, describe, expect, it } from 'vitest';

@@ -1,4 +1,5 @@
-// The controller against a real API server and a real queue: what it makes, what it says of it, and that nothing is left.
+// The controller against a real API server and a real queue: what it makes, what it says of it, and that nothing is
+// left.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';

@@ -1,4 +1,5 @@
-// The CRDs against a real API server: what it takes and refuses, the defaults that it fills in, columns, scale, immutability.
+// The CRDs against a real API server: what it takes and refuses, the defaults that it fills in, columns, scale,
+// immutability.
 
 import { join } from 'node:path';
 

@@ -1,5 +1,5 @@
-// The way of one ModelService through a real cluster: installed from the chart, woken from zero, raised by a burst, back
-// to zero, uninstalled. `npm run e2e:kubernetes` runs it with everything else that needs a real kubelet.
+// The way of one ModelService through a real cluster: installed from the chart, woken from zero, raised by a burst,
+// back to zero, uninstalled. `npm run e2e:kubernetes` runs it with everything else that needs a real kubelet.
 
 import { expect, it } from 'vitest';
 

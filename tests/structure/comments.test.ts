@@ -99,6 +99,13 @@ describe('comments', () => {
     expect(placesOf(codeName, (name) => !words.has(name))).toEqual([]);
   });
 
+  it('have lines of at most 120 characters, tables apart', () => {
+    const long = comments.filter(
+      ({ file, text }) => /\.(?:ts|mjs|cu)$/.test(file) && text.length > 120 && !/\s{3}/.test(text),
+    );
+    expect(long.map(({ file, line }) => `${file}:${line}`)).toEqual([]);
+  });
+
   it('are read as a person reads them', () => {
     expect(exists('comments.test.ts', 'tests/structure/comments.test.ts')).toBe(true);
     expect(exists('no-such-file.ts', 'tests/structure/comments.test.ts')).toBe(false);

@@ -120,8 +120,8 @@ function packageOf({ file, specifier }: Import): string | undefined {
 }
 
 /**
- * Files that import one another in a circle, each circle sorted; Tarjan's strongly connected components. Type-only imports
- * count: a reader who follows them goes in circles too.
+ * Files that import one another in a circle, each circle sorted; Tarjan's strongly connected components. Type-only
+ * imports count: a reader who follows them goes in circles too.
  */
 function circles(graph: ReadonlyMap<string, readonly string[]>): string[][] {
   const found: string[][] = [];

@@ -1,5 +1,5 @@
-// A process that runs a golden fixture on the WebGPU provider and prints its errors as one JSON line: the device is found
-// through variables that a process must be started with.
+// A process that runs a golden fixture on the WebGPU provider and prints its errors as one JSON line: the device is
+// found through variables that a process must be started with.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { CompiledFixtures, readExpectedIds, readExpectedMatrix, relativeError } from '../golden/fixture.ts';

@@ -1,5 +1,5 @@
-// The engine on a WebGPU device, a software one unless VK_DRIVER_FILES names another, against the oracle: weights, keys,
-// values and activations stay in the device's buffers, partial sums and logits cross.
+// The engine on a WebGPU device, a software one unless VK_DRIVER_FILES names another, against the oracle: weights,
+// keys, values and activations stay in the device's buffers, partial sums and logits cross.
 
 import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';

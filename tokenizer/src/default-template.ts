@@ -1,5 +1,5 @@
-// The chat template used when a checkpoint brings none: MiMo-7B's, which is Qwen2.5's ChatML with Hermes-style tools and
-// the older default sentence. Owns only this text; chat-template.ts renders it.
+// The chat template used when a checkpoint brings none: MiMo-7B's, which is Qwen2.5's ChatML with Hermes-style tools
+// and the older default sentence. Owns only this text; chat-template.ts renders it.
 
 /**
  * MiMo-7B's chat template, Jinja. Without a system message it inserts "You are a helpful assistant."; a system message

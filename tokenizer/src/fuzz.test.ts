@@ -1,5 +1,5 @@
-// Files and conversations at random, for a bounded time: what comes out is right or a coded error. Counter-examples that were
-// found are kept as `examples`, which run first.
+// Files and conversations at random, for a bounded time: what comes out is right or a coded error. Counter-examples
+// that were found are kept as `examples`, which run first.
 
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';

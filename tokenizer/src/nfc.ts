@@ -1,7 +1,8 @@
-// Unicode's composed form in time that grows with the text. Owns the one case in which the engine's own `normalize` takes
-// the square of it: it sorts a run of combining marks by insertion, half a minute for 300,000 of them, and nothing can
-// interrupt it. Long runs are sorted here first, by the same rule (canonical ordering of UAX #15: stable, by combining
-// class), which leaves it nothing to move. The classes are read off the engine's own answers, so that the two agree.
+// Unicode's composed form in time that grows with the text. Owns the one case in which the engine's own `normalize`
+// takes the square of it: it sorts a run of combining marks by insertion, half a minute for 300,000 of them, and
+// nothing can interrupt it. Long runs are sorted here first, by the same rule (canonical ordering of UAX #15: stable,
+// by combining class), which leaves it nothing to move. The classes are read off the engine's own answers, so that the
+// two agree.
 
 /** Shorter runs cost less than looking at them. Characters of other categories have combining class 0. */
 const longRun = /[\p{Mn}\p{Mc}]{64,}/gu;

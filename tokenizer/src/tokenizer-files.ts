@@ -1,6 +1,7 @@
-// A checkpoint's tokenizer files, read leniently and checked. Owns the formats of tokenizer.json, tokenizer_config.json,
-// chat_template.jinja and the older vocab.json with merges.txt; encodes nothing. What a file asks for and we or the
-// library do not do as Hugging Face's Rust code does is refused here, so that a wrong id never comes out later.
+// A checkpoint's tokenizer files, read leniently and checked. Owns the formats of tokenizer.json,
+// tokenizer_config.json, chat_template.jinja and the older vocab.json with merges.txt; encodes nothing. What a file
+// asks for and we or the library do not do as Hugging Face's Rust code does is refused here, so that a wrong id never
+// comes out later.
 
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -29,8 +30,8 @@ export interface TokenizerDescription {
   readonly eosToken: string | undefined;
 }
 
-// In these schemas a literal is the one thing that is implemented, and its violation is `failed_precondition`; any other
-// violation is `data_loss`.
+// In these schemas a literal is the one thing that is implemented, and its violation is `failed_precondition`; any
+// other violation is `data_loss`.
 const notUsed = z.literal([null, false, 0, '']).optional();
 
 /** Ids index tables, so a wild one must not size them. */

@@ -1,5 +1,5 @@
-// What a group's answers are made of, as one short text: see core's model-identity. Owns which of a worker's settings say so
-// and which files of a checkpoint are read for it.
+// What a group's answers are made of, as one short text: see core's model-identity. Owns which of a worker's settings
+// say so and which files of a checkpoint are read for it.
 
 import { join } from 'node:path';
 
@@ -13,8 +13,8 @@ import { readShardManifest } from './shards/shard.ts';
 export type IdentityConfig = Pick<WorkerConfig, 'checkpointDirectory' | 'shardDirectory' | 'precision'>;
 
 /**
- * The identity of a configuration. Shards that were compiled elsewhere carry a key of their own, which also says for how many
- * ranks they are, and no tokenizer. Fails as `openCheckpoint` and `readShardManifest` do.
+ * The identity of a configuration. Shards that were compiled elsewhere carry a key of their own, which also says for
+ * how many ranks they are, and no tokenizer. Fails as `openCheckpoint` and `readShardManifest` do.
  */
 export async function identityOf(
   { checkpointDirectory, shardDirectory, precision }: IdentityConfig,

@@ -1,5 +1,5 @@
-// The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Rank 0 leads its group, the
-// others follow. `prepare` as an argument runs prepare.ts instead, in the same environment.
+// The process of one rank: `node worker/src/main.ts`, configured by MIMO_WORKER_* (config.ts). Rank 0 leads its group,
+// the others follow. `prepare` as an argument runs prepare.ts instead, in the same environment.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { reportGrpcTo } from '@mimo/core/grpc/log';

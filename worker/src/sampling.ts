@@ -1,5 +1,5 @@
-// The wire's sampling parameters -> the engine's. Pure. Knows no defaults: the gateway has filled them in, so a field that
-// is absent here is a fault of the gateway.
+// The wire's sampling parameters -> the engine's. Pure. Knows no defaults: the gateway has filled them in, so a field
+// that is absent here is a fault of the gateway.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { SamplingParams } from '@mimo/proto/sampling';

@@ -1,5 +1,5 @@
-// From a rank's configuration to the shard that it loads and the engine's options. Owns where compiled shards lie in the
-// cache; the compiling, once for all ranks of a machine, is compiler/compile.ts's.
+// From a rank's configuration to the shard that it loads and the engine's options. Owns where compiled shards lie in
+// the cache; the compiling, once for all ranks of a machine, is compiler/compile.ts's.
 
 import { createHash } from 'node:crypto';
 import { realpath } from 'node:fs/promises';

@@ -1,5 +1,5 @@
-// The gRPC face of a leader: WorkerService's handlers over `Sessions` and the engine. Owns how a grpc-js stream becomes a
-// session; knows no queue and no tokens.
+// The gRPC face of a leader: WorkerService's handlers over `Sessions` and the engine. Owns how a grpc-js stream
+// becomes a session; knows no queue and no tokens.
 
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 

@@ -1,6 +1,6 @@
-// planService against a pretend API server, over thousands of seeded schedules: crashes in the middle of a plan, caches that
-// lag or stand still, repeated events, lost ranks, failing starts, models that are not found at first, a queue that is silent
-// or comes back empty, spec edits and reverts, deletion.
+// planService against a pretend API server, over thousands of seeded schedules: crashes in the middle of a plan,
+// caches that lag or stand still, repeated events, lost ranks, failing starts, models that are not found at first, a
+// queue that is silent or comes back empty, spec edits and reverts, deletion.
 //   SIMULATION_SEED=123 npx vitest run controller/src/decide/simulation.test.ts     replays one; a failure shows its steps
 //   SIMULATION_SEEDS=100000 npx vitest run controller/src/decide/simulation.test.ts runs more of them
 

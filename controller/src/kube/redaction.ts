@@ -1,5 +1,5 @@
-// What the API server, an admission policy or a proxy says of a request may quote it. Owns which parts of a request no error
-// may repeat: its credentials, a Secret whole, and the values of environment variables.
+// What the API server, an admission policy or a proxy says of a request may quote it. Owns which parts of a request no
+// error may repeat: its credentials, a Secret whole, and the values of environment variables.
 
 import type { ApiStatus } from './api-status.ts';
 

@@ -47,7 +47,10 @@ const settingsRate: Rate = { burst: 50, perSecond: 1 };
  */
 const unprovenBytes: Rate = { burst: 128 * 2 ** 10, perSecond: 16 * 2 ** 10 };
 const provenBytes: Rate = { burst: 4 * 2 ** 20, perSecond: 2 * 2 ** 20 };
-/** Bytes read in one turn of the event loop: enough for several calls, 3 ms of the costliest headers; unproven, one call. */
+/**
+ * Bytes read in one turn of the event loop: enough for several calls, 3 ms of the costliest headers; unproven, one
+ * call.
+ */
 const turnBytes = { proven: 16 * 2 ** 10, unproven: 4 * 2 ** 10 };
 /** How often unproven connections are checked for unfinished headers. */
 const lookMs = 1_000;
@@ -258,7 +261,10 @@ export class Connection {
     clearTimeout(this.#patience);
   }
 
-  /** Charges what was read and brought nothing; gives how much may be read in this turn, 0 where the connection has ended. */
+  /**
+   * Charges what was read and brought nothing; gives how much may be read in this turn, 0 where the connection has
+   * ended.
+   */
   #chargeTurn(nowMs: number): number {
     const idleBytes = this.#socket.passedBytes - this.#seenBytes - this.#chargedBytes;
     if (idleBytes > 0) {

@@ -1,5 +1,6 @@
 // One process, from its environment to its exit code: configuration -> log -> parts, opened in order -> ready ->
-// drained and closed in reverse. Owns signals and exit codes; nothing else ends a process. Each main.ts names its parts.
+// drained and closed in reverse. Owns signals and exit codes; nothing else ends a process. Each main.ts names its
+// parts.
 
 import { printableConfig, type ConfigOf, type Environment, type Settings } from './config.ts';
 import { ClusterError } from './errors.ts';

@@ -10,7 +10,9 @@ import { allPages, copiesOf, excluded, linkInSite, pageOf, root, sidebar } from 
 
 const readmes = allPages().filter((page) => page.endsWith('README.md'));
 
-/** Pages lie outside this folder, where Vue is installed: resolves it from here. Node loads it by itself on the server. */
+/**
+ * Pages lie outside this folder, where Vue is installed: resolves it from here. Node loads it by itself on the server.
+ */
 const vueOfTheSite: Plugin = {
   name: 'vue-of-the-site',
   enforce: 'pre',

@@ -11,9 +11,9 @@
 // empty.
 //
 // INVARIANT: a request that never broke a group alone is never guilty. INVARIANT: one that breaks every group that it
-// is in, before it makes progress, and is alone where it waits for that, is guilty after at most four breaks. Each trial
-// that is disturbed costs one break more: where the patience ends, or where a new dispatcher gives the group more before
-// a heartbeat says who is on trial there.
+// is in, before it makes progress, and is alone where it waits for that, is guilty after at most four breaks. Each
+// trial that is disturbed costs one break more: where the patience ends, or where a new dispatcher gives the group
+// more before a heartbeat says who is on trial there.
 
 import { Company, type Needs } from '@mimo/proto/queue';
 

@@ -1,6 +1,7 @@
 // The arms of the autoscaling benchmark: the production rule and six others, written from their published formulas and
-// defaults. Where a default has no meaning here (KubeAI's 100 requests a replica, Knative's 100 per pod) it is set to what
-// the group holds, which is in the rival's favour; all arms share one queue with late binding, which only ours has.
+// defaults. Where a default has no meaning here (KubeAI's 100 requests a replica, Knative's 100 per pod) it is set to
+// what the group holds, which is in the rival's favour; all arms share one queue with late binding, which only ours
+// has.
 
 import { createScaleMemory, decideScale } from '@mimo/controller/decide/autoscale';
 import type { ScalingSpec } from '@mimo/controller/resources/resources';
@@ -62,7 +63,9 @@ export function createProduction({ maxGroups, targetWaitMs, initialGroups }: Pol
   };
 }
 
-/** (waiting + in flight) / (speed T) and nothing else, with the true speed: what the rule was before it was measured. */
+/**
+ * (waiting + in flight) / (speed T) and nothing else, with the true speed: what the rule was before it was measured.
+ */
 export function createPlainTokens({ maxGroups, targetWaitMs }: PolicyLimits, speed: number): Policy {
   const recent = createWindow(300_000);
   return {
@@ -83,7 +86,10 @@ export function createStatic(groups: number): Policy {
   return { name: 'static peak', tickMs: 60_000, graceMs: Infinity, wantedGroups: () => groups };
 }
 
-/** What the HorizontalPodAutoscaler does with a raw recommendation: up by max(+100 %, +4) a sync, down by the 300 s maximum. */
+/**
+ * What the HorizontalPodAutoscaler does with a raw recommendation: up by max(+100 %, +4) a sync, down by the 300 s
+ * maximum.
+ */
 function createHpaBehaviour(maxGroups: number): (view: ClusterView, raw: number) => number {
   const down = createWindow(300_000);
   return (view, raw) => {
@@ -113,7 +119,9 @@ export function createHpaOnCpu({ maxGroups }: PolicyLimits): Policy {
   };
 }
 
-/** KEDA's nats-jetstream scaler: pending plus unacknowledged over 10, through HPA; polls every 30 s, zero after 300 s. */
+/**
+ * KEDA's nats-jetstream scaler: pending plus unacknowledged over 10, through HPA; polls every 30 s, zero after 300 s.
+ */
 export function createKeda({ maxGroups }: PolicyLimits): Policy {
   const behave = createHpaBehaviour(maxGroups);
   let lastActiveMs = 0;
@@ -176,7 +184,10 @@ export function createKnative({ maxGroups }: PolicyLimits): Policy {
   };
 }
 
-/** KubeAI: every 10 s the mean of ten minutes over what a replica holds; down after three votes; 0 to 1 at once; no drain. */
+/**
+ * KubeAI: every 10 s the mean of ten minutes over what a replica holds; down after three votes; 0 to 1 at once; no
+ * drain.
+ */
 export function createKubeAi({ maxGroups }: PolicyLimits): Policy {
   const window = createWindow(600_000);
   let votes = 0;
@@ -202,7 +213,9 @@ export function createKubeAi({ maxGroups }: PolicyLimits): Policy {
   };
 }
 
-/** One up when all slots are taken, one down below 40 %, every 5 s, and only while nothing starts (Dynamo's load loop). */
+/**
+ * One up when all slots are taken, one down below 40 %, every 5 s, and only while nothing starts (Dynamo's load loop).
+ */
 export function createPlusMinusOne({ maxGroups }: PolicyLimits): Policy {
   return {
     name: '±1 rule',

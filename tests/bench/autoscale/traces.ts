@@ -1,6 +1,6 @@
 // Seeded request traces with the statistics of public ones: Azure's conversation and code traces of 2023 (arrival
-// variance at 1, 10 and 60 s; log-normal lengths) and ServeGen's reasoning pool (lengths, peak and trough over the day).
-// Volumes are scaled so that the mean needs about ten groups; coefficients of variation are kept, not thinned.
+// variance at 1, 10 and 60 s; log-normal lengths) and ServeGen's reasoning pool (lengths, peak and trough over the
+// day). Volumes are scaled so that the mean needs about ten groups; coefficients of variation are kept, not thinned.
 
 /** One request of a trace. */
 export interface TraceRequest {

@@ -1,5 +1,5 @@
-// Groups that come and go under streaming load: scale-downs and rolling upgrades, over and over. Clients see no error, no
-// repeated or missing index, and the text of an undisturbed run.
+// Groups that come and go under streaming load: scale-downs and rolling upgrades, over and over. Clients see no error,
+// no repeated or missing index, and the text of an undisturbed run.
 
 import { startLoad } from '../load.ts';
 import {

@@ -1,6 +1,6 @@
-// The chart's NetworkPolicies as a network enforces them: a service whose ranks live in pods of their own answers through
-// them, while strangers and our own pods reach what the policies name and nothing else. Without the policies everything is
-// reached, so it is they that keep the doors shut.
+// The chart's NetworkPolicies as a network enforces them: a service whose ranks live in pods of their own answers
+// through them, while strangers and our own pods reach what the policies name and nothing else. Without the policies
+// everything is reached, so it is they that keep the doors shut.
 
 import type { V1Pod } from '@kubernetes/client-node';
 
@@ -30,7 +30,9 @@ for (const target of process.argv.slice(1)) {
 /** What pods try to reach, by name: `host:port`. */
 type Targets = Readonly<Record<string, string>>;
 
-/** Who reaches what under the policies; everybody tries everything. A pod's own ports are no business of the network. */
+/**
+ * Who reaches what under the policies; everybody tries everything. A pod's own ports are no business of the network.
+ */
 const reachable: Readonly<Record<string, readonly string[]>> = {
   neighbour: ['gateway', 'API server'],
   stranger: ['gateway', 'API server'],

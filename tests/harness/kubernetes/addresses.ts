@@ -1,5 +1,5 @@
-// The addresses of a cluster of boxes: 198.18.0.0/15, the range for benchmarks, which is routed nowhere. They exist inside
-// the namespaces only, so clusters of several runs never meet.
+// The addresses of a cluster of boxes: 198.18.0.0/15, the range for benchmarks, which is routed nowhere. They exist
+// inside the namespaces only, so clusters of several runs never meet.
 
 /** Of the control plane's box, which is the gateway of all others; 198.18.0.(1+i) is node i's, counted from 1. */
 export const controlPlaneAddress = '198.18.0.1';

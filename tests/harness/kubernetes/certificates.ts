@@ -1,7 +1,7 @@
 // Certificates of a test cluster: an authority of its own, and leaves for servers and clients, in memory as PEM.
 // Elliptic keys, since they are made in a millisecond. Knows no component, no file and no address.
 
-// oxlint-disable-next-line import/no-unassigned-import -- @peculiar/x509 loads only where this polyfill was loaded first.
+// oxlint-disable-next-line import/no-unassigned-import -- @peculiar/x509 needs this polyfill first
 import 'reflect-metadata';
 import { webcrypto } from 'node:crypto';
 

@@ -49,7 +49,9 @@ export interface ControlPlane {
   kubectl(args: readonly string[], input?: string): Promise<string>;
   /** Writes a kubeconfig for a certificate of that user and those groups; gives its path. */
   kubeconfigForUser(user: string, groups?: readonly string[]): Promise<string>;
-  /** Writes a kubeconfig with a token of that ServiceAccount (TokenRequest), so with its rights alone; gives its path. */
+  /**
+   * Writes a kubeconfig with a token of that ServiceAccount (TokenRequest), so with its rights alone; gives its path.
+   */
   kubeconfigForServiceAccount(namespace: string, name: string): Promise<string>;
   /** SIGTERM, or SIGKILL; returns when it is gone. Clients see refused connections. */
   stopApiserver(signal?: 'SIGTERM' | 'SIGKILL'): Promise<void>;
@@ -114,7 +116,9 @@ async function answers(url: string, client?: KeyPair & { readonly ca: string }):
   });
 }
 
-/** Waits until a component is ready; fails with `unavailable` and the end of its log where it ends or takes too long. */
+/**
+ * Waits until a component is ready; fails with `unavailable` and the end of its log where it ends or takes too long.
+ */
 async function waitUntilReady(child: Child, isReady: () => Promise<boolean>): Promise<void> {
   const ended = new AbortController();
   void child.exited.finally(() => ended.abort());

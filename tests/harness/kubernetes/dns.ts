@@ -16,7 +16,9 @@ export interface DnsOptions {
   readonly apply: (manifests: readonly unknown[]) => Promise<void>;
 }
 
-/** Starts the server; it ends with its box. Names of pods that are not ready resolve only where their Service says so. */
+/**
+ * Starts the server; it ends with its box. Names of pods that are not ready resolve only where their Service says so.
+ */
 export async function startDns(options: DnsOptions): Promise<BoxProcess> {
   const { box } = options;
   const configFile = join(box.directory, 'Corefile');

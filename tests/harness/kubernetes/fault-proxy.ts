@@ -1,5 +1,5 @@
-// A TCP proxy in front of a server, with the faults of networks: refused and cut connections, silence, an answer that ends
-// in the middle. It never looks inside, so TLS goes through it from end to end.
+// A TCP proxy in front of a server, with the faults of networks: refused and cut connections, silence, an answer that
+// ends in the middle. It never looks inside, so TLS goes through it from end to end.
 
 import { once } from 'node:events';
 import { connect, createServer, type AddressInfo, type Socket } from 'node:net';

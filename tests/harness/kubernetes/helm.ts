@@ -1,5 +1,5 @@
-// Our chart through the real helm: rendered to objects, or against an API server. Owns the calls and the reading of what
-// comes back; knows no values of its own.
+// Our chart through the real helm: rendered to objects, or against an API server. Owns the calls and the reading of
+// what comes back; knows no values of its own.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -29,8 +29,8 @@ export interface KubernetesObject {
 export type Values = Readonly<Record<string, unknown>>;
 
 /**
- * Runs helm with `values`, if any, as its last values file; gives its output. Fails with `failed_precondition` and helm's
- * own words.
+ * Runs helm with `values`, if any, as its last values file; gives its output. Fails with `failed_precondition` and
+ * helm's own words.
  */
 export async function runHelm(
   helm: string,

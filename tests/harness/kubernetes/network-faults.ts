@@ -22,8 +22,9 @@ const arriving = { chain: 'PREROUTING', from: '--in-interface', queue: 71 } as c
 const leaving = { chain: 'POSTROUTING', from: '--out-interface', queue: 72 } as const;
 
 /**
- * Makes a node far away: whatever reaches or leaves it, also its pods', takes `delayMs`, give or take `jitterMs`, longer in
- * each direction, in order. `program` is `KubernetesTools.delay`; where it ends early nothing is held any more.
+ * Makes a node far away: whatever reaches or leaves it, also its pods', takes `delayMs`, give or take `jitterMs`,
+ * longer in each direction, in order. `program` is `KubernetesTools.delay`; where it ends early nothing is held any
+ * more.
  */
 export async function delay(
   node: Box,

@@ -113,8 +113,8 @@ export async function startNode(options: NodeOptions): Promise<ClusterNode> {
       resolvConf: file('resolv.conf'),
       seccompDefault: true,
       maxPods: 60,
-      // Requests are shares, limits of CPU are no quotas: the nodes of a test share a few processors, and a pod that was
-      // held to its small request would take minutes to start.
+      // Requests are shares, limits of CPU are no quotas: the nodes of a test share a few processors, and a pod that
+      // was held to its small request would take minutes to start.
       cpuCFSQuota: false,
       // The disk is the machine's, and nothing here is worth evicting a pod for.
       evictionHard: { 'memory.available': '100Mi', 'nodefs.available': '1%', 'imagefs.available': '1%' },
@@ -210,9 +210,10 @@ async function startNetworkPolicies(options: {
     `--hostname-override=${box.name}`,
     `--nfqueue-id=${policyQueue}`,
   ]);
-  // What it would put here itself needs the kernel's nft_queue, which is rarer; where that is there it judges twice. What
-  // comes from the box, as probes do, is not forwarded: policies never apply to a pod's own node. A killed server's last
-  // packets may count as INVALID: judged as if they began something they would be dropped, and its clients learn nothing.
+  // What it would put here itself needs the kernel's nft_queue, which is rarer; where that is there it judges twice.
+  // What comes from the box, as probes do, is not forwarded: policies never apply to a pod's own node. A killed
+  // server's last packets may count as INVALID: judged as if they began something they would be dropped, and its
+  // clients learn nothing.
   const fresh = 'FORWARD --match conntrack --ctstate NEW';
   const rule = `--wait --table mangle --append ${fresh} --jump NFQUEUE --queue-num ${policyQueue}`;
   await box.run('iptables', ...rule.split(' '));

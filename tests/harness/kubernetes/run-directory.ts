@@ -25,9 +25,9 @@ const sysctls = [
   'kernel.keys.root_maxbytes',
 ] as const;
 
-// Arguments: the run's directory, then its cgroups' name prefix. A holder is known by the directory in its command line,
-// so that a number that another process has since got kills nobody. What is mounted dies with the namespaces. Of several
-// runs at a time the last one restores the sysctls.
+// Arguments: the run's directory, then its cgroups' name prefix. A holder is known by the directory in its command
+// line, so that a number that another process has since got kills nobody. What is mounted dies with the namespaces. Of
+// several runs at a time the last one restores the sysctls.
 const cleanUpScript = `
 directory=$1 cgroups=$2
 for file in "$directory"/*/holder; do

@@ -12,7 +12,9 @@ import { assertNotStopped, sumInOrder, type Collective, type StopFlag } from './
 /** Floats of one slot; longer values go through in pieces. 1 MiB holds the rows of a prefill chunk. */
 const slotFloats = 262_144;
 
-/** Looks at a peer's count before sleeping; some 10 us. Sleeping at once costs 20-80 us, spinning long starves others. */
+/**
+ * Looks at a peer's count before sleeping; some 10 us. Sleeping at once costs 20-80 us, spinning long starves others.
+ */
 const spins = 2000;
 
 const sleepMs = 1000;

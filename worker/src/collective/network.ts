@@ -1,5 +1,5 @@
-// The ranks of a group as processes, over one TCP connection per pair. Owns the frames and the blocking transfers of the
-// step thread; connections come checked from join-group.ts. Knows no model.
+// The ranks of a group as processes, over one TCP connection per pair. Owns the frames and the blocking transfers of
+// the step thread; connections come checked from join-group.ts. Knows no model.
 //
 // A frame is int32 little-endian [operation, sequence number, payload bytes], then the payload. Operation and sequence
 // number only guard against ranks that have fallen out of step. Sends and receives of all peers advance together on

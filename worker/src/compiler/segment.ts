@@ -1,5 +1,5 @@
-// One segment's graph under construction, and what several segments have in common: matrix products in the form that the
-// profile stores, the norm of a sum, parts of checkpoint tensors. Owns no segment's meaning (segments.ts).
+// One segment's graph under construction, and what several segments have in common: matrix products in the form that
+// the profile stores, the norm of a sum, parts of checkpoint tensors. Owns no segment's meaning (segments.ts).
 
 import type { ModelConfig } from '../shards/model-config.ts';
 import type { GraphNode, GraphValue, GraphWeight } from './onnx-graph.ts';

@@ -1,11 +1,12 @@
-// Attention of decode passes on sm_80 and later: rotation and placing of new keys and values, and attention over paged keys
-// and values, [pages][PAGE][KV_HEADS][128], for spans of one row or two (a token and its draft), 4 query heads a KV head.
-// For NVRTC, without headers. cuda-attention.ts defines what is in capitals and not here, and lays out the plan.
+// Attention of decode passes on sm_80 and later: rotation and placing of new keys and values, and attention over paged
+// keys and values, [pages][PAGE][KV_HEADS][128], for spans of one row or two (a token and its draft), 4 query heads a
+// KV head. For NVRTC, without headers. cuda-attention.ts defines what is in capitals and not here, and lays out the
+// plan.
 //
 // Work is cut into equal runs of units (16 positions a warp of one KV head) over all blocks, whatever the lengths: one
-// recorded launch serves every length. Each warp has its own ring of cp.async stages. The last block of a span and head
-// adds up the parts. S^T = K Q^T and O^T = V^T P^T with m16n8k16: positions and dimensions fill the 16 rows, the 8 columns
-// are 4 heads x 2 rows, so that nothing is padded for a draft.
+// recorded launch serves every length. Each warp has its own ring of cp.async stages. The last block of a span and
+// head adds up the parts. S^T = K Q^T and O^T = V^T P^T with m16n8k16: positions and dimensions fill the 16 rows, the
+// 8 columns are 4 heads x 2 rows, so that nothing is padded for a draft.
 
 typedef unsigned int u32;
 typedef unsigned short u16;

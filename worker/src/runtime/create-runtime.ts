@@ -1,5 +1,5 @@
-// Which implementation of the runtime is loaded, and with which execution provider. Owns that choice and the messages that
-// name what is missing; each implementation is loaded only where it is chosen.
+// Which implementation of the runtime is loaded, and with which execution provider. Owns that choice and the messages
+// that name what is missing; each implementation is loaded only where it is chosen.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import {

@@ -14,8 +14,8 @@ const groupHeads = 4;
 const headDim = 128;
 
 /**
- * Warps of a block, stages of a warp and blocks of a multiprocessor. Measured on an H200 (2026-11): the best for short and
- * for ragged spans; one long span alone would be 6 % faster with 8 warps and one block.
+ * Warps of a block, stages of a warp and blocks of a multiprocessor. Measured on an H200 (2026-11): the best for short
+ * and for ragged spans; one long span alone would be 6 % faster with 8 warps and one block.
  */
 const warps = 4;
 const stages = 3;

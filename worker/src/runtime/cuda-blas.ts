@@ -14,7 +14,9 @@ const [bfloat16, computeFloat, anyAlgorithm] = [14, 68, -1];
 
 type Out = [bigint | null];
 
-/** Handle, operations, sizes and alpha; a, b and c with their types and widths, beta before c; compute type, algorithm. */
+/**
+ * Handle, operations, sizes and alpha; a, b and c with their types and widths, beta before c; compute type, algorithm.
+ */
 const gemmTypes = [
   ['void *', 'int', 'int', 'int', 'int', 'int', 'void *'],
   ['void *', 'int', 'int', 'void *', 'int', 'int', 'void *', 'void *', 'int', 'int', 'int', 'int'],

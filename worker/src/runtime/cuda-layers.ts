@@ -1,5 +1,5 @@
-// The layers of a model on a CUDA device, attention apart: products and what stands between them (layers.cu, cuBLAS). Owns
-// the layers' weights on the device and the scratch memory of a layer.
+// The layers of a model on a CUDA device, attention apart: products and what stands between them (layers.cu, cuBLAS).
+// Owns the layers' weights on the device and the scratch memory of a layer.
 
 import { closeSync, openSync, readFileSync, readSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';

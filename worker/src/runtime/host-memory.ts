@@ -1,5 +1,5 @@
-// Memory of the host: typed arrays of JavaScript, and how much of it this process may take. Owns the conversion of halves;
-// knows no library.
+// Memory of the host: typed arrays of JavaScript, and how much of it this process may take. Owns the conversion of
+// halves; knows no library.
 
 import { totalmem } from 'node:os';
 import { decodeHalves, type ElementType, encodeHalves } from '../shards/element-type.ts';

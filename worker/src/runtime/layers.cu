@@ -1,14 +1,15 @@
-// A layer but for its attention, on sm_90 and later, in bfloat16: the products of passes of few rows, y = W x with W [out, in]
-// as the checkpoint has it, and what stands between products: norms, bias, SiLU, the residual's sums. For NVRTC, without
-// headers. cuda-layers.ts defines what is in capitals and not here.
+// A layer but for its attention, on sm_90 and later, in bfloat16: the products of passes of few rows, y = W x with W
+// [out, in] as the checkpoint has it, and what stands between products: norms, bias, SiLU, the residual's sums. For
+// NVRTC, without headers. cuda-layers.ts defines what is in capitals and not here.
 //
-// Passes of few rows last as long as reading W does. A block a multiprocessor computes tiles of 16 rows of W (m16n8k16: rows
-// of W fill the 16, rows of x the 8 columns), its warps divide the columns, each with its own ring of cp.async stages, which
-// runs on over the tiles. The order of k within 32 is free as long as W and x agree, so each lane takes 16 bytes at once.
-// Reading W begins before the kernel before ends (programmatic dependent launch): W depends on nothing.
+// Passes of few rows last as long as reading W does. A block a multiprocessor computes tiles of 16 rows of W
+// (m16n8k16: rows of W fill the 16, rows of x the 8 columns), its warps divide the columns, each with its own ring of
+// cp.async stages, which runs on over the tiles. The order of k within 32 is free as long as W and x agree, so each
+// lane takes 16 bytes at once. Reading W begins before the kernel before ends (programmatic dependent launch): W
+// depends on nothing.
 //
-// A norm is its gain on x, which the writer of x multiplies in, and a factor a row on y: `squares` holds the row's sums of
-// squares over 16 columns of x each, which are added in one order, so that the same pass gives the same bits.
+// A norm is its gain on x, which the writer of x multiplies in, and a factor a row on y: `squares` holds the row's
+// sums of squares over 16 columns of x each, which are added in one order, so that the same pass gives the same bits.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -48,9 +49,9 @@ struct Shared {
 };
 extern __shared__ __align__(128) unsigned char raw[];
 
-// Runs `finish` over tiles of 16 rows of W, blockIdx.x and every gridDim.x further ones. rowAt(tile, r) is the address of a
-// tile's row r; `finish(tile, sum, row, n)` gets every sum: row of x, row n of the tile, by threads of which 16 in turn have
-// the n of one row.
+// Runs `finish` over tiles of 16 rows of W, blockIdx.x and every gridDim.x further ones. rowAt(tile, r) is the address
+// of a tile's row r; `finish(tile, sum, row, n)` gets every sum: row of x, row n of the tile, by threads of which 16
+// in turn have the n of one row.
 template <int K, class RowAt, class Finish>
 __device__ __forceinline__ void multiply(int tiles, const u16* x, int rows, const float* squares, RowAt rowAt, Finish finish) {
   Shared& shared = *reinterpret_cast<Shared*>(raw);
@@ -209,8 +210,8 @@ addProduct(const u16* __restrict__ weight, const u16* x, u16* residual, const u1
   add<FF>(weight, x, residual, gain, rows, gained, squares);
 }
 
-// For passes of many rows, whose products are cuBLAS's. normed [rows, HIDDEN] = norm(x), a block a row; and where there is a
-// bias, each row of `qkv`, [rows, QKV], for its product to be added to.
+// For passes of many rows, whose products are cuBLAS's. normed [rows, HIDDEN] = norm(x), a block a row; and where
+// there is a bias, each row of `qkv`, [rows, QKV], for its product to be added to.
 extern "C" __global__ void __launch_bounds__(256)
 normalize(const u16* x, const u16* gain, u16* normed, const u16* bias, u16* qkv) {
   __shared__ float warpSums[8];

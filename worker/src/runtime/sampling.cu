@@ -1,7 +1,7 @@
-// One token for each row of float32 logits, by the rule of ../engines/mimo/sampler.ts and to its ids: penalties, forbidden ids,
-// temperature, min-p, top-k, top-p, and the Gumbel maximum over PCG3D(seed, position, id); with log-probabilities.
-// For NVRTC, without headers. cuda-sampler.ts defines VOCABULARY, the length of a row, and FIRST_ID, the id of its first
-// logit; it lays out Request and Batch and reads Answer and Top.
+// One token for each row of float32 logits, by the rule of ../engines/mimo/sampler.ts and to its ids: penalties,
+// forbidden ids, temperature, min-p, top-k, top-p, and the Gumbel maximum over PCG3D(seed, position, id); with
+// log-probabilities. For NVRTC, without headers. cuda-sampler.ts defines VOCABULARY, the length of a row, and
+// FIRST_ID, the id of its first logit; it lays out Request and Batch and reads Answer and Top.
 //
 // A cluster of 8 blocks holds a row in its shared memory, so device memory is read once, and nothing is sorted:
 //   1  penalties and forbidden ids; the maximum
@@ -13,7 +13,8 @@
 //   4  the draw. The winner is below ln(mass) - 3.2 once in 4e10, so ids are tested by 1 - u <= exp(x) * 24.6 / mass, and
 //      only the 25 or so that pass get their logarithms, in float64 (a second pass without the bound covers the rest)
 //
-// A key orders a row: larger logit first, lower id at ties; smaller keys come first. Every block of a cluster takes every branch that holds a cluster barrier.
+// A key orders a row: larger logit first, lower id at ties; smaller keys come first. Every block of a cluster takes
+// every branch that holds a cluster barrier.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -369,7 +370,8 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   u64 last = NO_KEY; // of the last candidate
   double candidateMass = whole;
 
-  // Looks up in the cluster's histogram where `wantCount` ids or, if that is 0, `wantMass` are reached: s.found*, s.all*.
+  // Looks up in the cluster's histogram where `wantCount` ids or, if that is 0, `wantMass` are reached: s.found*,
+  // s.all*.
   auto find = [&](u32 wantCount, double wantMass, double fineUnit, double massBefore, u32 countBefore) {
     u64 units = 0;
     u32 count = 0;
@@ -430,7 +432,8 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   };
 
   const bool complete = floorV >= top - OCTAVES / scale * 0.9999f; // the list is all that is above the floor
-  // Sets `last` and `candidateMass`: candidates are the shortest prefix of those up to `last` that reaches what is wanted.
+  // Sets `last` and `candidateMass`: candidates are the shortest prefix of those up to `last` that reaches what is
+  // wanted.
   auto resolve = [&](u32 wantCount, double wantMass, bool first) {
     find(wantCount, wantMass, 0, 0, 0);
     if (first && s.foundBin == BINS && !everything && !complete) {
@@ -601,7 +604,8 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
       const double outerMass = candidateMass, wanted = p.topP * outerMass;
       resolve(0, wanted, !byRank);
       last = min(last, outer);
-      // The same in every thread: where the last one in is sure neither to be too many nor too few, nothing is to settle.
+      // The same in every thread: where the last one in is sure neither to be too many nor too few, nothing is to
+      // settle.
       const double lastMass = last == NO_KEY ? 0 : massOfKey(last);
       const double error = MASS_ERROR * outerMass;
       if (last == NO_KEY || candidateMass - error < wanted || candidateMass - lastMass + error >= wanted) {

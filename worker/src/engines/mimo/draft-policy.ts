@@ -1,5 +1,5 @@
-// Whether a step makes drafts: what verifying them costs at this many sequences, against how many were right lately. Owns
-// the estimate; whether a draft is right is the engine's to find out. Texts do not depend on it.
+// Whether a step makes drafts: what verifying them costs at this many sequences, against how many were right lately.
+// Owns the estimate; whether a draft is right is the engine's to find out. Texts do not depend on it.
 
 /** A draft a sequence pays with up to `sequences` decoding, where at least this share of drafts is right. */
 export interface DraftCost {

@@ -1,6 +1,6 @@
 // Runs the engine of this process. Owns the step threads of the ranks that live here, the messages to and from the
-// leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no queue,
-// no gRPC and no Kubernetes.
+// leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no
+// queue, no gRPC and no Kubernetes.
 
 import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -27,9 +27,9 @@ export type { EngineOptions, GroupOptions } from './engine-options.ts';
 const closeGraceMs = 1000;
 
 /**
- * Loads the shards, joins the group and starts the step loop; resolves when the group is ready. Errors: `invalid_argument`
- * (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded` (peers did not come),
- * `canceled` (signal). The caller closes the host.
+ * Loads the shards, joins the group and starts the step loop; resolves when the group is ready. Errors:
+ * `invalid_argument` (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded` (peers
+ * did not come), `canceled` (signal). The caller closes the host.
  */
 export async function startEngine(options: EngineOptions, signal?: AbortSignal): Promise<EngineHost> {
   const complete = await completeOptions(options);

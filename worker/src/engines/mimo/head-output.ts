@@ -1,5 +1,5 @@
-// One rank's head: from the rows of a pass to what is asked of them. Owns the memory of logits and answers, and where tokens
-// are chosen: by the device's sampler, by the segment `best`, or on the host of rank 0 from all ranks' logits.
+// One rank's head: from the rows of a pass to what is asked of them. Owns the memory of logits and answers, and where
+// tokens are chosen: by the device's sampler, by the segment `best`, or on the host of rank 0 from all ranks' logits.
 
 import type { Collective } from '../../collective/collective.ts';
 import { planShards } from '../../shards/shard-plan.ts';

@@ -1,5 +1,6 @@
-// A rank's layers over the rows of a pass: by segments, whose partial sums the ranks add up, or by a device's own kernels.
-// Owns the weights of the layers, wherever they are held; knows no plan. Segment signatures are in shards/shard.ts.
+// A rank's layers over the rows of a pass: by segments, whose partial sums the ranks add up, or by a device's own
+// kernels. Owns the weights of the layers, wherever they are held; knows no plan. Segment signatures are in
+// shards/shard.ts.
 
 import * as path from 'node:path';
 import type { SegmentEntry, ShardManifest } from '../../shards/shard.ts';

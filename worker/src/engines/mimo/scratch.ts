@@ -1,5 +1,5 @@
-// The rows that a rank computes in: one buffer per kind of activation, reused in every pass, and native views of its row
-// ranges. Owns sizes and views; knows no segment and no sequence.
+// The rows that a rank computes in: one buffer per kind of activation, reused in every pass, and native views of its
+// row ranges. Owns sizes and views; knows no segment and no sequence.
 
 import type { ElementType, FloatType } from '../../shards/element-type.ts';
 import type { MemoryUse, RuntimeMemory, RuntimeTensor } from '../../runtime/memory.ts';

@@ -1,5 +1,6 @@
-// The rows of one step as plans of its two passes: the backbone over all of them, MTP over those that survive. Pure: reads
-// sequences and changes none. What the passes return is taken in engine.ts, which also says why MTP runs in the same step.
+// The rows of one step as plans of its two passes: the backbone over all of them, MTP over those that survive. Pure:
+// reads sequences and changes none. What the passes return is taken in engine.ts, which also says why MTP runs in the
+// same step.
 
 import type { HeadRequest } from './head-rows.ts';
 import type { ScheduledRows } from './scheduler.ts';
@@ -51,8 +52,8 @@ export function planForward(rows: readonly StepRows[], releasedSlots: readonly n
 }
 
 /**
- * MTP over the rows that stay in the cache, after their tokens are taken. A sequence with one token to go asks for a draft
- * where that `pays` and it may still produce two tokens.
+ * MTP over the rows that stay in the cache, after their tokens are taken. A sequence with one token to go asks for a
+ * draft where that `pays` and it may still produce two tokens.
  */
 export function planDraft(
   rows: readonly (StepRows & { readonly survivors: number })[],

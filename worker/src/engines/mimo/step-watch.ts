@@ -1,14 +1,17 @@
 // Whether a rank's step thread still turns, as seen from its process's main thread. A thread that hangs in a step says
-// nothing, and a group of one rank has no peer that would notice. The thread counts its turns in shared memory; the main thread
-// looks at the count. Looks are what is counted and not time, so that a process which is stopped or starved, and does not look
-// either, does not blame its step. Knows no timer and no engine.
+// nothing, and a group of one rank has no peer that would notice. The thread counts its turns in shared memory; the
+// main thread looks at the count. Looks are what is counted and not time, so that a process which is stopped or
+// starved, and does not look either, does not blame its step. Knows no timer and no engine.
 
 /** So many looks within the limit for a step, at an even pace: a step is found to hang a look late at most. */
 export const looksPerLimit = 24;
 /** After so many looks at the same step the group takes nothing new: an eighth of the limit. */
 const stalledLooks = 3;
 
-/** Turns of one rank, shared between its threads: odd while it works, even while it waits for something to do, or loads. */
+/**
+ * Turns of one rank, shared between its threads: odd while it works, even while it waits for something to do, or
+ * loads.
+ */
 export function createTurns(): Int32Array {
   return new Int32Array(new SharedArrayBuffer(4));
 }
