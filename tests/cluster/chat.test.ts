@@ -41,7 +41,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     expect(await cluster.held()).toEqual(nothingHeld);
   }
 
-  it('streams the thinking and the right answer, then the figures', async () => {
+  it('streams the thinking, the right answer and then the figures', async () => {
     const answer = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
     expect(answer.text.trim()).toBe('132');
     expect(answer.reasoning).toContain('47+85');
@@ -58,7 +58,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('gives the same tokens with and without speculation, alone and among others', async () => {
+  it('returns the same tokens with and without speculation, alone and among others', async () => {
     const questions = [
       'What is 47 + 85?',
       'What is 90 - 17?',
@@ -82,7 +82,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('repeats a sampled text under its seed, and not under another', async () => {
+  it('returns the same sampled text for the same seed, and another text for another seed', async () => {
     const sampled = { temperature: 1.5, topP: 1, maxTokens: 60, ignoreEos: true };
     const first = await ask(cluster.client, { request: chatRequest('Sort 5, 3, 9.', sampled) });
     const seed = first.started?.seed ?? -1;
@@ -112,7 +112,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('looks for stop texts in the answer, not in the thinking', async () => {
+  it('matches stop texts in the answer, not in the thinking', async () => {
     const whole = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
     for (const stop of ['=', '132', '\n']) {
       const { text, reasoning, finish } = await ask(cluster.client, {
@@ -124,7 +124,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     }
   });
 
-  it('ends at a special token that a stop text names, also where the end of text is ignored', async () => {
+  it('ends at a special token that a stop text names, even when the end of text is ignored', async () => {
     const whole = await ask(cluster.client, { request: chatRequest('What is 47 + 85?') });
     for (const stop of [['<|im_end|>'], ['<|endoftext|>', 'never', '<|im_end|>']]) {
       const { text, finish } = await ask(cluster.client, {
@@ -135,7 +135,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     }
   });
 
-  it('continues an assistant’s message to the same end, wherever it is cut', async () => {
+  it('continues an assistant’s message to the same text, wherever it is cut', async () => {
     const request = chatRequest('What is 47 + 85?');
     const whole = await ask(cluster.client, { request });
     const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
@@ -152,7 +152,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     }
   });
 
-  it('gives log-probabilities that fit the tokens', async () => {
+  it('returns log-probabilities that fit the tokens', async () => {
     const { tokenIds, logprobs } = await ask(cluster.client, {
       request: chatRequest('What is 6 * 7?', { logprobs: 3 }),
     });
@@ -210,7 +210,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('fills the context to its end and says length', async () => {
+  it('ends with LENGTH when the context is full', async () => {
     const answer = await ask(cluster.client, { request: endless({ temperature: 1, seed: 3 }) });
     expect(answer.finish?.reason).toBe(FinishReason.LENGTH);
     expect((answer.started?.promptTokens ?? 0) + answer.tokenIds.length).toBe(2048);
@@ -228,7 +228,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('holds back a client that does not read, without holding up others', async () => {
+  it('applies back-pressure to a client that does not read, without slowing down others', async () => {
     const slow = createClient(cluster.parts.gatewayAddress);
     const call = slow.chat(endless({ temperature: 1 }));
     call.pause();
@@ -264,7 +264,7 @@ describe('chat through gateway, queue and a group of two ranks', () => {
     await expectNothingHeld();
   });
 
-  it('tells the difference between no gateway and a gateway that is not ready', async () => {
+  it('distinguishes a missing gateway from a gateway that is not ready', async () => {
     const nowhere = createClient('127.0.0.1:1');
     const call = callUnary(nowhere, InferenceServiceService.listModels, { request: {} });
     await expect(call).rejects.toMatchObject({ code: 'unavailable' });

@@ -115,7 +115,7 @@ describe('startEngine', () => {
     expect(watcher.completion(1)).toHaveLength(2000);
   });
 
-  it('stops at the credit, keeps the cache, and goes on with more', async () => {
+  it('stops when credit runs out, keeps the cache, and continues with more credit', async () => {
     const host = await start(1);
     const watcher = new Watcher(host);
     host.submit(request(1, { creditTokens: 5 }));
@@ -144,14 +144,14 @@ describe('startEngine', () => {
     expect(host.stats()).toMatchObject(idle);
   });
 
-  it('refuses a bad request with its last delta', async () => {
+  it('rejects an invalid request with its last delta', async () => {
     const host = await start(1);
     const watcher = new Watcher(host);
     host.submit(request(2, { tokenIds: [] }));
     expect(await watcher.ended(2)).toMatchObject({ kind: 'error', code: 'invalid_argument' });
   });
 
-  it('says nothing more once closed, and leaves no thread, whenever that is', async () => {
+  it('reports nothing and leaves no thread after it is closed, at any moment', async () => {
     const portsBefore = ports();
     for (const afterTokens of [0, 1, 20]) {
       const host = await start(2);
@@ -168,7 +168,7 @@ describe('startEngine', () => {
     expect(ports()).toBe(portsBefore);
   });
 
-  it('drafts nothing where speculation is off, and says the same', async () => {
+  it('drafts nothing when speculation is off, and returns the same text', async () => {
     const host = await start(1, { draftTokens: 0 });
     expect(host.info.draftTokens).toBe(0);
     const watcher = new Watcher(host);
@@ -217,14 +217,14 @@ describe('startEngine', () => {
     await expect(start(1, wrong)).rejects.toMatchObject({ code, message: expect.stringMatching(message) });
   });
 
-  it('refuses shards of another rank or group', async () => {
+  it('rejects shards of another rank or group', async () => {
     const [first, second] = await compiled(2);
     for (const shardDirectories of [[second!, first!], [first!], [first!, first!]]) {
       await expect(start(1, { shardDirectories })).rejects.toMatchObject({ code: 'failed_precondition' });
     }
   });
 
-  it('fails when a segment cannot be loaded, also on a follower, and stops the other ranks', async () => {
+  it('fails when any rank cannot load a segment, and stops the other ranks', async () => {
     const [first, second] = await compiled(2);
     const broken = path.join(scratch, 'broken');
     await cp(second!, broken, { recursive: true });

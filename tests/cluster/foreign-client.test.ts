@@ -42,7 +42,7 @@ async function curl(path: string, ...args: readonly string[]): Promise<Outcome> 
 }
 
 describe('a foreign gRPC client', () => {
-  it('lists the services that the gateway serves, and no other', async () => {
+  it('lists exactly the services of the gateway', async () => {
     const { stdout } = await curl('', '--list-services');
     expect(stdout.trim().split('\n').toSorted()).toEqual([
       'grpc.health.v1.Health',
@@ -73,7 +73,7 @@ describe('a foreign gRPC client', () => {
     expect(events.filter(({ finish }) => finish !== undefined)).toHaveLength(1);
   });
 
-  it('is told every field that is wrong', async () => {
+  it('gets an error that names every invalid field', async () => {
     const request = {
       model: cluster.modelName,
       messages: [{ role: 'ROLE_USER', content: 'hi' }],
@@ -95,7 +95,7 @@ describe('a foreign gRPC client', () => {
     ]);
   });
 
-  it('is told that a model is unknown', async () => {
+  it('gets NOT_FOUND for an unknown model', async () => {
     const request = { model: 'nobody/knows', messages: [{ role: 'ROLE_USER', content: 'hi' }] };
     const { stderr } = await curl(`/${service}/Chat`, '--data', JSON.stringify(request));
     expect(JSON.parse(stderr)).toMatchObject({ code: 'not_found' });

@@ -76,7 +76,7 @@ describe('check', () => {
     expect(answer.said).toMatch(/^serving mimo-demo \([01] ready\)$/);
   });
 
-  it('gets in with a key, and not with a wrong one', async () => {
+  it('passes with a valid key and fails with a wrong one', async () => {
     const address = await start(keysFile);
     expect(await check([`--address=${address}`], apiKey)).toMatchObject({ code: 0 });
     expect(await check([`--address=${address}`], 'another')).toEqual({
@@ -85,7 +85,7 @@ describe('check', () => {
     });
   });
 
-  it('accepts a closed door only where it should be closed', async () => {
+  it('accepts a refusal only when the gateway is meant to require keys', async () => {
     const address = await start(keysFile);
     expect(await check([`--address=${address}`, '--closed'])).toEqual({
       code: 0,
@@ -99,7 +99,7 @@ describe('check', () => {
     });
   });
 
-  it('gives up on a gateway that drains, saying so', async () => {
+  it('fails on a draining gateway and reports that it drains', async () => {
     const address = await start('');
     await gateway?.drain(60_000);
     expect(await check([`--address=${address}`, '--timeout-seconds=6'])).toEqual({
@@ -108,7 +108,7 @@ describe('check', () => {
     });
   });
 
-  it('gives up on an address where nobody listens', async () => {
+  it('fails on an address where nothing listens', async () => {
     const answer = await check(['--address=127.0.0.1:1', '--timeout-seconds=6']);
     expect(answer.code).toBe(1);
     expect(answer.said).toMatch(/^check: the gateway does not serve: .*ECONNREFUSED/);

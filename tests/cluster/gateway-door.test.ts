@@ -58,7 +58,7 @@ describe('the door', () => {
     });
   });
 
-  it('refuses text that is not UTF-8 and bytes that are not a message', async () => {
+  it('rejects text that is not UTF-8 and bytes that are not a message', async () => {
     const gateway = await stage.openGateway();
     const client = stage.clientOf(gateway);
     const send = async (bytes: Buffer): Promise<void> => {
@@ -82,7 +82,7 @@ describe('the door', () => {
     expect(gateway.counts().requests).toBe(0);
   });
 
-  it('refuses a message over the limit and names both sizes', async () => {
+  it('rejects a message over the limit and names both sizes', async () => {
     const gateway = await stage.openGateway({ MIMO_GATEWAY_MAX_RECEIVE: '64Ki' });
     const failure = collect(generate(stage.clientOf(gateway), generation('x'.repeat(100_000))));
     await expect(failure).rejects.toMatchObject({
@@ -91,7 +91,7 @@ describe('the door', () => {
     });
   });
 
-  it('admits a caller with a key, to the models of that key', async () => {
+  it('admits a caller with a key to the models of that key only', async () => {
     const keysFile = join(stage.directory, 'keys.json');
     const sha256 = createHash('sha256').update('secret-of-b').digest('hex');
     const keys = [

@@ -80,7 +80,7 @@ describe('a request ends early', () => {
     await expect(collect(stream)).rejects.toMatchObject({ code: 'deadline_exceeded' });
   });
 
-  it('at its deadline while it waits: no group ever sees it', async () => {
+  it('at its deadline while it waits, without ever reaching a group', async () => {
     const gateway = await stage.openGateway();
     const group = await stage.openGroup({ maxSequences: 1, script: endless });
     const client = stage.clientOf(gateway);
@@ -92,7 +92,7 @@ describe('a request ends early', () => {
     await first.return(undefined);
   });
 
-  it('after the longest wait, with a hint when to retry', async () => {
+  it('after the longest wait, with a retry delay', async () => {
     const gateway = await stage.openGateway({ MIMO_GATEWAY_MAX_WAIT: '300ms' });
     const waiting = collect(generate(stage.clientOf(gateway), generation('x')));
     await expect(waiting).rejects.toMatchObject({

@@ -78,7 +78,7 @@ describe('a gateway that leaves', () => {
     expect(gateway.counts()).toMatchObject({ requests: 0, deletingRecords: 0 });
   });
 
-  it('hands dispatching to another gateway at once, while its streams continue, also in another group', async () => {
+  it('hands dispatching to another gateway at once, while its streams continue, even in another group', async () => {
     const leaving = await stage.openGateway();
     const doomed = await stage.openGroup({ group: 'a', stepMs: 5 });
     const text = 'a rather long prompt that takes its time to be said again, '.repeat(4);

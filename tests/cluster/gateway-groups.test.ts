@@ -171,7 +171,7 @@ describe('groups', () => {
     expect((await running).text).toBe(text);
   });
 
-  it('start the longest wait anew each time one is lost: it does not count from the first token', async () => {
+  it('restart the longest wait each time one is lost, not from the first token', async () => {
     const maxWaitMs = 5_000;
     const gateway = await stage.openGateway({ MIMO_GATEWAY_MAX_WAIT: `${maxWaitMs}ms` });
     const client = stage.clientOf(gateway);
@@ -194,7 +194,7 @@ describe('groups', () => {
     });
   });
 
-  it('whose engine stands still keep their streams while they answer pings', async () => {
+  it('with a stalled engine keep their streams while they answer pings', async () => {
     const gateway = await stage.openGateway();
     const group = await stage.openGroup({ script: endless });
     const stream = generate(stage.clientOf(gateway), generation('x', { maxTokens: 50 }));

@@ -137,7 +137,7 @@ afterAll(async () => {
 });
 
 describe('a gateway that was started without models', () => {
-  it('says what to do about a model that is not there, and serves it once it is published', async () => {
+  it('says what to do about a missing model, and serves the model once it is published', async () => {
     expect(await listed()).toEqual([]);
     expect(await refusal(generate())).toMatchObject({
       code: 'not_found',
@@ -151,7 +151,7 @@ describe('a gateway that was started without models', () => {
     expect(await generate()).toBe(prompt);
   });
 
-  it('takes the new files of a model for new requests, while running ones keep what they began with', async () => {
+  it('uses the new files of a model for new requests, while running requests keep the old files', async () => {
     group = await startScriptedGroup({ model, group: 'g', queue: bus, stepMs: 10 });
     await publish();
     await waitFor('the model', isListed);
@@ -173,7 +173,7 @@ describe('a gateway that was started without models', () => {
     await waitFor('the former files to be gone', async () => (await fetched()).length === 1);
   });
 
-  it('serves a replaced model by its old groups and with its old tokenizer, until a group of the new one is there', async () => {
+  it('serves a replaced model by its old groups and tokenizer until a group of the new one is routable', async () => {
     const tokenizer = JSON.parse(await readFile(join(demo, 'tokenizer.json'), 'utf8')) as {
       model: { merges: unknown[] };
     };
@@ -231,7 +231,7 @@ describe('a gateway that was started without models', () => {
     );
   });
 
-  it('serves the others beside a model that it cannot read, and that one once it is mended', async () => {
+  it('serves all other models beside an unreadable one, and that one once it is corrected', async () => {
     const broken = 'broken';
     await publish({ 'tokenizer.json': '{' }, broken);
     await publish();
@@ -270,7 +270,7 @@ describe('a gateway that was started without models', () => {
       },
     ],
   ])(
-    'keeps serving what it has when the %s, and gives it back for those that start then',
+    'keeps serving its models when the %s, and restores them for gateways that start later',
     async (_what, lose) => {
       const identity = modelIdentity(textDigestOf(await filesOf()), 'weights');
       await publish({}, model, identity);

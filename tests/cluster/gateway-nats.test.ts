@@ -24,7 +24,7 @@ afterAll(async () => {
 });
 
 describe('a gateway', () => {
-  it('refuses requests at once while NATS is down, and serves again when it returns; running streams go on', async () => {
+  it('refuses requests at once while NATS is down, and serves again when it returns; running streams continue', async () => {
     const storeDirectory = join(stage.directory, 'own');
     const own = await startTestNats({ storeDirectory, port: 0 });
     const queue = stage.openQueue(own);
@@ -91,7 +91,7 @@ describe('a gateway', () => {
     expect(results.map((result) => result.text)).toEqual(texts);
   });
 
-  it('deletes the records of a gateway that died', async () => {
+  it('deletes the records of a dead gateway', async () => {
     const gateway = await stage.openGateway();
     await stage.bus.records.publish(
       RequestRecord.fromPartial({

@@ -77,7 +77,7 @@ describe('the gateway process', () => {
     expect(gateway.lines.join('\n')).not.toContain('said again');
   });
 
-  it('says all that is wrong with its environment, and exits with 78', async () => {
+  it('reports every problem of its environment, and exits with 78', async () => {
     const gateway = run({
       MIMO_GATEWAY_LISTEN: 'here',
       MIMO_GATEWAY_NATS: 'nats://127.0.0.1:1',
@@ -89,7 +89,7 @@ describe('the gateway process', () => {
     expect(said).toContain('MIMO_GATEWAY_TYP0 is not a setting');
   });
 
-  it('says which model directory it cannot use, and exits with 78', async () => {
+  it('names the model directory that it cannot use, and exits with 78', async () => {
     const gateway = run({ MIMO_GATEWAY_MODELS: 'm=/nowhere', MIMO_GATEWAY_NATS: 'nats://127.0.0.1:1' });
     expect(await gateway.exited).toEqual([78, null]);
     expect(gateway.lines.join('\n')).toContain('model m: cannot read /nowhere/config.json');

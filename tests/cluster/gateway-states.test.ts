@@ -119,7 +119,7 @@ describe('the published state', () => {
     stop();
   });
 
-  it('counts no record that a new dispatcher finds as an arrival, and shows no smaller queue while it reads', async () => {
+  it('counts no existing record as an arrival after a takeover, and reports no smaller queue while reading', async () => {
     const first = await stage.openGateway();
     const { states, stop } = await stage.followStates();
     const second = await stage.openGateway();

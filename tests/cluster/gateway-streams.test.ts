@@ -67,7 +67,7 @@ describe('a stream', () => {
     expect(group.aborted).toBe(1);
   });
 
-  it('ends on its own when only the beginning of a stop text has come', async () => {
+  it('ends normally when only the beginning of a stop text has come', async () => {
     const gateway = await stage.openGateway();
     await stage.openGroup();
     const result = await collect(
@@ -76,7 +76,7 @@ describe('a stream', () => {
     expect(result).toMatchObject({ text: 'one two thr', finish: { matchedStop: '606' } });
   });
 
-  it('waits for a slow client: the engine runs ahead only by its credit', async () => {
+  it('waits for a slow client: the engine runs ahead only as far as its credit', async () => {
     const gateway = await stage.openGateway();
     const group = await stage.openGroup({ script: endless });
     const client = stage.clientOf(gateway);
@@ -96,7 +96,7 @@ describe('a stream', () => {
     expect(tokens + rest).toBe(2_000);
   });
 
-  it('carries its own text when one hundred run at once', async () => {
+  it('carries its own text when one hundred streams run at once', async () => {
     const gateway = await stage.openGateway();
     const groups = [await stage.openGroup({ maxSequences: 16 }), await stage.openGroup({ maxSequences: 16 })];
     const client = stage.clientOf(gateway);
@@ -130,7 +130,7 @@ describe('a prompt', () => {
     expect(prompt.endsWith('<|im_start|>assistant\n')).toBe(true);
   });
 
-  it('continues the last message of the assistant, also inside unfinished reasoning', async () => {
+  it('continues the last message of the assistant, even inside unfinished reasoning', async () => {
     const gateway = await stage.openGateway();
     const script = (): number[] => stage.tokenizer.encode(' + 85\n</think>\n\nIt is = 132.');
     const group = await stage.openGroup({ script });
@@ -150,7 +150,7 @@ describe('a prompt', () => {
     expect(prompt.endsWith('<|im_start|>assistant\n<think>\n47')).toBe(true);
   });
 
-  it('parses special tokens in the prompt of Generate and counts them alike, but takes those in Chat as text', async () => {
+  it('parses and counts special tokens in the prompt of Generate, but treats those in Chat as text', async () => {
     const gateway = await stage.openGateway();
     const group = await stage.openGroup({ script: () => [] });
     const client = stage.clientOf(gateway);

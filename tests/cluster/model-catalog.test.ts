@@ -104,7 +104,7 @@ afterAll(async () => {
 });
 
 describe('the model catalogue', () => {
-  it('gives a reader the whole set first and again at each change, and the files of each model', async () => {
+  it('sends a reader the whole set first and at each change, and the files of each model', async () => {
     const [writer, reader] = [open(), open()];
     const seen = follow(reader);
     await vi.waitFor(() => expect(seen.sets).toEqual([[]]), patience);
@@ -137,7 +137,7 @@ describe('the model catalogue', () => {
     expect(seen.sets).toEqual([[], [first], [second], []]);
   });
 
-  it('leaves equal files as they are, in whatever order they come', async () => {
+  it('writes nothing when the same files are published again, in any order', async () => {
     const [one, two] = [open(), open()];
     const seen = follow(one);
     const model = await one.publish(modelOf({ 'a.json': '1', 'b.json': '2' }), within(20_000));
@@ -146,7 +146,7 @@ describe('the model catalogue', () => {
     expect(await storedBytes()).toBeLessThan(5_000);
   });
 
-  it('keeps one of several that publish at the same time, whole, and nothing of the others', async () => {
+  it('keeps one whole model of several published at the same time, and nothing of the others', async () => {
     const contents = ['one', 'two', 'three'].map((word) => Buffer.alloc(2_000_000, word));
     const published = await Promise.all(
       contents.map((content) => open().publish(modelOf({ 'tokenizer.json': content }), within(60_000))),
@@ -169,7 +169,7 @@ describe('the model catalogue', () => {
     expect((await readFile(join(directory, 'large/tokenizer.json'))).equals(content)).toBe(true);
   });
 
-  it('gives a reader a whole model or none while it is replaced over and over', async () => {
+  it('returns a whole model or none while it is replaced over and over', async () => {
     const [writer, reader] = [open(), open()];
     let latest = await writer.publish(filesOfRound(0), within(20_000));
     const written = new AbortController();
@@ -199,7 +199,7 @@ describe('the model catalogue', () => {
     });
   });
 
-  it('does not take files that are not what their digests say', async () => {
+  it('rejects files that do not match their digests', async () => {
     const catalog = open();
     const model = await catalog.publish(
       modelOf({ 'config.json': 'aaaa', 'tokenizer.json': 'bbbb' }),
@@ -218,7 +218,7 @@ describe('the model catalogue', () => {
     expect((await readdir(directory)).filter((each) => each.startsWith('bad'))).toEqual([]);
   });
 
-  it('goes on after the server was away, and says what happened meanwhile', async () => {
+  it('continues after the server was away, and reports the changes made meanwhile', async () => {
     const [writer, reader] = [open(), open()];
     const seen = follow(reader);
     const model = await writer.publish(modelOf({ 'config.json': '1' }), within(20_000));
@@ -236,7 +236,7 @@ describe('the model catalogue', () => {
   };
 
   it.each(Object.entries(losses))(
-    'keeps what it knew when the store %s, until it is published again or removed',
+    'keeps its models when the store %s, until they are published again or removed',
     async (_what, lose) => {
       const [writer, reader] = [open(), open()];
       const other = { ...modelOf({ 'config.json': 'other' }), name: 'other' };
@@ -264,7 +264,7 @@ describe('the model catalogue', () => {
     },
   );
 
-  it('restores a lost model from its fetched files, the same in all, and lets whatever came since stand', async () => {
+  it('restores a lost model unchanged from its fetched files, and keeps anything published since', async () => {
     const [writer, ...readers] = [open(), open(), open(), open()];
     const files = modelOf({ 'config.json': '1', 'tokenizer.json': Buffer.alloc(1_000_000, 'x') });
     const model = await writer.publish(files, within(20_000));
@@ -296,7 +296,7 @@ describe('the model catalogue', () => {
     await expect(writer.restore(model, place, within(20_000))).rejects.toMatchObject({ code: 'data_loss' });
   });
 
-  it('is bounded by who follows it with a bound, and names what had no room', async () => {
+  it('keeps to the bound that a follower sets, and names the model that did not fit', async () => {
     await losses['is deleted']?.();
     const bounded = open({ maxBytes: 4 * 2 ** 20 });
     const seen = follow(bounded);
@@ -317,7 +317,7 @@ describe('the model catalogue', () => {
     await losses['is deleted']?.();
   });
 
-  it('stores again after its disk was full, without a restart, and gives back what it has meanwhile', async (context) => {
+  it('stores again after its disk was full, without a restart, and stays readable meanwhile', async (context) => {
     const volume = await mountSmall(join(directory, 'volume'));
     if (volume === undefined) {
       context.skip('needs the right to mount a small filesystem');
@@ -364,7 +364,7 @@ describe('the model catalogue', () => {
     }
   });
 
-  it('ends its iterations when its link is closed, and gives up when a signal fires', async () => {
+  it('ends its iterations when its link is closed, and aborts when a signal fires', async () => {
     const link = new NatsLink({ servers: ['127.0.0.1:1'], clientName: 'test', log });
     const away = createModelCatalog(link, { replicas: 1, log });
     await expect(away.publish(modelOf({ 'config.json': '1' }), within(200))).rejects.toMatchObject({

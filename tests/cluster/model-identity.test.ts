@@ -119,7 +119,7 @@ afterAll(async () => {
 });
 
 describe('two checkpoints under one name', () => {
-  it('never share an answer: streams and waiting requests keep to the one that they began with, or end with ABORTED', async () => {
+  it('never share an answer: streams and waiting requests keep their first checkpoint or end with ABORTED', async () => {
     await publish('first');
     const one = await startGroup('first-1', 'first');
     const question = chatRequest('What is 47 + 85?', { ignoreEos: true, maxTokens: 60 });

@@ -70,8 +70,8 @@ afterEach(async () => {
   await rm(directory, { recursive: true, force: true });
 });
 
-describe('a NATS server that asks who connects', () => {
-  it('takes a user from the URL, in every process, and no log shows the password', async () => {
+describe('a NATS server that authenticates its clients', () => {
+  it('accepts a user from the URL in every process, and no log shows the password', async () => {
     const address = await start(userConfig);
     const url = `nats://mimo:${encodeURIComponent('s3:cr@t')}@${address}`;
     expect(await isLetIn(open({ servers: [url] }))).toBe(true);
@@ -104,7 +104,7 @@ describe('a NATS server that asks who connects', () => {
     });
   });
 
-  it('takes the signed credentials of an operator from a file', async () => {
+  it('accepts the signed credentials of an operator from a file', async () => {
     const { config, credentials } = createOperator();
     const servers = [await start(config)];
     expect(await isLetIn(open({ servers, credentialsFile: await write(credentials) }))).toBe(true);
@@ -133,7 +133,7 @@ describe('a NATS server that asks who connects', () => {
     expect(gateway.lines.join('\n')).not.toContain('marker');
   });
 
-  it('is tried again until the credentials are right, also by who sends heartbeats', async () => {
+  it('is retried until the credentials are right, by heartbeats too', async () => {
     const servers = [await start(userConfig)];
     const credentialsFile = await write('mimo:wrong');
     const queue = open({ servers, credentialsFile });
@@ -151,7 +151,7 @@ describe('a NATS server that asks who connects', () => {
     }
   });
 
-  it('comes back with another password, which the file has too', async () => {
+  it('is reached again after its password and the file change', async () => {
     const servers = [await start(userConfig)];
     const credentialsFile = await write('mimo:s3:cr@t');
     const queue = open({ servers, credentialsFile });
@@ -166,7 +166,7 @@ describe('a NATS server that asks who connects', () => {
     await waitFor('the connection', () => queue.connected);
   });
 
-  it('is not asked at all where the file is missing: that is an error at once', () => {
+  it('is not contacted when the credentials file is missing: that is an error at once', () => {
     expect(() => open({ servers: ['127.0.0.1:1'], credentialsFile: '/nowhere' })).toThrow(
       expect.objectContaining({
         code: 'invalid_argument',

@@ -34,7 +34,7 @@ describe('the npm package', () => {
   });
   afterAll(() => command.close());
 
-  it('brings a command that starts a cluster, answers, and stops without a trace', async () => {
+  it('installs a command that starts a cluster, answers, and leaves nothing behind', async () => {
     await command.provideNatsServer();
     const { child, said, ended } = await command.up();
     expect(said()).toContain(`try      mimo chat --address ${command.address} "What is 47 + 85?"`);
@@ -56,7 +56,7 @@ describe('the npm package', () => {
     expect(nobody.stderr).toContain(`no gateway at ${command.address}: start one with \`mimo up\``);
   });
 
-  it('works as a client without ONNX Runtime, and `up` says what is missing', async () => {
+  it('works as a client without ONNX Runtime, and `up` names the missing package', async () => {
     rmSync(join(installed, 'node_modules/onnxruntime-node'), { recursive: true });
     expect(await command.run(['models', '--help'])).toMatchObject({ code: 0 });
     const outcome = await command.run(['up', '--port', String(command.port)]);

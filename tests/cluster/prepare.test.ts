@@ -107,7 +107,7 @@ afterAll(async () => {
 });
 
 describe('prepare', () => {
-  it('fetches what MiMo needs, compiles it and publishes it, and does nothing of it again', async () => {
+  it('fetches, compiles and publishes a model, and repeats none of it the second time', async () => {
     const first = prepare(['--compile', '--publish'], fromHub());
     expect(await first.ended).toEqual({ code: 0, last: '' });
     expect((await readdir(checkpoint)).toSorted()).toEqual(
@@ -133,7 +133,7 @@ describe('prepare', () => {
     expect(await published()).toHaveLength(1);
   });
 
-  it('prepares a checkpoint that is there already, without a hub', async () => {
+  it('prepares an existing checkpoint without a hub', async () => {
     checkpoint = demo;
     const run = prepare(['--compile']);
     expect(await run.ended).toEqual({ code: 0, last: '' });
@@ -150,7 +150,7 @@ describe('prepare', () => {
     expect(compiled).toHaveLength(1);
   });
 
-  it('goes on where a connection broke off', async () => {
+  it('resumes a download after its connection broke', async () => {
     hub.breakOff(weights, 800_000, 3);
     const run = prepare([], fromHub());
     expect(await run.ended).toEqual({ code: 0, last: '' });
@@ -161,7 +161,7 @@ describe('prepare', () => {
     expect(await readFile(join(checkpoint, weights))).toEqual(await readFile(join(demo, weights)));
   });
 
-  it('goes on where one before it was killed', async () => {
+  it('resumes the work of a killed process', async () => {
     hub.stall(weights, 1_500_000);
     const killed = prepare([], fromHub());
     await waitFor('half a file', async () => {
@@ -179,7 +179,7 @@ describe('prepare', () => {
     expect(await readdir(checkpoint)).not.toContainEqual(expect.stringContaining('.partial'));
   });
 
-  it('fetches a file again that came wrong, and gives up with a retryable end where it stays wrong', async () => {
+  it('fetches a corrupt file again, and exits with a retryable code if it stays corrupt', async () => {
     hub.lie('tokenizer.json', 1);
     expect(await prepare([], fromHub()).ended).toEqual({ code: 0, last: '' });
     await rm(checkpoint, { recursive: true });
@@ -191,7 +191,7 @@ describe('prepare', () => {
     expect(await readdir(checkpoint)).not.toContainEqual(expect.stringContaining(weights));
   });
 
-  it('ends with 3 where the hub has no such model, or does not show it', async () => {
+  it('exits with 3 when the hub has no such model, or denies access to it', async () => {
     expect(await prepare([], fromHub({ MIMO_WORKER_HUB_REPOSITORY: 'org/other' })).ended).toEqual({
       code: 3,
       last: 'prepare: the hub has no model org/other with revision main, or HF_TOKEN may not read it (status 404)',
@@ -205,7 +205,7 @@ describe('prepare', () => {
     expect(run.lines.join('')).not.toContain('hf_secret');
   });
 
-  it('ends with 3 if it is not a MiMo checkpoint, before its weights are fetched', async () => {
+  it('exits with 3 for another kind of checkpoint, before it fetches the weights', async () => {
     const other = join(directory, 'other');
     await cp(demo, other, { recursive: true });
     await writeFile(join(other, 'config.json'), '{"hidden_act":"gelu"}');
@@ -223,7 +223,7 @@ describe('prepare', () => {
     });
   });
 
-  it('ends with 3 where the directory has no checkpoint, no tokenizer, or cannot be cut as asked', async () => {
+  it('exits with 3 when the checkpoint or tokenizer is missing, or cannot be split as requested', async () => {
     expect(await prepare([]).ended).toEqual({ code: 3, last: `prepare: ${checkpoint}: has no config.json` });
     checkpoint = join(directory, 'mute');
     await mkdir(checkpoint);
@@ -239,7 +239,7 @@ describe('prepare', () => {
     expect(code).toBe(3);
   });
 
-  it('ends with 1 where the hub cannot be reached, or the catalogue breaks off', async () => {
+  it('exits with 1 when the hub cannot be reached, or publishing fails', async () => {
     const away = { MIMO_WORKER_HUB_ENDPOINT: 'http://127.0.0.1:1' };
     const run = prepare([], fromHub(away));
     expect(await run.ended).toEqual({
@@ -268,7 +268,7 @@ describe('prepare', () => {
     expect(`${last} ${run.lines.join('')}`).not.toContain('marker');
   });
 
-  it('ends with 2, saying all that is wrong, where its settings or arguments are', async () => {
+  it('exits with 2 and names every invalid setting or argument', async () => {
     const run = prepare([], { MIMO_WORKER_HUB_REPOSITORY: 'a/b/c', MIMO_WORKER_HUB_ENDPOINT: 'hub' });
     expect(await run.ended).toEqual({
       code: 2,

@@ -186,7 +186,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await values.return?.();
   });
 
-  it('says how old a record is that it found', async () => {
+  it('reports the age of an existing record', async () => {
     const queue = await open();
     await queue.records.publish(record('a'));
     await sleep(300);
@@ -195,7 +195,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     expect(queued?.ageMs).toBeLessThan(60_000);
   });
 
-  it('says of a record what a dispatcher needs, and keeps its prompt to itself', async () => {
+  it('shows a dispatcher the fields of a record that it needs, but not the prompt', async () => {
     const queue = await open();
     await queue.records.publish(
       record('full', {
@@ -222,7 +222,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     });
   });
 
-  it('writes a record again in the place of the one before, where that is still there', async () => {
+  it('replaces a record only while the previous one still exists', async () => {
     const queue = await open();
     const first = await queue.records.publish(record('a', { heldMs: 0 }));
     const other = await queue.records.publish(record('b'));
@@ -269,7 +269,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await expect(queue.records.publish(record('late'))).rejects.toMatchObject({ code: 'unavailable' });
   });
 
-  it('gives the lease of a model to one holder at a time, with a growing epoch', async () => {
+  it('grants the lease of a model to one holder at a time, with a growing epoch', async () => {
     const [one, two] = [await open(), await open()];
     const other = await two.leases.acquire('other', 'two', never);
     const handoversMs: number[] = [];
@@ -294,7 +294,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await other.release();
   });
 
-  it('gives up waiting for a lease when the signal fires', async () => {
+  it('stops waiting for a lease when the signal fires', async () => {
     const queue = await open();
     const lease = await queue.leases.acquire(model, 'one', never);
     const waiting = queue.leases.acquire(model, 'two', AbortSignal.timeout(50));
@@ -337,7 +337,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     );
   });
 
-  it('reads the record of a request by its id alone, while it is there', async () => {
+  it('reads an existing record by its request id alone', async () => {
     const [owner, reader] = [await open(), await open()];
     const requestId = 'of.mine *>';
     const place = await owner.records.publish(record(requestId, { tenant: 'me', gatewayId: 'gw.2' }));
@@ -349,7 +349,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     expect(await reader.records.read(requestId)).toBeUndefined();
   });
 
-  it('asks the owner of a request to end it, and says so where the owner is gone', async () => {
+  it('asks the owner to end a request, and reports when the owner is gone', async () => {
     const [asked, owner] = [await open(), await open()];
     const seen: Cancellation[] = [];
     const served = owner.signals.serveCancellations('gw.2', (each) => {
@@ -365,7 +365,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await expect(asked.signals.cancel('gw.2', mine)).rejects.toMatchObject(unanswered);
   });
 
-  it('carries heartbeats, ends and states to those who follow', async () => {
+  it('delivers heartbeats, ends and states to their followers', async () => {
     const [sender, follower] = [await open(), await open()];
     const stop = new AbortController();
     const heartbeats = gather(follower.heartbeats.follow(stop.signal));
@@ -426,7 +426,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await Promise.all([heartbeats.done, ended.done, states.done]);
   });
 
-  it('tells when what was there has been replayed, also where there was nothing, or some of it is deleted', async () => {
+  it('reports the end of the replay, also for an empty queue or deleted records', async () => {
     const [writer, reader] = [await open(), await open()];
     const empty = new AbortController();
     let emptyReplayed = 0;
@@ -453,7 +453,7 @@ describe.each(Object.keys(backends))('%s', (name) => {
     await rest.done;
   });
 
-  it('keeps drain marks until they are cleared, and tells all of them first and at every change', async () => {
+  it('keeps drain marks until they are cleared, and sends all of them first and at every change', async () => {
     const [controller, dispatcher] = [await open(), await open()];
     await controller.drainMarks.mark(model, 'g.0', { sinceUnixMs: 1 });
     await controller.drainMarks.mark('other', 'g9', { sinceUnixMs: 9 });
@@ -540,7 +540,7 @@ describe('the bus on NATS, when its server', () => {
     own = await startServer(own.port, directory);
   };
 
-  it('dies: refuses new records, keeps the old ones, and goes on following', async () => {
+  it('dies: refuses new records, keeps the old ones, and continues to follow', async () => {
     const queue = await open('survivor');
     const kept = await queue.records.publish(record('kept'));
     const doomed = await queue.records.publish(record('doomed'));
@@ -570,7 +570,7 @@ describe('the bus on NATS, when its server', () => {
     await Promise.all([queue.records.erase(kept), queue.records.erase(after)]);
   });
 
-  it('dies for longer than a lease lives: the holder knows, and another takes over', async () => {
+  it('dies for longer than a lease lasts: the holder notices, and another takes over', async () => {
     const [one, two] = [await open('one'), await open('two')];
     const first = await one.leases.acquire(model, 'one', abort.signal);
     await restart({
@@ -586,7 +586,7 @@ describe('the bus on NATS, when its server', () => {
     expect(second.epoch).toBeGreaterThan(first.epoch);
   });
 
-  it('comes back empty: makes its stream again, and all that follow it begin from the beginning', async () => {
+  it('comes back empty: creates its stream again, and all followers start from the beginning', async () => {
     const [one, two] = [await open('one'), await open('two')];
     const lost = await one.records.publish(record('lost'));
     await one.records.publish(record('lost too'));
@@ -612,7 +612,7 @@ describe('the bus on NATS, when its server', () => {
     }, patience);
   });
 
-  it('dies: drain marks are kept, and what is marked afterwards is told', async () => {
+  it('dies: keeps drain marks, and delivers later ones', async () => {
     const [controller, dispatcher] = [await open('controller'), await open('dispatcher')];
     await controller.drainMarks.mark(model, 'before', { sinceUnixMs: 1 });
     const stop = new AbortController();
@@ -630,7 +630,7 @@ describe('the bus on NATS, when its server', () => {
     await followed.done;
   });
 
-  it('is not there yet: opens at once and connects when it comes', async () => {
+  it('is not running yet: opens at once and connects when it starts', async () => {
     own.child.kill();
     await own.child.exited;
     const queue = openNats('early', own.port);
@@ -642,13 +642,13 @@ describe('the bus on NATS, when its server', () => {
     expect(await queue.records.erase(place)).toBe(true);
   });
 
-  it('is never there: closes without waiting for it', async () => {
+  it('never starts: closes without waiting for it', async () => {
     const queue = openNats('alone', 1);
     await queue.close();
     expect(queue.connected).toBe(false);
   });
 
-  it('has a limit: refuses a record that is over it', async () => {
+  it('has a limit: refuses a larger record', async () => {
     const queue = await open('large');
     const promptTokenIds = Array.from({ length: 600_000 }, () => 150_000);
     await expect(queue.records.publish(record('large', { promptTokenIds }))).rejects.toMatchObject({

@@ -19,7 +19,7 @@ describe('a short prompt behind long ones', () => {
   });
   afterAll(() => cluster.close());
 
-  it('has its first token before they are read', async () => {
+  it('gets its first token before they are read', async () => {
     let read = 0;
     const readLong = async (): Promise<void> => {
       const request = {

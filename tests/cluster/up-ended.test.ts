@@ -58,7 +58,7 @@ describe('npm run up', () => {
     expect(command.processes()).toEqual([]);
   });
 
-  it('leaves nothing behind when npm is killed before there is a cluster', async () => {
+  it('leaves nothing behind when npm is killed before the cluster starts', async () => {
     const npm = command.start('npm', args());
     await waitFor('the command to have begun', () => chain(npm).up > 0);
     npm.child.kill('SIGKILL');
@@ -84,7 +84,7 @@ describe('npm run up', () => {
     expect(command.processes()).toEqual([]);
   });
 
-  it('goes on when a part is ended, and leaves nothing of it behind', async () => {
+  it('keeps running when one of its processes ends, and leaves nothing of that process behind', async () => {
     const npm = await command.ready(command.start('npm', args()));
     const parts = (): SeenProcess[] =>
       command

@@ -26,7 +26,7 @@ describe('the mimo command', () => {
   });
   afterEach(() => command.close());
 
-  it('starts a cluster, answers, refuses a second one on its port, and stops without a trace', async () => {
+  it('starts a cluster, answers, refuses a second one on its port, and leaves nothing behind', async () => {
     await command.provideNatsServer();
     const { child, said, ended } = await command.up();
     expect(said()).toContain(`gRPC     ${command.address}`);
@@ -65,7 +65,7 @@ describe('the mimo command', () => {
     expect(nobody.stderr).toContain(`no gateway at ${command.address}: start one with \`npm run up\``);
   });
 
-  it('leaves no process behind when it is killed outright', async () => {
+  it('leaves no process behind when it is killed', async () => {
     await command.provideNatsServer();
     const { child } = await command.up('--tensor-parallel', '1');
     expect(command.processes().length).toBeGreaterThan(4);
@@ -73,7 +73,7 @@ describe('the mimo command', () => {
     await command.gone();
   });
 
-  it('keeps the queue in memory, and says so, where no nats-server can be had', async () => {
+  it('keeps the queue in memory, and says so, when nats-server is not available', async () => {
     const programs = join(command.directory, 'programs');
     mkdirSync(programs);
     for (const name of ['nats-server', 'go']) {
@@ -89,7 +89,7 @@ describe('the mimo command', () => {
   });
 
   it.each(['mimo,v1', 'v1.0=b', '-{"a": "b"},c=d $(exit 3) 模型 é\'"\n', '.'.repeat(3) + 'm'.repeat(200)])(
-    'serves a model from a directory that is called %j',
+    'serves a model from a directory named %j',
     async (name) => {
       await command.provideNatsServer();
       const model = join(command.directory, name);
@@ -107,7 +107,7 @@ describe('the mimo command', () => {
     },
   );
 
-  it('ends at once, and says why, where a part cannot start with what it was given', async () => {
+  it('exits at once with the reason when a process cannot start with its settings', async () => {
     await command.provideNatsServer();
     const model = join(command.directory, 'no tokenizer');
     cpSync(demoModel, model, { recursive: true });

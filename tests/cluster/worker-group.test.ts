@@ -183,7 +183,7 @@ describe('a replica group of two ranks', () => {
     await rm(directory, { recursive: true });
   });
 
-  it('serves sessions with credit, aborts and deadlines, and says what it holds', async () => {
+  it('serves sessions with credit, aborts and deadlines, and reports what it holds', async () => {
     await startGroup();
     const first = heartbeats.find(({ state }) => state === GroupState.READY);
     expect(first).toMatchObject({ model, group: 'group-0', worldSize: 2, maxSequences: 4, draftTokens: 1 });
@@ -268,7 +268,7 @@ describe('a replica group of two ranks', () => {
     expect(new Set(heartbeats.map(({ incarnation }) => incarnation)).size).toBe(1);
   });
 
-  it('drains on SIGTERM: finishes what it holds, refuses what comes, exits with 0 on every rank', async () => {
+  it('drains on SIGTERM: finishes running sequences, refuses new ones, exits with 0 on every rank', async () => {
     await startGroup({ MIMO_WORKER_DRAIN_FINISH: '60s', MIMO_WORKER_DRAIN_GRACE: '90s' });
     const session = new SessionPeer(client);
     // It stops where its credit ends, and has not finished when the group is asked to.
@@ -294,7 +294,7 @@ describe('a replica group of two ranks', () => {
     ['the leader alone', [0]],
     ['the follower alone', [1]],
   ])(
-    'hands over what does not finish in time on SIGTERM to %s, and exits with 0 as a whole',
+    'hands over sequences that do not finish in time on SIGTERM to %s, and exits with 0 on every rank',
     async (_, asked) => {
       await startGroup({ MIMO_WORKER_DRAIN_FINISH: '300ms' });
       const session = new SessionPeer(client);
@@ -349,14 +349,14 @@ describe('a replica group of two ranks', () => {
     return session;
   }
 
-  it('goes down whole by itself when the follower is killed, and says why', async () => {
+  it('ends on every rank when the follower is killed, and logs why', async () => {
     const session = await loseRank(1);
     expect(session.finishOf(1)).toMatchObject({ kind: FinishKind.ERROR, errorCode: 'aborted' });
     expect(session.ended?.code).toBe(grpc.status.ABORTED);
     await waitFor('the group to say so', () => heartbeats.at(-1)?.state === GroupState.FAILED);
   });
 
-  it('goes down whole by itself when the leader is killed', async () => {
+  it('ends on every rank when the leader is killed', async () => {
     const session = await loseRank(0);
     expect(session.ended?.code).toBe(grpc.status.UNAVAILABLE);
   });

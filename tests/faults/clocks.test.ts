@@ -78,7 +78,7 @@ describe('a cluster of processes whose clocks differ', () => {
     },
   );
 
-  it('goes on as if nothing had happened when clocks are set while streams run and requests wait', async () => {
+  it('is unaffected when clocks are set while streams run and requests wait', async () => {
     await setClocks({ gateway: 0, worker: 0 });
     // Twice as many as there are slots.
     const first = startStreams(cluster.client, expected);
@@ -145,7 +145,7 @@ describe('a cluster of processes whose clocks differ', () => {
     }
   });
 
-  it('reaches its queue again although a clock is set back while the server is gone', async () => {
+  it('reconnects to its queue although a clock is set back while the server is down', async () => {
     await waitFor('another life of the gateway', () => cluster.parts.gateway.life === 2);
     await cluster.ready();
     await setClocks({ gateway: 5 * minuteMs, worker: 5 * minuteMs });

@@ -84,7 +84,7 @@ describe('a flood', () => {
     expect(await askOnce()).toEqual(expected);
   });
 
-  it('of headers that do not end loses its connection before those that only idle', async () => {
+  it('of endless headers loses its connection before idle connections do', async () => {
     const options = { localAddress: '127.0.4.100' };
     const idle = connectRaw(cluster.parts.gatewayAddress, options);
     const slow = connectRaw(cluster.parts.gatewayAddress, options);

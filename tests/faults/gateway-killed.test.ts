@@ -16,7 +16,7 @@ describe('a cluster whose gateway is killed while requests run and wait', () => 
     await cluster.close();
   });
 
-  it('tells every client, frees every sequence, clears the records it left, and serves again', async () => {
+  it("ends every client's stream, frees every sequence, clears its records, and serves again", async () => {
     let running = 0;
     const ends = Array.from({ length: streamCount }, async (_, index) =>
       ask(cluster.client, {

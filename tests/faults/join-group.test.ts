@@ -67,7 +67,7 @@ describe('joinGroup', () => {
     expect(follower).toEqual(refused('failed_precondition', message));
   });
 
-  it('refuses a rank that is taken', async () => {
+  it('refuses a rank that has already joined', async () => {
     const options = await members(3, {
       2: (each) => ({ ...each, member: { ...each.member, rank: 1 }, listenAddress: '127.0.0.1:0' }),
     });
@@ -78,7 +78,7 @@ describe('joinGroup', () => {
     expect(joined.slice(1)).toContainEqual(refused('failed_precondition', /rank 1, which is taken|rank 0/));
   });
 
-  it('turns away another token and strangers, and still meets its own', async () => {
+  it('rejects other tokens and strangers, and still connects its own ranks', async () => {
     const options = await members(2);
     const stranger = { ...options[1]!, token: 'guess', listenAddress: '127.0.0.1:0' };
     const leader = joinAll([options[0]!]);
@@ -91,7 +91,7 @@ describe('joinGroup', () => {
     expect(await leader).toMatchObject([{ status: 'fulfilled' }]);
   });
 
-  it('lets a rank dial again whose connection broke in the middle of the handshake', async () => {
+  it('accepts a rank that dials again after its connection broke in the middle of the handshake', async () => {
     const options = await members(2);
     const leader = joinAll([options[0]!]);
     const [host, port] = options[0]!.listenAddress.split(':');
@@ -107,7 +107,7 @@ describe('joinGroup', () => {
     expect(await leader).toMatchObject([{ status: 'fulfilled' }]);
   });
 
-  it('says who did not come, and stops when asked', async () => {
+  it('names the missing ranks, and stops when its signal fires', async () => {
     const options = await members(3);
     const alone = { ...options[0]!, timeoutMs: 300 };
     expect(await joinAll([alone])).toEqual([

@@ -67,7 +67,7 @@ async function expectNothingHeld(): Promise<void> {
 
 describe('streams', () => {
   it(
-    `see nothing of ${drains} groups that are drained under them, one after another`,
+    `are unaffected by ${drains} groups that drain under them, one after another`,
     async () => {
       // Shorter than the streams, so that most of what runs is handed over.
       await start({ groups: 2, tensorParallel: 1, workerEnv: { MIMO_WORKER_DRAIN_FINISH: '20ms' } });
@@ -117,7 +117,7 @@ describe('streams', () => {
   );
 
   it(
-    `outlive a rank killed every ${killEveryMs / 1000} s for ${killSeconds} s, follower and leader in turn`,
+    `survive a rank killed every ${killEveryMs / 1000} s for ${killSeconds} s, follower and leader in turn`,
     async () => {
       await start({ groups: 2, tensorParallel: 2 });
       const expected = await expectStreams(cluster.client, 400);
@@ -144,7 +144,7 @@ describe('streams', () => {
     slackMs + killSeconds * 3_000,
   );
 
-  it('get nothing from a leader that is stalled, given up, and wakes after they have moved', async () => {
+  it('get nothing from a stalled leader that resumes after they have moved', async () => {
     await start({ groups: 2, tensorParallel: 1 });
     // Long ones: some must still run when the signal comes.
     const expected = await expectStreams(cluster.client, 1_500);

@@ -16,7 +16,7 @@ describe('a cluster whose nats-server is killed while streams run', () => {
     await cluster.close();
   });
 
-  it('finishes every running stream, serves again once the server is back, and holds nothing', async () => {
+  it('finishes every running stream, serves again once the server is back, and leaks nothing', async () => {
     const begun: Promise<void>[] = [];
     const streams = Array.from({ length: streamCount }, async (_, index): Promise<Answer> => {
       const { promise, resolve } = Promise.withResolvers<void>();

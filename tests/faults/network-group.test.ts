@@ -135,7 +135,7 @@ describe('a network group', () => {
     });
   });
 
-  it('refuses another model on both sides, naming both values', async () => {
+  it('rejects another model on both sides, naming both values', async () => {
     const shards = { precision: 'fp32', tensorParallel: 2, mtpHidden: 'post-norm' } as const;
     for (const rank of await startRanks(2, [{ rank: 0 }, { rank: 1, shards }])) {
       expect(await rank.response('rejected')).toMatchObject({

@@ -152,7 +152,7 @@ afterEach(async () => {
 });
 
 describe('a group that breaks with a request in it', () => {
-  it('gives that request up, and its neighbours at any gateway their whole answers', async () => {
+  it('ends that request, while its neighbours at any gateway get their whole answers', async () => {
     const expected = await askAll();
     let lives = 0;
     let reviving: Promise<void> = Promise.resolve();
@@ -178,7 +178,7 @@ describe('a group that breaks with a request in it', () => {
     expect(answers.map(({ tokenIds }) => tokenIds)).toEqual(expected.map(({ tokenIds }) => tokenIds));
   });
 
-  it('blames nobody else when it stands still and the request is cancelled before it goes, again and again', async () => {
+  it('blames no other request when it stalls and that request is cancelled before the break, again and again', async () => {
     const expected = await askAll();
     const answers = askAll();
     for (let round = 0; round < 4; round += 1) {

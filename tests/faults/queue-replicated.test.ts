@@ -93,7 +93,7 @@ async function record(bus: Bus, requestId: string): Promise<RecordPlace> {
 }
 
 it.for(['leads', 'follows'])(
-  'stores on while the disk of a server that %s is full',
+  'keeps storing while the disk of a server that %s is full',
   async (role, context) => {
     const members = await startMembers();
     if (members === undefined) {

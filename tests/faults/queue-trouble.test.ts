@@ -220,7 +220,7 @@ describe('a queue that lost its records', () => {
   };
 
   it.each(Object.entries(losses))(
-    '%s: gateways record again what they hold, in the old order; what runs goes on, once',
+    '%s: gateways record their requests again, in the old order; running streams continue, once',
     async (_name, lose) => {
       const storeDirectory = join(directory, 'nats');
       await startServer({ storeDirectory });
@@ -263,7 +263,7 @@ describe('a queue that lost its records', () => {
     },
   );
 
-  it('gives a slot that is free when it comes back to the older requests', async () => {
+  it('assigns a free slot to the older requests when it comes back', async () => {
     const storeDirectory = join(directory, 'nats');
     await startServer({ storeDirectory });
     const queue = openQueue();
@@ -289,7 +289,7 @@ describe('a queue that lost its records', () => {
 });
 
 describe('a queue whose stream is deleted', () => {
-  it('takes the next request as if nothing had happened, and is ready all the time', async () => {
+  it('accepts the next request and stays ready throughout', async () => {
     await startServer({ storeDirectory: join(directory, 'nats') });
     const queue = openQueue();
     await openGroup(queue);
@@ -311,8 +311,8 @@ describe('a queue whose stream is deleted', () => {
   });
 });
 
-describe('a queue whose server stands still', () => {
-  it('is not ready until it goes on, and loses nothing', async () => {
+describe('a queue whose server is stopped', () => {
+  it('is not ready until the server resumes, and loses nothing', async () => {
     await startServer({ storeDirectory: join(directory, 'nats') });
     const queue = openQueue();
     const door = await openDoor();
@@ -333,7 +333,7 @@ describe('a queue near its limits', () => {
     ['bytes', { MIMO_GATEWAY_QUEUE_MAX_BYTES: '65536' }, /the queue is full: it holds \d+ bytes of 65536/],
     ['requests', { MIMO_GATEWAY_QUEUE_MAX_REQUESTS: '20' }, /the queue is full: it holds \d+ requests of 20/],
   ])(
-    'of %s refuses requests before NATS would, says why, and takes them again',
+    'of %s refuses requests before NATS would, with the reason, and accepts them again',
     async (_limit, env, text) => {
       await startServer({ storeDirectory: join(directory, 'nats') });
       const queue = openQueue();
@@ -371,7 +371,7 @@ describe('a queue near its limits', () => {
 });
 
 describe('a queue whose disk was full', () => {
-  it('says so, and stores again once there is room, without a restart and without losing a request', async (context) => {
+  it('reports it, and stores again once there is room, without a restart and without losing a request', async (context) => {
     const volume = await mountSmall(join(directory, 'volume'));
     if (volume === undefined) {
       context.skip('needs the right to mount a small filesystem');
@@ -444,7 +444,7 @@ describe('records on disk', () => {
     return contents.some((content) => content.includes(marker));
   }
 
-  it('are overwritten when their requests end, also in a block that others share', async () => {
+  it('are overwritten when their requests end, even in a block that others share', async () => {
     const storeDirectory = join(directory, 'nats');
     await startServer({ storeDirectory });
     const queue = openQueue();
@@ -459,7 +459,7 @@ describe('records on disk', () => {
     expect(await queue.records.count()).toBe(2);
   });
 
-  it('are gone from an encrypted store too, while older ones that share their file live on in their turn', async () => {
+  it('are erased from an encrypted store too, while older ones in the same file keep their place in the order', async () => {
     const storeDirectory = join(directory, 'nats');
     const config = `jetstream { sync_interval: "1s", cipher: chachapoly, key: "${'k'.repeat(64)}" }`;
     await startServer({ storeDirectory, config });
@@ -506,7 +506,7 @@ describe('records on disk', () => {
     await waitFor('nothing to be left', async () => (await queue.records.count()) === 0);
   });
 
-  it('are complete, and unreadable where the server encrypts them, also those from before it did', async () => {
+  it('are complete, and unreadable once the server encrypts, including those written before', async () => {
     const storeDirectory = join(directory, 'nats');
     await startServer({ storeDirectory });
     const queue = openQueue();

@@ -66,7 +66,7 @@ describe('clients that do not read', () => {
   });
   afterAll(() => cluster.close());
 
-  it('get no slot before they take the first byte, however many they are, and their text once they do', async () => {
+  it('get no slot before they read the first byte, however many they are, and their text once they do', async () => {
     const reader = open({ windowBytes: 0 });
     const streams = Array.from({ length: 40 }, () => reader.chat(long));
     await waitFor('all to be recorded', async () => (await cluster.held()).records === streams.length);
@@ -80,7 +80,7 @@ describe('clients that do not read', () => {
     }
   });
 
-  it('give their slots up when they stop in the middle, and go on to the same text when they read on', async () => {
+  it('lose their slots when they stop in the middle, and get the same text when they read again', async () => {
     const reader = open({ windowBytes: 600 });
     const streams = Array.from({ length: slots }, () => reader.chat(long));
     await waitFor('every slot to be held by one without credit', async () => {
@@ -99,7 +99,7 @@ describe('clients that do not read', () => {
     }
   });
 
-  it('keep their slots while nobody else comes', async () => {
+  it('keep their slots while no other request waits', async () => {
     const reader = open({ windowBytes: 600 });
     const streams = [reader.chat(long), reader.chat(long)];
     await waitFor('both to be without credit', async () => {
@@ -114,7 +114,7 @@ describe('clients that do not read', () => {
     }
   });
 
-  it('get the whole text a byte at a time', async () => {
+  it('get the whole text when they read a byte at a time', async () => {
     const stream = open({ windowBytes: 1, reads: true }).chat(long);
     await ask(cluster.client, { request: short });
     expect(await stream.ended).toMatchObject({ status: grpc.status.OK });
@@ -132,7 +132,7 @@ describe('clients that never read again', () => {
   afterEach(closeReaders);
   afterAll(() => cluster.close());
 
-  it('lose their streams with a status that says why, or with a reset where they do not take that either', async () => {
+  it('lose their streams with a status that says why, or with a reset if they do not read the status', async () => {
     const never = openTo(cluster, { windowBytes: 0 });
     const late = openTo(cluster, { windowBytes: 600 });
     const [first, second] = [never.chat(long), late.chat(long)];
@@ -150,7 +150,7 @@ describe('clients that never read again', () => {
     });
   });
 
-  it('lose them also where their connection is half open: nothing comes back from it, not even a reset', async () => {
+  it('lose their streams on a half-open connection too, which returns nothing, not even a reset', async () => {
     const reader = openTo(cluster, { windowBytes: 1_000_000 });
     const wordy = { ...long, sampling: SamplingParams.fromPartial({ ...long.sampling, logprobs: 20 }) };
     Array.from({ length: 16 }, () => reader.chat(wordy));

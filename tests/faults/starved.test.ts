@@ -24,7 +24,7 @@ describe('a cluster whose gateway is starved', () => {
   });
   afterAll(() => cluster.close());
 
-  it(`keeps every stream when it stands still for ${stoppedMs / 1000} s`, async () => {
+  it(`keeps every stream when it is stopped for ${stoppedMs / 1000} s`, async () => {
     const client = createClient(cluster.parts.gatewayAddress);
     const expected = await expectStreams(client, 400);
     const { begun, outcome } = startStreams(client, expected);
@@ -40,7 +40,7 @@ describe('a cluster whose gateway is starved', () => {
     client.close();
   });
 
-  it('is found to be lost when it never comes back', async () => {
+  it('is reported as lost when it never resumes', async () => {
     const client = createClient(cluster.parts.gatewayAddress);
     const pid = cluster.parts.gateway.children[0]?.pid ?? 0;
     const ended = ask(client, {
@@ -63,7 +63,7 @@ describe('a client that is starved', () => {
   });
   afterAll(() => cluster.close());
 
-  it(`keeps every stream when it stands still for ${clientStoppedMs / 1000} s amid a burst of cancels`, async () => {
+  it(`keeps every stream when it is stopped for ${clientStoppedMs / 1000} s amid a burst of cancels`, async () => {
     const script = new URL('../harness/starved-client.ts', import.meta.url);
     const child = fork(script, [cluster.parts.gatewayAddress]);
     const exited = once(child, 'exit');

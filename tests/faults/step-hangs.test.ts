@@ -81,8 +81,8 @@ describe('a group whose step never ends', () => {
   });
 });
 
-describe('a group whose process stands still', () => {
-  it('steps on afterwards', async () => {
+describe('a group whose process is stopped', () => {
+  it('continues when the process resumes', async () => {
     await start(1);
     const expected = await expectStreams(cluster.client, maxTokens);
     const streams = startStreams(cluster.client, expected);

@@ -92,7 +92,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
   const draftingWorlds = worlds.filter(({ name }) => name !== 'four-to-one-no-mtp');
 
   it.each(draftingWorlds)(
-    'gives the draft logits of the oracle at every slot: $name over $tensorParallel ranks, fp32',
+    'computes the draft logits of the oracle at every slot: $name over $tensorParallel ranks, fp32',
     ({ name, tensorParallel }) =>
       withGroup(name, { precision: 'fp32', tensorParallel }, (group) => {
         const { promptIds } = readExpectedIds(name);
@@ -109,7 +109,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
     const choice = { precision: 'fp32', tensorParallel } as const;
     const { promptIds, greedyIds } = readExpectedIds(name);
 
-    it('gives the logits of the oracle at every position: whole, chunked, one by one, and beside another prompt', () =>
+    it("computes the oracle's logits at every position: whole, chunked, one by one, and beside another prompt", () =>
       withGroup(name, choice, (group) => {
         const expected = readExpectedMatrix(name, 'logits');
         for (const chunkTokens of [promptIds.length, 7, 1]) {
@@ -130,7 +130,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
         }
       }));
 
-    it('answers each head row of a pass as it was asked, whatever the others ask, and never with a padding id', () => {
+    it('returns for each head row what it requested, whatever the others request, and never a padding id', () => {
       const usableVocab = 40;
       return withGroup(
         name,
@@ -205,7 +205,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
   });
 
   it.each(implementation === 'ort-capi' ? worlds : [])(
-    'gives the logits of the oracle for $name over $tensorParallel ranks in fp16, within its rounding',
+    'computes the logits of the oracle for $name over $tensorParallel ranks in fp16, within its rounding',
     ({ name, tensorParallel }) =>
       withGroup(name, { precision: 'fp16', tensorParallel }, (group) => {
         const { promptIds } = readExpectedIds(name);
@@ -227,7 +227,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
     const { promptIds } = readExpectedIds('quantised');
 
     it.each([1, 2, 4])(
-      'gives the logits of the dequantised oracle over %i ranks when it computes in floats',
+      'computes the logits of the dequantised oracle over %i ranks in floats',
       (tensorParallel) =>
         withGroup('quantised', { precision, tensorParallel, accuracyLevel: 0 }, (group) => {
           for (const chunkTokens of [promptIds.length, 5, 1]) {
@@ -271,7 +271,7 @@ export function describeEngine(implementation: RuntimeImplementation): void {
     }),
   );
 
-  it('gives int8 the same tokens alone, batched and speculated', () =>
+  it('returns the same int8 tokens alone, batched and speculated', () =>
     withGroup('quantised', { precision: 'int8', tensorParallel: 2 }, (group) => {
       const { promptIds } = readExpectedIds('quantised');
       const requests = [0, 3, 6, 9].map((from) => ({ tokenIds: promptIds.slice(from) }));

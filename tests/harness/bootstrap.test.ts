@@ -80,7 +80,7 @@ describe('bootstrap.mjs', () => {
       ? readFileSync(join(checkout, 'npm-runs'), 'utf8').trim().split('\n')
       : [];
 
-  it('installs once, however many start at once, and not again', async () => {
+  it('installs once, however many processes start at once, and not again', async () => {
     const outcomes = await Promise.all([run('script.ts', 'a'), run('script.ts', 'b'), run('script.ts', 'c')]);
     expect(outcomes.map(({ code, stdout }) => [code, stdout])).toEqual([
       [0, 'a true\n'],
@@ -104,7 +104,7 @@ describe('bootstrap.mjs', () => {
     expect(npmRuns()).toEqual(['ci', 'ci', 'ci']);
   });
 
-  it('shows what npm said where it fails, and takes no stale lock for a running install', async () => {
+  it("shows npm's output when it fails, and ignores a stale lock", async () => {
     writeFileSync(join(checkout, 'npm-fails'), '');
     const failed = await run('script.ts');
     expect(failed).toMatchObject({ code: 1, stdout: '' });
@@ -113,7 +113,7 @@ describe('bootstrap.mjs', () => {
     expect(await run('script.ts')).toMatchObject({ code: 0 });
   });
 
-  it('ends as the script ends: by code, by signal, by a signal handed on', async () => {
+  it('exits as the script does: by code, by signal, by a forwarded signal', async () => {
     expect(await run('script.ts', 'exit', '5')).toMatchObject({ code: 5 });
     expect(await run('script.ts', 'die')).toMatchObject({ code: null, signal: 'SIGKILL' });
     const child = start('script.ts', 'wait');
@@ -126,7 +126,7 @@ describe('bootstrap.mjs', () => {
     expect(await once(child, 'exit')).toEqual([7, null]);
   });
 
-  it('says which Node is missing where this one is too old and no package brings one', async () => {
+  it('names the missing Node when this one is too old and no package brings one', async () => {
     await run('script.ts');
     rmSync(join(checkout, 'node_modules/.bin/node'));
     const source = readFileSync(join(local, 'launch.mjs'), 'utf8').replace(

@@ -33,13 +33,13 @@ describe('startChild', () => {
     return child;
   }
 
-  it('gives the process id of the program, its output and its exit code', async () => {
+  it("returns the program's process id, output and exit code", async () => {
     const child = await start('console.log(process.pid); console.error("why"); process.exitCode = 3');
     expect(await child.exited).toEqual({ code: 3, signal: null });
     expect(child.logTail()).toBe(`${child.pid}\nwhy\n`);
   });
 
-  it('lets the program end by itself, then ends it', async () => {
+  it('waits for the program to end by itself, then ends it', async () => {
     const polite = await start(
       'process.on("SIGTERM", () => process.exit(5)); setInterval(() => {}, 1e3); console.log("up")',
     );
@@ -56,7 +56,7 @@ describe('startChild', () => {
     expect(isAlive(deaf.pid)).toBe(false);
   });
 
-  it('says so when the program does not exist', async () => {
+  it('fails with a clear error when the program does not exist', async () => {
     const child = await startChild({
       name: 'nothing',
       command: ['/no/such/program'],
@@ -66,7 +66,7 @@ describe('startChild', () => {
     expect(child.logTail()).toContain('/no/such/program');
   });
 
-  it('leaves no program behind when its parent is killed outright', async () => {
+  it('leaves no program behind when its parent is killed', async () => {
     const parentFile = join(directory, 'parent.ts');
     const logFile = join(directory, 'orphan.log');
     const childModule = join(repository, 'cli/src/local/child-process.ts');
@@ -113,7 +113,7 @@ describe('Supervisor', () => {
     });
   }
 
-  it('takes the whole set down with one process, and starts it again', async () => {
+  it('ends the whole set when one process ends, and starts it again', async () => {
     const events: string[] = [];
     const pair = await supervise('setInterval(() => {}, 1e3)', events);
     const before = pair.children.map(({ pid }) => pid);
@@ -127,7 +127,7 @@ describe('Supervisor', () => {
     expect(after.map(isAlive)).toEqual([false, false]);
   });
 
-  it('gives up at once what says that it cannot start with what it was given', async () => {
+  it('gives up at once when a process exits because its settings are invalid', async () => {
     const events: string[] = [];
     const source = `console.log('{"msg":"starting"}'); console.error('no such model: x'); process.exit(78)`;
     const pair = await supervise(source, events);
@@ -136,7 +136,7 @@ describe('Supervisor', () => {
     await pair.stop();
   });
 
-  it('gives up what never stays up, with the end of its log', async () => {
+  it('gives up when a process never stays up, with the end of its log', async () => {
     const events: string[] = [];
     const pair = await supervise('console.error("no model"); process.exit(4)', events);
     await expect(pair.givenUp).rejects.toThrow(/pair does not stay up \(exit code 4\):\n.*no model/s);

@@ -32,14 +32,14 @@ describe('freePorts', () => {
     return ports;
   }
 
-  it('gives each process its own ports, also at the same time', async () => {
+  it('returns different ports to processes that ask at the same time', async () => {
     const calls = [freePorts(20), freePorts(20), ...Array.from({ length: 6 }, () => portsOfAnother(20))];
     const ports = (await Promise.all(calls)).flat();
     expect(ports).toHaveLength(160);
     expect(new Set(ports).size).toBe(ports.length);
   });
 
-  it('gives only ports that nothing takes by chance: none that the kernel hands out', async () => {
+  it("returns only ports outside the kernel's ephemeral range", async () => {
     const server = createServer().listen(0, '127.0.0.1');
     await once(server, 'listening');
     const address = server.address();
@@ -48,7 +48,7 @@ describe('freePorts', () => {
     server.close();
   });
 
-  it('passes over a port that something listens on, and gives ports again after a round', async () => {
+  it('skips a port in use, and returns ports again after a round', async () => {
     const [port = 0] = await freePorts(1);
     const server = createServer().listen(port, '127.0.0.1');
     await once(server, 'listening');

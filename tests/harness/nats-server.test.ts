@@ -43,12 +43,12 @@ describe('findNatsServer', () => {
       signal,
     });
 
-  it('takes a recent one from the PATH', async () => {
+  it('uses a recent nats-server from the PATH', async () => {
     writeProgram(join(directory, 'bin/nats-server'), 'echo "nats-server: v2.10.3"');
     expect(await find()).toBe('nats-server');
   });
 
-  it('builds where the one on the PATH is too old, once for all who ask', async () => {
+  it('builds once for all callers when the one on the PATH is too old', async () => {
     writeProgram(join(directory, 'bin/nats-server'), 'echo "nats-server: v2.9.25"');
     writeProgram(
       join(directory, 'bin/go'),
@@ -61,7 +61,7 @@ describe('findNatsServer', () => {
     expect(await find()).toBe(binary);
   });
 
-  it('gives null and the reason where it cannot be built', async () => {
+  it('returns null and the reason when it cannot be built', async () => {
     writeProgram(join(directory, 'bin/nats-server'), 'exit 1');
     writeProgram(join(directory, 'bin/go'), 'echo "module lookup disabled" >&2; exit 1');
     expect(await find()).toBeNull();
@@ -78,7 +78,7 @@ async function greetingOf(port: number): Promise<string> {
 }
 
 describe('startNatsServer', () => {
-  it('serves JetStream on loopback, keeps its streams over a restart, and closes', async () => {
+  it('serves JetStream on loopback, keeps its streams across a restart, and closes', async () => {
     const binary = await findNatsServer({
       cacheDirectory: cacheDirectoryFrom(process.env),
       onProgress: () => undefined,

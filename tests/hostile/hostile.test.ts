@@ -134,7 +134,7 @@ describe.each(subjects.map((subject) => [subject.name, subject] as const))('%s',
 });
 
 describe('afterwards', () => {
-  it('has harmed nobody, and holds nothing', async () => {
+  it('no other stream was harmed and nothing is held', async () => {
     const report = await bystander.stop();
     let after = before;
     const isReleased = async (): Promise<boolean> => {
@@ -158,7 +158,7 @@ describe('afterwards', () => {
     expect(lives).toEqual([1, 1]);
   });
 
-  it('has told nobody a key, a header, a prompt or what is in a file', async () => {
+  it('no log or other caller got a key, a header, a prompt or the content of a file', async () => {
     const good = await readFile(world.keysFile, 'utf8');
     await writeFile(world.keysFile, `${markers.keysFile} is not JSON`);
     await waitFor('the gateway to refuse its keys file', async () =>

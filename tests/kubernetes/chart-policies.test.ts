@@ -22,7 +22,7 @@ interface Rule {
 }
 
 describe('the Role', () => {
-  it('has no wildcard, no pods/exec, nothing of the whole cluster, and no Secret can be made or listed', async () => {
+  it('has no wildcard, no pods/exec, no cluster-wide right, and cannot create or list Secrets', async () => {
     const objects = await renderChart(helm);
     expect(objects.filter(({ kind }) => kind.startsWith('ClusterRole'))).toEqual([]);
     const rules = objectOf(objects, 'Role', 'mimo-mimo-cluster-controller')['rules'] as readonly Rule[];
@@ -151,16 +151,16 @@ describe('network policies', () => {
       ports.map((port) => [`${names.get(from)} -> ${names.get(to)}:${port}`, { from, to, port }] as const),
     );
 
-  it.each(cases(allowed))('let through %s', (_name, flow) => {
+  it.each(cases(allowed))('allow %s', (_name, flow) => {
     // A gateway is open to the cluster by default, and to nobody outside it.
     expect(isAllowed(objects, flow)).toBe(true);
   });
 
-  it.each(cases(denied))('stop %s', (_name, flow) => {
+  it.each(cases(denied))('deny %s', (_name, flow) => {
     expect(isAllowed(objects, flow)).toBe(false);
   });
 
-  it('let DNS through by UDP, and nothing else', () => {
+  it('allow DNS over UDP, and nothing else', () => {
     expect(isAllowed(objects, { from: gateway, to: dns, port: 53, protocol: 'UDP' })).toBe(true);
     expect(isAllowed(objects, { from: client, to: gateway, port: 50_051, protocol: 'UDP' })).toBe(false);
   });

@@ -41,7 +41,7 @@ describe.each(Object.entries<Values>(choices))('rendered with %s', (_name, value
     pods = podsOf(objects);
   });
 
-  it('every object is in the namespace of the release, once, and says whose it is', () => {
+  it("every object is in the release's namespace, once, and has the release's labels", () => {
     const names = objects.map(({ kind, metadata }) => `${kind}/${metadata.name}`);
     expect(names.filter((name, index) => names.indexOf(name) !== index)).toEqual([]);
     for (const { metadata } of objects) {
@@ -54,7 +54,7 @@ describe.each(Object.entries<Values>(choices))('rendered with %s', (_name, value
     }
   });
 
-  it('Services, budgets, spreads and monitors select pods that there are', () => {
+  it('Services, budgets, spreads and monitors select existing pods', () => {
     const selectors = objects.flatMap(({ kind, metadata, spec }) => {
       const { selector } = (spec ?? {}) as { selector?: { matchLabels?: object } };
       return selector === undefined
@@ -99,7 +99,7 @@ describe.each(Object.entries<Values>(choices))('rendered with %s', (_name, value
     }
   });
 
-  it('only the controller and the uninstall have a token', () => {
+  it('only the controller and the uninstall hook have a token', () => {
     const withToken = pods.filter(({ spec }) => spec['automountServiceAccountToken'] !== false);
     expect(withToken.map(({ owner }) => owner)).toEqual([
       'Deployment/mimo-mimo-cluster-controller',

@@ -144,14 +144,14 @@ describe('the values reach their objects', () => {
     }
   });
 
-  it('the queue: requests may take 40 % of the volume, and of external servers what the default is', async () => {
+  it('the queue: requests may use 40 % of the volume, and the default size on external servers', async () => {
     expect(await maxBytesOf({})).toBe(3_276 * 2 ** 20);
     expect(await maxBytesOf({ nats: { storage: { size: '500Mi' } } })).toBe(200 * 2 ** 20);
     expect(await maxBytesOf({ nats: { storage: { size: '2Ti' } } })).toBe(838_860 * 2 ** 20);
     expect(await maxBytesOf(choices['external NATS'])).toBe(2 ** 30);
   });
 
-  it('the queue: its disk is encrypted with a key of its own, of a Secret of yours, or not at all', async () => {
+  it('the queue: its disk is encrypted with a generated key, with a key from your Secret, or not at all', async () => {
     const [one, other] = [await encryptionOf({}), await encryptionOf({})];
     expect(one).toMatchObject({ secret: { name: 'mimo-nats-encryption', key: 'key' }, conf: true });
     expect(Buffer.from(one.key ?? '', 'base64').toString()).toMatch(/^k[A-Za-z0-9]{47}$/);
@@ -168,7 +168,7 @@ describe('the values reach their objects', () => {
     });
   });
 
-  it('tenants: hashes go to Secrets of their own, the shared one stays empty', async () => {
+  it('tenants: hashes go to one Secret each, and the shared one stays empty', async () => {
     const objects = await renderChart(helm, choices.tenants);
     expect(objectOf(objects, 'Secret', 'mimo-mimo-cluster-tenant-keys')).not.toHaveProperty('data');
     expect(objectOf(objects, 'Secret', 'mimo-mimo-cluster-tenant-alpha')).toMatchObject({
@@ -194,7 +194,7 @@ describe('the values reach their objects', () => {
     });
   });
 
-  it('names that YAML takes for something else', async () => {
+  it('names that YAML would read as another type', async () => {
     const output = await runHelm(helm, ['template', '1e3', chartDirectory, '--namespace', 'off'], {
       values: {
         fullnameOverride: 'yes',
@@ -236,13 +236,13 @@ describe('the values reach their objects', () => {
     expect(open).toHaveLength(1);
   });
 
-  it('alerts: those that are off are left out, the others are those of the file', async () => {
+  it('alerts: disabled ones are left out, the others are those of the file', async () => {
     const all = await countAlerts([]);
     expect(all).toBeGreaterThan(5);
     expect(await countAlerts(['MimoQueueDeep', 'MimoErrorRatio'])).toBe(all - 2);
   });
 
-  it('the test asks for a list with a key, for a closed door without one, and for an open one where it is open', async () => {
+  it('the test expects a model list with a key, a refusal without one, and a list when authentication is off', async () => {
     const address = '--address=mimo-mimo-cluster-gateway.serving.svc:50051';
     expect(await testArgs({})).toEqual([address, '--closed']);
     expect(await testArgs({ tests: { apiKeySecret: { name: 's' } } })).toEqual([address]);

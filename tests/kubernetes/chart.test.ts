@@ -123,7 +123,7 @@ const choices: readonly (readonly [name: string, values: Values, pods: number])[
 
 // Names that YAML takes for something else are names too.
 describe.each(choices)('installed as %s', (namespace, values, podCount) => {
-  it('is admitted, makes its pods under Pod Security "restricted", and is gone after helm uninstall', async () => {
+  it('is admitted, creates its pods under Pod Security "restricted", and is gone after helm uninstall', async () => {
     expect(await install(namespace, values)).toContain('STATUS: deployed');
 
     // Pods are made by the API server's controllers: one that is not admitted does not appear.
@@ -141,7 +141,7 @@ describe.each(choices)('installed as %s', (namespace, values, podCount) => {
     );
   });
 
-  it('renders objects that the API server takes with every field known, the hooks too', async () => {
+  it('renders only fields that the API server knows, in the hooks too', async () => {
     const dry = `${namespace}-dry`;
     await createNamespace(dry);
     const objects = await renderChart(helm, values);
@@ -210,7 +210,7 @@ function words({ verb, group = '', resource, subresource, name = '', namespace =
 }
 
 describe("the key of NATS' disk", () => {
-  it('is made once: upgrades leave the Secret as it is, and servers start with it', async () => {
+  it('is generated once: upgrades keep the Secret, and servers start with it', async () => {
     const namespace = 'key';
     const readKey = async (): Promise<unknown> => {
       const secrets = await list(namespace, 'secrets');
@@ -341,7 +341,7 @@ describe("the controller's rights", () => {
     }
   });
 
-  it('suffice for the keys of tenants, which an upgrade keeps', async () => {
+  it("suffice for the tenants' keys, which an upgrade keeps", async () => {
     const kubeconfig = await cluster.kubeconfigForServiceAccount(namespace, controllerAccount);
     const keys = Buffer.from(JSON.stringify({ keys: [{ sha256, tenant: 'alpha' }] })).toString('base64');
     await cluster.kubectl(
@@ -368,7 +368,7 @@ describe("the controller's rights", () => {
     expect(gateway?.['spec']).toMatchObject({ replicas: 3 });
   });
 
-  it('do not let it run a command in a pod', async () => {
+  it('do not allow it to run a command in a pod', async () => {
     const kubeconfig = await cluster.kubeconfigForServiceAccount(namespace, controllerAccount);
     const [pod] = await list(namespace, 'pods');
     await expect(
@@ -431,11 +431,11 @@ describe('before an uninstall', () => {
     return promise;
   }
 
-  it('nothing is to be done where there is no ModelService', async () => {
+  it('nothing happens when no ModelService exists', async () => {
     expect(await removeServices(60)).toEqual({ code: 0, said: 'removed 0 ModelServices' });
   });
 
-  it('ModelServices go, and it waits for those that the controller holds', async () => {
+  it('ModelServices are deleted, and the hook waits for their finalizers', async () => {
     await createServices('free', 'held');
     const removed = removeServices(120);
     await waitFor(
@@ -459,7 +459,7 @@ describe('before an uninstall', () => {
     expect(await removed).toEqual({ code: 0, said: 'removed 2 ModelServices' });
   });
 
-  it('one that is held forever ends it, by name', async () => {
+  it('a ModelService whose finalizer stays fails the hook, which names it', async () => {
     await createServices('held');
     const { code, said } = await removeServices(15);
     expect(code).toBe(1);

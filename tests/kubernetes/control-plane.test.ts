@@ -64,7 +64,7 @@ describe('a control plane on loopback', () => {
     expect(await plane.kubectl(['version'])).toContain(`Server Version: ${version}`);
   });
 
-  it('gives a ServiceAccount its own rights and no others', async () => {
+  it('grants a ServiceAccount its own rights and no others', async () => {
     await plane.kubectl(['apply', '--filename=-'], reader);
     const client = coreClient(await plane.kubeconfigForServiceAccount('readers', 'reader'));
     const book = await client.readNamespacedConfigMap({ namespace: 'readers', name: 'book' });
@@ -95,7 +95,7 @@ describe('a control plane on loopback', () => {
   });
 
   it.each(['SIGTERM', 'SIGKILL'] as const)(
-    'keeps its objects over an end of the API server by %s',
+    'keeps its objects when the API server ends by %s',
     async (signal) => {
       const client = coreClient(plane.kubeconfig);
       await client.listNamespace();
@@ -118,7 +118,7 @@ describe('closing a control plane', () => {
     expect(existsSync(plane.directory)).toBe(false);
   });
 
-  it('happens by itself where a part does not start, with its words', async () => {
+  it('happens by itself when a component does not start, and reports its output', async () => {
     const tools = await findTools();
     await expect(startControlPlane({ tools, schedulerFlags: ['--no-such-flag'] })).rejects.toMatchObject({
       code: 'unavailable',

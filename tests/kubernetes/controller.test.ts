@@ -143,7 +143,7 @@ describe('a controller', () => {
   });
   afterAll(async () => controller.close());
 
-  it('prepares a model at zero, wakes to all groups in one decision, drains them, and leaves nothing', async () => {
+  it('prepares a model at zero, wakes all groups in one decision, drains them, and leaves nothing behind', async () => {
     const dispatcher = stage.startDispatcher('model-chat');
     await createService('chat', {
       tensorParallel: 2,
@@ -209,7 +209,7 @@ describe('a controller', () => {
     await waitFor('nothing to be left', async () => (await left()) === '', 120_000);
   });
 
-  it('says that a model cannot be found, makes no groups, does not try in a loop, and goes on when the spec is mended', async () => {
+  it('reports a missing model, creates no groups, does not retry, and continues once the spec is corrected', async () => {
     stage.kubelet.prepare = { exitCode: 3, message: 'prepare: /checkpoint holds no config.json' };
     const uids = new Set<string>();
     const stop = stage.pods.onChange(() => {
@@ -284,7 +284,7 @@ describe('a controller', () => {
     await deleteService('roll');
   });
 
-  it('answers by describe alone why it did not scale', async () => {
+  it('shows in kubectl describe alone why it did not scale', async () => {
     stage.startDispatcher('model-stuck');
     await createService('stuck', { scaling: { min: 1, max: 2 } });
     await waitForReady('stuck', 1);
@@ -315,7 +315,7 @@ describe('a controller', () => {
     await deleteService('refused');
   });
 
-  it('holds the count and leaves the groups alone while the queue is away', async () => {
+  it('keeps the count and the groups while the queue is unreachable', async () => {
     stage.startDispatcher('model-held');
     await createService('held', { scaling: { min: 0, max: 4 }, drainSeconds: 60 });
     await patchService('held', { scaling: { min: 2 } });
@@ -341,7 +341,7 @@ describe('a controller', () => {
     await deleteService('held');
   });
 
-  it('serves a model for the oldest service that asks for it', async () => {
+  it('serves a model for the oldest service that names it', async () => {
     const model = { name: 'model-shared', source: { hostPath: '/models/mimo' } };
     stage.startDispatcher('model-shared');
     await createService('first', { model, scaling: { min: 1, max: 1 } });
@@ -386,7 +386,7 @@ describe('a controller', () => {
     await deleteService('evict');
   });
 
-  it("writes the tenants' keys, and says on each tenant what is missing", async () => {
+  it("writes the tenants' keys, and reports on each tenant what is missing", async () => {
     const sha256 = 'c'.repeat(64);
     const tenant = { apiVersion: resourceTypes.tenants.apiVersion, kind: 'Tenant' };
     for (const name of ['team-a', 'team-b']) {
@@ -445,7 +445,7 @@ describe('a controller', () => {
     }
   });
 
-  it('goes on where it was after the API server was killed in the middle of a rollout', async () => {
+  it('resumes a rollout after the API server was killed in the middle of it', async () => {
     stage.startDispatcher('model-cut');
     await createService('cut', { scaling: { min: 4, max: 4 }, rollout: { maxSurge: 2 }, drainSeconds: 1 });
     await waitForReady('cut', 4);
@@ -476,7 +476,7 @@ describe('a controller', () => {
     await deleteService('cut');
   });
 
-  it('gets along with others who write to its objects', async () => {
+  it('tolerates other writers of its objects', async () => {
     stage.startDispatcher('model-busy');
     const disturbing = new AbortController();
     const disturb = (async () => {
@@ -499,7 +499,7 @@ describe('a controller', () => {
 });
 
 describe('two controllers', () => {
-  it('act one at a time, and the other takes over with what it finds', async () => {
+  it('act one at a time, and the other takes over the existing objects', async () => {
     stage.startDispatcher('model-pair');
     const first = await stage.startController({ MIMO_CONTROLLER_IDENTITY: 'first' });
     await waitFor('leadership', () => first.leading, 60_000);
@@ -543,7 +543,7 @@ describe('two controllers whose clocks are ten minutes apart', () => {
     return child;
   }
 
-  it('let a group drain for as long as it may, also where a clock is set and the other takes over', async () => {
+  it('drain a group for its full time, even when a clock is set and the other takes over', async () => {
     const directory = await mkdtemp(join(tmpdir(), 'mimo-clocks-'));
     const behind = createTestClock(directory, 'behind', -5 * minuteMs);
     const first = await lead(behind);

@@ -279,7 +279,7 @@ describe('three hundred machines', () => {
   });
 
   it(
-    'fills 300 machines with 600 groups of four GPUs and says why number 601 waits',
+    'fills 300 machines with 600 groups of four GPUs and reports why number 601 waits',
     async () => {
       const four = serviceOf('four', { tensorParallel: 4, placement: 'pod' });
       const beginMs = performance.now();
@@ -474,7 +474,7 @@ describe('twelve machines, watched closely', () => {
   );
   afterAll(closeFleet);
 
-  it('takes the groups of a lost machine away and no others, and puts up with its return', async () => {
+  it('removes only the groups of a lost machine, and tolerates its return', async () => {
     await createGroups(serviceOf('four', { tensorParallel: 4, placement: 'pod' }), 24);
     await waitFor('24 pods to run', () => livePods().filter(isRunning).length === 24, placingTimeoutMs);
     const [victim = ''] = nodes.names;

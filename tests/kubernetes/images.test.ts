@@ -84,7 +84,7 @@ function stagesOnNode(dockerfile: string): string | undefined {
 }
 
 describe('a Dockerfile', () => {
-  it('is read for what it copies out of its context', () => {
+  it('is parsed for the files that it copies from its context', () => {
     expect(copiedPaths('FROM a\nCOPY b c/ d/\nCOPY --from=x /y /z\nRUN COPY\nCOPY e f\n')).toEqual([
       'b',
       'c/',
@@ -102,7 +102,7 @@ describe('a Dockerfile', () => {
     expect(paths).toEqual(expect.arrayContaining(workspaces.map((workspace) => `${workspace}/package.json`)));
   });
 
-  it('for CUDA has the stages of the one for CPUs', () => {
+  it('for CUDA has the same stages as the one for CPUs', () => {
     const forCpus = stagesOnNode(readDockerfile('worker/Dockerfile'));
     expect(forCpus).toContain('install-packages.sh');
     expect(stagesOnNode(readDockerfile('worker/cuda.Dockerfile'))).toBe(forCpus);
@@ -110,7 +110,7 @@ describe('a Dockerfile', () => {
 });
 
 describe('an image', () => {
-  it('weighs what README.md says, the gateway below its limit', () => {
+  it('has the size that README.md states, the gateway below its limit', () => {
     const readme = readFileSync(join(root, 'deploy/images/README.md'), 'utf8');
     expect(megabytes(find('gateway').directory)).toBeLessThan(gatewayMaxMegabytes);
     for (const name of ours) {
@@ -135,7 +135,7 @@ describe('an image', () => {
     ]);
   });
 
-  it.each(ours)('of the %s names what is installed in it', (name) => {
+  it.each(ours)('of the %s lists its installed packages', (name) => {
     const { directory, config } = find(name);
     const path = config.labels['dev.mimo-cluster.sbom'] ?? '';
     const { packages } = JSON.parse(readFileSync(join(directory, path), 'utf8')) as {
@@ -176,7 +176,7 @@ describe('the processes of the images', () => {
   });
 
   it.each(workers)(
-    '(%s) answer a request together, each with a read-only root and as nobody',
+    '(%s) answer a request together, each with a read-only root and as user nobody',
     async (name) => {
       const [natsPort = 0, workerPort = 0, gatewayPort = 0] = await freePorts(3);
       const natsUrl = `nats://127.0.0.1:${natsPort}`;

@@ -129,7 +129,7 @@ async function writeAtRandom(client: KubeClient, onWrite: () => void, signal: Ab
 }
 
 describe('an informer', () => {
-  it('fills, then tells each appearance, change and end by its key, with an index', async () => {
+  it('fills, then reports each added, changed and deleted object by its key, with an index', async () => {
     const { informer, client } = await follow('plain', { labelSelector: 'parity' });
     await informer.whenSynced(soon());
     const told: string[] = [];
@@ -150,7 +150,7 @@ describe('an informer', () => {
     expect(informer.counts).toMatchObject({ lists: 1, events: 3, failures: 0 });
   });
 
-  it('sees an object leave its selector as an end', async () => {
+  it('reports an object that leaves its selector as deleted', async () => {
     const { informer, client, agrees } = await follow('selected', { labelSelector: 'wanted=yes' });
     await client.create(configMaps, configMap('a', {}, { labels: { wanted: 'yes' } }), soon());
     await client.create(configMaps, configMap('b', {}, { labels: { wanted: 'no' } }), soon());
@@ -161,7 +161,7 @@ describe('an informer', () => {
     await waitFor('agreement with a fresh list', agrees);
   });
 
-  it('keeps what it had of an object that it cannot read, and a listener that throws stops nobody', async () => {
+  it('keeps the last version of an unreadable object, and a throwing listener stops no other', async () => {
     const client = await createNamespace(plane.kubeconfig, 'unreadable');
     const informer = startInformer({
       client,
@@ -194,7 +194,7 @@ describe('an informer', () => {
     expect(told.filter((key) => key === 'unreadable/a')).toHaveLength(1);
   });
 
-  it('goes on from watch to watch without listing again, and grows older only while nothing is said', async () => {
+  it('continues from watch to watch without listing again, and ages only while the server is silent', async () => {
     const { informer, client } = await follow('quiet', { timing: { watchSeconds: 1 } });
     await client.create(configMaps, configMap('a'), soon());
     await waitFor('four watches', () => informer.counts.watches >= 4);
@@ -223,7 +223,7 @@ describe('an informer', () => {
     await expect(informer.whenSynced(soon())).resolves.toBeUndefined();
   });
 
-  it('goes on where it was after a cut: one more watch, no list', async () => {
+  it('resumes after a cut connection with one more watch and no list', async () => {
     const { informer, proxy, client, agrees } = await follow('cut');
     await informer.whenSynced(soon());
     await waitFor('the watch', () => informer.counts.watches >= 1);
@@ -234,7 +234,7 @@ describe('an informer', () => {
     await waitFor('agreement with a fresh list', agrees);
   });
 
-  it('notices a watch that went silent by its end, and what it missed', async () => {
+  it('ends a silent watch in time, and catches up on the changes that it missed', async () => {
     const { informer, proxy, client, agrees } = await follow('silent', {
       timing: impatient,
       timeoutMs: impatientMs,
@@ -255,7 +255,7 @@ describe('an informer', () => {
     await waitFor('agreement with a fresh list', agrees);
   });
 
-  it('keeps its cache while the API server cannot be reached, says how old it is, and asks less and less often', async () => {
+  it('keeps its cache while the API server cannot be reached, reports its age, and backs off', async () => {
     const { informer, proxy, client } = await follow('away');
     await client.create(configMaps, configMap('a'), soon());
     await waitFor('the object', () => informer.get('away/a') !== undefined);
@@ -273,7 +273,7 @@ describe('an informer', () => {
     await waitFor('its return', () => informer.lastEventAgeMs < 500);
   });
 
-  it('lists anew where its version is too old (410), and finds the deletions that it missed', async () => {
+  it('lists again when its version is too old (410), and finds the deletions that it missed', async () => {
     const { informer, proxy, client, agrees } = await follow('expired', { timeoutMs: 60_000 });
     await client.create(configMaps, configMap('kept'), soon());
     await client.create(configMaps, configMap('deleted'), soon());
@@ -294,7 +294,7 @@ describe('an informer', () => {
     await waitFor('agreement with a fresh list', agrees);
   });
 
-  it('misses nothing of hundreds of writes while all of it breaks at random and the API server is restarted', async () => {
+  it('misses none of hundreds of writes while connections break at random and the API server restarts', async () => {
     const { informer, proxy, client, agrees } = await follow('chaos', {
       timing: impatient,
       timeoutMs: impatientMs,

@@ -125,7 +125,7 @@ describe('verbs', () => {
     expect(hasReason(gone, 'NotFound')).toBe(true);
   });
 
-  it('write the status of a pod by its own path', async () => {
+  it('write the status of a pod through its subresource', async () => {
     const pod = {
       apiVersion: 'v1',
       kind: 'Pod',
@@ -151,7 +151,7 @@ describe('verbs', () => {
     await client.delete(resourceTypes.pods, 'gated', { gracePeriodSeconds: 0 }, soon());
   });
 
-  it('list page by page, as of one version, with selectors', async () => {
+  it('list page by page at one resource version, with selectors', async () => {
     const all = await client.list(configMaps, { labelSelector: 'pages' }, soon());
     expect(all.items.map(({ metadata }) => metadata.name)).toEqual(pages);
     expect(all.items[0]).toMatchObject({ apiVersion: 'v1', kind: 'ConfigMap' });
@@ -190,7 +190,7 @@ describe('verbs', () => {
 });
 
 describe('refusals', () => {
-  it('are permission_denied without a role, naming what was asked', async () => {
+  it('are permission_denied without a role, naming the request', async () => {
     await plane.kubectl(['create', 'serviceaccount', 'stranger', '--namespace=verbs']);
     const stranger = new KubeClient(
       loadKubeConfig(await plane.kubeconfigForServiceAccount('verbs', 'stranger')),
@@ -212,7 +212,7 @@ describe('refusals', () => {
     nobody.close();
   });
 
-  it('tell a taken name from a change by another, both aborted', async () => {
+  it('distinguish a taken name from a conflicting change, both aborted', async () => {
     const first = await client.create(configMaps, configMap('both'), soon());
     const taken = await failureOf(client.create(configMaps, configMap('both'), soon()));
     expect(taken.code).toBe('aborted');
@@ -239,7 +239,7 @@ describe('refusals', () => {
     expect(refused.detail.fieldViolations?.[0]).toMatchObject({ field: 'metadata.name' });
   });
 
-  it('of a page that came too late make the list begin again by itself', async () => {
+  it('of an expired page restart the list', async () => {
     // Asked for before each request: the place to stop between two pages.
     class GatedConfig extends KubeConfig {
       requests = 0;
@@ -359,7 +359,7 @@ describe('a server that throttles (priority and fairness)', () => {
     await webhook.close();
   });
 
-  it('is asked again as slowly as it says, then the call fails as unavailable', async () => {
+  it('is retried at the pace that it asks for, then the call fails as unavailable', async () => {
     const before = await readRejections();
     const beganMs = performance.now();
     const refused = await failureOf(throttled.get(configMaps, 'page-00', soon()));
@@ -369,7 +369,7 @@ describe('a server that throttles (priority and fairness)', () => {
     expect(await readRejections()).toBe(before + 5);
   });
 
-  it('answers in the same call where it has room again', async () => {
+  it('answers within the same call once it has room again', async () => {
     const before = await readRejections();
     const reading = throttled.get(configMaps, 'page-00', soon());
     // After a rejection or two, and long before the fifth and last: there is a second between them. Nothing is asked
@@ -386,7 +386,7 @@ describe('a server that throttles (priority and fairness)', () => {
 describe('a broken network', () => {
   afterEach(() => vi.useRealTimers());
 
-  it('that refuses or cuts is unavailable at once, and the next call works', async () => {
+  it('that refuses or cuts connections makes a call unavailable at once, and the next call works', async () => {
     const { proxy, proxied } = await throughProxy(30_000);
     proxy.mode = 'refuse';
     expect((await failureOf(proxied.get(configMaps, 'page-00', soon()))).code).toBe('unavailable');
@@ -399,7 +399,7 @@ describe('a broken network', () => {
     await proxied.list(configMaps, {}, soon());
   });
 
-  it('that kept a connection and lost it is not noticed by reads', async () => {
+  it('that drops a kept connection does not affect reads', async () => {
     const { proxy, proxied } = await throughProxy(30_000);
     for (let round = 0; round < 5; round += 1) {
       await proxied.get(configMaps, 'page-00', soon());
@@ -408,7 +408,7 @@ describe('a broken network', () => {
     expect((await proxied.get(configMaps, 'page-00', soon())).metadata.name).toBe('page-00');
   });
 
-  it('that is silent is unavailable in time, and its kept connections are not used again', async () => {
+  it('that goes silent makes a call unavailable in time, and kept connections are not used again', async () => {
     const { proxy, proxied } = await throughProxy(5_000);
     await Promise.all(['00', '01', '02'].map((page) => proxied.get(configMaps, `page-${page}`, soon())));
     proxy.silence();
@@ -423,7 +423,7 @@ describe('a broken network', () => {
     expect(unanswered.code).toBe('unavailable');
   });
 
-  it('does not keep a call that is canceled, nor a watch', async () => {
+  it('does not delay a canceled call or watch', async () => {
     const { proxy, proxied } = await throughProxy(30_000);
     proxy.mode = 'silent';
     const canceling = new AbortController();
@@ -458,7 +458,7 @@ describe('a broken network', () => {
     await client.delete(configMaps, 'large', {}, soon());
   });
 
-  it('never sees a token that has been replaced in its file', async () => {
+  it('never carries a token that has been replaced in its file', async () => {
     const { hostname, port } = new URL(plane.url);
     vi.stubEnv('KUBERNETES_SERVICE_HOST', hostname);
     vi.stubEnv('KUBERNETES_SERVICE_PORT', port);
@@ -496,7 +496,7 @@ describe('a broken network', () => {
 });
 
 describe('events', () => {
-  it('stand in kubectl describe, repeats counted', async () => {
+  it('appear in kubectl describe, with repeats counted', async () => {
     const subject = await client.create(configMaps, configMap('talked-about'), soon());
     const recorder = new EventRecorder({ client, component: 'mimo-controller', instance: 'pod-a', log });
     for (let repeat = 0; repeat < 5; repeat += 1) {
@@ -510,7 +510,7 @@ describe('events', () => {
     expect(described).toMatch(/Warning\s+Blocked .*x{1000}/);
   });
 
-  it('begin anew where the API server has forgotten the first', async () => {
+  it('are created again when the API server has deleted the first', async () => {
     const subject = await client.create(configMaps, configMap('forgotten'), soon());
     const recorder = new EventRecorder({ client, component: 'mimo-controller', instance: 'pod-a', log });
     const note = { type: 'Normal', reason: 'Scaled', message: 'up' } as const;
@@ -528,7 +528,7 @@ describe('events', () => {
     expect(after).not.toEqual(before);
   });
 
-  it('never block and never fail: what cannot be written is dropped and counted', async () => {
+  it('never block and never fail: events that cannot be written are dropped and counted', async () => {
     const { proxy, proxied } = await throughProxy(30_000);
     proxy.mode = 'silent';
     const subject = await client.create(configMaps, configMap('unheard'), soon());

@@ -120,7 +120,7 @@ class Election {
 }
 
 describe('leader election', () => {
-  it('has one leader; a clean stop hands over at once', async () => {
+  it('elects one leader; a clean stop hands over at once', async () => {
     const election = new Election('clean');
     const first = await election.contend('first');
     await waitFor('the first', () => first.leading);
@@ -135,7 +135,7 @@ describe('leader election', () => {
     expect(election.overlaps).toEqual([]);
   });
 
-  it('holds on while what was led takes its time to end', async () => {
+  it("keeps the lease while the leader's work is still ending", async () => {
     const leaseDurationMs = 15_000;
     const election = new Election('lingering', { leaseDurationMs, renewDeadlineMs: 12_000, retryMs: 500 });
     const first = await election.contend('first', leaseDurationMs + 3_000);
@@ -148,7 +148,7 @@ describe('leader election', () => {
     expect(election.overlaps).toEqual([]);
   });
 
-  it('ends a leadership that cannot be renewed before another begins, and takes part again after', async () => {
+  it('ends a leadership that cannot be renewed before another begins, and competes again afterwards', async () => {
     const leaseDurationMs = 20_000;
     const election = new Election('silent', { leaseDurationMs, renewDeadlineMs: 12_000, retryMs: 1_000 });
     const first = await election.contend('first');
@@ -167,7 +167,7 @@ describe('leader election', () => {
     expect(election.overlaps).toEqual([]);
   });
 
-  it('ends a leadership at once where another has the lease', async () => {
+  it('ends a leadership at once when another holds the lease', async () => {
     const election = new Election('stolen');
     const first = await election.contend('first');
     await waitFor('the first', () => first.leading);
@@ -179,7 +179,7 @@ describe('leader election', () => {
     expect(election.terms).toHaveLength(2);
   });
 
-  it('keeps its leader through a restart of the API server that is shorter than its deadline, or has none', async () => {
+  it('recovers from a restart of the API server, without two leaders', async () => {
     const election = new Election('restart', quick);
     const contenders = [await election.contend('first'), await election.contend('second')];
     await waitFor('a leader', () => contenders.some(({ leading }) => leading));
@@ -218,7 +218,7 @@ describe('leader election', () => {
     expect(election.overlaps).toEqual([]);
   });
 
-  it('gives back the lease where what is led ends or fails by itself', async () => {
+  it("releases the lease when the leader's work ends or fails by itself", async () => {
     const options = { client, leaseName: 'by-itself', identity: 'only', log, timing: patient };
     await runLeading(options, async () => undefined, soon());
     const failing = runLeading(options, () => Promise.reject(new Error('broken')), soon());
@@ -226,7 +226,7 @@ describe('leader election', () => {
     expect(await new Election('by-itself').holder()).toBe('');
   });
 
-  it('refuses times that could make two leaders', async () => {
+  it('rejects durations that could allow two leaders', async () => {
     const wrong = { ...patient, renewDeadlineMs: patient.leaseDurationMs };
     const options = { client, leaseName: 'wrong', identity: 'only', log, timing: wrong };
     await expect(runLeading(options, async () => undefined, soon())).rejects.toMatchObject({

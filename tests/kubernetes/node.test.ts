@@ -47,7 +47,7 @@ describe('a real cluster of two nodes', () => {
       () => undefined,
     );
 
-  it('runs pods with GPUs that find one another by name across nodes', async () => {
+  it("runs pods with GPUs that resolve each other's names across nodes", async () => {
     for (const [index, { name }] of cluster.nodes.entries()) {
       await cluster.apply(webPod(`web-${index}`, name));
     }
@@ -70,7 +70,7 @@ describe('a real cluster of two nodes', () => {
     expect(cluster.gpus[0]?.allocations).toHaveLength(1);
   });
 
-  it('shows of a pod that its volumes are not there, before any container is made', async () => {
+  it("reports a pod's missing volumes before any container is created", async () => {
     await cluster.apply({
       apiVersion: 'v1',
       kind: 'Pod',
@@ -95,7 +95,7 @@ describe('a real cluster of two nodes', () => {
     await cluster.kubectl('delete', 'pod', 'lost', '--grace-period=0', '--force');
   });
 
-  it('offers one GPU less while one is sick', async () => {
+  it('offers one GPU fewer while one is unhealthy', async () => {
     const offered = (): Promise<string> =>
       cluster.kubectl(
         'get',
@@ -111,7 +111,7 @@ describe('a real cluster of two nodes', () => {
     await waitFor('four GPUs', async () => (await offered()) === '4');
   });
 
-  it('keeps its pods while the kubelet, containerd and etcd die and come back', async () => {
+  it('keeps its pods while the kubelet, containerd and etcd are killed and restarted', async () => {
     const [node] = cluster.nodes;
     const registrations = cluster.gpus[0]?.registrations ?? 0;
     const restarts = '-o=jsonpath={.items[*].status.containerStatuses[*].restartCount}';
@@ -139,7 +139,7 @@ describe('a real cluster of two nodes', () => {
     );
   });
 
-  it('enforces network policies, which stop no probe', async () => {
+  it('enforces network policies, which block no probe', async () => {
     const policy = {
       apiVersion: 'networking.k8s.io/v1',
       kind: 'NetworkPolicy',
@@ -164,7 +164,7 @@ describe('a real cluster of two nodes', () => {
     await cluster.kubectl('delete', 'networkpolicy', 'web');
   });
 
-  it('loses a node that is cut off, and finds it again', async () => {
+  it('marks a node that is cut off as lost, and accepts it again', async () => {
     const [, node] = cluster.nodes;
     if (node === undefined) {
       throw new Error('there is no second node');
@@ -178,7 +178,7 @@ describe('a real cluster of two nodes', () => {
     expect(await ready()).toBe('True');
   });
 
-  it('has a node that is far away for as long as a test wants it', async () => {
+  it('delays the network of a node for as long as a test needs it', async () => {
     const [near, far] = cluster.nodes;
     if (near === undefined || far === undefined) {
       throw new Error('there are no two nodes');
@@ -227,7 +227,7 @@ describe('a run that is killed', () => {
     await waitFor('everything to be removed', () => leftovers(path).length === 0);
   });
 
-  it('is cleaned up by the next run where its cleaner was killed too', async () => {
+  it('is cleaned up by the next run if its cleaner was killed too', async () => {
     const { child, path } = await start();
     const cleaners = globSync('/proc/[0-9]*/cmdline').filter((file) => {
       const text = readFileOr(file);

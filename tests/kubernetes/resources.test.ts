@@ -56,13 +56,13 @@ describe('a ModelService at the API server', () => {
     });
   });
 
-  it('as docs/getting-started has it is taken', async () => {
+  it('as in docs/getting-started is accepted', async () => {
     const manifests = join(import.meta.dirname, '../../docs/getting-started');
     await plane.kubectl(['apply', '--filename', manifests]);
     await expect(client.get(modelServices, 'mimo-7b-rl', never)).resolves.toBeDefined();
   });
 
-  it('with a name that pods could not be named after is refused', async () => {
+  it('with a name too long for pod names is refused', async () => {
     await expect(create(modelServices, specWith({}), 'a'.repeat(41))).rejects.toThrow(
       'metadata.name must have at most 40 characters',
     );
@@ -73,7 +73,7 @@ describe('a ModelService at the API server', () => {
     expect(created.spec).toEqual(parseModelService({ ...created, spec: specWith({}) }).spec);
   });
 
-  it('keeps its model: requests are queued under its name', async () => {
+  it('has an immutable model name: requests are queued under it', async () => {
     const { metadata } = await create(modelServices, specWith({}));
     const rename = { spec: { model: { name: 'another' } } };
     await expect(client.patch(modelServices, metadata.name, rename, {}, never)).rejects.toThrow(
@@ -83,7 +83,7 @@ describe('a ModelService at the API server', () => {
     await expect(client.patch(modelServices, metadata.name, precision, {}, never)).resolves.toBeDefined();
   });
 
-  it('is scaled by its floor, within its limits', async () => {
+  it('is scaled through its minimum, within its limits', async () => {
     await create(modelServices, specWith({ scaling: { max: 5 } }), 'scaled');
     await plane.kubectl(['scale', 'modelservice/scaled', '--replicas=3']);
     const scaled = await client.get(modelServices, 'scaled', never);
@@ -93,7 +93,7 @@ describe('a ModelService at the API server', () => {
     );
   });
 
-  it('shows its state in columns, and its reasons in wide ones', async () => {
+  it('shows its state in columns, and the reasons in wide output', async () => {
     await create(modelServices, specWith({}), 'shown');
     const status = {
       observedGeneration: 1,
@@ -153,7 +153,7 @@ describe('a ModelService at the API server', () => {
     ]);
   });
 
-  it('cannot have its status written with its spec, nor a status of another form', async () => {
+  it('rejects a status written with the spec, and a status of another form', async () => {
     await create(modelServices, specWith({}), 'apart');
     await client.patch(modelServices, 'apart', { status: { replicas: 9 } }, {}, never);
     expect((await client.get(modelServices, 'apart', never)).status).toBeUndefined();

@@ -64,7 +64,7 @@ describe('values.yaml', () => {
     expect(values.length).toBeGreaterThan(80);
   });
 
-  it.each(values)('says why $path is what it is', ({ reason }) => {
+  it.each(values)('states the reason for $path', ({ reason }) => {
     expect(reason.length).toBeGreaterThan(5);
   });
 
@@ -78,7 +78,7 @@ describe('values.yaml', () => {
 });
 
 describe('the schema', () => {
-  it('refuses unknown keys everywhere but in the section that the subchart checks', () => {
+  it('rejects unknown keys everywhere but in the section that the subchart checks', () => {
     expect(openMaps(readSchema('values.schema.json'), '')).toEqual(['.nats']);
     expect(openMaps(readSchema('charts/nats/values.schema.json'), '')).toEqual([]);
   });

@@ -23,7 +23,7 @@ const allowed: Readonly<Record<string, number>> = {
 
 const readings = /\bDate\.now\b|\bnew Date\(\)|\bperformance\.timeOrigin\b/g;
 
-it('no process reads the wall clock but where it must', () => {
+it('processes read the wall clock only in the listed places', () => {
   const sources = globSync('{cli,controller,core,deploy,gateway,proto,tokenizer,worker}/**/*.{ts,mjs}', {
     cwd: root,
     exclude: (name) => name === 'node_modules' || name === 'gen' || name.endsWith('.test.ts'),

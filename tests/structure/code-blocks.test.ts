@@ -230,7 +230,7 @@ const manifests = [
 ];
 
 describe('code blocks', () => {
-  it('are of languages that are checked here', () => {
+  it('use only languages that are checked here', () => {
     expect(blocks.filter(({ language }) => !languages.has(language))).toEqual([]);
   });
 

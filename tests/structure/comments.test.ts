@@ -106,7 +106,7 @@ describe('comments', () => {
     expect(long.map(({ file, line }) => `${file}:${line}`)).toEqual([]);
   });
 
-  it('are read as a person reads them', () => {
+  it('are searched for file names, by package', () => {
     expect(exists('comments.test.ts', 'tests/structure/comments.test.ts')).toBe(true);
     expect(exists('no-such-file.ts', 'tests/structure/comments.test.ts')).toBe(false);
     // Of another package: only with its path.

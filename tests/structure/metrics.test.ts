@@ -113,7 +113,7 @@ function read(expr: string): Parsed {
 }
 
 describe('the reader of expressions', () => {
-  it('finds series and labels, and errors', () => {
+  it('finds series, labels and errors', () => {
     expect(read('sum by (model) (rate(a_total{code=~"x|y"}[5m])) / on (pod) b')).toEqual({
       errors: [],
       series: ['a_total', 'b'],
@@ -122,7 +122,7 @@ describe('the reader of expressions', () => {
     expect(read('sum by (model (a)').errors).not.toEqual([]);
   });
 
-  it('knows the metrics that it compares with', () => {
+  it('knows the metrics of the code', () => {
     expect([...series]).toEqual(
       expect.arrayContaining([
         'gateway_requests_total',
@@ -146,7 +146,7 @@ describe.each([...alertQueries, ...panelQueries] satisfies Query[])('$where', ({
 });
 
 describe('alerts', () => {
-  it('have names of their own, a severity, a patience and words', () => {
+  it('have a unique name, a severity, a duration, a summary and a description', () => {
     expect(new Set(alerts.map(({ alert }) => alert)).size).toBe(alerts.length);
     for (const { alert, for: patience, labels: own, annotations } of alerts) {
       expect(alert).toMatch(/^Mimo[A-Za-z]+$/);
@@ -162,7 +162,7 @@ describe('alerts', () => {
 });
 
 describe.each(dashboards)('%s', (file, { uid, panels, templating }) => {
-  it('has panels with a title, words and an id each', () => {
+  it('has panels with a title, a description and an id each', () => {
     expect(`${uid}.json`).toBe(file);
     expect(new Set(panels.map(({ id }) => id)).size).toBe(panels.length);
     for (const { title, description, targets } of panels) {
@@ -171,7 +171,7 @@ describe.each(dashboards)('%s', (file, { uid, panels, templating }) => {
     }
   });
 
-  it('uses the variables that it defines, read from metrics of the code', () => {
+  it('uses the variables that it defines, which read metrics of the code', () => {
     const defined = new Set(templating.list.map(({ name }) => name));
     const used = [...JSON.stringify(panels).matchAll(/\$\{?([a-z]+)\b/g)].map((match) => match[1] ?? '');
     expect(used.filter((name) => !defined.has(name))).toEqual([]);

@@ -44,7 +44,7 @@ function contentsOf(directory: string): Record<string, string> {
 }
 
 describe('generated code', () => {
-  it('is what the protos give', () => {
+  it('is up to date with the protos', () => {
     // Elsewhere: the generator begins with an empty directory, and other tests read the one here meanwhile.
     const directory = mkdtempSync(join(tmpdir(), 'mimo-generated-'));
     try {
@@ -55,7 +55,7 @@ describe('generated code', () => {
     }
   });
 
-  it('of docs/reference is what the sources give', () => {
+  it('of docs/reference is up to date with its sources', () => {
     const directory = mkdtempSync(join(tmpdir(), 'mimo-reference-'));
     try {
       execFileSync(process.execPath, [join(root, 'docs/generate.ts'), directory], { stdio: 'pipe' });
@@ -67,7 +67,7 @@ describe('generated code', () => {
 });
 
 describe('the glossary', () => {
-  it('forbids what the code does not say', () => {
+  it('forbids vague names, and no export has one', () => {
     const forbidden = /\b\w*(?:Manager|Helper|Util)\b(?!s?['"`])/;
     const guilty = globSync('{core,tokenizer,gateway,worker,controller,cli}/src/**/*.ts', {
       cwd: root,

@@ -164,7 +164,7 @@ describe('a field of a ModelService', () => {
     return identityOf({ ...config, checkpointDirectory }, new AbortController().signal);
   }
 
-  it('is in the table, each of them', () => {
+  it('is in the table', () => {
     const crd = parse(generateCrds().get('modelservices.yaml') ?? '') as {
       readonly spec: {
         readonly versions: readonly { readonly schema: { readonly openAPIV3Schema: JsonSchema } }[];

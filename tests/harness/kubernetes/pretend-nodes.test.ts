@@ -26,7 +26,7 @@ const conditionOf = (status: PretendPod['status'], type: string): object | undef
   status?.conditions?.find((condition) => condition.type === type);
 
 describe('planPodStatus', () => {
-  it('lets a pod run, Ready only when its readiness gates are true', () => {
+  it('reports a pod as Running, and as Ready only when its readiness gates are true', () => {
     const started = plan(pod());
     expect(started).toMatchObject({
       phase: 'Running',

@@ -91,7 +91,7 @@ describe('toolKey', () => {
 });
 
 describe('findToolModule', () => {
-  it('builds once for all who ask, under the flags, and leaves programs and links alone behind', async () => {
+  it('builds once for all callers, with the flags, and leaves only programs and links behind', async () => {
     writeGo(`[ "$3" = env ] && exit 0
 echo "$@" >> ${directory}/builds; sleep 0.3; echo "#!/bin/sh" > "$7"; chmod +x "$7"`);
     const [first, second] = await Promise.all([find(), find()]);
@@ -107,7 +107,7 @@ echo "$@" >> ${directory}/builds; sleep 0.3; echo "#!/bin/sh" > "$7"; chmod +x "
     ]);
   });
 
-  it('says what to do where Go is missing', async () => {
+  it('says what to do when Go is missing', async () => {
     symlinkSync('/bin/sh', join(directory, 'bin/sh'));
     await expect(find(join(directory, 'bin'))).rejects.toMatchObject({
       code: 'failed_precondition',
@@ -116,7 +116,7 @@ echo "$@" >> ${directory}/builds; sleep 0.3; echo "#!/bin/sh" > "$7"; chmod +x "
     expect(readdirSync(join(directory, 'cache/kubernetes'))).toEqual([]);
   });
 
-  it("gives Go's own words where it is too old, and where a build fails", async () => {
+  it("reports Go's own message when it is too old or a build fails", async () => {
     writeGo('echo "go: go.mod requires go >= 1.26.0 (running go 1.19)" >&2; exit 1');
     await expect(find()).rejects.toMatchObject({
       code: 'failed_precondition',
@@ -130,7 +130,7 @@ echo "$@" >> ${directory}/builds; sleep 0.3; echo "#!/bin/sh" > "$7"; chmod +x "
     expect(existsSync(join(directory, 'cache/kubernetes', await toolKey(hello, source)))).toBe(false);
   });
 
-  it('tries a build again, as it may have failed at a download, but no source that does not compile', async () => {
+  it('retries a build that may have failed at a download, but not a source that does not compile', async () => {
     const attempts = (): number => readFileSync(join(directory, 'attempts'), 'utf8').length;
     const attempt = `[ "$3" = env ] && exit 0\nprintf x >> ${directory}/attempts`;
     writeGo(`${attempt}\necho "main.go:3:1: syntax error" >&2; exit 1`);
