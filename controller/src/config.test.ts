@@ -9,7 +9,7 @@ const enough = {
 };
 
 describe('parseControllerConfig', () => {
-  it('needs a namespace, a queue and an image, and fills in the rest', () => {
+  it('requires a namespace, a queue and an image, and fills in the rest', () => {
     const settings = workerSettingsOf(parseControllerConfig(enough));
     expect(settings).toMatchObject({
       image: 'worker:1',

@@ -29,7 +29,7 @@ describe('Expectations', () => {
     expect(settles({ resourceVersion }, found)).toBe(settled);
   });
 
-  it('waits for all writes, and a while at most', () => {
+  it('waits for all writes, but only for a limited time', () => {
     const expectations = new Expectations();
     expectations.expect({ ...pod, resourceVersion: '5' }, 0);
     expectations.expect({ name: 'b', uid: 'w', resourceVersion: '6' }, 0);

@@ -80,7 +80,7 @@ describe('expectedRate', () => {
     expect(expected).toBeLessThan(500);
   });
 
-  it('takes a surge without precedent to last, the more so the more has been seen', () => {
+  it('expects an unprecedented surge to last, and the more so the longer the history', () => {
     const calm = memoryOfBursts(0, 20, 9);
     const surge = { ...calm, arrivals: [...calm.arrivals, ...Array.from({ length: 10 }, () => 2000)] };
     expect(expectedRate(surge, 60_000)).toBeGreaterThan(950);
@@ -88,7 +88,7 @@ describe('expectedRate', () => {
     expect(expectedRate(started, 60_000)).toBe((1000 * 20) / 80);
   });
 
-  it('is the rate of a steady load', () => {
+  it('returns the rate of a steady load', () => {
     const steady = { ...createLoadMemory(0), arrivals: Array.from({ length: 300 }, () => 100) };
     expect(expectedRate(steady, 60_000)).toBeCloseTo(50);
     expect(expectedRate(createLoadMemory(0), 60_000)).toBe(0);
@@ -96,7 +96,7 @@ describe('expectedRate', () => {
 });
 
 describe('decideScale', () => {
-  it('goes from zero to as many as the waiting tokens need, in one decision', () => {
+  it('scales from zero to as many groups as the waiting tokens need, in one decision', () => {
     const seen = seenWith({
       waitingRequests: 40,
       waitingTokens: 40 * 1000,
@@ -109,7 +109,7 @@ describe('decideScale', () => {
     expect(decision.message).toBe('0 -> 4: more work waits than the existing groups can finish in time');
   });
 
-  it('does not ask again for what starts already', () => {
+  it('does not order groups again that are already starting', () => {
     const first = decideScale(
       spec,
       seenWith({ waitingRequests: 40, waitingTokens: 40_000, arrivedTokens: 40_000 }),
@@ -129,7 +129,7 @@ describe('decideScale', () => {
     expect(again.decision.wanted).toBe(4);
   });
 
-  it('says which limit changed the result', () => {
+  it('reports which limit changed the result', () => {
     const seen = seenWith({ waitingRequests: 500, waitingTokens: 500_000 });
     const { decision } = decideScale(spec, seen, createScaleMemory(0, 0), 2000);
     expect(decision).toMatchObject({ wanted: 8, clamps: ['max 8 instead of 50'] });
@@ -138,7 +138,7 @@ describe('decideScale', () => {
     expect(floor.decision).toMatchObject({ wanted: 2, reason: 'Idle', clamps: ['min 2 instead of 0'] });
   });
 
-  it('holds the count while the queue is unknown, for as long as that lasts', () => {
+  it('keeps the count as long as the queue is unknown', () => {
     let memory = createScaleMemory(3, 0);
     for (let nowMs = 0; nowMs < 3_600_000; nowMs += 60_000) {
       const result = decideScale(spec, { ...seenWith({}), queue: 'unknown', readyGroups: 3 }, memory, nowMs);
@@ -150,7 +150,7 @@ describe('decideScale', () => {
     expect(known.decision.wanted).toBeGreaterThanOrEqual(2);
   });
 
-  it('counts silence from when the queue is known again', () => {
+  it('counts idle time from when the queue is known again', () => {
     const blind = { ...seenWith({}), queue: 'unknown' as const, readyGroups: 1 };
     const { memory } = decideScale(spec, blind, createScaleMemory(1, 0), 3_600_000);
     const known = decideScale(spec, seenWith({}, { readyGroups: 1 }), memory, 3_602_000);
@@ -159,12 +159,12 @@ describe('decideScale', () => {
     expect(later.decision).toMatchObject({ wanted: 0, reason: 'Idle' });
   });
 
-  it('keeps an unknown queue within changed limits', () => {
+  it('applies changed limits while the queue is unknown', () => {
     const seen = { ...seenWith({}), queue: 'unknown' as const, readyGroups: 3 };
     expect(decideScale({ ...spec, max: 2 }, seen, createScaleMemory(3, 0), 0).decision.wanted).toBe(2);
   });
 
-  it('goes down after it has learnt the load, and then keeps still', () => {
+  it('scales down once it has learnt the load, and then keeps the count', () => {
     const learning = runSteady(createScaleMemory(6, 0), { seconds: 298, tokensPerSecond: 1500, fromMs: 0 });
     expect(new Set(learning.counts)).toEqual(new Set([6]));
     const { counts } = runSteady(learning.memory, { seconds: 1800, tokensPerSecond: 1500, fromMs: 298_000 });
@@ -173,19 +173,19 @@ describe('decideScale', () => {
     expect(counts.at(-1)).toBe(2);
   });
 
-  it('leaves as many groups as work off what still waits in a third of the target', () => {
+  it('keeps as many groups as work off the waiting requests in a third of the target', () => {
     const memory: ScaleMemory = { ...createScaleMemory(8, 0), beganMs: -3_600_000, recentGroups: 1 };
     const seen = seenWith({ waitingRequests: 10, waitingTokens: 10_000 }, { readyGroups: 8 });
     expect(decideScale(spec, seen, memory, 2000).decision).toMatchObject({ wanted: 3, reason: 'RecentLoad' });
   });
 
-  it('leaves as many groups as have slots for all that runs', () => {
+  it('keeps as many groups as have slots for all running requests', () => {
     const memory: ScaleMemory = { ...createScaleMemory(8, 0), beganMs: -3_600_000, recentGroups: 1 };
     const seen = seenWith({ inFlightRequests: 50, slots: 128 }, { readyGroups: 8 });
     expect(decideScale(spec, seen, memory, 2000).decision.wanted).toBe(4);
   });
 
-  it('takes back what still starts, and what was ordered and came, once its burst has passed', () => {
+  it('removes groups ordered for a burst, starting or ready, once the burst has passed', () => {
     const quick = { ...spec, startUpSeconds: 5 };
     const before = decideScale(quick, seenWith({}, { readyGroups: 4 }), createScaleMemory(4, 0), 2000);
     const burst = seenWith(
@@ -204,7 +204,7 @@ describe('decideScale', () => {
   });
 
   it.each([2, 5, 30, 180])(
-    'asks for no more while the groups of a burst from zero start in %i s',
+    'orders no more groups while those of a burst from zero start in %i s',
     (startUpSeconds) => {
       const burst = { waitingRequests: 40, waitingTokens: 30_000, arrivedTokens: 30_000 };
       const startUpMs = startUpSeconds * 1000;
@@ -222,7 +222,7 @@ describe('decideScale', () => {
     },
   );
 
-  it('does not take back what a burst from zero needs when its first group is up', () => {
+  it('keeps the groups that a burst from zero needs when the first of them is up', () => {
     const burst = { inFlightRequests: 0, arrivedTokens: 60_000 };
     const before = decideScale(spec, seenWith({}), createScaleMemory(0, 0), 2000);
     const up = decideScale(
@@ -245,7 +245,7 @@ describe('decideScale', () => {
     expect(counts).toEqual(counts.toSorted((a, b) => b - a));
   });
 
-  it('keeps the last group for scaleToZeroAfterSeconds and lets it go then', () => {
+  it('keeps the last group for scaleToZeroAfterSeconds, then removes it', () => {
     const busy = runSteady(createScaleMemory(1, 0), { seconds: 600, tokensPerSecond: 500, fromMs: 0 });
     expect(busy.counts.at(-1)).toBe(1);
     let memory = busy.memory;
@@ -262,7 +262,7 @@ describe('decideScale', () => {
     expect(counts[3]).toEqual([0, 'Idle']);
   });
 
-  it('adds a group when the oldest waits on although the tokens say otherwise', () => {
+  it('adds a group when the oldest request keeps waiting, even if the tokens need none', () => {
     const memory = createScaleMemory(2, 0);
     const seen = seenWith(
       { waitingRequests: 1, waitingTokens: 10, inFlightRequests: 32, slots: 32, oldestWaitingMs: 21_000 },
@@ -273,7 +273,7 @@ describe('decideScale', () => {
     expect(decideScale(spec, starting, { ...memory, wanted: 3 }, 4000).decision.wanted).toBe(3);
   });
 
-  it('carries what keeps groups from starting', () => {
+  it('reports what keeps groups from starting', () => {
     const blocker = '0/3 nodes are available: 3 Insufficient nvidia.com/gpu';
     const seen = { ...seenWith({ waitingRequests: 1, waitingTokens: 10 }), blocker };
     expect(decideScale(spec, seen, createScaleMemory(1, 0), 0).decision.blocker).toBe(blocker);
@@ -304,7 +304,7 @@ describe('decideScale', () => {
     expect(speed).toBeLessThanOrEqual(4000);
   });
 
-  it('stays within its limits and explains itself, whatever it sees', () => {
+  it('stays within its limits and explains every decision, for any observation', () => {
     const amount = fc.integer({ min: 0, max: 10_000_000 });
     const reading = fc.record({
       waitingRequests: fc.integer({ min: 0, max: 100_000 }),

@@ -61,12 +61,12 @@ describe('planDisruption', () => {
     ]).toEqual([1, 0, 0, 1]);
   });
 
-  it('lets the only group go when its machine is emptied', () => {
+  it('allows eviction of the only group when its machine is drained', () => {
     const groups = groupsOf('ready');
     expect(planAll({ groups, wanted: 1 }).map((min) => allowed(groups, min))).toEqual([1]);
   });
 
-  it('does not block the draining of machines forever: gives up on a group that cannot come back', () => {
+  it('does not block node drains forever: gives up on a group that cannot come back', () => {
     const whole = groupsOf('ready', 'ready', 'ready');
     const two = groupsOf('ready', 'ready', 'starting');
     const limits = planAll(
@@ -79,12 +79,12 @@ describe('planDisruption', () => {
     expect(limits.slice(1).map((min) => allowed(two, min))).toEqual([0, 0, 1, 1]);
   });
 
-  it('does not protect what only starts: a count that cannot be reached blocks nothing', () => {
+  it('does not protect starting groups: an unreachable count blocks no eviction', () => {
     const groups = groupsOf('ready', 'ready', 'starting', 'starting', 'starting');
     expect(planAll({ groups, wanted: 5 }).map((min) => allowed(groups, min))).toEqual([1]);
   });
 
-  it('does not take groups that drain, or those of a surge, for spare ones', () => {
+  it('does not count draining or surge groups as spare', () => {
     const draining = groupsOf('ready', 'ready', 'draining');
     expect(planAll({ groups: draining, wanted: 2 }).map((min) => allowed(draining, min))).toEqual([1]);
     const surge = groupsOf('ready', 'ready', 'ready');
@@ -93,7 +93,7 @@ describe('planDisruption', () => {
     expect(planAll({ groups: unready, wanted: 1 }).map((min) => allowed(unready, min))).toEqual([1]);
   });
 
-  it('protects less at once when less is wanted, and nothing at zero', () => {
+  it('lowers the protection as soon as fewer groups are wanted, to none at zero', () => {
     expect(
       planAll(
         { groups: groupsOf('ready', 'ready', 'ready'), wanted: 3 },

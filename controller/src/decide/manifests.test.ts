@@ -72,7 +72,7 @@ function cacheVolumeOf(cache: WorkerSettings['cache'], template: object): unknow
 }
 
 describe('groupPods', () => {
-  it('puts all ranks into one pod for placement pod, each with ports of its own', () => {
+  it('puts all ranks into one pod for placement pod, each with its own ports', () => {
     const pods = podsOf({ tensorParallel: 2 });
     expect(pods.map(({ metadata }) => metadata.name)).toEqual(['chat-0a1b2c3d-4-0']);
     const containers = pods[0]?.spec.containers ?? [];
@@ -107,7 +107,7 @@ describe('groupPods', () => {
     expect(pods[3]?.spec.containers[0]?.env[0]?.name).toBe('POD_IP');
   });
 
-  it('asks for one zone for the ranks of a spread group, and for different machines for its groups', () => {
+  it('prefers one zone for the ranks of a spread group, and different machines for its groups', () => {
     const [leader, follower] = podsOf({ tensorParallel: 2, placement: 'spread' });
     expect(leader?.spec.affinity).toMatchObject({
       podAffinity: {
@@ -133,7 +133,7 @@ describe('groupPods', () => {
     expect(pod?.spec.containers[0]?.ports.map(({ containerPort }) => containerPort)).toContain(9464);
   });
 
-  it('turns resources into threads, memory for keys and values, and what computes', () => {
+  it('derives threads, KV memory and the device from the resources', () => {
     const rankOf = (spec: object): Readonly<Record<string, string>> =>
       variablesOf(podsOf(spec)[0]?.spec.containers[0]);
     expect(rankOf({ resources: { cpu: '500m' } })).toMatchObject({
@@ -151,7 +151,7 @@ describe('groupPods', () => {
     expect(rankOf({})).not.toHaveProperty('MIMO_WORKER_KV_BYTES');
   });
 
-  it('hands on how the model speculates', () => {
+  it('passes on the speculation settings', () => {
     const variables = variablesOf(
       podsOf({ speculation: { draftTokens: 0, adaptive: false } })[0]?.spec.containers[0],
     );
@@ -161,7 +161,7 @@ describe('groupPods', () => {
     });
   });
 
-  it('asks for the accelerator by the name of its resource, and for none by default', () => {
+  it('requests the accelerator by its resource name, and none by default', () => {
     const model = { name: 'mimo', source: { hostPath: '/models/mimo' }, precision: 'fp16' };
     const amd = podsOf({ model, resources: { accelerators: 2, acceleratorResource: 'amd.com/gpu' } });
     expect(amd[0]?.spec.containers[0]?.resources.limits).toMatchObject({ 'amd.com/gpu': '2', cpu: '4' });
@@ -169,7 +169,7 @@ describe('groupPods', () => {
     expect(Object.keys(cpu[0]?.spec.containers[0]?.resources.limits ?? {})).toEqual(['cpu', 'memory']);
   });
 
-  it('is restricted, and is never started again by the kubelet', () => {
+  it('meets the restricted pod security standard, and is never restarted by the kubelet', () => {
     const [pod] = podsOf({});
     expect(pod?.spec.restartPolicy).toBe('Never');
     expect(pod?.spec.readinessGates).toEqual([{ conditionType: 'mimo-cluster.dev/routable' }]);
@@ -208,7 +208,7 @@ describe('groupPods', () => {
     });
   });
 
-  it("takes the service's claim for the cache before the controller's setting, and that before the pod's own", () => {
+  it("prefers the service's cache claim to the controller's setting, and that to the pod's own volume", () => {
     const hostPath = { kind: 'hostPath', path: '/var/cache/mimo' } as const;
     expect(cacheVolumeOf(hostPath, { cacheVolumeClaim: 'mine' })).toMatchObject({
       persistentVolumeClaim: { claimName: 'mine' },
@@ -217,7 +217,7 @@ describe('groupPods', () => {
     expect(cacheVolumeOf({ kind: 'pod' }, {})).toMatchObject({ emptyDir: {} });
   });
 
-  it('lets the template win over the defaults', () => {
+  it('prefers the template to the defaults', () => {
     const [pod] = podsOf({
       template: {
         image: 'mine:2',
@@ -230,21 +230,21 @@ describe('groupPods', () => {
     expect(pod?.metadata.labels['team']).toBe('a');
   });
 
-  it('keeps its own labels whatever the template says', () => {
+  it('keeps its own labels even if the template sets them', () => {
     const [pod] = podsOf({ template: { labels: { 'mimo-cluster.dev/rank': '9' } } });
     expect(pod?.metadata.labels['mimo-cluster.dev/rank']).toBe('0');
   });
 });
 
 describe('the objects beside the pods', () => {
-  it('name ranks that are not ready yet', () => {
+  it('resolve ranks that are not ready yet', () => {
     expect(rankService(serviceWith({}))).toMatchObject({
       metadata: { name: 'chat-ranks' },
       spec: { clusterIP: 'None', publishNotReadyAddresses: true },
     });
   });
 
-  it('prepare and publish the model, and are no rank', () => {
+  it('prepare and publish the model, without counting as a rank', () => {
     const pod = preparePod(serviceWith({ tensorParallel: 2 }), 'cafe0123', {
       ...settings,
       cache: { kind: 'claim', claimName: 'shards' },
@@ -256,14 +256,14 @@ describe('the objects beside the pods', () => {
     expect(alone.spec.containers[0]?.args).toEqual(['prepare', '--publish']);
   });
 
-  it('keep as many pods from being evicted as they are told', () => {
+  it('protect as many pods from eviction as given', () => {
     expect(disruptionBudget(serviceWith({}), 3)).toMatchObject({
       spec: { minAvailable: 3, selector: { matchLabels: { 'mimo-cluster.dev/service': 'chat' } } },
     });
   });
 });
 
-describe('what the configuration says of pods', () => {
+describe('pod settings of the configuration', () => {
   const configured: WorkerSettings = {
     ...settings,
     podDefaults: {
@@ -282,7 +282,7 @@ describe('what the configuration says of pods', () => {
     return pod as Readonly<Record<string, unknown>>;
   };
 
-  it('is given to pods: an account and registries to all, a place to those with accelerators', () => {
+  it('set account and registries for all pods, and placement for those with accelerators', () => {
     const accelerated = specOf({ ...gpu, resources: { accelerators: 1 } });
     expect(accelerated).toMatchObject({
       serviceAccountName: 'worker',
@@ -297,7 +297,7 @@ describe('what the configuration says of pods', () => {
     expect(JSON.stringify(plain['tolerations'])).not.toContain('nvidia');
   });
 
-  it('lets a group wait for its lost machine as long as the template says, else half a minute', () => {
+  it('tolerate a lost machine for as long as the template sets, else half a minute', () => {
     const unreachable = { key: 'node.kubernetes.io/unreachable', operator: 'Exists', effect: 'NoExecute' };
     const own = { ...unreachable, tolerationSeconds: 300 };
     const notReady = { ...unreachable, key: 'node.kubernetes.io/not-ready', tolerationSeconds: 30 };
@@ -309,7 +309,7 @@ describe('what the configuration says of pods', () => {
     expect(specOf({ template: { tolerations: [scheduled] } })['tolerations']).toHaveLength(3);
   });
 
-  it("brings the queue's credentials to every container", () => {
+  it("mount the queue's credentials into every container", () => {
     const pod = preparePod(serviceWith({}), 'hash', { ...configured, natsCredentialsSecret: 'queue' });
     const { volumes, containers } = pod['spec'] as {
       readonly volumes: readonly object[];
@@ -336,7 +336,7 @@ describe('what the configuration says of pods', () => {
     expect(JSON.stringify(specOf({}))).not.toContain('nats-credentials');
   });
 
-  it('gives way to the service', () => {
+  it('yield to the settings of the service', () => {
     const template = {
       serviceAccountName: 'mine',
       runtimeClassName: 'kata',

@@ -150,7 +150,7 @@ const withRollout = (maxSurge: number, maxUnavailable: number): ModelService => 
 });
 
 describe('planService', () => {
-  it('creates all groups that are wanted at once', () => {
+  it('creates all wanted groups at once', () => {
     expect(shortPlan(inputWith({ wanted: 3 }))).toEqual([
       'createGroup chat-new-0',
       'createGroup chat-new-1',
@@ -158,23 +158,23 @@ describe('planService', () => {
     ]);
   });
 
-  it('takes the finalizer before it creates anything', () => {
+  it('adds the finalizer before it creates anything', () => {
     const free = { ...service, metadata: { ...service.metadata, finalizers: [] } };
     expect(shortPlan(inputWith({ service: free }))).toEqual(['addFinalizer', 'createGroup chat-new-0']);
   });
 
-  it('plans nothing while its own writes have not come back', () => {
+  it('plans nothing until it observes its own writes', () => {
     expect(shortPlan(inputWith({ wanted: 3, settled: false }))).toEqual([]);
   });
 
-  it('plans nothing when all is as it should be, and writes an unchanged status once', () => {
+  it('plans nothing in the desired state, and writes an unchanged status once', () => {
     const input = inputWith({ wanted: 2, pods: [...groupOf(0), ...groupOf(1)] });
     const first = planService(input).actions;
     expect(first.map(({ kind }) => kind)).toEqual(['patchStatus']);
     expect(planService({ ...input, previous: statusOf(first), nowMs: 9_000_000 }).actions).toEqual([]);
   });
 
-  it('sets the readiness gate from what the dispatcher says', () => {
+  it('sets the readiness gate from the state that the dispatcher reports', () => {
     const pods = groupOf(0, { state: 'starting' });
     const load = { routable: true, draining: false, inFlightRequests: 0, inFlightTokens: 0 };
     const loads = new Map([['chat-new-0', load]]);
@@ -183,7 +183,7 @@ describe('planService', () => {
     expect(shortPlan(inputWith({ pods: serving, loads: new Map() }))).toEqual(['setRoutable', 'setRoutable']);
   });
 
-  it('leaves gates and drains alone while nothing is known of the groups', () => {
+  it('leaves gates and drains unchanged while the state of the groups is unknown', () => {
     const pods = [...groupOf(0), ...groupOf(1, { state: 'draining' })];
     const blind = { loads: new Map(), loadsComplete: false, marks: 'unknown' as const };
     expect(shortPlan(inputWith({ wanted: 1, pods, ...blind }))).toEqual([]);
@@ -192,7 +192,7 @@ describe('planService', () => {
     ]);
   });
 
-  it('rebuilds a group that lost a rank: the rest goes at once, another comes under a free name', () => {
+  it('rebuilds a group that lost a rank: deletes the rest at once, creates another under a free name', () => {
     const [leader] = groupOf(0) as [ObservedPod, ObservedPod];
     const input = inputWith({ wanted: 1, pods: [leader] });
     expect(shortPlan(input)).toEqual(['deleteGroup chat-new-0', 'createGroup chat-new-1']);
@@ -204,7 +204,7 @@ describe('planService', () => {
     expect(shortPlan(inputWith({ pods: ending }))).toEqual([]);
   });
 
-  it('rebuilds a group whose rank failed, and says what it said', () => {
+  it('rebuilds a group whose rank failed, and reports the error of that rank', () => {
     const [leader, follower] = groupOf(0) as [ObservedPod, ObservedPod];
     const failed = { ...follower, phase: 'Failed' as const, ready: false, failure: 'out of memory' };
     const plan = planService(inputWith({ pods: [leader, failed] }));
@@ -212,7 +212,7 @@ describe('planService', () => {
     expect(plan.failures.count).toBe(1);
   });
 
-  it('does not try a model that cannot start without end, and says so', () => {
+  it('backs off between tries of a model that cannot start, and reports it as Degraded', () => {
     let failures: FailureMemory = noFailures;
     const waits: number[] = [];
     let nowMs = 0;
@@ -240,7 +240,7 @@ describe('planService', () => {
     expect(waits).toEqual([0, 10, 20, 40, 80, 160, 300, 300]);
   });
 
-  it('creates nothing until the model is found, and keeps what serves when it is not found any more', () => {
+  it('creates nothing until the model is found, and keeps serving groups when it can no longer be found', () => {
     const found = { ...prepared, found: false };
     expect(shortPlan(inputWith({ wanted: 2, preparation: found }))).toEqual([]);
     const starting = groupOf(0, { state: 'starting' });
@@ -254,7 +254,7 @@ describe('planService', () => {
     ]);
   });
 
-  it("keeps the dispatcher's marks those of the groups that drain", () => {
+  it("keeps the dispatcher's drain marks equal to the draining groups", () => {
     const pods = [...groupOf(0), ...groupOf(1, { state: 'draining' })];
     const marks = new Map([['chat-new-0', { sinceUnixMs: 5 }]]);
     expect(shortPlan(inputWith({ pods, marks }))).toEqual([
@@ -265,7 +265,7 @@ describe('planService', () => {
     expect(shortPlan(inputWith({ wanted: 0, pods: ending }))).toEqual([]);
   });
 
-  it('says what the rank that failed first said', () => {
+  it('reports the error of the rank that failed first', () => {
     const [leader, follower] = groupOf(0, { pods: { phase: 'Failed', ready: false } }) as [
       ObservedPod,
       ObservedPod,
@@ -282,7 +282,7 @@ describe('planService', () => {
     expect(shortPlan(inputWith({ failures }))).toEqual(['createGroup chat-new-0']);
   });
 
-  it('keeps what serves while a group cannot be placed, and says why', () => {
+  it('keeps serving groups while another cannot be placed, and reports why', () => {
     const blocker = '0/3 nodes are available: 3 Insufficient nvidia.com/gpu';
     const pods = [...groupOf(0), ...groupOf(1, { state: 'starting', pods: { phase: 'Pending', blocker } })];
     const input = { ...inputWith({ pods }), decision: decisionOf(2, blocker) };
@@ -299,7 +299,7 @@ describe('planService', () => {
     expect(conditions.at(-1)?.message).toBe(blocker);
   });
 
-  it('keeps the time of a condition whose status stays, and names the generation', () => {
+  it('keeps the transition time of a condition whose status is unchanged, and sets the generation', () => {
     const first = statusOf(planService(inputWith({ pods: groupOf(0) })).actions);
     const edited = { ...service, metadata: { ...service.metadata, generation: 7 } };
     const later = planService(
@@ -313,7 +313,7 @@ describe('planService', () => {
   });
 
   describe('scaling', () => {
-    it('drains the group with the least to finish, and deletes it when it is empty', () => {
+    it('drains the group with the least work left, and deletes it when it is empty', () => {
       const pods = [...groupOf(0), ...groupOf(1), ...groupOf(2)];
       const loads = loadsOf(pods, { 'chat-new-0': 500, 'chat-new-1': 20, 'chat-new-2': 900 });
       expect(shortPlan(inputWith({ wanted: 2, pods, loads }))).toEqual(['drainGroup chat-new-1']);
@@ -330,12 +330,12 @@ describe('planService', () => {
       expect(shortPlan(late)).toEqual(['deleteGroup chat-new-1']);
     });
 
-    it('takes back a group that only starts instead of draining one', () => {
+    it('deletes a starting group instead of draining a serving one', () => {
       const pods = [...groupOf(0), ...groupOf(1, { state: 'starting' })];
       expect(shortPlan(inputWith({ wanted: 1, pods }))).toEqual(['deleteGroup chat-new-1']);
     });
 
-    it('lets a draining group serve again rather than start another', () => {
+    it('resumes a draining group rather than starting another', () => {
       const pods = [...groupOf(0), ...groupOf(1, { state: 'draining' })];
       expect(shortPlan(inputWith({ wanted: 3, pods }))).toEqual([
         'resumeGroup chat-new-1',
@@ -343,7 +343,7 @@ describe('planService', () => {
       ]);
     });
 
-    it('takes a group that serves nobody before one that is not ready but serves', () => {
+    it('removes an idle group before one that serves requests though it is not ready', () => {
       const pods = [
         ...groupOf(0),
         ...groupOf(1, { state: 'starting' }),
@@ -358,7 +358,7 @@ describe('planService', () => {
       ]);
     });
 
-    it('chooses the same victim whatever the order it sees', () => {
+    it('chooses the same victim in any order of the groups', () => {
       const pods = [...groupOf(0), ...groupOf(1), ...groupOf(2)];
       const groups = groupsFromPods(pods, new Map());
       expect(chooseVictims(groups, 1)).toEqual(chooseVictims(groups.toReversed(), 1));
@@ -367,7 +367,7 @@ describe('planService', () => {
   });
 
   describe('a rollout', () => {
-    it('surges by one, and drains an old group only for a new one that serves', () => {
+    it('surges by one, and drains an old group only once a new one serves', () => {
       const before = [...old(0), ...old(1)];
       expect(shortPlan(inputWith({ wanted: 2, pods: before }))).toEqual(['createGroup chat-new-0']);
       const starting = [...before, ...groupOf(0, { state: 'starting' })];
@@ -378,13 +378,13 @@ describe('planService', () => {
       expect(shortPlan(inputWith({ wanted: 2, pods: oneDrains }))).toEqual(['createGroup chat-new-1']);
     });
 
-    it('without surge takes an old group away first', () => {
+    it('removes an old group first when surge is not allowed', () => {
       const pods = [...old(0), ...old(1)];
       const input = inputWith({ service: withRollout(0, 1), wanted: 2, pods });
       expect(shortPlan(input)).toEqual(['drainGroup chat-old-1']);
     });
 
-    it('keeps an old group while requests wait that it alone may run, once a new one takes what comes', () => {
+    it('keeps one old group while waiting requests need its identity', () => {
       const serving = [...old(0), ...groupOf(0)];
       const plan = (pods: ObservedPod[], more: Parameters<typeof inputWith>[0] = {}): string[] =>
         shortPlan(inputWith({ wanted: 1, pods, loads: waitedFor(pods), ...more }));
@@ -396,19 +396,19 @@ describe('planService', () => {
       expect(plan(serving, { wanted: 0 })).toEqual(['drainGroup chat-old-0', 'drainGroup chat-new-0']);
     });
 
-    it('that is reverted keeps the groups that serve and takes back the new ones', () => {
+    it('keeps the serving groups and deletes the new ones when reverted', () => {
       const pods = [...old(0), ...old(1), ...groupOf(0, { state: 'starting' })];
       const reverted = inputWith({ revision: 'old', wanted: 2, pods });
       expect(shortPlan(reverted)).toEqual(['deleteGroup chat-new-0']);
     });
 
-    it('that is reverted late takes draining old groups back first', () => {
+    it('resumes draining old groups first when reverted late', () => {
       const pods = [...old(0), ...groupOf(1, { revision: 'old', state: 'draining' }), ...groupOf(0)];
       const reverted = inputWith({ revision: 'old', wanted: 2, pods });
       expect(shortPlan(reverted)).toEqual(['resumeGroup chat-old-1']);
     });
 
-    it('whose groups cannot start leaves the old ones serving', () => {
+    it('leaves the old groups serving when the new ones cannot start', () => {
       const pods = [...old(0), ...old(1), ...groupOf(0, { state: 'starting' })];
       for (let nowMs = 0; nowMs < 3_600_000; nowMs += 600_000) {
         expect(shortPlan(inputWith({ wanted: 2, pods, nowMs }))).toEqual([]);
@@ -422,7 +422,7 @@ describe('planService', () => {
       metadata: { ...service.metadata, deletionTimestamp: '2026-01-01T00:00:00Z' },
     };
 
-    it('drains every group, and gives the finalizer back last', () => {
+    it('drains every group, and removes the finalizer last', () => {
       const pods = [...groupOf(0), ...groupOf(1, { state: 'starting' })];
       expect(shortPlan(inputWith({ service: deleted, wanted: 2, pods })).toSorted()).toEqual([
         'deleteGroup chat-new-1',
@@ -434,7 +434,7 @@ describe('planService', () => {
       ]);
     });
 
-    it('clears the marks of groups that are gone, and waits a minute for a catalogue that does not answer', () => {
+    it('clears the marks of deleted groups, and waits a minute for a catalogue that does not answer', () => {
       const marks = new Map([['chat-new-7', { sinceUnixMs: 0 }]]);
       const sinceMs = Date.parse('2026-01-01T00:00:00Z');
       const input = inputWith({ service: deleted, marks, ownsCatalogueEntry: 'unknown', nowMs: sinceMs });
@@ -445,13 +445,13 @@ describe('planService', () => {
       ]);
     });
 
-    it('leaves the catalogue alone where another service serves the model', () => {
+    it('leaves the catalogue unchanged if another service serves the model', () => {
       expect(shortPlan(inputWith({ service: deleted, ownsCatalogueEntry: false }))).toEqual([
         'removeFinalizer',
       ]);
     });
 
-    it('that is done is left alone', () => {
+    it('plans nothing once it is complete', () => {
       const gone = { ...deleted, metadata: { ...deleted.metadata, finalizers: [] } };
       expect(planService(inputWith({ service: gone })).actions).toEqual([]);
     });

@@ -49,13 +49,13 @@ describe('planPrepare', () => {
     expect(waiting).toMatchObject({ found: false, condition: { status: 'Unknown', reason: 'Preparing' } });
   });
 
-  it('says why the pod does not start', () => {
+  it('reports why the pod does not start', () => {
     const blocker = '0/1 nodes are available';
     const { condition, blocker: shown } = planPrepare(inputWith({ pods: [podOf({ blocker })] }));
     expect([condition.message, shown]).toEqual([blocker, blocker]);
   });
 
-  it('takes the pod away when the status says that it is done, not before', () => {
+  it('deletes the pod once the status records its result, not before', () => {
     const pods = [podOf({ phase: 'Succeeded' })];
     const done = planPrepare(inputWith({ pods }));
     expect(done).toMatchObject({ found: true, preparedModel: 'hash', actions: [] });
@@ -63,7 +63,7 @@ describe('planPrepare', () => {
     expect(planPrepare(inputWith({ preparedModel: 'hash' }))).toMatchObject({ found: true, actions: [] });
   });
 
-  it('tries a model that cannot be found again after five minutes, not in a loop', () => {
+  it('retries a model that was not found after five minutes, not in a loop', () => {
     let { memory } = planPrepare(inputWith({ pods: [notFound] }));
     for (let nowMs = 0; nowMs < 300_000; nowMs += 1_000) {
       const plan = planPrepare(inputWith({ pods: [notFound], memory, nowMs }));
@@ -80,7 +80,7 @@ describe('planPrepare', () => {
     expect(found.condition.reason).toBe('Prepared');
   });
 
-  it('tries it again at once when the spec changes', () => {
+  it('retries at once when the spec changes', () => {
     const { memory } = planPrepare(inputWith({ pods: [notFound] }));
     expect(kindsOf(inputWith({ pods: [notFound], memory, generation: 2, nowMs: 1 }))).toEqual([
       'deletePreparePod',
@@ -91,7 +91,7 @@ describe('planPrepare', () => {
     ]);
   });
 
-  it('tries everything else after 10 s, 20 s, 40 s', () => {
+  it('retries any other failure after 10 s, 20 s, 40 s', () => {
     let memory = noPreparation;
     let nowMs = 0;
     const waits: number[] = [];
@@ -112,13 +112,13 @@ describe('planPrepare', () => {
     expect(waits).toEqual([10, 20, 40]);
   });
 
-  it('goes by when the pod ended, so that a restart of the controller does not begin the wait anew', () => {
+  it('counts from the end of the pod, so that a controller restart does not restart the wait', () => {
     const pods = [{ ...notFound, failedMs: 100_000 }];
     expect(kindsOf(inputWith({ pods, nowMs: 399_999 }))).toEqual([]);
     expect(kindsOf(inputWith({ pods, nowMs: 400_000 }))).toEqual(['deletePreparePod']);
   });
 
-  it('publishes a prepared model again that the catalogue has lost, and lets groups be created meanwhile', () => {
+  it('publishes a prepared model again after the catalogue lost it, and permits new groups meanwhile', () => {
     const lost = { preparedModel: 'hash', published: false } as const;
     const first = planPrepare(inputWith(lost));
     expect(first.actions).toEqual([]);
@@ -129,12 +129,12 @@ describe('planPrepare', () => {
     expect(back.memory.unpublishedSinceMs).toBeUndefined();
   });
 
-  it('keeps groups from being created for a prepared model that cannot be found any more', () => {
+  it('blocks new groups for a prepared model that can no longer be found', () => {
     const plan = planPrepare(inputWith({ pods: [notFound], preparedModel: 'hash' }));
     expect(plan).toMatchObject({ found: false, condition: { status: 'False' }, preparedModel: 'hash' });
   });
 
-  it('does nothing for a service whose model another one serves, and for one that is deleted', () => {
+  it('starts nothing for a deleted service, or for one whose model another service serves', () => {
     const taken = planPrepare(inputWith({ nameTakenBy: 'older' }));
     expect(taken).toMatchObject({ found: false, actions: [], condition: { reason: 'NameTaken' } });
     expect(taken.blocker).toContain('older');

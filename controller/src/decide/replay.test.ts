@@ -12,18 +12,18 @@ function memoryOf({ burst, floor }: { readonly burst: number; readonly floor: nu
 }
 
 describe('planBacklog', () => {
-  it('keeps up with the rate and works off what is left when the groups are up', () => {
+  it('keeps up with the rate and works off the rest once the groups are up', () => {
     const plan = planBacklog({ waitingTokens: 150_000, rate: 2000, groupMs: 90_000 }, rule);
     expect(plan).toEqual({ groups: 4, left: 180_000, clearMs: 90_000 });
   });
 
-  it('does not take longer than three targets, however slowly groups start', () => {
+  it('allows at most three targets, however slowly groups start', () => {
     expect(
       planBacklog({ waitingTokens: 0, rate: 0, groupMs: 0 }, { ...rule, startUpMs: 600_000 }).clearMs,
     ).toBe(90_000);
   });
 
-  it('releases below the backlog that it orders at', () => {
+  it('releases groups only below the backlog at which it orders more', () => {
     expect(isBacklog(15_001, 1, rule)).toBe(true);
     expect(isBacklog(15_000, 1, rule)).toBe(false);
     expect(groupsToRelease(15_000, rule)).toBe(2);
@@ -32,13 +32,13 @@ describe('planBacklog', () => {
 });
 
 describe('groupsForRecent', () => {
-  it('holds what a steady load needs, however quickly groups start', () => {
+  it('keeps as many groups as a steady load needs, however quickly groups start', () => {
     for (const startUpMs of [5000, 60_000, 600_000]) {
       expect(groupsForRecent(memoryOf({ burst: 3.5, floor: 3.5 }), { ...rule, startUpMs })).toBe(4);
     }
   });
 
-  it('holds few for bursts where help comes within the target, and as many as they need alone where it does not', () => {
+  it('keeps few groups for bursts if others start within the target, else as many as a burst needs', () => {
     const bursts = memoryOf({ burst: 20, floor: 1 });
     const slow = groupsForRecent(bursts, { ...rule, startUpMs: 180_000 });
     const alone = groupsForRecent(bursts, { ...rule, startUpMs: 1e9 });
@@ -49,7 +49,7 @@ describe('groupsForRecent', () => {
     expect(quick).toBeGreaterThanOrEqual(3);
   });
 
-  it('is the most there may be where even those were late, and nothing where nothing arrived', () => {
+  it('returns the maximum if even that is too late, and zero if nothing arrived', () => {
     expect(
       groupsForRecent(memoryOf({ burst: 20, floor: 1 }), { ...rule, startUpMs: 180_000, maxGroups: 4 }),
     ).toBe(4);

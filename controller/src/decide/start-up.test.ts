@@ -22,7 +22,7 @@ function groupOf(uid: string, state: GroupState, fields: Partial<ReplicaGroup> =
 }
 
 describe('observeStartUps', () => {
-  it('measures from creation to ready, the latest most', () => {
+  it('measures from creation to ready, weighting the latest most', () => {
     let memory = observeStartUps(noStartUp, [groupOf('a', 'starting')], 1_000);
     memory = observeStartUps(memory, [groupOf('a', 'ready')], 40_000);
     expect(memory.startUpMs).toBe(40_000);
@@ -31,7 +31,7 @@ describe('observeStartUps', () => {
     expect(memory.startUpMs).toBe(30_000);
   });
 
-  it('does not measure groups that it has not seen start, nor those that could not be placed', () => {
+  it('skips groups whose start it has not seen, and those that could not be placed', () => {
     expect(observeStartUps(noStartUp, [groupOf('a', 'ready')], 9_000).startUpMs).toBeUndefined();
     let memory = observeStartUps(noStartUp, [groupOf('a', 'starting', { blocker: 'no room' })], 1_000);
     memory = observeStartUps(memory, [groupOf('a', 'ready')], 3_600_000);
@@ -40,7 +40,7 @@ describe('observeStartUps', () => {
 });
 
 describe('readyInMs', () => {
-  it('expects each group that starts at its time, and overdue ones at once', () => {
+  it('expects each starting group after its remaining time, and overdue ones at once', () => {
     const groups = [
       groupOf('a', 'starting', { createdMs: 0 }),
       groupOf('b', 'starting', { createdMs: 50_000 }),
@@ -49,7 +49,7 @@ describe('readyInMs', () => {
     expect(readyInMs(groups, 30_000, 60_000)).toEqual([0, 20_000]);
   });
 
-  it('does not wait for one that the dispatcher reaches already', () => {
+  it('does not wait for a group that the dispatcher already reaches', () => {
     const load = { routable: true, draining: false, inFlightRequests: 3, inFlightTokens: 300 };
     expect(readyInMs([groupOf('a', 'starting', { load })], 30_000, 10_000)).toEqual([]);
   });

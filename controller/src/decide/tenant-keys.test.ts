@@ -22,7 +22,7 @@ function fileOf(tenants: readonly Tenant[]): unknown {
 }
 
 describe('planTenantKeys', () => {
-  it('writes what gateways read, the same for the same tenants', () => {
+  it('writes the file that gateways read, the same for the same tenants', () => {
     const tenants = [tenantOf('team-b', { allowedModels: ['z', 'a'] }), tenantOf('team-a', {})];
     expect(fileOf(tenants)).toEqual({
       keys: [
@@ -39,7 +39,7 @@ describe('planTenantKeys', () => {
     });
   });
 
-  it('says what is missing, without a word of a key, and keeps the tenant its other keys', () => {
+  it("reports a missing key without quoting any key, and keeps the tenant's other keys", () => {
     const apiKeys = [
       { secretName: 'team-a' },
       { secretName: 'nowhere' },
@@ -56,7 +56,7 @@ describe('planTenantKeys', () => {
     expect(message).not.toContain('sk-not-a-hash');
   });
 
-  it('gives a key that two tenants claim to neither', () => {
+  it('assigns a key that two tenants claim to neither', () => {
     const shared = tenantOf('other', { apiKeys: [{ secretName: 'team-a' }] });
     const plan = planTenantKeys([tenantOf('team-a', {}), shared], secrets);
     expect(JSON.parse(plan.keysFile)).toEqual({ keys: [] });
@@ -64,7 +64,7 @@ describe('planTenantKeys', () => {
     expect(plan.ready.get('team-a')?.status).toBe('False');
   });
 
-  it('leaves out a tenant that is being deleted, and writes a file also for nobody', () => {
+  it('leaves out a tenant under deletion, and writes a file even without tenants', () => {
     const deleted = tenantOf('team-a', {}, { deletionTimestamp: '2026-01-01T00:00:00Z' });
     expect(fileOf([deleted])).toEqual({ keys: [] });
     expect(fileOf([])).toEqual({ keys: [] });

@@ -22,14 +22,14 @@ describe('ApiClock', () => {
     vi.useRealTimers();
   });
 
-  it('is this machine’s time until the server has answered, or where it gives no date', () => {
+  it('returns this machine’s time until the server has answered, or if it sends no date', () => {
     const clock = new ApiClock();
     clock.observe(undefined, 0, 1);
     clock.observe('yesterday', 0, 1);
     expect(Math.abs(clock.nowMs() - Date.now())).toBeLessThan(1);
   });
 
-  it('is the server’s time, within a second after one answer and closer after many', () => {
+  it('returns the server’s time, within a second after one answer and closer after many', () => {
     fc.assert(
       fc.property(
         fc.integer({ min: -10 * minuteMs, max: 10 * minuteMs }),
@@ -51,7 +51,7 @@ describe('ApiClock', () => {
     );
   });
 
-  it('does not notice that this machine’s clock is set', () => {
+  it('is unaffected when this machine’s clock is set', () => {
     const clock = new ApiClock();
     ask(clock, 0);
     const beforeMs = clock.nowMs();

@@ -10,7 +10,7 @@ const pod = (value: string) => ({
 });
 
 describe('redactStatus', () => {
-  it('withholds all that is said of a Secret, and keeps the code and the reason', () => {
+  it('withholds every text about a Secret, and keeps the code and the reason', () => {
     const body = { kind: 'Secret', data: { 'keys.json': 'bWFya2Vy' } };
     const status = {
       code: 422,
@@ -31,14 +31,14 @@ describe('redactStatus', () => {
     );
   });
 
-  it('keeps short values, and values that are names of the object too', () => {
+  it('keeps short values, and values that are also names in the object', () => {
     const status = { code: 403, message: 'pod chat-3fe2-0 of 4 ranks is forbidden' };
     for (const value of ['4', 'chat-3fe2-0', '']) {
       expect(redactStatus(status, { body: pod(value), credentials: [] })).toEqual(status);
     }
   });
 
-  it('blanks out any value of a variable', () => {
+  it('blanks out the value of any variable', () => {
     const quoted = fc.string({ minLength: 8, unit: 'binary' });
     fc.assert(
       fc.property(quoted, fc.string(), (value, around) => {

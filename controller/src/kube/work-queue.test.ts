@@ -38,7 +38,7 @@ describe('WorkQueue', () => {
     expect(keysOf(await takeAll(queue))).toEqual(['a', 'b', 'c']);
   });
 
-  it('does not hand out a key in work; added meanwhile it comes once more after', async () => {
+  it('does not hand out a key in progress; hands it out once more afterwards if it was added meanwhile', async () => {
     const queue = createQueue();
     queue.add('a');
     const [first] = await takeAll(queue);
@@ -49,7 +49,7 @@ describe('WorkQueue', () => {
     expect(keysOf(await takeAll(queue))).toEqual(['a']);
   });
 
-  it('brings a failed key back later and later, up to the limit, and at once again after it was done', async () => {
+  it('retries a failed key with growing delays up to the limit, and resets the delay after a success', async () => {
     const queue = createQueue();
     queue.add('a');
     const delaysMs: number[] = [];
@@ -68,7 +68,7 @@ describe('WorkQueue', () => {
     expect((await queue.take(forever)).failed()).toBe(10);
   });
 
-  it('counts of two delays the earlier, in whichever order they come', async () => {
+  it('uses the earlier of two delays, in any order', async () => {
     const queue = createQueue();
     queue.addAfter('a', 100);
     queue.addAfter('a', 50);
@@ -79,7 +79,7 @@ describe('WorkQueue', () => {
     expect(queue.length).toBe(0);
   });
 
-  it('lets a key that failed be added at once by someone else', async () => {
+  it('hands out a failed key at once when it is added again', async () => {
     const queue = createQueue();
     queue.add('a');
     (await queue.take(forever)).failed();
@@ -87,14 +87,14 @@ describe('WorkQueue', () => {
     expect(queue.length).toBe(1);
   });
 
-  it('says how long a key waited', async () => {
+  it('reports how long a key waited', async () => {
     const queue = createQueue();
     queue.add('a');
     vi.advanceTimersByTime(30);
     expect((await queue.take(forever)).waitedMs).toBe(30);
   });
 
-  it('wakes one taker a key, and lets takers go on an abort and on close', async () => {
+  it('wakes one taker per key, and releases takers on abort and on close', async () => {
     const queue = createQueue();
     const leaving = new AbortController();
     const left = queue.take(leaving.signal);
@@ -115,7 +115,7 @@ describe('WorkQueue', () => {
     expect(vi.getTimerCount()).toBe(0);
   });
 
-  it('passes a key on where the taker that was woken for it leaves in the same moment', async () => {
+  it('passes a key on if the taker woken for it aborts at the same moment', async () => {
     const queue = createQueue();
     const leaving = new AbortController();
     const left = queue.take(leaving.signal);
@@ -141,7 +141,7 @@ describe('WorkQueue', () => {
     expect(queue.length).toBe(1);
   });
 
-  it('loses no key and hands none out twice at once, under any mix of takers, failures and additions', async () => {
+  it('never loses a key or hands it out twice at once, under any mix of takers, failures and additions', async () => {
     const step = fc.record({
       act: fc.constantFrom('add', 'addAfter', 'take', 'done', 'failed', 'advance'),
       key: fc.constantFrom('a', 'b', 'c', 'd'),

@@ -41,7 +41,7 @@ function read(pod: ApiPod, before?: Failure): ReturnType<typeof observePod> {
 }
 
 describe('observePod', () => {
-  it('reads what the labels say, and the gate', () => {
+  it('reads the labels and the readiness gate', () => {
     const pod = rankPod({
       phase: 'Running',
       conditions: [
@@ -70,14 +70,14 @@ describe('observePod', () => {
     });
   });
 
-  it('knows no pod without the labels of a group', () => {
+  it('ignores a pod without the labels of a group', () => {
     expect(read(rankPod({}, { labels: {} }))).toBeUndefined();
     expect(read(rankPod({}, { labels: { ...rankPod({}).metadata.labels, [labels.rank]: 'x' } }))).toBe(
       undefined,
     );
   });
 
-  it('takes a pod for over when one of its ranks is, whatever the others do', () => {
+  it('counts a pod as ended when one of its ranks has ended, whatever the others do', () => {
     const crashed = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 137, 1)] });
     expect(read(crashed)?.phase).toBe('Failed');
     const left = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 0, 1)] });
@@ -112,11 +112,11 @@ describe('observePod', () => {
       'Evicted: The node was low on resource: memory.',
     ],
   ];
-  it.each(words)('hears %s', (_what, status, failure) => {
+  it.each(words)('reports the failure of %s', (_what, status, failure) => {
     expect(read(rankPod(status))).toMatchObject({ phase: 'Failed', failure });
   });
 
-  it('does not take for a failure what ends because the pod is deleted, whatever the clocks say', () => {
+  it('does not count an exit caused by the deletion of the pod as a failure, even if clocks differ', () => {
     const deletion = { deletionTimestamp: '2026-01-01T00:01:30Z' };
     const killed = rankPod({ phase: 'Failed', containerStatuses: [ended('rank-0', 137, 20)] }, deletion);
     expect(read(killed)).toMatchObject({ phase: 'Succeeded', failure: undefined, deleting: true });
@@ -125,7 +125,7 @@ describe('observePod', () => {
     expect(read(killed, crash)).toMatchObject({ phase: 'Failed', failure: crash.words, failedMs: 3 });
   });
 
-  it('knows when it first saw a failure', () => {
+  it('remembers when it first saw a failure', () => {
     const crashed = rankPod({ phase: 'Running', containerStatuses: [running, ended('rank-1', 137, 1)] });
     const first = observeFailure(crashed, undefined, 7);
     expect(observeFailure(crashed, first, 9)).toMatchObject({ seenMs: 7 });
@@ -166,13 +166,13 @@ describe('observePod', () => {
       undefined,
     ],
   ];
-  it.each(blockers)('asks %s why a pod does not start', (_what, status, blocker) => {
+  it.each(blockers)('reads from %s why a pod does not start', (_what, status, blocker) => {
     expect(read(rankPod(status))?.blocker).toBe(blocker);
   });
 });
 
 describe('observePreparePod', () => {
-  it('reads how it ended', () => {
+  it('reads the outcome of the pod', () => {
     const pod: ApiPod = {
       metadata: { name: 'chat-cafe0123-prepare', uid: 'u', labels: { [prepareLabels.hash]: 'cafe0123' } },
       status: {
@@ -221,7 +221,7 @@ describe('observeLoads', () => {
     ],
   };
 
-  it('believes a dispatcher that has just taken over what it reaches, and later also what it does not', () => {
+  it('trusts a new dispatcher on reachable groups at once, and on unreachable ones only later', () => {
     const sight = { state, receivedMs: 20_000, dispatcherSinceMs: 18_000 };
     const early = observeLoads(sight, 20_000);
     expect([[...early.loads.keys()], early.loadsComplete]).toEqual([['reached'], false]);
@@ -229,7 +229,7 @@ describe('observeLoads', () => {
     expect([[...late.loads.keys()], late.loadsComplete]).toEqual([['reached', 'lost'], true]);
   });
 
-  it('says which groups are waited for: requests wait for their like alone, and those are full', () => {
+  it('marks the groups that requests wait for: only if all groups of that identity are full', () => {
     const waitedFor = (more: Partial<QueueState>): (boolean | undefined)[] => {
       const sight = { state: { ...state, ...more }, receivedMs: 0, dispatcherSinceMs: -10_000 };
       return [...observeLoads(sight, 0).loads.values()].map((load) => load.waitedFor);
@@ -248,7 +248,7 @@ describe('observeLoads', () => {
     ]);
   });
 
-  it('knows nothing from an old state, which is not that nothing is routable', () => {
+  it('treats an old state as unknown, not as one without routable groups', () => {
     const old = observeLoads({ state, receivedMs: 0, dispatcherSinceMs: 0 }, 5_001);
     expect([old.loads.size, old.loadsComplete]).toEqual([0, false]);
   });

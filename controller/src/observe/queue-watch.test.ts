@@ -71,7 +71,7 @@ describe('QueueWatch', () => {
     return reading === 'unknown' ? reading : reading.waitingRequests;
   };
 
-  it('knows nothing before a dispatcher has spoken, and nothing of a model that it does not follow', () => {
+  it('reports nothing before the first state from a dispatcher, nor for a model that it does not follow', () => {
     expect(waiting()).toBe('unknown');
     expect(watch.observe('other', performance.now())).toMatchObject({
       queue: 'unknown',
@@ -79,7 +79,7 @@ describe('QueueWatch', () => {
     });
   });
 
-  it('shows a burst as a whole: what was there before it until it has gone on for a moment', async () => {
+  it('shows a burst as a whole: keeps the previous state for a moment while it arrives', async () => {
     queue.queueStates.publish(stateWith({}));
     await sleep(20);
     changes = [];
@@ -95,7 +95,7 @@ describe('QueueWatch', () => {
     expect(changes).toEqual([model]);
   });
 
-  it('shows the burst that the first state begins with', async () => {
+  it('shows a burst that is already under way in the first state', async () => {
     queue.queueStates.publish(stateWith({ waitingRequests: 40, waitingTokens: 4000 }));
     await sleep(50);
     expect(waiting()).toBe(0);
@@ -103,7 +103,7 @@ describe('QueueWatch', () => {
     expect(waiting()).toBe(40);
   });
 
-  it('tells at once of a group that is reached, and forgets what it heard after five seconds', async () => {
+  it('reports a newly reachable group at once, and drops a state after five seconds', async () => {
     queue.queueStates.publish(stateWith({}));
     await sleep(20);
     changes = [];
@@ -128,7 +128,7 @@ describe('QueueWatch', () => {
     });
   });
 
-  it('does not listen to a dispatcher that has lost its lease', async () => {
+  it('ignores a dispatcher that has lost its lease', async () => {
     queue.queueStates.publish(stateWith({ dispatcherEpoch: 2, runningRequests: 5 }));
     queue.queueStates.publish(stateWith({ dispatcherEpoch: 1, runningRequests: 9 }));
     await sleep(20);
@@ -136,7 +136,7 @@ describe('QueueWatch', () => {
     expect(reading).toMatchObject({ inFlightRequests: 5, countersEpoch: 2 });
   });
 
-  it('follows marks and the catalogue, and forgets a model that is not served any more', async () => {
+  it('follows drain marks and the catalogue, and forgets a model that is no longer served', async () => {
     await queue.drainMarks.mark(model, 'chat-new-0', { sinceUnixMs: 5 });
     await sleep(20);
     const seen = watch.observe(model, performance.now());

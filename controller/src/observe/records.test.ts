@@ -45,8 +45,8 @@ const rankLabels = {
   [labels.groupPods]: '1',
 };
 
-describe('a pod that waits for its volumes', () => {
-  it('is blocked after a minute, and says where to look', () => {
+describe('a pod waiting for its volumes', () => {
+  it('counts as blocked after a minute, with a hint where to look', () => {
     const first = readPod(placed(rankLabels, 'False'), undefined, sinceMs);
     const record = readPod(placed(rankLabels, 'False'), first, sinceMs + 30_000);
     expect(podAt(record, sinceMs + 59_000).rank?.blocker).toBe(undefined);
@@ -56,7 +56,7 @@ describe('a pod that waits for its volumes', () => {
     );
   });
 
-  it('is blocked where it prepares a model, too', () => {
+  it('counts as blocked while it prepares a model, too', () => {
     const record = readPod(
       placed({ [prepareLabels.service]: 'chat', [prepareLabels.hash]: 'cafe' }, 'False'),
       undefined,
@@ -68,7 +68,7 @@ describe('a pod that waits for its volumes', () => {
     });
   });
 
-  it('is not blocked by that once it has them', () => {
+  it('no longer counts as blocked once they are mounted', () => {
     const first = readPod(placed(rankLabels, 'False'), undefined, sinceMs);
     const record = readPod(placed(rankLabels, 'True'), first, sinceMs + 30_000);
     expect(podAt(record, sinceMs + 600_000).rank?.blocker).toBe(undefined);

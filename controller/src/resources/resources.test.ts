@@ -38,7 +38,7 @@ describe('parseModelService', () => {
     });
   });
 
-  it.each(acceptedSpecs)('takes %s', (_name, spec) => {
+  it.each(acceptedSpecs)('accepts %s', (_name, spec) => {
     expect(() => parseModelService(serviceWith(spec))).not.toThrow();
   });
 
@@ -46,7 +46,7 @@ describe('parseModelService', () => {
     expect(() => parseModelService(serviceWith(spec))).toThrow(ourWords(words));
   });
 
-  it('refuses a name that pods could not be named after', () => {
+  it('refuses a name too long for the names of its pods', () => {
     expect(() => parseModelService(serviceWith({}, { name: 'a'.repeat(41) }))).toThrow('metadata.name');
   });
 
@@ -67,7 +67,7 @@ describe('parseTenant', () => {
     });
   });
 
-  it.each(acceptedTenants)('takes %s', (_name, spec) => {
+  it.each(acceptedTenants)('accepts %s', (_name, spec) => {
     expect(() => parseTenant({ metadata, spec })).not.toThrow();
   });
 
@@ -86,7 +86,7 @@ describe('revisionOf', () => {
   };
   const spec = parseModelService(serviceWith({})).spec;
 
-  it('changes with what shapes the pods', () => {
+  it('changes with every field that shapes the pods', () => {
     expect(revisionOf(spec, worker)).toMatch(/^[0-9a-f]{8}$/);
     expect(revisionOf({ ...spec, tensorParallel: 2 }, worker)).not.toBe(revisionOf(spec, worker));
     expect(revisionOf({ ...spec, template: { ...spec.template, image: 'worker:2' } }, worker)).not.toBe(
@@ -97,7 +97,7 @@ describe('revisionOf', () => {
     expect(revisionOf(given, { ...worker, image: 'worker:2' })).toBe(revisionOf(given, worker));
   });
 
-  it('does not change with how many there are, nor with the order of fields', () => {
+  it('does not change with the number of pods or the order of fields', () => {
     const scaled = { ...spec, scaling: { ...spec.scaling, max: 9 }, drainSeconds: 5 };
     expect(revisionOf(scaled, worker)).toBe(revisionOf(spec, worker));
     const reordered = Object.fromEntries(Object.entries(spec).toReversed()) as typeof spec;
@@ -106,7 +106,7 @@ describe('revisionOf', () => {
 });
 
 describe('generateCrds', () => {
-  it('gives what is committed, and nothing else is', () => {
+  it('returns exactly the committed files', () => {
     const generated = generateCrds();
     expect(readdirSync(crdDirectory).toSorted()).toEqual([...generated.keys()].toSorted());
     for (const [name, content] of generated) {
