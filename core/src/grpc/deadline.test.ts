@@ -54,7 +54,7 @@ const request = CountTokensRequest.fromPartial({});
 
 describe('a deadline', () => {
   it.each([24, 24.8, 24.855, 24.86, 25, 30, 49.7, 49.72, 365, 3_653])(
-    'of %d days lasts so long',
+    'of %d days is honoured in full',
     async (days) => {
       const call = callUnary(client, InferenceServiceService.countTokens, {
         request,
@@ -73,7 +73,7 @@ describe('a deadline', () => {
   });
 
   it.each(['100m', '100000u', '99999999n', '1S', '0S', '0n'])(
-    'that a client says as %s, and does not watch itself, ends the call for both sides',
+    'sent as %s, by a client without its own timer, ends the call for both sides',
     async (timeout) => {
       reason = 'never asked';
       expect(await rawStatus(timeout)).toEqual(['4', 'the deadline passed']);
@@ -82,12 +82,12 @@ describe('a deadline', () => {
     },
   );
 
-  it('that nobody set is infinite', async () => {
+  it('is infinite when not set', async () => {
     await callUnary(client, InferenceServiceService.countTokens, { request });
     expect(leftMs).toBe(Number.POSITIVE_INFINITY);
   });
 
-  it('of the most that the header can say, eleven thousand years, counts', async () => {
+  it('is honoured up to the most that the header can hold, eleven thousand years', async () => {
     expect(await rawStatus('99999999H')).toEqual(['0', 'OK']);
     expect(leftMs / dayMs / 365).toBeGreaterThan(11_000);
   });

@@ -168,7 +168,7 @@ describe('a stream', () => {
     expect(await endOf(late)).toBe(`reset ${constants.NGHTTP2_ENHANCE_YOUR_CALM}`);
   });
 
-  it('is served, also on a connection with refused neighbours', async () => {
+  it('is served even on a connection with refused streams', async () => {
     const server = await serve();
     const session = open(server);
     await endOf(begin(session, { authorization: 'bad' }));
@@ -196,13 +196,13 @@ describe('a body', () => {
     expect(server.gateCounts()?.unansweredBytes).toBe(0);
   });
 
-  it('that is not complete in time is refused', async () => {
+  it('is refused if it is not complete in time', async () => {
     const stream = begin(open(await serve({ bodyTimeoutMs: 100 })));
     stream.write(message(1_000, { sent: 10 }));
     expect(await endOf(stream)).toBe(String(grpc.status.DEADLINE_EXCEEDED));
   });
 
-  it('of whichever is largest ends where all together are too many, not the newest', async () => {
+  it('is refused if it is the largest, not the newest, when all together exceed the limit', async () => {
     const server = await serve();
     const session = open(server);
     const ends: Promise<string>[] = [];
@@ -229,7 +229,7 @@ describe('a body', () => {
     ['gzip', Buffer.from('not gzip'), String(grpc.status.INVALID_ARGUMENT)],
     ['gzip', gzipSync(Buffer.alloc(maxReceiveBytes)), exhausted],
     ['gzip', gzipSync(randomBytes(maxReceiveBytes + 1)).subarray(0, -1), exhausted],
-  ])('in %s ends as it must (%#)', async (encoding, bytes, end) => {
+  ])('in %s ends with the right status (%#)', async (encoding, bytes, end) => {
     const server = await serve();
     unanswered.resolve();
     const stream = begin(open(server), { 'grpc-encoding': encoding });
@@ -238,7 +238,7 @@ describe('a body', () => {
     await vi.waitFor(() => expect(server.gateCounts()?.unansweredBytes).toBe(0), patience);
   });
 
-  it('of a megabyte and many like it arrive whole, in turns', async () => {
+  it('of a megabyte arrives whole beside many like it, in turns', async () => {
     const server = await serve({ maxUnansweredBytes: 100 * maxReceiveBytes });
     const request = GenerateRequest.fromPartial({ input: { $case: 'prompt', value: 'x'.repeat(1_000_000) } });
     const body = GenerateRequest.encode(request).finish();
@@ -253,7 +253,7 @@ describe('a body', () => {
     expect(new Set(await Promise.all(ends))).toEqual(new Set(['0']));
   });
 
-  it('that is compressed counts as what it may become', async () => {
+  it('counts at its possible decompressed size', async () => {
     const server = await serve({ maxUnansweredBytes: maxReceiveBytes + 10_000 });
     const bomb = gzipSync(Buffer.concat([Buffer.alloc(maxReceiveBytes / 2), randomBytes(20_000)]));
     const session = open(server);
@@ -266,7 +266,7 @@ describe('a body', () => {
     expect(server.gateCounts()?.unansweredBytes).toBeLessThanOrEqual(maxReceiveBytes + 10_000);
   });
 
-  it('of a question to health is a name, and nobody needs a key for it', async () => {
+  it('of a health check is limited to a name, and needs no key', async () => {
     const server = await serve();
     const stream = begin(open(server), { ':path': HealthService.check.path, authorization: '' });
     stream.write(message(5_000));
@@ -293,7 +293,7 @@ describe('a body', () => {
 });
 
 describe('wrong keys', () => {
-  it('are answered slowly after some, and end a connection that does nothing else', async () => {
+  it('are answered slowly after a few, and end a connection that sends nothing else', async () => {
     const session = open(await serve());
     const ends = new Map<string, number>();
     for (let batch = 0; batch < 30 && !session.closed; batch += 1) {
@@ -308,7 +308,7 @@ describe('wrong keys', () => {
 });
 
 describe('connections', () => {
-  it('are forgotten once they are gone, whatever was left unread', async () => {
+  it('are forgotten once they are closed, even with unread data', async () => {
     const server = await serve();
     for (let time = 0; time < 4; time += 1) {
       const session = open(server);
@@ -335,7 +335,7 @@ describe('connections', () => {
     );
   });
 
-  it('beyond the limit of a peer take the place of the oldest that proved nothing', async () => {
+  it('beyond the limit of a peer replace its oldest unproven ones', async () => {
     const server = await serve();
     const proven = open(server);
     const stream = begin(proven);

@@ -3,7 +3,7 @@ import { expect, it } from 'vitest';
 import { lostAfterLooks, PeerWatch } from './keepalive.ts';
 
 it.each(['server', 'client'] as const)(
-  'calls a %s lost at the last of many silent looks, and heard at the first byte',
+  'reports a %s as lost at the last of many silent checks, and as heard at the first byte',
   (peer) => {
     const watch = new PeerWatch(100, peer);
     const looks = Array.from({ length: lostAfterLooks[peer] }, () => watch.look(100));

@@ -33,7 +33,7 @@ async function openPair(): Promise<{ client: Socket; socket: Socket; paced: Pace
 }
 
 describe('PacedSocket', () => {
-  it('passes on all bytes in order, so many a turn', async () => {
+  it('passes on all bytes in order, a limited number per turn', async () => {
     const turnBytes = fc.integer({ min: 1_000, max: 64_000 });
     const sizes = fc.array(fc.integer({ min: 1, max: 300_000 }), { minLength: 1, maxLength: 5 });
     await fc.assert(
@@ -68,7 +68,7 @@ describe('PacedSocket', () => {
     );
   });
 
-  it('passes on nothing more once it may not', async () => {
+  it('passes on nothing more once its allowance is zero', async () => {
     const { client, paced } = await openPair();
     client.on('error', () => undefined);
     let left = 3;
@@ -86,7 +86,7 @@ describe('PacedSocket', () => {
     await vi.waitFor(() => expect(client.destroyed).toBe(true), patience);
   });
 
-  it('reads no more than its reader takes', async () => {
+  it('reads no more than its reader consumes', async () => {
     const { client, socket, paced } = await openPair();
     client.write(Buffer.alloc(16 * 2 ** 20));
     paced.read(0);

@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { Allowance, PeerAllowances, peerOf } from './peers.ts';
 
 describe('Allowance', () => {
-  it('gives its burst at once, and from then on its rate', () => {
+  it('grants its burst at once, and its rate from then on', () => {
     const allowance = new Allowance({ burst: 3, perSecond: 2 }, 0);
     expect([0, 0, 0, 0, 400, 500, 900, 1_000].map((nowMs) => allowance.take(nowMs))).toEqual([
       true,
@@ -18,7 +18,7 @@ describe('Allowance', () => {
     ]);
   });
 
-  it('never gives more than burst and rate, whatever the times', () => {
+  it('never grants more than burst and rate, at any times', () => {
     fc.assert(
       fc.property(fc.array(fc.nat(5_000), { maxLength: 200 }), (waits) => {
         const allowance = new Allowance({ burst: 10, perSecond: 5 }, 0);
@@ -35,7 +35,7 @@ describe('Allowance', () => {
 });
 
 describe('PeerAllowances', () => {
-  it('tells peers apart, and forgets those that were silent for longest', () => {
+  it('keeps an allowance per peer, and forgets the peers that were silent for longest', () => {
     const peers = new PeerAllowances({ burst: 1, perSecond: 0 }, 2);
     expect(peers.take('a', 0)).toBe(true);
     expect(peers.take('b', 0)).toBe(true);

@@ -90,7 +90,7 @@ describe('a call', () => {
     await expect(call).rejects.toMatchObject({ code: 'resource_exhausted', detail: { retryAfterMs: 250 } });
   });
 
-  it('of a stream ends with the error thrown after some messages', async () => {
+  it('ends with the error that a stream throws after some messages', async () => {
     const client = await serve(async (_request, _context, write) => {
       await write(delta(0));
       throw new ClusterError('aborted', 'lost');
@@ -128,7 +128,7 @@ describe('a call', () => {
     await vi.waitFor(() => expect(ended).toEqual(['canceled', 'canceled', 'deadline_exceeded']), 30_000);
   });
 
-  it('over the size limit is refused', async () => {
+  it('is refused over the size limit', async () => {
     const client = await serve(endless, 1_000);
     const request = GenerateRequest.fromPartial({ input: { $case: 'prompt', value: 'x'.repeat(2_000) } });
     const stream = callServerStream(client, InferenceServiceService.generate, { request });
@@ -150,7 +150,7 @@ describe('a call', () => {
 });
 
 describe('startGrpcServer', () => {
-  it('says when an address is taken', async () => {
+  it('reports an address in use', async () => {
     await serve(endless);
     const [server] = servers;
     const again = startGrpcServer({ listenAddress: server?.address ?? '', services: [], maxReceiveBytes: 1 });
@@ -174,7 +174,7 @@ describe('startGrpcServer', () => {
     await expect(rest).rejects.toBeInstanceOf(ClusterError);
   });
 
-  it('answers health checks and tells watchers of changes', async () => {
+  it('answers health checks and notifies watchers of changes', async () => {
     await serve(endless);
     const [server] = servers;
     const client = new HealthClient(server?.address ?? '', grpc.credentials.createInsecure());
@@ -236,7 +236,7 @@ describe('startGrpcServer', () => {
 });
 
 describe('keep-alive pings', () => {
-  it('end no call of a process whose turns take longer than an answer may', async () => {
+  it('end no call of a process whose event loop blocks for longer than the ping time-out', async () => {
     const release = Promise.withResolvers<void>();
     const client = await serve(async (_request, _context, write) => {
       await write(delta(0));
@@ -266,7 +266,7 @@ describe('keep-alive pings', () => {
 });
 
 describe('a server that asks its clients to go away', () => {
-  it('finishes their calls, whatever pings they send meanwhile, and takes the next ones over new connections', async () => {
+  it('finishes their calls, whatever pings they send, and accepts the next over new connections', async () => {
     const release = Promise.withResolvers<void>();
     const client = await serve(async (_request, _context, write) => {
       await write(delta(0));
@@ -304,7 +304,7 @@ describe('a server that asks its clients to go away', () => {
     await Promise.all([begun.return(undefined), late.return(undefined)]);
   });
 
-  it('keeps a draining session of its own from failing its pings, on both sides', async () => {
+  it('keeps a draining session from failing its own pings, on both sides', async () => {
     keepLivingCalls();
     const sessions: ServerHttp2Session[] = [];
     const server = createServer();

@@ -11,13 +11,13 @@ function asServiceError(error: unknown): Error {
 }
 
 describe('statusFromError and errorFromStatus', () => {
-  it.each(Object.keys(errorTable) as ErrorCode[])('carry %s there and back', (code) => {
+  it.each(Object.keys(errorTable) as ErrorCode[])('convert %s there and back', (code) => {
     const error = errorFromStatus(asServiceError(new ClusterError(code, 'the text')));
     expect(error.code).toBe(code);
     expect(error.message === 'the text').toBe(errorTable[code].textLeaves);
   });
 
-  it('carry violations and the retry hint', () => {
+  it('keep violations and the retry hint', () => {
     const detail = {
       fieldViolations: [{ field: 'sampling.top_p', description: 'must be above 0' }],
       retryAfterMs: 1_500,
@@ -26,7 +26,7 @@ describe('statusFromError and errorFromStatus', () => {
     expect(error.detail).toEqual(detail);
   });
 
-  it('withhold the text and the details of what is our fault', () => {
+  it('withhold the text and the details of internal errors', () => {
     const detail = { fieldViolations: [{ field: 'secret', description: 'secret' }] };
     const status = statusFromError(new ClusterError('internal', 'secret', { detail }));
     expect(status.code).toBe(grpc.status.INTERNAL);
@@ -36,7 +36,7 @@ describe('statusFromError and errorFromStatus', () => {
     );
   });
 
-  it('take a status that is not of our set as internal, and other errors as they are', () => {
+  it('map an unknown status to internal, and other errors by their type', () => {
     const unknown = Object.assign(new Error('2 UNKNOWN'), {
       code: 2,
       details: 'what',
@@ -46,7 +46,7 @@ describe('statusFromError and errorFromStatus', () => {
     expect(errorFromStatus(new DOMException('gone', 'AbortError'))).toMatchObject({ code: 'canceled' });
   });
 
-  it('keep a status small, whatever the error holds, and count what is left out', () => {
+  it('keep a status small, however large the error, and count the omitted parts', () => {
     const texts = fc.oneof(
       fc.string({ unit: 'binary', maxLength: 5_000 }),
       fc.constant('\ud800'.repeat(2_000)),

@@ -166,7 +166,7 @@ describe('assertWithinLimits', () => {
     expect(problemOf(message, limits)).toBe(problem);
   });
 
-  it('never counts less than the decoder makes', () => {
+  it('never counts fewer values than the decoder creates', () => {
     const limits = { 1: { name: 'ids', maxCount: 5, packed: true } } as const;
     const piece = fc.oneof(
       fc.array(fc.nat(2 ** 32 - 1), { maxLength: 4 }).map((ids) => ({ packed: true, ids })),
@@ -233,7 +233,7 @@ describe('strictDeserializer, fuzzed', () => {
     );
   });
 
-  it('gives a request or one coded refusal for any bytes, and what it gives is within the limits', () => {
+  it('returns a request within the limits or throws one coded error, for any bytes', () => {
     const changes = fc.array(fc.tuple(fc.nat(), fc.nat(255)), { maxLength: 8 });
     const changed = fc.tuple(encoded, changes).map(([bytes, places]) => {
       const copy = Uint8Array.from(bytes);

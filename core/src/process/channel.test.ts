@@ -11,7 +11,7 @@ async function all<T>(values: AsyncIterable<T>): Promise<T[]> {
 }
 
 describe('Channel', () => {
-  it('gives what was pushed before and while it is read, in order, and ends when closed', async () => {
+  it('yields items pushed before and during reading, in order, and ends when closed', async () => {
     const channel = new Channel<number>();
     channel.push(1);
     const reading = all(channel);
@@ -24,7 +24,7 @@ describe('Channel', () => {
     expect(channel.pending).toBe(0);
   });
 
-  it('gives what is left, then the error it failed with', async () => {
+  it('yields the remaining items, then throws the error it failed with', async () => {
     const channel = new Channel<number>();
     channel.push(1);
     channel.fail(new Error('broken'));
@@ -33,7 +33,7 @@ describe('Channel', () => {
     await expect(iterator.next()).rejects.toThrow('broken');
   });
 
-  it('keeps nothing once its reader has left', async () => {
+  it('keeps no items once its reader has left', async () => {
     const channel = new Channel<number>();
     channel.push(1);
     channel.push(2);
@@ -46,7 +46,7 @@ describe('Channel', () => {
 });
 
 describe('channelUntil', () => {
-  it('ends with its signal, also where that has fired already', async () => {
+  it('ends with its signal, even if that has already fired', async () => {
     const stop = new AbortController();
     const reading = all(channelUntil<number>(stop.signal));
     stop.abort();

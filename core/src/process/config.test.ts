@@ -72,17 +72,17 @@ describe('parseConfig', () => {
     ]);
   });
 
-  it('checks across fields once each is right', () => {
+  it('checks rules across fields once each field is valid', () => {
     expect(problemsOf({ MIMO_TEST_CACHE: '1', MIMO_TEST_GRACE: '2m' })).toEqual([
       'MIMO_TEST_GRACE must be at most 60s',
     ]);
   });
 
-  it('takes an empty variable as one that is not set', () => {
+  it('treats an empty variable as unset', () => {
     expect(problemsOf({ MIMO_TEST_CACHE: '1', MIMO_TEST_GRACE: '' })).toEqual([]);
   });
 
-  it('passes over what Kubernetes injects for a Service named like the process', () => {
+  it('ignores variables that Kubernetes injects for a Service named like the process', () => {
     const injected = {
       MIMO_TEST_SERVICE_HOST: '10.0.0.1',
       MIMO_TEST_SERVICE_PORT: '50051',
@@ -110,7 +110,7 @@ describe('parseConfig', () => {
 });
 
 describe('natsServersSetting', () => {
-  it('prints the servers without what they are told', () => {
+  it('prints the servers without their credentials', () => {
     const table = { servers: natsServersSetting('X') };
     const { servers } = parseConfig(
       { prefix: 'X', settings: table },

@@ -25,7 +25,7 @@ describe('withFileLock', () => {
     rmSync(directory, { recursive: true });
   });
 
-  it('runs one action at a time, gives its result and leaves nothing behind', async () => {
+  it('runs one action at a time, returns its result and leaves nothing behind', async () => {
     let inside = 0;
     let most = 0;
     const action = async (): Promise<number> => {
@@ -42,13 +42,13 @@ describe('withFileLock', () => {
     expect(readdirSync(directory)).toEqual([]);
   });
 
-  it('lets go when the action throws', async () => {
+  it('releases the lock when the action throws', async () => {
     const lock = join(directory, 'lock');
     await expect(withFileLock(lock, () => Promise.reject(new Error('no')), signal)).rejects.toThrow('no');
     expect(await withFileLock(lock, () => Promise.resolve('yes'), signal)).toBe('yes');
   });
 
-  it('takes over from a process of this machine that died', async () => {
+  it('takes over from a dead process of this machine', async () => {
     const lock = join(directory, 'lock');
     mkdirSync(lock);
     const link = '/proc/self/ns/pid';
@@ -67,7 +67,7 @@ describe('withFileLock', () => {
     expect(readdirSync(directory)).toEqual([]);
   });
 
-  it('waits for a holder that it cannot ask, and gives up when the signal fires', async () => {
+  it('waits for a holder that it cannot check, and gives up when the signal fires', async () => {
     const lock = join(directory, 'lock');
     mkdirSync(lock);
     // The first process of another container, on a machine whose clock is a day late.
@@ -87,7 +87,7 @@ describe('HolderWatch', () => {
   const self = { host: 'here', pidNamespace: 'pid:[1]', pid: process.pid, id: 'self' };
   const elsewhere = { ...self, host: 'there', id: 'a' };
 
-  it('asks a neighbour', () => {
+  it('checks a holder on the same machine directly', () => {
     const watch = new HolderWatch(self);
     expect(watch.isDead({ ...self, id: 'a' }, 0, 0)).toBe(false);
     expect(watch.isDead({ ...self, id: 'a', pid: 999_999_999 }, 0, 1)).toBe(true);
@@ -98,7 +98,7 @@ describe('HolderWatch', () => {
     ['in another container', { ...self, pidNamespace: 'pid:[2]', pid: 999_999_999, id: 'b' }],
     ['that never said who it is', undefined],
   ])(
-    'takes a holder %s for dead once its lock was not touched for a minute of its own clock',
+    'treats a holder %s as dead once its lock was not touched for a minute by its own clock',
     (_where, owner) => {
       const watch = new HolderWatch(self);
       expect(watch.isDead(owner, 5, 1_000)).toBe(false);
@@ -109,7 +109,7 @@ describe('HolderWatch', () => {
     },
   );
 
-  it('begins anew with the next holder', () => {
+  it('starts over with the next holder', () => {
     const watch = new HolderWatch(self);
     expect(watch.isDead(elsewhere, 5, 0)).toBe(false);
     expect(watch.isDead({ ...elsewhere, id: 'b' }, 5, 60_001)).toBe(false);

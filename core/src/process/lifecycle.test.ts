@@ -26,7 +26,7 @@ describe('Lifecycle', () => {
     expect(lifecycle.draining.aborted && lifecycle.closing.aborted).toBe(true);
   });
 
-  it('closes what was opened after what was opened later, also where starting has failed in between', async () => {
+  it('closes parts in reverse order, also when starting failed in between', async () => {
     const { lifecycle, steps } = recorder();
     const part = (name: string) => ({ name, close: () => void steps.push(name) });
     expect(lifecycle.opened('a', part('a'))).toMatchObject({ name: 'a' });
@@ -35,14 +35,14 @@ describe('Lifecycle', () => {
     expect(steps).toEqual(['b', 'a']);
   });
 
-  it('says why the process cannot go on, by the first reason', async () => {
+  it('reports the first reason why the process cannot continue', async () => {
     const { lifecycle } = recorder();
     lifecycle.end(new ClusterError('aborted', 'a rank was lost'));
     lifecycle.end(new ClusterError('internal', 'something else'));
     expect(await lifecycle.over).toMatchObject({ code: 'aborted', message: 'a rank was lost' });
   });
 
-  it('goes on when a step fails', async () => {
+  it('continues when a step fails', async () => {
     const { lifecycle, steps } = recorder();
     lifecycle.onClose('last', () => void steps.push('closed'));
     lifecycle.onClose('bad', () => Promise.reject(new Error('bad')));
@@ -53,7 +53,7 @@ describe('Lifecycle', () => {
     expect(steps).toEqual(['closed']);
   });
 
-  it('closes when the grace is over, whatever still drains', async () => {
+  it('closes when the grace is over, even if parts still drain', async () => {
     vi.useFakeTimers();
     try {
       const { lifecycle, steps } = recorder();

@@ -24,7 +24,7 @@ function errorOf(act: () => unknown): unknown {
 }
 
 describe('createLog', () => {
-  it('writes one JSON object a line, with process, level by name, fields and errors', () => {
+  it('writes one JSON object per line, with process, level by name, fields and errors', () => {
     const lines: string[] = [];
     const destination = { write: (line: string) => void lines.push(line) };
     const log = createLog({ process: 'gateway', level: 'info', destination });
@@ -37,7 +37,7 @@ describe('createLog', () => {
     expect(failed).toMatchObject({ level: 'error', error: { message: 'broken', code: 'internal' } });
   });
 
-  it('counts a message that repeats instead of writing it on and on', () => {
+  it('counts a repeated message instead of writing it each time', () => {
     vi.useFakeTimers();
     try {
       const lines: string[] = [];
@@ -60,7 +60,7 @@ describe('createLog', () => {
     }
   });
 
-  it('writes no text of a parser, and nothing that hangs on an error', () => {
+  it('writes no text from a parser, and no extra properties of an error', () => {
     const lines: string[] = [];
     const destination = { write: (line: string) => void lines.push(line) };
     const log = createLog({ process: 'gateway', level: 'info', destination });
@@ -101,7 +101,7 @@ describe('logCrashes', () => {
     ['an error with fields', `Object.assign(new Error('x'), { prompt: 'marker', code: 'ERR_X' })`],
     ['a text', `'marker'`],
     ['an object', `{ prompt: 'marker' }`],
-  ])('ends the process over %s, and says where it was thrown and none of its words', (_, thrown) => {
+  ])('ends the process over %s, and logs where it was thrown but not its message', (_, thrown) => {
     const script = `
       import { createLog, logCrashes } from ${JSON.stringify(new URL('./log.ts', import.meta.url).href)};
       logCrashes(createLog({ process: 'test', level: 'info' }));

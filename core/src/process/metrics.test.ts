@@ -21,7 +21,7 @@ describe('startMetrics', () => {
     }
   });
 
-  it('serves no page where none is asked for, and says when an address is taken', async () => {
+  it('serves no page unless configured, and reports an address in use', async () => {
     const quiet = await startMetrics({ process: 'test', listenAddress: undefined });
     expect(quiet.address).toBeUndefined();
     const first = await startMetrics({ process: 'test', listenAddress: '127.0.0.1:0' });

@@ -53,14 +53,14 @@ describe('runProcess', () => {
     expect(ended.stdout).toContain('"rank":3');
   });
 
-  it('exits with 1 when a part says that the process cannot go on, and says why in its last line', async () => {
+  it('exits with 1 when a part reports a fatal error, and logs the reason in its last line', async () => {
     const lost = `${serve} lifecycle.end(new ClusterError('aborted', 'rank 1 was lost'));`;
     const ended = await run(lost);
     expect(ended).toMatchObject({ code: 1, steps: ['work', 'second', 'first'] });
     expect(ended.stderr).toBe('worker: rank 1 was lost\n');
   });
 
-  it('exits with 0 when a part says that its end is in order', async () => {
+  it('exits with 0 when a part ends as intended', async () => {
     const over = `${serve} lifecycle.end(new ClusterError('canceled', 'another rank was asked to end'));`;
     expect(await run(over)).toMatchObject({ code: 0, stderr: '', steps: ['work', 'second', 'first'] });
   });
@@ -68,7 +68,7 @@ describe('runProcess', () => {
   it.each([
     ['failed_precondition', 78],
     ['unavailable', 1],
-  ])('closes what is open when starting fails with %s, and exits with %i', async (code, exitCode) => {
+  ])('closes opened parts when starting fails with %s, and exits with %i', async (code, exitCode) => {
     const ended = await run(`${parts} throw new ClusterError('${code}', 'no shard');`);
     expect(ended).toMatchObject({ code: exitCode, stderr: 'worker: no shard\n' });
     expect(ended.steps).toEqual(['work', 'second', 'first']);

@@ -25,7 +25,7 @@ describe('startTimer', () => {
     },
   );
 
-  it('is not moved by a clock that is set', () => {
+  it('is unaffected when the wall clock is set', () => {
     const act = vi.fn<() => void>();
     startTimer(60_000, act);
     vi.setSystemTime(Date.now() + 300_000);
@@ -36,7 +36,7 @@ describe('startTimer', () => {
     expect(act).toHaveBeenCalledTimes(1);
   });
 
-  it('never fires once it is cleared, also between its parts', () => {
+  it('never fires once it is cleared, even between its parts', () => {
     const act = vi.fn<() => void>();
     const timer = startTimer(60 * dayMs, act);
     vi.advanceTimersByTime(30 * dayMs);

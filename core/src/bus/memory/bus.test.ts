@@ -19,7 +19,7 @@ describe('createMemoryBus', () => {
     await Promise.all([two.close(), other.close()]);
   });
 
-  it('does not give a record that was deleted before its turn', async () => {
+  it('does not deliver a record that was deleted before its turn', async () => {
     const queue = createMemoryBus();
     await queue.records.publish(RequestRecord.fromPartial({ requestId: 'a', model: 'm' }));
     const doomed = await queue.records.publish(RequestRecord.fromPartial({ requestId: 'b', model: 'm' }));

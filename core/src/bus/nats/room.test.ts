@@ -8,7 +8,7 @@ function infoOf(bytes: number, messages: number, limits = { max_bytes: 1_000, ma
 }
 
 describe('Room', () => {
-  it('refuses from nine tenths of a limit on, with both figures', () => {
+  it('refuses from nine tenths of a limit, naming both figures', () => {
     const room = new Room({ maxBytes: 1_000, maxRecords: 100 });
     room.look()(infoOf(800, 0));
     room.assertFor(100);
@@ -17,7 +17,7 @@ describe('Room', () => {
     expect(() => room.assertFor(1)).toThrow('the queue is full: it holds 90 requests of 100');
   });
 
-  it('counts what is on its way, until it is taken back or a later look has seen it', () => {
+  it('counts records in flight until they are taken back or a later look has seen them', () => {
     const room = new Room({ maxBytes: 1_000, maxRecords: 100 });
     const takeBack = room.add(500);
     expect(() => room.assertFor(401)).toThrow('500 bytes');
@@ -30,7 +30,7 @@ describe('Room', () => {
     room.assertFor(400);
   });
 
-  it('takes the limits that the stream has; one that is not positive does not bound', () => {
+  it('uses the limits of the stream; a limit that is not positive means unlimited', () => {
     const room = new Room({ maxBytes: 10, maxRecords: 1 });
     room.look()(infoOf(500, 50, { max_bytes: -1, max_msgs: -1 }));
     room.assertFor(1_000_000);

@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { nameFromToken, subjects, tokenFromName } from './subjects.ts';
 
 describe('tokenFromName', () => {
-  it('gives one token that a key-value key may hold too, and can be read back', () => {
+  it('returns one reversible token that is also valid in a key-value key', () => {
     const names = fc.string({ minLength: 1, unit: 'binary' }).filter((name) => name.isWellFormed());
     fc.assert(
       fc.property(names, (name) => {
@@ -15,7 +15,7 @@ describe('tokenFromName', () => {
     );
   });
 
-  it('leaves plain names as they are', () => {
+  it('leaves plain names unchanged', () => {
     expect(tokenFromName('mimo-demo_7B')).toBe('mimo-demo_7B');
     expect(tokenFromName('XiaomiMiMo/MiMo-7B.v2')).toBe('XiaomiMiMo=2fMiMo-7B=2ev2');
   });
