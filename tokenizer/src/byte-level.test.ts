@@ -20,7 +20,7 @@ describe('characterFromByte', () => {
 });
 
 describe('bytesFromSpelling', () => {
-  it('gives back every byte', () => {
+  it('returns every byte', () => {
     expect(bytesFromSpelling(characterFromByte.join(''))).toEqual(
       Uint8Array.from({ length: 256 }, (_, i) => i),
     );

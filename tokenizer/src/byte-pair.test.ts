@@ -84,7 +84,7 @@ describe('createBytePairEncoder', () => {
   const encode = encoderOf(bytePair);
   const expected = libraryOf(bytePair);
 
-  it('gives the library’s ids for any text', () => {
+  it('returns the library’s ids for any text', () => {
     fc.assert(
       fc.property(fc.oneof(fewLetters, fc.string({ unit: 'binary', maxLength: 200 })), (text) => {
         expect(encode(text)).toEqual(expected(text));
@@ -93,7 +93,7 @@ describe('createBytePairEncoder', () => {
     );
   });
 
-  it('gives the library’s ids for any order of merges', () => {
+  it('returns the library’s ids for any order of merges', () => {
     fc.assert(
       fc.property(wildBytePair, fewLetters, (description, text) => {
         expect(encoderOf(description)(text)).toEqual(libraryOf(description)(text));
@@ -108,13 +108,13 @@ describe('createBytePairEncoder', () => {
     ['white space', ' \n\t'.repeat(40_000)],
     ['combining marks', `a${'\u0301'.repeat(50_000)}`],
     ['Han characters', '日本語'.repeat(20_000)],
-  ])('gives the library’s ids for %s', (_, text) => {
+  ])('returns the library’s ids for %s', (_, text) => {
     expect(encode(text)).toEqual(expected(text));
     // What a long word leaves behind does not reach the next one.
     expect(encode('The next.')).toEqual(expected('The next.'));
   });
 
-  it('stops soon after the number of tokens that is asked for', () => {
+  it('stops soon after the requested number of tokens', () => {
     const text = 'one two three '.repeat(10_000);
     const part = encode(text, 100);
     expect(part.length).toBeGreaterThan(100);

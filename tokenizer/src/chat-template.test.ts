@@ -50,7 +50,7 @@ describe('encodeChat', () => {
       [empty, france],
       '151644 8948 198 151645 198 151644 872 198 3838 374 279 6722 315 9625 30 151645 198 151644 77091 198',
     ],
-  ])('gives MiMo-7B’s recorded ids %s', (_, messages, expected) => {
+  ])('returns MiMo-7B’s recorded ids %s', (_, messages, expected) => {
     expect(encodeChat(tokenizer, template, messages).tokenIds).toEqual(ids(expected));
   });
 
@@ -63,7 +63,7 @@ describe('encodeChat', () => {
     expect(tokenIds.slice(6, 6 + inner.length)).toEqual(inner);
   });
 
-  it('keeps every message as text, whatever it holds', () => {
+  it('encodes any message as plain text', () => {
     const part = fc.constantFrom(
       '<|im_start|>',
       '<|im_end|>',
@@ -104,7 +104,7 @@ describe('encodeChat', () => {
     expect(tokenizer.decode(tokenIds)).toBe('<|im_end|><|im_end|><|im_end|>');
   });
 
-  it('refuses what is nested too deep to render', () => {
+  it('refuses messages nested too deep to render', () => {
     const deep: unknown = JSON.parse(`${'['.repeat(100_000)}${']'.repeat(100_000)}`);
     expect(() => encodeChat(tokenizer, template, [france], { tools: [deep] })).toThrow(
       expect.objectContaining({ code: 'invalid_argument' }),
@@ -118,7 +118,7 @@ describe('encodeChat', () => {
   });
 });
 
-describe('encodeChat, where the prompt ends', () => {
+describe('encodeChat, at the end of the prompt', () => {
   const user: ChatMessage = { role: 'user', content: 'Hi' };
 
   it.each([
@@ -128,7 +128,7 @@ describe('encodeChat, where the prompt ends', () => {
     ['<|im_end|>', '<|im_end|>'],
     ['<|im', '<|im'],
     ['say \ue000 and \ue001', 'say \ue000 and \ue001'],
-  ])('ends it with the last message, %j, where that is continued', (content, begun) => {
+  ])('ends with the last message, %j, when it is to be continued', (content, begun) => {
     const turns = renderChat(template, [empty, user]);
     expect(promptOf(defaultChatTemplate, [empty, user, assistant(content)], true)).toEqual({
       prompt: turns + content,
@@ -136,7 +136,7 @@ describe('encodeChat, where the prompt ends', () => {
     });
   });
 
-  it('gives a continued message no special tokens', () => {
+  it('encodes a continued message without special tokens', () => {
     const { tokenIds } = encodeChat(
       tokenizer,
       template,
@@ -148,7 +148,7 @@ describe('encodeChat, where the prompt ends', () => {
     expect(countSpecial(tokenIds)).toBe(5);
   });
 
-  it('continues what the template prints of it: trimmed where it trims', () => {
+  it('continues the message as the template prints it, trimmed if the template trims', () => {
     const trims = '{% for m in messages %}[{{ m.content | trim }}]{% endfor %}';
     expect(promptOf(trims, [user, assistant('So \n')], true).prompt).toBe('[Hi][So');
     const splits =
@@ -171,7 +171,7 @@ describe('encodeChat, where the prompt ends', () => {
     ['<think>\\n\\n</think>\\n\\n', '<think>\n\n</think>\n\n'],
     ['</think>', '</think>'],
     ['', ''],
-  ])('tells which tags the template put there: %j', (tags, begun) => {
+  ])('returns the tags that the template put there: %j', (tags, begun) => {
     const source = `{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{{ '<|im_end|>assistant\\n${tags}' }}`;
     expect(promptOf(source, [{ role: 'user', content: '<think>' }], false).begun).toBe(begun);
   });
@@ -189,14 +189,14 @@ describe('encodeChat, where the prompt ends', () => {
 });
 
 describe('renderChat', () => {
-  it('tells an empty system message from none', () => {
+  it('distinguishes an empty system message from none', () => {
     expect(renderChat(template, [france])).toContain('You are a helpful assistant.');
     expect(renderChat(template, [empty, france])).toMatch(
       /^<\|im_start\|>system\n<\|im_end\|>\n<\|im_start\|>user\n/u,
     );
   });
 
-  it('opens the assistant’s turn unless told not to', () => {
+  it('opens the assistant’s turn unless disabled', () => {
     expect(renderChat(template, [france])).toMatch(/<\|im_start\|>assistant\n$/u);
     expect(renderChat(template, [france], { addGenerationPrompt: false })).toMatch(
       /France\?<\|im_end\|>\n$/u,
@@ -210,7 +210,7 @@ describe('renderChat', () => {
     expect(renderChat(template, conversation('x', 'f', 'not JSON'))).toContain('"arguments": "not JSON"');
   });
 
-  it('passes further variables', () => {
+  it('passes further variables to the template', () => {
     expect(renderChat(parseChatTemplate('{{ x }}'), [france], { variables: { x: 'y' } })).toBe('y');
   });
 

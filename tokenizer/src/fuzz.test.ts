@@ -90,7 +90,7 @@ function replaced(value: unknown, [step = 0, ...rest]: readonly number[], put: u
 }
 
 describe('any text', () => {
-  it('is encoded, decoded and streamed to itself, composed', () => {
+  it('survives encoding, decoding and streaming unchanged, in composed form', () => {
     fc.assert(
       fc.property(text, fc.boolean(), (given, allowSpecial) => {
         const tokenIds = tokenizer.encode(given, { allowSpecial });
@@ -115,7 +115,7 @@ describe('any text', () => {
     );
   });
 
-  it('of token ids, too, is streamed as it is decoded', () => {
+  it('streams to the same text as it decodes to, for any token ids', () => {
     fc.assert(
       fc.property(fc.array(fc.nat({ max: 700 })), (tokenIds) => {
         const stream = new StreamDecoder(tokenizer);
@@ -129,7 +129,7 @@ describe('any text', () => {
 });
 
 describe('any conversation', () => {
-  it('gives a prompt without special tokens of its own', () => {
+  it('adds no special tokens to the prompt', () => {
     const template = parseChatTemplate(defaultChatTemplate);
     const specialsIn = (given: readonly ChatMessage[], continueLast: boolean): number =>
       encodeChat(tokenizer, template, given, { continueLast }).tokenIds.filter((id) =>
@@ -165,7 +165,7 @@ describe('any template', () => {
     'not ',
   ];
 
-  it.each([false, true])('renders or is refused with a code, continued: %s', (continueLast) => {
+  it.each([false, true])('renders or fails with a coded error, continued: %s', (continueLast) => {
     fc.assert(
       fc.property(edited(defaultChatTemplate, pieces), messages, (source, given) => {
         const template = coded(() => parseChatTemplate(source), ['failed_precondition']);
@@ -183,7 +183,7 @@ describe('any template', () => {
 });
 
 describe('any tokenizer.json', () => {
-  it('is refused with a code, or encodes', () => {
+  it('encodes or fails with a coded error', () => {
     const file: unknown = JSON.parse(demo);
     const odd = fc.oneof(
       fc.constantFrom<unknown>(null, -1, 1e9, 0.5, '', 'a', '\ud800', '\0', [], {}, true, 0, [['a', 'b']], {
@@ -209,7 +209,7 @@ describe('any tokenizer.json', () => {
     );
   });
 
-  it('with any pattern splits as Hugging Face’s library does', () => {
+  it('splits as Hugging Face’s library does, with any pattern', () => {
     const atom = fc.constantFrom(
       '\\p{L}',
       '\\p{N}',

@@ -23,7 +23,7 @@ const text = fc
   .map((parts) => parts.join(''));
 
 describe('composeText', () => {
-  it('gives what the engine’s own normalize gives', () => {
+  it('returns the same as the engine’s own normalize', () => {
     fc.assert(
       fc.property(text, (given) => {
         expect(composeText(given)).toBe(given.normalize('NFC'));
@@ -32,7 +32,7 @@ describe('composeText', () => {
     );
   });
 
-  it('knows the class of every mark', () => {
+  it('finds the class of every mark', () => {
     const marks: string[] = [];
     for (let code = 0; code <= 0x10ffff; code += 1) {
       const character = String.fromCodePoint(code);
@@ -46,7 +46,7 @@ describe('composeText', () => {
     }
   });
 
-  it('ends on a megabyte of marks out of order', () => {
+  it('finishes on a megabyte of marks out of order', () => {
     // The engine's own normalize would take hours.
     const given = `a${'\u0301\u0327'.repeat(250_000)}`;
     expect(composeText(given)).toBe(

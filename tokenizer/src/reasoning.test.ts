@@ -58,7 +58,7 @@ describe('ReasoningSplitter', () => {
     ['half of what is no tag', '<thi', ['s'], { thinking: '', answer: 's' }],
     ['half a closing tag', '<think>a\n</thi', ['nk>b'], { thinking: '', answer: 'b' }],
     ['white space', ' \n', ['Yes'], { thinking: '', answer: 'Yes' }],
-  ])('goes on from %s', (_, begun, pieces, expected) => {
+  ])('continues from %s', (_, begun, pieces, expected) => {
     expect(split(pieces, begun)).toEqual(expected);
   });
 
@@ -93,7 +93,7 @@ describe('ReasoningSplitter', () => {
     );
   });
 
-  it('gives out at once what cannot be part of a tag', () => {
+  it('releases at once text that cannot be part of a tag', () => {
     const splitter = new ReasoningSplitter();
     expect(splitter.push('<think>\nOkay, the ')).toEqual({ thinking: 'Okay, the ', answer: '' });
     expect(splitter.push('end <')).toEqual({ thinking: 'end ', answer: '' });

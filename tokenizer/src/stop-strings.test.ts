@@ -28,7 +28,7 @@ const letters = fc.constantFrom('a', 'b', '\n', '😀', '😁');
 
 describe('StopStringMatcher', () => {
   it.each([
-    ['lets text pass without stop strings', [], ['ab', 'c'], ['ab', 'c'], undefined, ''],
+    ['passes text through without stop strings', [], ['ab', 'c'], ['ab', 'c'], undefined, ''],
     ['holds back what may be a stop string', ['END'], ['a E', 'N', 'x'], ['a ', '', 'ENx'], undefined, ''],
     ['releases it at the end', ['END'], ['a EN'], ['a '], undefined, 'EN'],
     ['stops inside a piece', ['END'], ['aENDb', 'c'], ['a', ''], 'END', ''],
@@ -41,7 +41,7 @@ describe('StopStringMatcher', () => {
     expect(run(stops, pieces)).toEqual({ texts: [...texts], stop, end });
   });
 
-  it('does not depend on the pieces', () => {
+  it('returns the same result however the text is cut', () => {
     const stopStrings = fc.array(fc.string({ unit: letters, minLength: 1, maxLength: 4 }), { maxLength: 3 });
     const pieceLists = fc.array(fc.string({ unit: letters, maxLength: 5 }), { maxLength: 8 });
     fc.assert(

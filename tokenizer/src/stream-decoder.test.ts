@@ -12,7 +12,7 @@ function decodeEach(tokenIds: readonly number[], skipSpecialTokens = false): str
 }
 
 describe('StreamDecoder', () => {
-  it('joined, gives what decode gives, for text and for any ids', () => {
+  it('yields pieces that join to the result of decode, for text and for any ids', () => {
     const ids = fc.oneof(
       fc.string({ unit: 'grapheme' }).map((text) => tokenizer.encode(text)),
       fc.array(fc.oneof(fc.nat({ max: 255 }), fc.integer({ min: 151640, max: 151680 }))),
@@ -26,17 +26,17 @@ describe('StreamDecoder', () => {
     );
   });
 
-  it('gives a character of several tokens whole, with the last of them', () => {
+  it('yields a character of several tokens whole, with the last of them', () => {
     const tokenIds = tokenizer.encode('🇫');
     expect(tokenIds.length).toBeGreaterThan(1);
     expect(decodeEach(tokenIds)).toEqual([...tokenIds.slice(1).map(() => ''), '🇫', '']);
   });
 
-  it('replaces a character that the end cuts off', () => {
+  it('replaces a character cut off by the end', () => {
     expect(decodeEach(tokenizer.encode('a🇫').slice(0, -1)).at(-1)).toBe('\ufffd');
   });
 
-  it('shows special tokens unless told otherwise', () => {
+  it('shows special tokens by default', () => {
     expect(decodeEach([64, 151645])).toEqual(['a', '<|im_end|>', '']);
     expect(decodeEach([64, 151645], true)).toEqual(['a', '', '']);
   });

@@ -11,7 +11,7 @@ function longer(one: string, other: string): string {
 }
 
 describe('createTokenTable', () => {
-  it('says of every id what the tokenizer says, after a journey between processes', () => {
+  it('describes every id as the tokenizer does, even after a transfer between processes', () => {
     const table = createTokenTable(structuredClone(tokenizer.tokenTable));
     expect(table.vocabularySize).toBe(tokenizer.vocabularySize);
     expect(table.specialTokens).toEqual(tokenizer.specialTokens);
@@ -24,7 +24,7 @@ describe('createTokenTable', () => {
 });
 
 describe('leastTokens', () => {
-  it('is never more than there are', () => {
+  it('never exceeds the actual number', () => {
     const part = fc.oneof(
       fc.string({ unit: 'binary' }),
       fc.constantFrom(
@@ -47,13 +47,13 @@ describe('leastTokens', () => {
     );
   });
 
-  it('is found without reading the text', () => {
+  it('does not read the text', () => {
     expect(tokenizer.leastTokens('a'.repeat(1_000_000))).toBeGreaterThan(10_000);
   });
 });
 
 describe('leastComposedBytes', () => {
-  it('holds for every character that Unicode composes, from its longest spelling', () => {
+  it('is a lower bound for every composed character, from its longest spelling', () => {
     // By part of a decomposition: its longest spelling in UTF-8.
     const longest = new Map<string, string>();
     const characters = Array.from({ length: 0x110000 }, (_, code) => String.fromCodePoint(code)).filter(

@@ -39,7 +39,7 @@ function withTokenizer(changes: object): TokenizerFiles {
 }
 
 describe('parseTokenizerFiles', () => {
-  it('reads a smallest tokenizer.json', () => {
+  it('reads a minimal tokenizer.json', () => {
     const tokenizer = createTokenizer(parseTokenizerFiles(withTokenizer({})));
     expect(tokenizer.vocabularySize).toBe(258);
     expect(tokenizer.encode('ab<|im_end|>', { allowSpecial: true })).toEqual([256, 257]);
@@ -93,7 +93,7 @@ describe('parseTokenizerFiles', () => {
     ['no pre-tokenizer', withTokenizer({ pre_tokenizer: null })],
     ['a merge of three', withTokenizer({ model: { ...smallest.model, merges: ['a b c'] } })],
     ['an added token without text', withTokenizer({ added_tokens: [{ id: 257 }] })],
-  ])('calls %s data loss', (_, files) => {
+  ])('reports %s as data loss', (_, files) => {
     expect(() => parseTokenizerFiles(files)).toThrow(expect.objectContaining({ code: 'data_loss' }));
   });
 
@@ -107,7 +107,7 @@ describe('parseTokenizerFiles', () => {
       'tokenizer.json is not supported: normalizer.type (of type string): Invalid input: expected "NFC"',
     ],
     [{ added_tokens: [{ id: 257 }] }, 'tokenizer.json is malformed: added_tokens.0.content (absent): '],
-  ])('names the place and what is wrong there', (changes, message) => {
+  ])('names the place and the problem', (changes, message) => {
     expect(() => parseTokenizerFiles(withTokenizer(changes))).toThrow(message);
   });
 
@@ -140,7 +140,7 @@ describe('parseTokenizerFiles', () => {
     ['a template', { ...withTokenizer({}), chatTemplateJinja: `{% ${marker} %}` }],
     ['a template that breaks off', { ...withTokenizer({}), chatTemplateJinja: `{{ "${marker}" ~` }],
     ['a template of one letter wrong', { ...withTokenizer({}), chatTemplateJinja: `{{ ${marker} # }}` }],
-  ])('quotes no word of %s', (_, files) => {
+  ])('does not quote %s', (_, files) => {
     const lines: string[] = [];
     const log = createLog({
       process: 'test',
@@ -160,7 +160,7 @@ describe('parseTokenizerFiles', () => {
     expect(`${String(error)} ${lines.join('')}`).not.toContain(marker);
   });
 
-  it('takes a known word whole when merges are ignored', () => {
+  it('encodes a known word as one token when merges are ignored', () => {
     const model = { ...smallest.model, merges: [], ignore_merges: true };
     expect(createTokenizer(parseTokenizerFiles(withTokenizer({ model }))).encode('ab a')).toEqual([
       256, 32, 97,
@@ -202,7 +202,7 @@ describe('parseTokenizerFiles', () => {
       'D',
     ],
     ['nothing', {}, undefined],
-  ])('takes the chat template from %s', (_, config, expected) => {
+  ])('reads the chat template from %s', (_, config, expected) => {
     const files = { ...withTokenizer({}), tokenizerConfigJson: JSON.stringify(config) };
     expect(parseTokenizerFiles(files).chatTemplate).toBe(expected);
   });
@@ -246,7 +246,7 @@ describe('readTokenizerFiles', () => {
     expect(files.tokenizerJson).toContain('"BPE"');
   });
 
-  it('says that a file cannot be read', async () => {
+  it('reports an unreadable file', async () => {
     await expect(readTokenizerFiles(join(subset, 'tokenizer.json'))).rejects.toMatchObject({
       code: 'unavailable',
     });

@@ -59,7 +59,7 @@ describe('encode', () => {
     );
   });
 
-  it('never gives a special token for text that may not name one', () => {
+  it('never encodes user text as a special token', () => {
     fc.assert(
       fc.property(awkwardText, (text) => {
         expect(tokenizer.encode(text).filter((id) => tokenizer.specialTokenIds.has(id))).toEqual([]);
@@ -84,13 +84,13 @@ describe('encode', () => {
     expect(() => tokenizer.encode(text)).toThrow(expect.objectContaining({ code: 'invalid_argument' }));
   });
 
-  it('encodes text longer than a call may have arguments', () => {
+  it('encodes text longer than the maximum number of call arguments', () => {
     expect(tokenizer.encode('1'.repeat(150_000))).toHaveLength(150_000);
   });
 });
 
 describe('decode', () => {
-  it('gives back the text, composed', () => {
+  it('returns the text in composed form', () => {
     fc.assert(
       fc.property(awkwardText, fc.boolean(), (text, allowSpecial) => {
         expect(tokenizer.decode(tokenizer.encode(text, { allowSpecial }))).toBe(text.normalize('NFC'));
@@ -99,7 +99,7 @@ describe('decode', () => {
     );
   });
 
-  it('leaves out special tokens when told so', () => {
+  it('leaves out special tokens on request', () => {
     const tokenIds = [151644, 872, 198, 13048, 151645];
     expect(tokenizer.decode(tokenIds)).toBe('<|im_start|>user\nHi<|im_end|>');
     expect(tokenizer.decode(tokenIds, { skipSpecialTokens: true })).toBe('user\nHi');
@@ -110,11 +110,11 @@ describe('decode', () => {
     expect(tokenizer.decode(tokenizer.encode('🇫').slice(0, -1))).toBe('\ufffd');
   });
 
-  it('gives nothing for an id without an entry', () => {
+  it('returns no text for an id without an entry', () => {
     expect(tokenizer.decode([151679, 64])).toBe('a');
   });
 
-  it.each([-1, 1.5, Number.NaN])('refuses %d, which is no id', (tokenId) => {
+  it.each([-1, 1.5, Number.NaN])('refuses %d, an invalid id', (tokenId) => {
     expect(() => tokenizer.decode([tokenId])).toThrow(expect.objectContaining({ code: 'invalid_argument' }));
   });
 });
