@@ -13,13 +13,13 @@ describe('figures', () => {
     speculation: { draftedTokens: 50, acceptedTokens: 45 },
   };
 
-  it('counts the speed over the whole time', () => {
+  it('computes the speed over the whole time', () => {
     expect(figures(finish, 500, 2_500)).toBe(
       '101 tokens, 40 tokens/s, first token after 0.50 s, drafts accepted 45 of 50 (90 %)',
     );
   });
 
-  it('leaves out drafts where none were made', () => {
+  it('leaves out drafts if there were none', () => {
     const one = { ...finish, usage: { promptTokens: 9, completionTokens: 1 }, speculation: undefined };
     expect(figures(one, 500, 500)).toBe('1 token, 2 tokens/s, first token after 0.50 s');
   });
