@@ -1,7 +1,7 @@
 // The byte-level alphabet of GPT-2 and its heirs: how a token's bytes are spelled in a vocabulary file. Owns the table
 // between the 256 bytes and 256 printable characters; knows no vocabulary.
 
-/** The character that stands for each byte in a vocabulary file, by byte. */
+/** The character that spells each byte in a vocabulary file, by byte. */
 export const characterFromByte: readonly string[] = buildAlphabet();
 
 const byteFromCharacter: ReadonlyMap<string, number> = new Map(
@@ -38,7 +38,7 @@ function buildAlphabet(): string[] {
   return alphabet;
 }
 
-/** Whether a byte stands for itself: Latin-1's visible characters, without the soft hyphen. */
+/** Whether a byte is spelled as itself: Latin-1's visible characters, without the soft hyphen. */
 function isPrintable(byte: number): boolean {
   return (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
 }

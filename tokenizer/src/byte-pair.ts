@@ -1,10 +1,10 @@
 // Plain text to token ids by byte-level BPE. Owns the merging, in time that grows with the text (times a logarithm)
-// for any text, and stops early where only so many tokens are wanted. Knows no special tokens. The rules come from
-// tokenizer-files.ts; the pattern's dialect is Hugging Face's library's, whose own merging takes twenty seconds for a
-// word of a million letters. Ids are equal to the library's, by property test.
+// for any text, and stops early when given a maximum of tokens. Knows no special tokens. The rules come from
+// tokenizer-files.ts. The pattern is read by Hugging Face's library, whose own merging takes twenty seconds for a word
+// of a million letters. A property test compares the ids with the library's.
 //
-// The rule: of all neighbours that may merge, those of the lowest rank do, the leftmost first. A heap holds the
-// candidates as rank and position; an entry whose position has changed since is passed over.
+// The rule: of all pairs that may merge, the one of the lowest rank merges first, and among equals the leftmost. A heap
+// holds the candidates as rank and position; an entry whose position has changed since is skipped.
 
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { characterFromByte } from './byte-level.ts';
@@ -18,7 +18,7 @@ export type BytePairEncoder = (text: string, output: number[], maxTokens: number
 const cacheMaxWords = 8_192;
 const cacheMaxUnits = 32;
 const none = -1;
-/** Memory for longer words is let go of after the next one. */
+/** Memory for longer words is released after the next word. */
 const keptBytes = 65_536;
 /** Ranks are below 2 ** 21 and positions below this, so that a rank and a position fit one number exactly. */
 const positions = 2 ** 31;
@@ -86,8 +86,8 @@ export function createBytePairEncoder({
 }
 
 /**
- * The library's reading of a pattern in Oniguruma's dialect. It does not export the reader, so it builds a tokenizer
- * of nothing.
+ * The library's reading of a pattern in Oniguruma's dialect. It does not export the reader, so this builds an
+ * empty tokenizer.
  */
 function compilePattern(preTokenizer: TokenizerDescription['bytePair']['pre_tokenizer']): RegExp {
   const library = new HuggingFaceTokenizer(
@@ -108,7 +108,7 @@ function compilePattern(preTokenizer: TokenizerDescription['bytePair']['pre_toke
   return pattern;
 }
 
-/** Which neighbours merge: the rank of two ids, and the id that comes of it. A hash table with open addressing. */
+/** Which neighbours merge: the rank of two ids, and the resulting id. A hash table with open addressing. */
 class MergeTable {
   /** By rank. */
   readonly productIds: Int32Array;
@@ -127,7 +127,7 @@ class MergeTable {
     for (const [rank, [left, right]] of merges.entries()) {
       const leftId = vocab[left];
       const rightId = vocab[right];
-      // Without an id a half never comes up.
+      // A half without an id never occurs.
       if (leftId !== undefined && rightId !== undefined) {
         this.#leftIds[rank] = leftId;
         this.#rightIds[rank] = rightId;
@@ -207,7 +207,7 @@ class MergingWord {
     }
   }
 
-  /** Looks up what stands at a position and next to it. */
+  /** Looks up the pair that begins at a position. */
   #rank(at: number): void {
     const right = this.#next[at]!;
     const rank = right === none ? none : this.#merges.rankOf(this.#ids[at]!, this.#ids[right]!);

@@ -1,19 +1,18 @@
-// A conversation to the prompt's text and token ids. Owns the chat template's rendering, where the prompt ends when
-// the last message is to be continued, and the guard that keeps special tokens out of what users wrote; knows no HTTP
-// and no tools' meaning. Templates come from the checkpoint and may loop forever: the caller sees to it that it can
-// stop them.
+// A conversation to the prompt's text and token ids. Owns the rendering of the chat template, the end of the prompt
+// when the last message is to be continued, and the guard that keeps special tokens out of users' text. Knows no HTTP
+// and no tools' meaning. Templates come from the checkpoint and may loop forever: the caller must be able to stop them.
 //
 // The guard. A template writes `<|im_end|>` and means the token; a message may hold the same characters and must not.
 // Before rendering, every string of the messages and tools that holds a special token's text, or begins or ends with a
 // part of one, gets a mark character (one that occurs nowhere else) inside or beside that part. After rendering, only
-// unmarked texts are taken as special tokens, then the marks are removed and what lies between is encoded as plain
-// text. So the ids are those of the whole rendering in the ordinary case, and a message never yields a special token.
+// unmarked texts become special tokens; then the marks are removed and the text between is encoded as plain text.
+// So the ids are those of the whole rendering in the ordinary case, and a message never yields a special token.
 
 import { Template } from '@huggingface/jinja';
 import { ClusterError } from '@mimo/core/process/errors';
 import { TooManyTokensError, type EncodeOptions, type Tokenizer } from './tokenizer.ts';
 
-/** Who speaks. */
+/** The speaker of a message. */
 export type ChatRole = 'system' | 'user' | 'assistant' | 'tool';
 
 /** A call that the assistant made in an earlier turn. */
@@ -40,15 +39,15 @@ export interface ChatMessage {
   readonly tool_call_id?: string;
 }
 
-/** What a template may use besides the messages. */
+/** Inputs of a template besides the messages. */
 export interface ChatOptions {
   /** Function descriptions, in the JSON form the template prints. */
   readonly tools?: readonly unknown[];
   /** True, the default: end with the opening of the assistant's turn. */
   readonly addGenerationPrompt?: boolean;
   /**
-   * True: the prompt ends with the last message's own text, so that the completion continues it. What a template
-   * prints behind it is left out, and so is white space at its end where the template trims it.
+   * True: the prompt ends with the last message's own text, so that the completion continues it. The
+   * template's text after it is left out, and so is white space at its end if the template trims it.
    */
   readonly continueLast?: boolean;
   /** Further variables for the template, such as `enable_thinking`. */
@@ -59,8 +58,8 @@ export interface ChatOptions {
 export interface EncodedChat {
   readonly tokenIds: number[];
   /**
-   * What the assistant's turn already holds, as far as it tells thinking from answer: the message that is continued,
-   * or the tags that the template itself put at the prompt's end.
+   * The text already in the assistant's turn, which decides between thinking and answer: the continued message, or the
+   * tags that the template itself put at the prompt's end.
    */
   readonly begun: string;
 }
@@ -73,7 +72,7 @@ export interface ChatTemplate {
 /** Beyond any tool's schema, within any stack: rendering recurses. */
 const maxNesting = 100;
 
-/** Of what a template says about messages that it refuses. */
+/** Limits a template's text about messages that it refuses. */
 const maxReasonUnits = 1_000;
 
 const roles: ReadonlySet<string> = new Set<ChatRole>(['system', 'user', 'assistant', 'tool']);
@@ -88,7 +87,8 @@ export function parseChatTemplate(source: string): ChatTemplate {
 }
 
 /**
- * The prompt's text, for people and tests: encoding it would let users' text name special tokens (see `encodeChat`).
+ * The prompt's text, for people and tests only: if it were encoded, users' text could name special tokens (see
+ * `encodeChat`).
  * Throws `invalid_argument` for no messages, an unknown role, or messages that the template refuses.
  */
 export function renderChat(
@@ -100,8 +100,8 @@ export function renderChat(
 }
 
 /**
- * The prompt. Throws as `renderChat` does, `invalid_argument` for a lone surrogate or where the template leaves out the
- * message that is to be continued, and `TooManyTokensError` for more tokens than `maxTokens`.
+ * The prompt. Throws as `renderChat` does, `invalid_argument` for a lone surrogate or if the template leaves out the
+ * message to be continued, and `TooManyTokensError` for more tokens than `maxTokens`.
  */
 export function encodeChat(
   tokenizer: Tokenizer,
@@ -144,10 +144,10 @@ export function encodeChat(
   return { tokenIds, begun };
 }
 
-/** Where the template opens the thinking for the model, or opens and closes it so that there is none. */
+/** Tags at the end of a prompt: the template opened the thinking, or opened and closed it to switch it off. */
 const tagsAtEnd = /(?:<think>\s*)?<\/?think>\s*$/u;
 
-/** The messages with a mark and a space behind the last one's text: where the space is gone, the template trims. */
+/** The messages with a mark and a space after the last one's text: if the space is gone, the template trims. */
 function markEnd(messages: readonly unknown[], mark: string): readonly unknown[] {
   return messages.map((message, index) =>
     index === messages.length - 1 && isMessage(message)
@@ -182,7 +182,7 @@ function render(template: ChatTemplate, messages: readonly unknown[], options: C
     });
   } catch (cause) {
     if (cause instanceof RangeError) {
-      // A list, a text or a recursion without end: not the messages' fault.
+      // An endless list, text or recursion: not the messages' fault.
       throw new ClusterError('failed_precondition', `the chat template fails: ${cause.message}`, { cause });
     }
     const reason = cause instanceof Error ? cause.message.slice(0, maxReasonUnits) : String(cause);
@@ -301,7 +301,7 @@ function collectStrings(values: readonly unknown[]): string[] {
   return strings;
 }
 
-/** What a text is compared with to find a special token or a part of one. */
+/** The texts and patterns that find a special token or a part of one. */
 interface SpecialEdges {
   readonly specials: readonly string[];
   /** The leftmost special token, the longest where several begin; undefined if there are none. */
@@ -338,7 +338,7 @@ function edgesOf(tokenizer: Tokenizer): SpecialEdges {
 
 /**
  * Whether a text could be a special token or, beside the template's own text or another message's, a part of one. A
- * text of letters only is let through, though it may lie inside one: templates compare such texts (roles, names), and
+ * text of letters only passes, though it may lie inside one: templates compare such texts (roles, names), and
  * none prints letters between the halves of a token.
  */
 function isSuspicious(text: string, edges: SpecialEdges): boolean {
@@ -371,7 +371,7 @@ function isAnyUnits(text: string, longestUnits: number, rule: (units: number) =>
   return false;
 }
 
-/** A private-use character that no text holds. */
+/** A private-use character that occurs in none of the texts. */
 function chooseMark(texts: readonly string[]): string {
   for (let code = 0xe000; code <= 0xf8ff; code += 1) {
     const mark = String.fromCharCode(code);

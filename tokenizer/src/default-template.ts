@@ -1,9 +1,9 @@
-// The chat template used when a checkpoint brings none: MiMo-7B's, which is Qwen2.5's ChatML with Hermes-style tools
+// The chat template for a checkpoint without one: MiMo-7B's, which is Qwen2.5's ChatML with Hermes-style tools
 // and the older default sentence. Owns only this text; chat-template.ts renders it.
 
 /**
  * MiMo-7B's chat template, Jinja. Without a system message it inserts "You are a helpful assistant."; a system message
- * with empty content, which Xiaomi recommends, gives an empty system turn.
+ * with empty content, which Xiaomi recommends, renders as an empty system turn.
  */
 export const defaultChatTemplate = `{%- if tools %}
     {{- '<|im_start|>system\\n' }}

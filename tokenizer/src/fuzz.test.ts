@@ -1,5 +1,5 @@
-// Files and conversations at random, for a bounded time: what comes out is right or a coded error. Counter-examples
-// that were found are kept as `examples`, which run first.
+// Random files and conversations, for a bounded time: the result is right or a coded error. Earlier counter-examples
+// are kept as `examples`, which run first.
 
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -23,7 +23,7 @@ function tokenizerFrom(tokenizerJson: string): Tokenizer {
   );
 }
 
-/** What it gives; undefined for a coded error. Anything else is thrown on. */
+/** The result; undefined for a coded error. Any other error is rethrown. */
 function coded<T>(make: () => T, codes: readonly string[]): T | undefined {
   try {
     return make();
@@ -63,7 +63,7 @@ const message = fc.record<ChatMessage>({
 });
 const messages = fc.array(message, { minLength: 1, maxLength: 5 });
 
-/** Edits of a text: parts cut out, doubled, moved, or replaced by what means something in it. */
+/** Edits of a text: parts cut out, doubled, moved, or replaced by meaningful tokens. */
 function edited(source: string, tokens: readonly string[]): fc.Arbitrary<string> {
   const edit = fc.tuple(fc.nat(source.length), fc.nat(12), fc.constantFrom('', ...tokens));
   return fc
@@ -76,7 +76,7 @@ function edited(source: string, tokens: readonly string[]): fc.Arbitrary<string>
     );
 }
 
-/** JSON with another value at a path, whose steps count among what is there. */
+/** JSON with another value at a path; each step of the path is an index into the existing entries. */
 function replaced(value: unknown, [step = 0, ...rest]: readonly number[], put: unknown): unknown {
   const entries = typeof value === 'object' && value !== null ? Object.entries(value) : [];
   const [key, held] = entries[step % Math.max(1, entries.length)] ?? [];

@@ -1,4 +1,4 @@
-// What other packages may use of the tokenizer.
+// The public API of the tokenizer.
 
 export {
   loadTokenizer,

@@ -2,7 +2,7 @@ import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { composeText } from './nfc.ts';
 
-/** Marks of many combining classes, marks of class 0, marks that decompose, and what stands between runs of them. */
+/** Marks of many combining classes, marks of class 0, marks that decompose, and characters between runs of them. */
 const mark = fc.constantFrom(
   ...Array.from(
     '\u0300\u0301\u0308\u0327\u0328\u0334\u0345\u0360\u05b0\u05b4\u064b\u0670\u093c\u0e38\u0f71\u302a\u3099',

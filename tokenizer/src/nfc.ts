@@ -1,17 +1,17 @@
 // Unicode's composed form in time that grows with the text. Owns the one case in which the engine's own `normalize`
-// takes the square of it: it sorts a run of combining marks by insertion, half a minute for 300,000 of them, and
-// nothing can interrupt it. Long runs are sorted here first, by the same rule (canonical ordering of UAX #15: stable,
-// by combining class), which leaves it nothing to move. The classes are read off the engine's own answers, so that the
+// takes quadratic time: it sorts a run of combining marks by insertion, half a minute for 300,000 of them, and nothing
+// can interrupt it. Long runs are sorted here first, by the same rule (canonical ordering of UAX #15: stable, by
+// combining class), so that it has nothing to move. The classes are derived from the engine's own results, so that the
 // two agree.
 
-/** Shorter runs cost less than looking at them. Characters of other categories have combining class 0. */
+/** Shorter runs are cheaper to leave to the engine. Characters of other categories have combining class 0. */
 const longRun = /[\p{Mn}\p{Mc}]{64,}/gu;
 
-/** The classes that were met, lowest first, one mark for each; and the place of each mark's class among them. */
+/** The classes seen so far, lowest first, one mark for each; and the place of each mark's class among them. */
 const classes: string[] = ['\u0334', '\u0345'];
 const placeByMark = new Map<string, number | undefined>();
 
-/** The NFC of a text: what `text.normalize('NFC')` gives. */
+/** The NFC of a text, equal to `text.normalize('NFC')`. */
 export function composeText(text: string): string {
   return text.replaceAll(longRun, orderMarks).normalize('NFC');
 }
@@ -28,7 +28,7 @@ function orderMarks(run: string): string {
   for (const mark of marks) {
     const place = placeByMark.get(mark);
     if (place === undefined) {
-      // A mark of class 0 stays where it is, and so does what stands on either side of it.
+      // A mark of class 0 keeps its place, and no mark moves across it.
       ordered.push(byPlace.flat().join(''), mark);
       byPlace = [];
     } else {
@@ -39,7 +39,7 @@ function orderMarks(run: string): string {
   return ordered.join('');
 }
 
-/** Finds the place of a mark's class, which may move those behind it. */
+/** Finds the place of a mark's class; a new class shifts the later ones. */
 function learn(mark: string): void {
   if (placeByMark.has(mark)) {
     return;
@@ -63,7 +63,7 @@ function learn(mark: string): void {
   placeByMark.set(mark, place);
 }
 
-/** Whether canonical ordering puts the first mark behind the second. */
+/** Whether canonical ordering puts the first mark after the second. */
 function goesBehind(first: string, second: string): boolean {
   return (first + second).normalize('NFD') === second + first && first !== second;
 }

@@ -11,7 +11,7 @@ function split(pieces: readonly string[], begun = ''): ReasoningDelta {
   };
 }
 
-/** The rule on the whole text, of which the first units stand in the prompt. */
+/** The rule on the whole text, whose first units are in the prompt. */
 function splitWhole(text: string, begunUnits: number): ReasoningDelta {
   const match = /^\s*<think>[\r\n]*(.*?)(?:[\r\n]*<\/think>[\r\n]*(.*))?$/dsu.exec(text);
   const part = ([start, end]: readonly number[] = [0, 0]): string =>

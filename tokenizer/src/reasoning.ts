@@ -1,30 +1,30 @@
-// Splits a completion's text into the model's thinking and its answer. Owns the tags and the text held back while one
-// may be forming; knows no tokens, because MiMo's tags are plain text spread over several of them.
+// Splits a completion's text into the model's thinking and its answer. Owns the tags and the text held back while a tag
+// may be forming. Knows no tokens, because MiMo's tags are plain text spread over several tokens.
 //
 // The rule, on the whole text:
-//   1. Thinking opens only with `<think>` as the first thing but white space; that white space is dropped. A text that
-//      begins with anything else is all answer, tags and all.
+//   1. Thinking opens only if the text begins with `<think>`, after white space at most, which is dropped. Any other
+//      text is all answer, with its tags.
 //   2. It ends at the first `</think>`; without one, all the rest is thinking.
 //   3. Line ends next to a tag belong to the tag: after `<think>`, before `</think>`, after `</think>`.
-// The whole text is what the prompt already holds of it (`begun`) and the completion; only the completion's part
-// comes out.
+// The whole text is the part already in the prompt (`begun`), then the completion; only the completion's part is
+// output.
 
-/** What one piece of text added to each part; either may be empty. */
+/** The text that one piece added to each part; either may be empty. */
 export interface ReasoningDelta {
   readonly thinking: string;
   readonly answer: string;
 }
 
-/** What the completion continues. */
+/** The text that the completion continues. */
 export interface ReasoningOptions {
-  /** The part of the text that stands at the prompt's end: an opening tag, or a message that is continued. */
+  /** The part of the text at the prompt's end: an opening tag, or a continued message. */
   readonly begun?: string;
 }
 
 const openTag = '<think>';
 const closeTag = '</think>';
 
-/** Where the next text goes. `after...` states drop line ends until something else comes. */
+/** Where the next text goes. `after...` states drop line ends until another character arrives. */
 type State = 'opening' | 'afterOpen' | 'thinking' | 'afterClose' | 'answer';
 
 /**
@@ -33,7 +33,7 @@ type State = 'opening' | 'afterOpen' | 'thinking' | 'afterClose' | 'answer';
 export class ReasoningSplitter {
   #state: State = 'opening';
   #held = '';
-  /** How much of `#held` stands in the prompt. */
+  /** How much of `#held` belongs to the prompt. */
   #begunUnits = 0;
 
   constructor({ begun = '' }: ReasoningOptions = {}) {
@@ -46,7 +46,7 @@ export class ReasoningSplitter {
     return this.#state === 'answer' || this.#state === 'afterClose';
   }
 
-  /** Takes the next piece of text; what may still turn out to be part of a tag is held back. */
+  /** Processes the next piece of text; text that may still become part of a tag is held back. */
   push(text: string): ReasoningDelta {
     let thinking = '';
     let answer = '';
@@ -100,14 +100,14 @@ export class ReasoningSplitter {
     }
   }
 
-  /** Releases what was held back: there is no more text that could complete a tag. */
+  /** Releases the held text: no more text can complete a tag. */
   end(): ReasoningDelta {
     const text = this.#completed(this.#held);
     this.#held = '';
     return this.#state === 'thinking' ? { thinking: text, answer: '' } : { thinking: '', answer: text };
   }
 
-  /** What was held back and comes out, without the prompt's part of it. */
+  /** The held text to output, without the prompt's part. */
   #completed(text: string): string {
     const completed = text.slice(this.#begunUnits);
     this.#begunUnits -= text.length - completed.length;

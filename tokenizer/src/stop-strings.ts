@@ -1,11 +1,11 @@
 // Finds stop strings in streamed text. Owns the text held back while a stop string may be forming; knows no tokens.
 //
-// The rule: output ends before the stop string whose last character comes first; if several end there, before the
-// longest. So the result does not depend on how the text was cut into pieces.
+// The rule: output ends before the stop string that is complete first; if several are complete at the same character,
+// before the longest. So the result does not depend on how the text was cut into pieces.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
-/** What one piece of text released. */
+/** The text that one piece released. */
 export interface StopResult {
   /** Text that no stop string can take back. */
   readonly text: string;
@@ -21,8 +21,8 @@ interface Automaton {
 }
 
 /**
- * Watches one sequence's text. Holds back at most the longest stop string less one UTF-16 unit. After a stop was found
- * every further call gives nothing.
+ * Watches one sequence's text. Holds back at most the longest stop string less one UTF-16 unit. Once a stop string
+ * was found, every further call returns no text.
  */
 export class StopStringMatcher {
   readonly #automata: readonly Automaton[];
@@ -42,7 +42,7 @@ export class StopStringMatcher {
     });
   }
 
-  /** Takes the next piece of text and gives what is certain to be output. */
+  /** Processes the next piece of text and returns the text that is certain to be output. */
   push(text: string): StopResult {
     if (this.#stop !== undefined) {
       return { text: '', stop: this.#stop };
@@ -61,7 +61,7 @@ export class StopStringMatcher {
     return { text: seen.slice(0, seen.length - heldUnits), stop: undefined };
   }
 
-  /** The text still held back, which no stop string completed. */
+  /** The text still held back, in which no stop string was completed. */
   end(): string {
     const text = this.#held;
     this.#held = '';

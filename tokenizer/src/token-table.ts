@@ -1,4 +1,4 @@
-// What a checkpoint's token ids stand for. Owns the bytes of each id and which ids are special, as plain data that
+// The meaning of a checkpoint's token ids. Owns the bytes of each id and the set of special ids, as plain data that
 // travels between processes: decoding a stream needs nothing else of a tokenizer. Knows neither encoding nor
 // templates.
 
@@ -16,7 +16,7 @@ export interface TokenTableData {
 }
 
 /**
- * What the ids of one checkpoint stand for. Immutable and shared freely.
+ * The meaning of the ids of one checkpoint. Immutable and shared freely.
  *
  * A token is special when the files say so or when it is written `<|...|>` (the files leave the flag off for
  * `<|fim_prefix|>` and its like). The other added tokens, such as `<tool_call>`, are words: they are matched in any
@@ -28,13 +28,13 @@ export interface TokenTable {
   readonly specialTokenIds: ReadonlySet<number>;
   /** The special tokens' texts with their ids. */
   readonly specialTokens: ReadonlyMap<string, number>;
-  /** The bytes a token stands for; none for an id without an entry. The array is shared: do not write to it. */
+  /** The bytes of a token; none for an id without an entry. The array is shared: do not write to it. */
   tokenBytes(this: void, tokenId: number): Uint8Array;
   /** No encoding of the text has fewer tokens than this; found from its length alone. */
   leastTokens(this: void, text: string): number;
 }
 
-/** The table of a description, and the data that `createTokenTable` makes it of again. */
+/** The table of a description, and the data from which `createTokenTable` recreates it. */
 export function describeTokens({ bytePair, addedTokens }: TokenizerDescription): TokenTableData {
   const byId: Uint8Array[] = [];
   const utf8 = new TextEncoder();
@@ -81,7 +81,7 @@ export function createTokenTable({ bytes, ends, specialTokens }: TokenTableData)
 
 /**
  * No composed form (NFC) of the text has fewer bytes than this. ASCII is composed already; other characters shrink to a
- * quarter at most, if they shrink: the worst there is, U+1FBE U+0308 U+0301 to U+0390, goes from 7 bytes to 2.
+ * quarter at most: the worst case, U+1FBE U+0308 U+0301 to U+0390, goes from 7 bytes to 2.
  */
 export function leastComposedBytes(text: string): number {
   const bytes = Buffer.byteLength(text);

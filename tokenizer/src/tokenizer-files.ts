@@ -1,7 +1,7 @@
 // A checkpoint's tokenizer files, read leniently and checked. Owns the formats of tokenizer.json,
-// tokenizer_config.json, chat_template.jinja and the older vocab.json with merges.txt; encodes nothing. What a file
-// asks for and we or the library do not do as Hugging Face's Rust code does is refused here, so that a wrong id never
-// comes out later.
+// tokenizer_config.json, chat_template.jinja and the older vocab.json with merges.txt; encodes nothing. A
+// feature that we or the library do not implement as Hugging Face's Rust code does is refused here, so that no text
+// is ever encoded to a wrong id.
 
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -18,11 +18,11 @@ export interface TokenizerFiles {
   readonly mergesTxt: string | undefined;
 }
 
-/** Everything that the tokenizer files of one checkpoint say. */
+/** The whole content of the tokenizer files of one checkpoint. */
 export interface TokenizerDescription {
-  /** What plain text is encoded by: a tokenizer.json without what we do not need and without its added tokens. */
+  /** The rules for plain text: a tokenizer.json without its added tokens and without fields that we do not need. */
   readonly bytePair: z.output<typeof bytePairSchema>;
-  /** The vocabulary entries that are matched in the text as it stands, before BPE; by id. */
+  /** The vocabulary entries that are matched in the raw text, before BPE; by id. */
   readonly addedTokens: readonly z.output<typeof addedTokenSchema>[];
   /** Jinja source; undefined when the checkpoint has none. */
   readonly chatTemplate: string | undefined;
@@ -30,8 +30,8 @@ export interface TokenizerDescription {
   readonly eosToken: string | undefined;
 }
 
-// In these schemas a literal is the one thing that is implemented, and its violation is `failed_precondition`; any
-// other violation is `data_loss`.
+// In these schemas a literal is the only implemented value, and its violation is `failed_precondition`; any other
+// violation is `data_loss`.
 const notUsed = z.literal([null, false, 0, '']).optional();
 
 /** Ids index tables, so a wild one must not size them. */
@@ -67,13 +67,13 @@ const bytePairSchema = z.object({
       const byte = characterFromByte.findIndex(isMissing);
       const merge = merges.findIndex((halves) => isMissing(halves.join('')));
       if (byte >= 0 || merge >= 0) {
-        // Text would be dropped in silence.
+        // Text would be dropped silently.
         const message = `no entry for ${byte >= 0 ? `byte ${byte}` : `merge ${merge}`}`;
         context.addIssue({ code: 'custom', path: ['vocab'], message, input: vocab });
       }
     }),
   normalizer: z.object({ type: z.literal('NFC') }).nullable(),
-  // ByteLevel's own pattern is refused: the library's takes U+FEFF for a space, and U+0085 not.
+  // ByteLevel's own pattern is refused: the library's treats U+FEFF as a space, and U+0085 not.
   pre_tokenizer: z.object({
     type: z.literal('Sequence'),
     pretokenizers: z.tuple([
@@ -111,7 +111,7 @@ const tokenText = z
 const configSchema = z.object({
   bos_token: tokenText,
   eos_token: tokenText,
-  /** A string, or a list of named templates of which "default" is meant. */
+  /** A string, or a list of named templates, of which "default" is used. */
   chat_template: z
     .union([
       z.string(),
@@ -130,7 +130,7 @@ const configSchema = z.object({
     .default([]),
 });
 
-/** What Qwen2's tokenizer.json has beside the model; a checkpoint with vocab.json and merges.txt only means it too. */
+/** Qwen2's tokenizer.json without the model; it also applies to a checkpoint with vocab.json and merges.txt only. */
 const qwen2Steps = {
   normalizer: { type: 'NFC' },
   pre_tokenizer: {
@@ -150,7 +150,7 @@ const qwen2Steps = {
   decoder: { type: 'ByteLevel' },
 };
 
-/** Reads what the directory holds. Absent files are undefined; any other reading error is thrown as `unavailable`. */
+/** Reads the files of the directory. Absent files are undefined; any other reading error is thrown as `unavailable`. */
 export async function readTokenizerFiles(directory: string): Promise<TokenizerFiles> {
   const [tokenizerJson, tokenizerConfigJson, chatTemplateJinja, vocabJson, mergesTxt] = await Promise.all(
     ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'vocab.json', 'merges.txt'].map(
@@ -226,7 +226,7 @@ function parseJson(json: string, file: string): unknown {
   }
 }
 
-/** Says where and what kind of value is wrong. The file may be no tokenizer at all, so nothing of it is quoted. */
+/** Names the place and the kind of the wrong value. The file may not be a tokenizer at all, so it is never quoted. */
 function check<Schema extends z.ZodType>(schema: Schema, value: unknown, file: string): z.output<Schema> {
   const result = schema.safeParse(value, { reportInput: true });
   if (result.success) {

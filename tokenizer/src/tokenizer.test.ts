@@ -12,7 +12,7 @@ const huggingFace = new HuggingFaceTokenizer(
   {},
 );
 
-/** Text made of what is apt to go wrong: tags, spaces, line ends, digits, marks that combine, characters of 4 bytes. */
+/** Text of error-prone parts: tags, spaces, line ends, digits, marks that combine, characters of 4 bytes. */
 const awkwardText = fc
   .array(
     fc.oneof(

@@ -1,5 +1,6 @@
 // Text to token ids and back, for one checkpoint. Owns special tokens: when text may name them and how they are shown.
-// Knows no chat and no stream. Input: tokenizer-files.ts. The text between special tokens is byte-pair.ts's.
+// Knows no chat and no stream. Its input comes from tokenizer-files.ts; byte-pair.ts encodes the text between special
+// tokens.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { createBytePairEncoder, type BytePairEncoder } from './byte-pair.ts';
@@ -9,20 +10,20 @@ import { parseTokenizerFiles, readTokenizerFiles, type TokenizerDescription } fr
 /** Whether text may name special tokens. */
 export interface EncodeOptions {
   /**
-   * True: the text `<|im_end|>` becomes that token. False, the default, for whatever a user wrote: it stays nine
+   * True: the text `<|im_end|>` becomes that token. False, the default, is for users' text: it remains nine
    * characters of text.
    */
   readonly allowSpecial?: boolean;
   /**
-   * A text with more ids than this is given up as soon as that is certain, so that it costs no more than one that
-   * fits.
+   * Encoding stops as soon as the text certainly has more ids than this, so that a long text costs no more than one
+   * that fits.
    */
   readonly maxTokens?: number;
 }
 
-/** A text has more tokens than it may. */
+/** A text has more tokens than allowed. */
 export class TooManyTokensError extends ClusterError {
-  /** It has as many as this; how many more was not counted. */
+  /** It has at least this many; the rest was not counted. */
   readonly leastTokens: number;
 
   constructor(leastTokens: number, maxTokens: number) {
@@ -33,13 +34,13 @@ export class TooManyTokensError extends ClusterError {
 
 /** How special tokens are shown. */
 export interface DecodeOptions {
-  /** True: special tokens give no text. Default false. */
+  /** True: special tokens are left out. Default false. */
   readonly skipSpecialTokens?: boolean;
 }
 
 /** One checkpoint's tokenizer. Immutable and shared freely. */
 export interface Tokenizer extends TokenTable {
-  /** What the ids stand for, as data. */
+  /** The meaning of the ids, as data. */
   readonly tokenTable: TokenTableData;
   /** Jinja source from the checkpoint; undefined when it has none. */
   readonly chatTemplate: string | undefined;
@@ -52,7 +53,7 @@ export interface Tokenizer extends TokenTable {
   encode(text: string, options?: EncodeOptions): number[];
   /**
    * The text of token ids; invalid UTF-8 bytes become U+FFFD. For a stream use a StreamDecoder: decoding ids one by
-   * one breaks characters that span tokens. Throws `invalid_argument` for what is no id.
+   * one breaks characters that span tokens. Throws `invalid_argument` for an invalid id.
    */
   decode(tokenIds: readonly number[], options?: DecodeOptions): string;
   /** The id of an added token's text, such as `<|im_end|>`; undefined when there is none. */
@@ -60,8 +61,8 @@ export interface Tokenizer extends TokenTable {
 }
 
 /**
- * Loads the tokenizer of the checkpoint in a directory. Throws `failed_precondition` when the files are missing or ask
- * for something unsupported, `data_loss` when they are malformed, `unavailable` when they cannot be read.
+ * Loads the tokenizer of the checkpoint in a directory. Throws `failed_precondition` when the files are missing or need
+ * an unsupported feature, `data_loss` when they are malformed, `unavailable` when they cannot be read.
  */
 export async function loadTokenizer(directory: string): Promise<Tokenizer> {
   return createTokenizer(parseTokenizerFiles(await readTokenizerFiles(directory)));
