@@ -1,5 +1,5 @@
-// What a request's fields may hold: the one table behind the protos' comments. The door and the engine both check
-// with it, so neither accepts what the other refuses. Knows no message and no error class; pure.
+// The limits of a request's fields: the one table behind the protos' comments. The API and the engine both check with
+// it, so neither accepts a value that the other refuses. Knows no message and no error class; pure.
 //
 // The floats are narrow enough for the arithmetic behind them: with healthy logits (below 1e30) no accepted value can
 // overflow a 32-bit float or make a NaN, in the host's sampler or a device's.
@@ -20,10 +20,10 @@ export interface NumberLimit {
 const uint32Max = 0xffff_ffff;
 
 /**
- * By the field of SamplingParams. What depends on the model (its draft tokens, its context) is checked beside these.
+ * By the field of SamplingParams. Limits that depend on the model (draft tokens, context) are checked elsewhere.
  */
 export const samplingLimits = {
-  /** Clients write 1e-6 for greedy; what is lower divides logits towards infinity. */
+  /** Clients write 1e-6 for greedy; a lower value divides logits towards infinity. */
   temperature: { kind: 'float', min: 1e-6, max: 2, orZero: true },
   topP: { kind: 'float', min: 0, max: 1, minExcluded: true },
   topK: { kind: 'integer', min: 0, max: uint32Max },
@@ -39,7 +39,7 @@ export const samplingLimits = {
   draftTokens: { kind: 'integer', min: 0, max: 1 },
 } as const satisfies Readonly<Record<string, NumberLimit>>;
 
-/** How much a repeated field may hold. */
+/** The most entries of a repeated field. */
 export const repeatedLimits = {
   /** Each is searched for in every piece of text. */
   stop: 16,
@@ -52,11 +52,11 @@ export const repeatedLimits = {
 
 export const stopTextMaxCharacters = 256;
 
-/** What one field of a message may hold on the wire, checked before objects are made of it. */
+/** The limits of one field on the wire, checked before its bytes become objects. */
 export interface FieldLimit {
   /** As the proto spells it. */
   readonly name: string;
-  /** Of a repeated field. Any other may appear 16 times, since parsers must take the last of several. */
+  /** Of a repeated field. Any other may appear 16 times, since parsers must use the last of several. */
   readonly maxCount?: number;
   /** Numbers, which travel packed: as bytes that hold one varint after another. */
   readonly packed?: true;
@@ -66,10 +66,10 @@ export interface FieldLimit {
   readonly message?: MessageLimits;
 }
 
-/** By field number. A number that is not named counts with the other unnamed ones of its message. */
+/** By field number. A number that is not listed counts with the other unlisted ones of its message. */
 export type MessageLimits = Readonly<Record<number, FieldLimit>>;
 
-/** UTF-8 takes at most three bytes for each of JavaScript's characters. */
+/** UTF-8 needs at most three bytes for each of JavaScript's characters. */
 const stopTextMaxBytes = 3 * stopTextMaxCharacters;
 /** The names of Kubernetes objects have at most 253. */
 const nameMaxBytes = 256;
@@ -103,11 +103,11 @@ export const requestLimits = {
   ListModelsRequest: {},
 } as const satisfies Readonly<Record<string, MessageLimits>>;
 
-/** What is wrong with a number, as `must be a number from 0.01 to 2, not 5`; undefined if nothing is. */
+/** The problem with a number, as `must be a number from 0.01 to 2, not 5`; undefined if it is valid. */
 export function numberProblem(value: number, limit: NumberLimit): string | undefined {
   const { kind, max, minExcluded, orZero } = limit;
   const min = kind === 'float' ? Math.fround(limit.min) : limit.min;
-  // Written so that NaN, which no comparison holds for, is a problem.
+  // Written so that NaN, for which every comparison is false, is a problem.
   const fits = value <= max && (minExcluded === true ? value > min : value >= min);
   const isWhole = kind === 'float' || Number.isInteger(value);
   return (fits && isWhole) || (orZero === true && value === 0)
@@ -115,7 +115,7 @@ export function numberProblem(value: number, limit: NumberLimit): string | undef
     : `must be ${describeLimit(limit)}, not ${kind === 'float' ? Number(value.toPrecision(7)) : value}`;
 }
 
-/** As `0 or a number from 0.000001 to 2`: what error messages say and the protos' comments repeat. */
+/** As `0 or a number from 0.000001 to 2`: the wording of error messages and of the protos' comments. */
 export function describeLimit({ kind, min, max, minExcluded, orZero }: NumberLimit): string {
   const range = minExcluded === true ? `above ${min} and at most ${max}` : `from ${min} to ${max}`;
   return `${orZero === true ? '0 or ' : ''}${kind === 'integer' ? 'a whole number' : 'a number'} ${range}`;

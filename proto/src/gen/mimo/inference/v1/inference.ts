@@ -80,8 +80,8 @@ export interface Message {
 export interface ChatRequest {
   model: string;
   /**
-   * Oldest first. Where the first is not a system message, an empty one is put before it: MiMo's recommendation. Where the
-   * last is an assistant message the completion continues it, and holds only what is new; else it answers the user's.
+   * Oldest first. If the first is not a system message, an empty one is inserted before it, as MiMo recommends. If the
+   * last is an assistant message, the completion continues it and holds only the new text; else it answers the user.
    */
   messages: Message[];
   sampling: SamplingParams | undefined;
@@ -118,12 +118,12 @@ export interface GenerateResponse {
     | undefined;
 }
 
-/** Started is sent once the request is recorded: from here on it is not lost. */
+/** Started is sent once the request is stored durably: from then on it survives failures. */
 export interface Started {
   requestId: string;
   model: string;
   promptTokens: number;
-  /** The seed in force, the caller's or the one drawn: repeat it to get the same text again. */
+  /** The seed in use, from the caller or drawn at random: repeat it to get the same text again. */
   seed: number;
 }
 
@@ -136,7 +136,7 @@ export interface Delta {
   tokenIds: number[];
   /** New text of the answer. */
   text: string;
-  /** New text between <think> and </think> (Chat only), also where the template opened the tag or the last message did. */
+  /** New text between <think> and </think> (Chat only), also if the template or the last message opened the tag. */
   reasoning: string;
   logprobs: TokenLogprob[];
 }
@@ -165,7 +165,7 @@ export interface CancelRequest {
 }
 
 export interface CancelResponse {
-  /** False if the tenant has no such request, or it had ended already. */
+  /** False if the tenant has no such request, or it had already ended. */
   cancelled: boolean;
 }
 
@@ -188,9 +188,9 @@ export interface ListModelsResponse {
 export interface Model {
   name: string;
   maxContextTokens: number;
-  /** Draft tokens per step that the model supports; 0 where it has no MTP layer. */
+  /** Draft tokens per step that the model supports; 0 without an MTP layer. */
   draftTokens: number;
-  /** Replica groups that take requests now. */
+  /** Replica groups that accept requests now. */
   readyGroups: number;
 }
 
@@ -2047,7 +2047,7 @@ export const InferenceServiceService = {
   },
   /**
    * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
-   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * then ends with CANCELLED. Fails with UNAVAILABLE if that gateway does not answer.
    */
   cancel: {
     path: "/mimo.inference.v1.InferenceService/Cancel" as const,
@@ -2058,7 +2058,7 @@ export const InferenceServiceService = {
     responseSerialize: (value: CancelResponse): Buffer => Buffer.from(CancelResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CancelResponse => CancelResponse.decode(value),
   },
-  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
+  /** CountTokens returns the number of prompt tokens of a request, encoded as Chat or Generate would encode it. */
   countTokens: {
     path: "/mimo.inference.v1.InferenceService/CountTokens" as const,
     requestStream: false as const,
@@ -2090,10 +2090,10 @@ export interface InferenceServiceServer extends UntypedServiceImplementation {
   generate: handleServerStreamingCall<GenerateRequest, GenerateResponse>;
   /**
    * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
-   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * then ends with CANCELLED. Fails with UNAVAILABLE if that gateway does not answer.
    */
   cancel: handleUnaryCall<CancelRequest, CancelResponse>;
-  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
+  /** CountTokens returns the number of prompt tokens of a request, encoded as Chat or Generate would encode it. */
   countTokens: handleUnaryCall<CountTokensRequest, CountTokensResponse>;
   /** ListModels lists the models that the caller may use. */
   listModels: handleUnaryCall<ListModelsRequest, ListModelsResponse>;
@@ -2115,7 +2115,7 @@ export interface InferenceServiceClient extends Client {
   ): ClientReadableStream<GenerateResponse>;
   /**
    * Cancel ends a request of the caller's tenant, wherever it waits or runs and whichever gateway holds its stream, which
-   * then ends with CANCELLED. Fails with UNAVAILABLE where that gateway does not answer.
+   * then ends with CANCELLED. Fails with UNAVAILABLE if that gateway does not answer.
    */
   cancel(
     request: CancelRequest,
@@ -2132,7 +2132,7 @@ export interface InferenceServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CancelResponse) => void,
   ): ClientUnaryCall;
-  /** CountTokens says how many tokens a request would put before the model, read as Chat or Generate read it. */
+  /** CountTokens returns the number of prompt tokens of a request, encoded as Chat or Generate would encode it. */
   countTokens(
     request: CountTokensRequest,
     callback: (error: ServiceError | null, response: CountTokensResponse) => void,

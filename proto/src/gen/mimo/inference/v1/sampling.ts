@@ -8,7 +8,7 @@ export const protobufPackage = "mimo.inference.v1";
 
 export const protobufFileName = "mimo/inference/v1/sampling.proto";
 
-/** FinishReason says why a completion ended. */
+/** FinishReason is the reason why a completion ended. */
 export const FinishReason = {
   UNSPECIFIED: 0,
   /** STOP - An end-of-text token, a stop token id or a stop text. */
@@ -60,8 +60,8 @@ export function finishReasonToJSON(object: FinishReason): string {
 }
 
 /**
- * SamplingParams says how the next token is chosen. Names follow vLLM's. Every field is optional,
- * because proto3's zero is not the default: an absent field takes the model's recommended value.
+ * SamplingParams sets how the next token is chosen. Names follow vLLM's. Every field is optional,
+ * because proto3's zero is not the default: an absent field means the model's recommended value.
  */
 export interface SamplingParams {
   /** Divides the logits; 0 is greedy: 0 or a number from 0.000001 to 2. Default 0.6, MiMo's recommendation. */
@@ -84,7 +84,7 @@ export interface SamplingParams {
     | number
     | undefined;
   /**
-   * Divides (or multiplies, where negative) the logits of tokens seen in prompt or completion: a number from 0.01 to 2.
+   * Divides (or multiplies, if negative) the logits of tokens seen in prompt or completion: a number from 0.01 to 2.
    * Default 1.
    */
   repetitionPenalty?:
@@ -107,17 +107,17 @@ export interface SamplingParams {
     | undefined;
   /**
    * Ends the completion at the first of these texts, which is left out. At most 16, each of 1 to 256 characters.
-   * In Chat they are looked for in the answer, not in the thinking before it; see stop_in_reasoning. A text that is
-   * one of the model's special tokens, such as "<|im_end|>", ends the completion at that token, wherever it comes.
+   * In Chat they apply to the answer, not to the thinking before it; see stop_in_reasoning. A text that is one of the
+   * model's special tokens, such as "<|im_end|>", ends the completion at that token, wherever it occurs.
    */
   stop: string[];
   /** Ends the completion at any of these token ids, which is left out of the text. At most 64. */
   stopTokenIds: number[];
-  /** At most this many completion tokens: a whole number from 1 to 4294967295. Default: what is left of the context. */
+  /** At most this many completion tokens: a whole number from 1 to 4294967295. Default: the rest of the context. */
   maxTokens?:
     | number
     | undefined;
-  /** Goes on past the model's end-of-text tokens. Default false. */
+  /** Continues past the model's end-of-text tokens. Default false. */
   ignoreEos?:
     | boolean
     | undefined;
@@ -129,8 +129,8 @@ export interface SamplingParams {
     | number
     | undefined;
   /**
-   * Draft tokens per step of speculative decoding: a whole number from 0 to 1, at most what the model drafts. 0 turns
-   * it off, 1 is MiMo's MTP layer. Never changes the text.
+   * Draft tokens per step of speculative decoding: a whole number from 0 to 1, at most as many as the model
+   * drafts. 0 turns it off, 1 is MiMo's MTP layer. Never changes the text.
    */
   draftTokens?:
     | number
@@ -139,7 +139,7 @@ export interface SamplingParams {
   minTokens?:
     | number
     | undefined;
-  /** Looks for the stop texts in the thinking and its tags too (Chat; Generate has no thinking). Default false. */
+  /** Applies the stop texts to the thinking and its tags too (Chat; Generate has no thinking). Default false. */
   stopInReasoning?: boolean | undefined;
 }
 

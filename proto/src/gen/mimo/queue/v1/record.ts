@@ -10,8 +10,8 @@ export const protobufPackage = "mimo.queue.v1";
 export const protobufFileName = "mimo/queue/v1/record.proto";
 
 /**
- * Company of a request in its group. One that may be what broke its last groups is kept from requests that would fall under
- * the same suspicion. UNSPECIFIED is anybody.
+ * Company is the set of other requests that may share the group. A request that may have broken its last groups is kept
+ * apart from requests that would then come under the same suspicion. UNSPECIFIED permits any.
  */
 export const Company = {
   UNSPECIFIED: 0,
@@ -62,20 +62,23 @@ export function companyToJSON(object: Company): string {
   }
 }
 
-/** AssignmentOutcome is the owning gateway's word on a request: it is the one that knows, a dispatcher only thinks so. */
+/**
+ * AssignmentOutcome is the owning gateway's answer to an assignment. The gateway has the final say on the state of a
+ * request; a dispatcher's view may be out of date.
+ */
 export const AssignmentOutcome = {
   UNSPECIFIED: 0,
   /** ACCEPTED - The attempt has begun. */
   ACCEPTED: 1,
-  /** ALREADY_ASSIGNED - An attempt runs already, on the group that the reply names. */
+  /** ALREADY_ASSIGNED - An attempt is already running, on the group that the reply names. */
   ALREADY_ASSIGNED: 2,
   /** UNKNOWN_REQUEST - The gateway does not hold the request: it has ended, and its record may be deleted. */
   UNKNOWN_REQUEST: 3,
   /** STALE_DISPATCHER - The dispatcher's lease has passed to another one. */
   STALE_DISPATCHER: 4,
-  /** UNFIT - The group is not one for this request: offer it one that has what the reply says. */
+  /** UNFIT - The group does not suit this request: offer it a group that meets the needs in the reply. */
   UNFIT: 5,
-  /** PARKED - Its client takes nothing at present: a RequestEnded says when it does. */
+  /** PARKED - Its client is not reading at present: a RequestEnded follows when it reads again. */
   PARKED: 6,
   UNRECOGNIZED: -1,
 } as const;
@@ -161,28 +164,28 @@ export interface RequestRecord {
     | SamplingParams
     | undefined;
   /**
-   * What is to compute its text (core's model-identity): it is given to no other group. Empty: to any, until a group has
-   * given it tokens.
+   * The identity that must compute its text (core's model-identity): only groups with it may run the request.
+   * Empty: any group may, until one has generated tokens.
    */
   identity: string;
   /**
-   * Milliseconds until the deadline, as of acceptance; absent: no deadline. A reader knows so that the request is over at
-   * the latest when that time has passed since it first saw the record.
+   * Milliseconds until the deadline, as of acceptance; absent: no deadline. For a reader, the
+   * request is over at the latest when that time has passed since it first saw the record.
    */
   timeLeftMs?:
     | number
     | undefined;
-  /** How often the store of this record was lost and the owner recorded it again, and its sequence in the first store. */
+  /** How often the store of this record was lost and its owner recorded it again. */
   storesOutlived: number;
-  /** Where it was written again in the same store, too. 0: this is its first place. */
+  /** Its sequence when it was first recorded, also if it was written again in the same store. 0: this is the first. */
   firstSequence: number;
-  /** For how long its owner had held the request when it wrote this. */
+  /** How long its owner had held the request when it wrote this. */
   heldMs: number;
 }
 
 /**
- * RequestSummary is what a dispatcher needs of a record. It travels beside the record, as the message's header
- * `Mimo-Summary` in base64, so that following the queue moves and holds no prompts.
+ * RequestSummary holds the fields of a record that a dispatcher needs. It is the message's header `Mimo-Summary`, in
+ * base64, so that following the queue transfers and keeps no prompts.
  */
 export interface RequestSummary {
   requestId: string;
@@ -197,48 +200,51 @@ export interface RequestSummary {
   heldMs: number;
 }
 
-/** Assignment tells the owning gateway where a request runs: a core NATS request on `gateways.<gatewayId>.assign`. */
+/**
+ * Assignment sends a request to a group, through the owning gateway: a core NATS request on
+ * `gateways.<gatewayId>.assign`.
+ */
 export interface Assignment {
   requestId: string;
   model: string;
   group: string;
-  /** The group's life that was chosen: a restarted group is another one. */
+  /** The chosen incarnation of the group: a restarted group has another one. */
   incarnation: string;
   /** Where the gateway opens its session with the group, host:port. */
   address: string;
-  /** Revision at which the dispatcher took its lease: a gateway refuses assignments of an older one. */
+  /** Revision at which the dispatcher acquired its lease: a gateway refuses assignments with an older one. */
   dispatcherEpoch: number;
-  /** What the group computes with. */
+  /** The identity of the group. */
   identity: string;
-  /** Who is in the group, and that nobody joins before the request makes progress or ends; UNSPECIFIED promises nothing. */
+  /** The other requests in the group; none joins before this one makes progress or ends. UNSPECIFIED promises nothing. */
   company: Company;
   /**
-   * Of a request on trial, the breaks that the dispatcher knows of. Where they are those of its needs, PROVEN may stand in for
-   * NONE, because it has waited for that long enough.
+   * For a request on trial: the breaks that the dispatcher knows. If they equal those of its needs, PROVEN may replace
+   * NONE, because the request has waited long enough for NONE.
    */
   breaks: number;
 }
 
-/** Needs of a request that waits. */
+/** Needs of a waiting request. */
 export interface Needs {
-  /** What alone may compute the rest of its text; empty: anything. */
+  /** The only identity that may compute the rest of its text; empty: any. */
   identity: string;
   company: Company;
-  /** Groups in a row that broke with it before it made progress. */
+  /** Consecutive groups that broke while running it, before it made progress. */
   breaks: number;
 }
 
 export interface AssignmentReply {
   outcome: AssignmentOutcome;
-  /** Where the request runs and which attempt it is, counted from 1 by the gateway: the epoch of its frames. */
+  /** The group that runs the request, and the number of the attempt, counted from 1: the epoch of its frames. */
   group: string;
   incarnation: string;
   epoch: number;
-  /** Of UNFIT. */
+  /** Set with UNFIT. */
   needs: Needs | undefined;
 }
 
-/** Cancellation asks the gateway that owns a request to end it: a core NATS request on `gateways.<gatewayId>.cancel`. */
+/** Cancellation requests the owning gateway to end a request: a core NATS request on `gateways.<gatewayId>.cancel`. */
 export interface Cancellation {
   requestId: string;
   /** Only a request of this tenant is ended. */
@@ -258,19 +264,19 @@ export interface RequestEnded {
   requestId: string;
   model: string;
   /**
-   * True: only the attempt has ended, because its group was lost, refused it or handed it over, and the request waits for
-   * another one. False: the request has ended and its record is deleted.
+   * True: only the attempt has ended, because its group was lost, refused it or handed it over; the request waits for
+   * another group. False: the request has ended and its record is deleted.
    */
   requeued: boolean;
-  /** The attempt that has ended: heartbeats that still speak of it, or of an earlier one, are out of date. */
+  /** The attempt that has ended: heartbeats that still list it, or an earlier one, are out of date. */
   epoch: number;
-  /** Of one that waits again. */
+  /** Set if the request waits again. */
   needs:
     | Needs
     | undefined;
-  /** The group has said that it has let go of the request; else it may still be in a group that stands still. */
+  /** The group has confirmed that it released the request; else a stalled group may still hold it. */
   released: boolean;
-  /** With `requeued`. True: the request is parked, and not to be offered before another RequestEnded with false. */
+  /** With `requeued`. True: the request is parked; do not offer it before another RequestEnded with false. */
   parked: boolean;
 }
 

@@ -28,13 +28,13 @@ export const FinishKind = {
   /** STOP - An end-of-text or stop token id, which is not among token_ids. */
   STOP: 1,
   LENGTH: 2,
-  /** ABORTED - On request: Abort. */
+  /** ABORTED - Ended by an Abort. */
   ABORTED: 3,
-  /** ERROR - `error_code` and `error_message` say why. */
+  /** ERROR - `error_code` and `error_message` give the reason. */
   ERROR: 4,
   /**
-   * PARKED - The sequence gave up its slot and its KV blocks, for the `park_reason`, and its text is not at its end: submitted again
-   * with the tokens that it has, to this group or another, it goes on.
+   * PARKED - The sequence gave up its slot and its KV blocks, for the `park_reason`, before its text was complete. It continues
+   * if it is submitted again with its tokens so far, to this group or another.
    */
   PARKED: 5,
   UNRECOGNIZED: -1,
@@ -147,7 +147,7 @@ export const GroupState = {
   READY: 2,
   DRAINING: 3,
   FAILED: 4,
-  /** STALLED - A step takes long: READY again when it ends, FAILED when it does not. Until then nothing new is given to the group. */
+  /** STALLED - A step takes long: READY again when it ends, FAILED if it does not. Until then the group gets no new requests. */
   STALLED: 5,
   UNRECOGNIZED: -1,
 } as const;
@@ -254,22 +254,22 @@ export interface Submit {
   tokenIds: number[];
   /** How many of the last token_ids are completion tokens: positions, penalties and max_tokens count them. */
   resumedTokens: number;
-  /** Complete: the gateway fills in every default that the engine needs. `stop` is the gateway's own business. */
+  /** Complete: the gateway fills in every default that the engine needs. The gateway handles `stop` itself. */
   sampling:
     | SamplingParams
     | undefined;
   /** Tokens that may be sent before more credit comes. */
   creditTokens: number;
   /**
-   * Milliseconds that are left until the deadline, as of sending: clocks of machines differ, so that no point in time
-   * would mean the same to both. Absent: no deadline. The engine frees the sequence when they have passed.
+   * Milliseconds left until the deadline, as of sending. Not a point in time, because the clocks of machines differ.
+   * Absent: no deadline. The engine frees the sequence when they have passed.
    */
   timeLeftMs?:
     | number
     | undefined;
-  /** What alone may compute it: a group of another identity refuses it. Empty: any. */
+  /** The only identity that may compute it: a group of another identity refuses it. Empty: any. */
   identity: string;
-  /** Nobody is to join it in the group before it makes progress: said again in heartbeats, for dispatchers to come. */
+  /** No other request may join it in the group before it makes progress. Heartbeats repeat this for later dispatchers. */
   onTrial: boolean;
 }
 
@@ -281,7 +281,7 @@ export interface Abort {
 
 /**
  * Credit lets a sequence send more tokens. A sequence without credit is left out of steps. It keeps its KV cache for a
- * while, and for as long as nobody else can use it; then it is parked.
+ * while, and longer if no other sequence can use the space; then it is parked.
  */
 export interface Credit {
   slot: number;
@@ -302,7 +302,7 @@ export interface StepFrame {
   deltas: SequenceDelta[];
 }
 
-/** SequenceDelta carries the tokens that one step gave one sequence: 1, or 2 where a draft was accepted. */
+/** SequenceDelta carries the tokens of one sequence from one step: 1, or 2 if a draft was accepted. */
 export interface SequenceDelta {
   slot: number;
   epoch: number;
@@ -313,7 +313,7 @@ export interface SequenceDelta {
   finish:
     | SequenceFinish
     | undefined;
-  /** Of this attempt so far, so that the figures of one that is lost without a finish are known. */
+  /** Of this attempt so far, so that the counts survive if the attempt is lost without a finish. */
   draftedTokens: number;
   acceptedTokens: number;
 }
@@ -352,8 +352,8 @@ export interface StatsResponse {
 }
 
 /**
- * Heartbeat is published by the leader on NATS `workers.<model>.<group>` several times a second. Three missing: the group
- * is given nothing more until the next one.
+ * Heartbeat is published by the leader on NATS `workers.<model>.<group>` several times a second. After three
+ * missing heartbeats the group gets no more requests until the next one.
  */
 export interface Heartbeat {
   model: string;
@@ -362,9 +362,9 @@ export interface Heartbeat {
   address: string;
   revision: string;
   state: GroupState;
-  /** Counts up from 1 with each heartbeat of one life of the group. */
+  /** Counts up from 1 with each heartbeat of one incarnation of the group. */
   sequenceNumber: number;
-  /** Differs with each life of the group: a restarted group holds none of the sequences of its predecessor. */
+  /** New for each start of the group: a restarted group holds none of the sequences of its predecessor. */
   incarnation: string;
   worldSize: number;
   maxSequences: number;
@@ -376,23 +376,23 @@ export interface Heartbeat {
   draftTokens: number;
   /** Completion tokens per second, over the last seconds in which the group had work; 0: not measured yet. */
   completionTokensPerSecond: number;
-  /** What runs here, so that a new dispatcher can rebuild its state. */
+  /** The running requests, so that a new dispatcher can rebuild its state. */
   running: RunningRequest[];
   precision: string;
-  /** What the group's answers are made of: core's model-identity. */
+  /** The identity that determines the group's answers: core's model-identity. */
   identity: string;
-  /** Of running_sequences, those without credit for long: each gives way to the next sequence that comes. */
+  /** Of running_sequences, those without credit for long: each yields to the next new sequence. */
   parkableSequences: number;
-  /** Of waiting_sequences, those for which there is no slot, or no KV blocks; the others wait for their turn in a step. */
+  /** Of waiting_sequences, those without a free slot or KV blocks; the others wait for their turn in a step. */
   blockedSequences: number;
 }
 
 export interface RunningRequest {
   requestId: string;
   epoch: number;
-  /** Completion tokens that it has got in this group. */
+  /** Its completion tokens from this group. */
   tokens: number;
-  /** As its Submit said. */
+  /** As in its Submit. */
   onTrial: boolean;
 }
 
@@ -2991,8 +2991,9 @@ export const WorkerServiceService = {
     responseDeserialize: (value: Buffer): SessionResponse => SessionResponse.decode(value),
   },
   /**
-   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
-   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   * Drain stops the group from accepting sequences and returns once the last has ended. A sequence that runs for longer
+   * than the group's limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another
+   * group.
    */
   drain: {
     path: "/mimo.worker.v1.WorkerService/Drain" as const,
@@ -3022,8 +3023,9 @@ export interface WorkerServiceServer extends UntypedServiceImplementation {
    */
   session: handleBidiStreamingCall<SessionRequest, SessionResponse>;
   /**
-   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
-   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   * Drain stops the group from accepting sequences and returns once the last has ended. A sequence that runs for longer
+   * than the group's limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another
+   * group.
    */
   drain: handleUnaryCall<DrainRequest, DrainResponse>;
   stats: handleUnaryCall<StatsRequest, StatsResponse>;
@@ -3039,8 +3041,9 @@ export interface WorkerServiceClient extends Client {
   session(options: Partial<CallOptions>): ClientDuplexStream<SessionRequest, SessionResponse>;
   session(metadata: Metadata, options?: Partial<CallOptions>): ClientDuplexStream<SessionRequest, SessionResponse>;
   /**
-   * Drain stops the group from taking sequences and returns once the last has ended. What runs for longer than the group's
-   * own limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another group.
+   * Drain stops the group from accepting sequences and returns once the last has ended. A sequence that runs for longer
+   * than the group's limit is handed over: it ends with the code `unavailable`, and the gateway resumes it in another
+   * group.
    */
   drain(
     request: DrainRequest,
