@@ -24,13 +24,13 @@ export interface Collective {
   broadcast(frame: Int32Array): void;
   /** Other ranks: the next frame of rank 0. */
   receive(): Int32Array;
-  /** For code that waits for peers by other means: throws as the blocking calls do. */
+  /** For code that waits for peers by other means: throws the same errors as the blocking calls. */
   watch(waitedMs: number): void;
   /** Leaves the group. Idempotent. */
   close(): void;
 }
 
-/** The flag by which another thread stops blocked calls: one int32, zero while the group runs. */
+/** Another thread sets this flag to stop blocked calls: one int32, zero while the group runs. */
 export type StopFlag = Int32Array;
 
 /** Throws `canceled` once the flag is set. */
@@ -61,7 +61,7 @@ export function sumInOrder(into: Float32Array, parts: readonly Float32Array[]): 
   }
 }
 
-/** The group of one: every call is done at once. */
+/** The group of one: every call returns at once. */
 export function createSingleRankCollective(): Collective {
   return {
     rank: 0,

@@ -1,11 +1,11 @@
-// One connection while two ranks greet each other: messages in turn, each a 4-byte length and JSON, and at the end the
-// plain descriptor. Owns the socket until then; messages and the choice of peers belong to join-group.ts.
+// One connection during the handshake of two ranks: they take turns, each message a 4-byte length and JSON, and end
+// with the plain descriptor. Owns the socket until then; join-group.ts owns the messages and the choice of peers.
 
 import * as net from 'node:net';
 import { ClusterError } from '@mimo/core/process/errors';
 import { duplicate } from './libc.ts';
 
-/** What both ends of a connection must agree on, and who they are. */
+/** Identifies one end of a connection; both ends must agree on model, world size and token. */
 export interface GroupMember {
   readonly rank: number;
   readonly worldSize: number;
@@ -21,7 +21,7 @@ export interface Hello extends GroupMember {
   readonly token: string;
 }
 
-/** All that is ever said. */
+/** Every message of the handshake. */
 export type Message =
   | Hello
   | { readonly kind: 'accepted' }
@@ -73,7 +73,7 @@ export class HandshakeEnd {
     this.#socket.write(encodeMessage(message));
   }
 
-  /** The connection as a descriptor of its own; the event loop has nothing more to do with it. */
+  /** Detaches the connection from the event loop and returns it as a plain descriptor. */
   detach(): number {
     const handle: unknown = Reflect.get(this.#socket, '_handle');
     const fd: unknown = typeof handle === 'object' && handle !== null ? Reflect.get(handle, 'fd') : undefined;
@@ -142,7 +142,7 @@ function parseMessage(text: string): Message {
   throw new ClusterError('data_loss', 'handshake: the peer does not speak this protocol');
 }
 
-/** A message as it travels. */
+/** Encodes a message for the wire. */
 export function encodeMessage(message: Message): Buffer {
   const text = Buffer.from(JSON.stringify(message));
   const length = Buffer.alloc(4);
@@ -150,7 +150,7 @@ export function encodeMessage(message: Message): Buffer {
   return Buffer.concat([length, text]);
 }
 
-/** Splits `host:port`; IPv6 hosts stand in brackets. Throws `invalid_argument`. */
+/** Splits `host:port`; IPv6 hosts are in brackets. Throws `invalid_argument`. */
 export function parseAddress(address: string): { readonly host: string; readonly port: number } {
   const match = /^(?:\[(?<v6>[^\]]+)\]|(?<name>[^:]+)):(?<port>\d+)$/.exec(address);
   const host = match?.groups?.['v6'] ?? match?.groups?.['name'];

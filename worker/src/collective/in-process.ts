@@ -3,7 +3,7 @@
 //
 // Every operation is a barrier: a rank writes its part into its slot, publishes its operation count, and waits for the
 // counts it needs. Slots are double-buffered, so a rank may write operation k+2 over operation k without another wait:
-// everybody has published k+1, which one does only after reading k.
+// every rank has published k+1, and a rank publishes k+1 only after it has read k.
 
 import { availableParallelism } from 'node:os';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -13,13 +13,13 @@ import { assertNotStopped, sumInOrder, type Collective, type StopFlag } from './
 const slotFloats = 262_144;
 
 /**
- * Looks at a peer's count before sleeping; some 10 us. Sleeping at once costs 20-80 us, spinning long starves others.
+ * Polls of a peer's count before sleeping; some 10 us. Sleeping at once costs 20-80 us, spinning long starves others.
  */
 const spins = 2000;
 
 const sleepMs = 1000;
 
-/** Shared by all ranks of an in-process group; structured-cloneable, so that threads can be handed it. */
+/** Shared by all ranks of an in-process group; structured-cloneable, so it can be passed to threads. */
 export interface InProcessGroup {
   readonly worldSize: number;
   /** [stop, count of rank 0, count of rank 1, ...] */
@@ -67,7 +67,7 @@ class InProcessCollective implements Collective {
         (_, r) => new Float32Array(group.slots, 4 * slotFloats * (parity * group.worldSize + r), slotFloats),
       ),
     );
-    // More ranks than cores: the peer that is waited for needs the core that spins.
+    // With more ranks than cores, the awaited peer may need the core that this rank spins on.
     this.#spins = group.worldSize <= availableParallelism() ? spins : 0;
   }
 

@@ -1,11 +1,11 @@
 // How the ranks of a network group find and check one another before the step thread takes over. Owns the handshake;
 // runs on the main thread with ordinary sockets, and ends with one plain descriptor per peer. Knows no tensors.
 //
-// Each rank listens and dials the lower ranks until they are there. On a connection, each message being a 4-byte length
+// Each rank listens, and dials the lower ranks until they answer. On a connection, each message being a 4-byte length
 // and JSON:   dialler: Hello    listener: Hello or Refusal    dialler: Accepted or Refusal    listener: one byte, `go`.
-// Once the listener has its Accepted, both give the connection to their step threads. The dialler's side of the event
-// loop lets go before it sends Accepted, and sends nothing more until `go`; so neither event loop can swallow a byte
-// that is meant for a step thread.
+// Once the listener has its Accepted, both give the connection to their step threads. The dialler detaches the
+// connection from its event loop before it sends Accepted, and sends nothing more until `go`. So neither event loop can
+// swallow a byte that is meant for a step thread.
 
 import { createHash, timingSafeEqual } from 'node:crypto';
 import * as net from 'node:net';
@@ -31,7 +31,7 @@ export interface JoinOptions {
   readonly timeoutMs: number;
 }
 
-/** A connected peer: a non-blocking socket descriptor, to be closed by who owns it. */
+/** A connected peer: a non-blocking socket descriptor, which its owner closes. */
 export interface PeerConnection {
   readonly rank: number;
   readonly fd: number;
@@ -44,9 +44,9 @@ const redialMs = 100;
 const goByte = Uint8Array.of(1);
 
 /**
- * Connects this rank with all others. Errors: `failed_precondition` on both sides, naming both values, where model,
- * precision or world size differ or a rank comes twice; `permission_denied` if the token differs; `deadline_exceeded`
- * naming the ranks that did not come; `unavailable` if it cannot listen; `canceled` by the signal.
+ * Connects this rank with all others. Errors: `failed_precondition` on both sides, naming both values, if model,
+ * precision or world size differ or a rank connects twice; `permission_denied` if the token differs;
+ * `deadline_exceeded` naming the missing ranks; `unavailable` if it cannot listen; `canceled` by the signal.
  */
 export async function joinGroup(options: JoinOptions, signal: AbortSignal): Promise<PeerConnection[]> {
   const { member, timeoutMs } = options;
@@ -84,7 +84,7 @@ export async function joinGroup(options: JoinOptions, signal: AbortSignal): Prom
   }
 }
 
-/** Listens until every higher rank has come. */
+/** Listens until every higher rank has connected. */
 async function accept(
   options: JoinOptions,
   connections: Map<number, PeerConnection>,
@@ -111,7 +111,7 @@ async function accept(
       }
     } catch (error) {
       socket.destroySoon();
-      // Strangers and broken connections are turned away; a member that does not fit ends the group.
+      // Rejects strangers and broken connections; a member with a different model or setting ends the group.
       if (ClusterError.from(error).code === 'failed_precondition') {
         reject(error);
       }
@@ -162,7 +162,7 @@ async function receiveDialler(
     }
     return { rank: theirs.rank, fd: end.detach(), dialled: false };
   } catch (error) {
-    // Its connection broke in between: it may dial again.
+    // Its connection broke during the handshake: it may dial again.
     come.delete(theirs.rank);
     throw error;
   }

@@ -1,7 +1,7 @@
-// The few system calls that must not go through the event loop: on a connected socket, since the step thread has none
-// while it computes, and the end of a process whose step thread cannot be ended. Owns the binding to libc;
-// descriptors are non-blocking, as libuv leaves them. Knows no protocol. Node ignores SIGPIPE, so writing to a closed
-// connection is an error code.
+// The few system calls that bypass the event loop: those on a connected socket, since the step thread runs no event
+// loop while it computes, and the exit of a process whose step thread hangs. Owns the binding to libc; descriptors are
+// non-blocking, as libuv leaves them. Knows no protocol. Node ignores SIGPIPE, so writing to a closed connection
+// returns an error code.
 
 import { constants } from 'node:os';
 import koffi from 'koffi';
@@ -52,7 +52,7 @@ export function writeSome(fd: number, from: Uint8Array): number {
   return count >= 0 ? count : throwUnlessLater('write');
 }
 
-/** Waits until a descriptor is ready; false when the time is over or a signal came. */
+/** Waits until a descriptor is ready; false after a timeout or an interrupting signal. */
 export function waitReady(interests: readonly PollInterest[], timeoutMs: number): boolean {
   // struct pollfd { int fd; short events; short revents; }, little-endian.
   const entries = new Int32Array(2 * interests.length);
@@ -72,12 +72,14 @@ export function duplicate(fd: number): number {
   return copy;
 }
 
-/** Closes the descriptor; the peer sees the end of the connection when it was the last. */
+/** Closes the descriptor; closing the last one of a connection ends it for the peer. */
 export function closeDescriptor(fd: number): void {
   closeCall(fd);
 }
 
-/** Ends the process at once. Node's own exit waits for its threads, and one that hangs in native code never ends. */
+/**
+ * Ends the process at once. Node's own exit waits for its threads, and a thread that hangs in native code never ends.
+ */
 export function exitAtOnce(code: number): void {
   exitCall(code);
 }

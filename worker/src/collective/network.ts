@@ -1,5 +1,5 @@
 // The ranks of a group as processes, over one TCP connection per pair. Owns the frames and the blocking transfers of
-// the step thread; connections come checked from join-group.ts. Knows no model.
+// the step thread; join-group.ts has checked the connections. Knows no model.
 //
 // A frame is int32 little-endian [operation, sequence number, payload bytes], then the payload. Operation and sequence
 // number only guard against ranks that have fallen out of step. Sends and receives of all peers advance together on
@@ -14,7 +14,7 @@ export interface NetworkOptions {
   readonly rank: number;
   readonly worldSize: number;
   readonly peers: readonly PeerConnection[];
-  /** A peer from which nothing comes for this long, though something is due, is lost. */
+  /** A peer that sends nothing for this long, although something is due, is lost. */
   readonly peerTimeoutMs: number;
   /** The same for its first sign of life: it may still be loading. */
   readonly firstTimeoutMs: number;
@@ -24,7 +24,7 @@ export interface NetworkOptions {
 const operations = { allReduce: 1, gather: 2, broadcast: 3 } as const;
 const headerWords = 3;
 const headerBytes = 4 * headerWords;
-/** How long a wait can overlook the stop flag. */
+/** The longest time between two checks of the stop flag in a wait. */
 const pollMs = 50;
 
 /** One peer's transfers in the current operation. */
@@ -32,7 +32,7 @@ interface Peer {
   readonly rank: number;
   readonly fd: number;
   heard: boolean;
-  /** Staging for what comes, frame header included. */
+  /** Staging buffer for received bytes, frame header included. */
   inbox: Uint8Array<ArrayBuffer>;
   received: number;
   receiveBytes: number;
@@ -179,7 +179,7 @@ class NetworkCollective implements Collective {
     }
   }
 
-  /** Moves all bytes that are due in this operation, both ways, with all peers. */
+  /** Sends and receives all bytes of this operation, with all peers. */
   #transfer(): void {
     let quietSince = 0;
     for (;;) {
@@ -258,7 +258,7 @@ function roomFor(bytes: number): number {
   return 2 ** Math.ceil(Math.log2(bytes));
 }
 
-/** Takes over the connections, which `close` closes. Blocks until the listeners' `go` is there. */
+/** Takes over the connections; `close` closes them. Blocks until every listener's `go` has arrived. */
 export function createNetworkCollective(options: NetworkOptions): Collective {
   return new NetworkCollective(options);
 }
