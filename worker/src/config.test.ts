@@ -40,7 +40,7 @@ describe('parseWorkerConfig', () => {
       'entries must be host:port, not "b"',
     ],
     [
-      'a repository that is none',
+      'an invalid repository name',
       { MIMO_WORKER_HUB_REPOSITORY: '../a' },
       'must be organisation/name, not "../a"',
     ],
@@ -48,7 +48,7 @@ describe('parseWorkerConfig', () => {
     ['an unreachable address', { MIMO_WORKER_NATS_URL: 'nats://n' }, 'MIMO_WORKER_ADVERTISE must be set'],
     ['an unknown precision', { MIMO_WORKER_PRECISION: 'fp8' }, 'one of fp32, fp16, bf16, int8, int4'],
     [
-      'a drain that leaves no time to hand over',
+      'a drain without time to hand over',
       { MIMO_WORKER_DRAIN_GRACE: '5s', MIMO_WORKER_DRAIN_FINISH: '5s' },
       'MIMO_WORKER_DRAIN_FINISH (5000 ms) must be below MIMO_WORKER_DRAIN_GRACE (5000 ms)',
     ],
@@ -61,7 +61,7 @@ describe('parseWorkerConfig', () => {
     expect(() => parseWorkerConfig({ ...minimal, ...changes })).toThrow(message);
   });
 
-  it('asks no addresses of prepare, but a checkpoint', () => {
+  it('requires a checkpoint of prepare, but no addresses', () => {
     const env = { ...minimal, MIMO_WORKER_NATS_URL: 'nats://n', MIMO_WORKER_TENSOR_PARALLEL: '2' };
     expect(() => parseWorkerConfig(env, 'prepare')).toThrow(
       'MIMO_WORKER_SHARD_DIRECTORY needs no preparation',

@@ -1,6 +1,5 @@
 // The settings of one rank's process: environment variables MIMO_WORKER_* -> one frozen configuration. Owns the table
-// of settings with its defaults and their reasons, and the checks across them. Knows nothing of what they are used
-// for.
+// of settings with its defaults and their reasons, and the checks across them. Does not know their uses.
 
 import {
   addressSetting,
@@ -38,7 +37,7 @@ export const workerSettings = {
   model: textSetting('MIMO_WORKER_MODEL'),
   /** The group's name, the same on all its ranks. */
   group: textSetting('MIMO_WORKER_GROUP', 'group-0'),
-  /** Hash of the spec that the group was started from; only reported in heartbeats. */
+  /** Hash of the group's spec; only reported in heartbeats. */
   revision: textSetting('MIMO_WORKER_REVISION', ''),
 
   /**
@@ -55,10 +54,10 @@ export const workerSettings = {
 
   /** A Hugging Face checkpoint directory, compiled into the cache at the first start ... */
   checkpointDirectory: textSetting('MIMO_WORKER_CHECKPOINT_DIRECTORY', ''),
-  /** ... or what `mimo compile` wrote: the directory that holds `rank-0`, `rank-1`, ... */
+  /** ... or the output directory of `mimo compile`, which holds `rank-0`, `rank-1`, ... */
   shardDirectory: textSetting('MIMO_WORKER_SHARD_DIRECTORY', ''),
   cacheDirectory: textSetting('MIMO_WORKER_CACHE_DIRECTORY', ''),
-  /** int8 gives the same tokens whatever else is in the batch, at half the memory of bf16. */
+  /** int8 gives the same tokens in every batch, at half the memory of bf16. */
   precision: choiceSetting('MIMO_WORKER_PRECISION', precisions, 'int8'),
 
   tensorParallel: integerSetting('MIMO_WORKER_TENSOR_PARALLEL', { min: 1, max: 8 }, 1),
@@ -99,19 +98,19 @@ export const workerSettings = {
   runtimeLibrary: textSetting('MIMO_WORKER_RUNTIME_LIBRARY', ''),
   /** Tokens that the MTP layer drafts a step; 0 turns speculation off. The text is the same either way. */
   draftTokens: integerSetting('MIMO_WORKER_DRAFT_TOKENS', { min: 0, max: 1 }, 1),
-  /** Draft only while enough drafts are right to pay for verifying them at the sequences that decode. */
+  /** Draft only while enough drafts are right to pay for their verification at the current number of sequences. */
   adaptiveSpeculation: booleanSetting('MIMO_WORKER_ADAPTIVE_SPECULATION', true),
   /** Compute threads of this rank. */
   threads: integerSetting('MIMO_WORKER_THREADS', { min: 1, max: 256 }, 1),
   /** This and the two settings below: a number, or `auto` for the execution provider's default (engine-options.ts). */
   maxSequences: autoOr(integerSetting('MIMO_WORKER_MAX_SEQUENCES', { min: 1, max: 1024 })),
   /**
-   * Memory for the KV cache: a size, or `auto` for what the weights leave of the device or of the container's limit.
+   * Memory for the KV cache: a size, or `auto` for the memory of the device or container that the weights leave free.
    */
   kvBytes: autoOr(sizeSetting('MIMO_WORKER_KV_BYTES')),
   /**
-   * A sequence whose client has taken nothing for this long, or for as long as it ran before, gives its place up when
-   * another one comes.
+   * A sequence whose client has read nothing for this long, or for as long as it ran before, gives up its place when
+   * another sequence needs it.
    */
   parkAfterMs: durationSetting('MIMO_WORKER_PARK_AFTER', '2s'),
   maxBatchTokens: autoOr(integerSetting('MIMO_WORKER_MAX_BATCH_TOKENS', { min: 2, max: 65_536 })),
@@ -149,7 +148,7 @@ function checkModel(config: WorkerConfig): string[] {
     );
   }
   if (config.hubEndpoint !== '' && !/^https?:\/\/./.test(config.hubEndpoint)) {
-    // Not its text, which may have a password in it.
+    // Not its text, which may contain a password.
     problems.push('MIMO_WORKER_HUB_ENDPOINT must be a URL such as https://huggingface.co');
   }
   return problems;

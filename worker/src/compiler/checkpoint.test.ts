@@ -116,7 +116,7 @@ describe('openCheckpoint', () => {
     expect(bytes).toBe(15_666_819_072);
   });
 
-  it('takes a tied head with or without its copy', async () => {
+  it('accepts a tied head with or without its copy', async () => {
     const tied = { ...config, tiedHead: true };
     await writeRandomCheckpoint({ directory, config: tied, seed: 1 }, signal);
     expect((await openCheckpoint(directory)).tensors.has('lm_head.weight')).toBe(false);
@@ -189,7 +189,7 @@ describe('openCheckpoint', () => {
       /tensor model.norm.weight: BF16 \[33\] takes 66 bytes, data_offsets span 64/,
     ],
     [
-      'a shape that is no list of counts',
+      'a shape that is not a list of counts',
       () => changeEntry(norm, (entry) => (entry.shape = [-32])),
       'data_loss',
       /tensor model.norm.weight: shape must be a list of counts, is \[-32\]/,
@@ -316,7 +316,7 @@ describe('openCheckpoint', () => {
     ],
   ];
 
-  it.each(changes)('refuses %s', async (_, change, code, message) => {
+  it.each(changes)('rejects %s', async (_, change, code, message) => {
     await writeRandomCheckpoint({ directory, config, seed: 1 }, signal);
     await change();
     await expect(openCheckpoint(directory)).rejects.toThrow(
@@ -334,13 +334,13 @@ describe('openCheckpoint', () => {
       /maps model.embed_tokens.weight to model-00002-of-00003.safetensors, but model-00001-of-00003.safetensors/,
     ],
     [
-      'a tensor that no file holds',
+      'a tensor missing from every file',
       () => changeWeightMap((map) => (map['model.extra.weight'] = shard)),
       'data_loss',
       /maps model.extra.weight to model-00002-of-00003.safetensors, which does not hold it/,
     ],
     [
-      'a tensor that the index leaves out',
+      'a tensor missing from the index',
       () => changeWeightMap((map) => delete map[embedding]),
       'data_loss',
       /maps model.embed_tokens.weight to no file, but model-00001-of-00003.safetensors holds it/,
@@ -352,7 +352,7 @@ describe('openCheckpoint', () => {
       /weight_map of model.embed_tokens.weight must name a .safetensors file beside it/,
     ],
     [
-      'files that changed places',
+      'two files swapped',
       () => {
         renameSync(join(directory, shard), join(directory, 'other'));
         renameSync(join(directory, 'model-00001-of-00003.safetensors'), join(directory, shard));
@@ -369,7 +369,7 @@ describe('openCheckpoint', () => {
     ],
   ];
 
-  it.each(indexChanges)('refuses an index with %s', async (_, change, code, message) => {
+  it.each(indexChanges)('rejects an index with %s', async (_, change, code, message) => {
     await writeRandomCheckpoint({ directory, config, seed: 1, files: 3 }, signal);
     change();
     await expect(openCheckpoint(directory)).rejects.toThrow(
@@ -379,7 +379,7 @@ describe('openCheckpoint', () => {
 });
 
 describe('hashCheckpoint', () => {
-  it('is that of the contents: equal for copies, another for one changed byte or config', async () => {
+  it('depends on the contents only: equal for copies, different after one changed byte or config field', async () => {
     await writeRandomCheckpoint({ directory, config, seed: 1, files: 2 }, signal);
     const original = await hash();
     await writeRandomCheckpoint({ directory, config, seed: 1, files: 2 }, signal);
@@ -396,7 +396,7 @@ describe('hashCheckpoint', () => {
     expect(await hash()).not.toBe(changed);
   });
 
-  it('stops at an abort', async () => {
+  it('stops when its signal aborts', async () => {
     await writeRandomCheckpoint({ directory, config, seed: 1 }, signal);
     const checkpoint = await openCheckpoint(directory);
     await expect(hashCheckpoint(checkpoint, AbortSignal.abort())).rejects.toThrow(/abort/);

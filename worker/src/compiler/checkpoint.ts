@@ -1,5 +1,6 @@
-// A checkpoint directory in the Hugging Face layout: its config, where each tensor lies, and a hash of its contents.
-// Owns which tensors MiMo has and their shapes; reads headers only, and knows nothing of ranks or precisions.
+// A checkpoint directory in the Hugging Face layout: its config, the location of each tensor, and a hash of its
+// contents. Owns the list of MiMo's tensors and their shapes; reads headers only, and knows nothing of ranks or
+// precisions.
 
 import { createHash, type Hash } from 'node:crypto';
 import { access, open, readFile } from 'node:fs/promises';
@@ -16,7 +17,7 @@ export interface Checkpoint {
   readonly files: readonly string[];
 }
 
-/** Names of the tensors that stand outside the layers. */
+/** Names of the tensors outside the layers. */
 export const backboneTensors = {
   embedding: 'model.embed_tokens.weight',
   norm: 'model.norm.weight',
@@ -28,8 +29,8 @@ const indexFile = 'model.safetensors.index.json';
 const problemsShown = 8;
 
 /**
- * Reads a checkpoint directory. Throws `not_found` without a config or weights, `invalid_argument` if the config
- * cannot be run or config and tensors disagree (missing, unknown or wrongly shaped tensors, listed by name), and
+ * Reads a checkpoint directory. Throws `not_found` without a config or weights, `invalid_argument` if the engine cannot
+ * run the config or config and tensors disagree (missing, unknown or wrongly shaped tensors, listed by name), and
  * `data_loss` if a file is damaged.
  */
 export async function openCheckpoint(directory: string): Promise<Checkpoint> {
@@ -43,7 +44,7 @@ export async function openCheckpoint(directory: string): Promise<Checkpoint> {
   };
 }
 
-/** The config alone, as `openCheckpoint` reads it: for a directory whose weights are still to come. */
+/** The config alone, as `openCheckpoint` reads it: for a directory that has no weights yet. */
 export async function readModelConfig(directory: string): Promise<ModelConfig> {
   const [config, generationConfig, tokenizerConfig] = await Promise.all([
     readJson(join(directory, 'config.json')),
@@ -183,9 +184,9 @@ const sampleBytes = 2 ** 20;
 const samples = 16;
 
 /**
- * A sha256 of what the checkpoint holds: its config, and of each safetensors file name, size, header and contents.
- * Files below 64 MiB are hashed whole; of larger ones 16 evenly spaced blocks of 1 MiB (the first and last included),
- * which any training step changes, while a hand edit of a few weights between them may go unseen.
+ * The sha256 of a checkpoint: its config, and the name, size, header and contents of each safetensors file. Files below
+ * 64 MiB are hashed whole, larger ones in 16 evenly spaced blocks of 1 MiB (the first and last included). Any training
+ * step changes these blocks; a hand edit of a few weights between them may go unnoticed.
  */
 export async function hashCheckpoint(checkpoint: Checkpoint, signal: AbortSignal): Promise<string> {
   const hash = createHash('sha256').update(JSON.stringify(checkpoint.config));

@@ -63,7 +63,7 @@ describe('parseCompileArgs', () => {
     );
   });
 
-  it.each([[['--quick']], [['stray']], [['--threads']]])('refuses %j', (args) => {
+  it.each([[['--quick']], [['stray']], [['--threads']]])('rejects %j', (args) => {
     expect(() => parseCompileArgs([...required, ...args])).toThrow(
       expect.objectContaining({ code: 'invalid_argument' }),
     );

@@ -21,7 +21,7 @@ const progressIntervalMs = { terminal: 100, lines: 5_000 } as const;
 const barWidth = 30;
 
 /**
- * Compiles as the flags say. Throws `invalid_argument` that names every wrong flag, and what `compile` throws. The
+ * Compiles with these flags. Throws `invalid_argument` naming every wrong flag, and the errors of `compile`. The
  * signal cancels; the next call continues from the work already done.
  */
 export async function runCompile(argv: readonly string[], signal: AbortSignal): Promise<void> {

@@ -5,7 +5,7 @@ import { parentPort } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
 import { createTransferrer, type TransferJob } from './transfer.ts';
 
-/** The answer to one job: undefined, or what failed. */
+/** The answer to one job: undefined, or its error. */
 export type TransferAnswer = { readonly code: ClusterError['code']; readonly message: string } | undefined;
 
 const transferrer = createTransferrer();

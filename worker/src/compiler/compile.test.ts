@@ -83,7 +83,7 @@ async function readTensor(source: string, name: string): Promise<Uint8Array> {
   return Uint8Array.from(readFileSync(path).subarray(offset, offset + bytes));
 }
 
-/** Writes the small checkpoint anew, in one file, each tensor as `change` makes it. */
+/** Rewrites the small checkpoint into one file, with `change` applied to each tensor. */
 async function rewriteCheckpoint(
   target: string,
   config: ModelConfig,
@@ -147,7 +147,7 @@ async function compileInterrupted(change: Partial<CompileOptions> = {}): Promise
 }
 
 describe('compile', { timeout: timeoutMs }, () => {
-  it('leaves one complete directory a rank and nothing else', async () => {
+  it('leaves one complete directory per rank and nothing else', async () => {
     const result = await compile(options(), signal);
     expect(result.upToDate).toBe(false);
     expect(readdirSync(outDirectory).toSorted()).toEqual(['rank-0', 'rank-1']);
@@ -177,7 +177,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(readFileSync(files[0] ?? '').equals(stored)).toBe(true);
   });
 
-  it('says in the manifest where every weight lies, for runtimes that read them without the graphs', async () => {
+  it('records the location of every weight in the manifest, for runtimes that read weights without the graphs', async () => {
     const { rankDirectories } = await compile(options({ precision: 'bf16', tensorParallel: 1 }), signal);
     const [rank = ''] = rankDirectories;
     const { segments } = await readShardManifest(rank);
@@ -209,11 +209,11 @@ describe('compile', { timeout: timeoutMs }, () => {
     }
   });
 
-  it('gives every number of ranks the same quantised weights', async () => {
+  it('writes the same quantised weights for every number of ranks', async () => {
     expect((await readHead(1)).equals(await readHead(2))).toBe(true);
   });
 
-  it('gives F32 weights the same shards as the BF16 weights that they equal', async () => {
+  it('writes the same shards for F32 weights as for equal BF16 weights', async () => {
     const f32Directory = join(directory, 'f32');
     await rewriteCheckpoint(f32Directory, small, ({ data, ...tensor }) => {
       const values = Uint32Array.from(new Uint16Array(data.buffer), (half) => half << 16);
@@ -222,7 +222,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect((await readWeights(f32Directory)).equals(await readWeights(modelDirectory))).toBe(true);
   });
 
-  it('takes the embedding as the head where they are tied', async () => {
+  it('uses the embedding as the head when they are tied', async () => {
     const tiedDirectory = join(directory, 'tied');
     const copiedDirectory = join(directory, 'copied');
     await writeRandomCheckpoint(
@@ -240,7 +240,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(tied.subarray(-headBytes).equals(copied.subarray(-headBytes))).toBe(true);
   });
 
-  it('does nothing where complete shards of the same key are', async () => {
+  it('does nothing when complete shards of the same key exist', async () => {
     const first = await compile(options(), signal);
     const progress: CompileProgress[] = [];
     const second = await compile(options({ onProgress: (seen) => progress.push(seen) }), signal);
@@ -248,7 +248,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(progress).toEqual([]);
   });
 
-  it('compiles again where a file of the shards was cut short', async () => {
+  it('compiles again when a file of the shards is truncated', async () => {
     const first = await compile(options(), signal);
     const whole = hashRanks(first);
     truncateSync(join(first.rankDirectories[1] ?? '', 'weights.bin'), 1_000);
@@ -257,7 +257,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(hashRanks(second)).toEqual(whole);
   });
 
-  it('has another key for every option that changes the shards', async () => {
+  it('changes the key with every option that changes the shards', async () => {
     const changes: Partial<CompileOptions>[] = [
       {},
       { tensorParallel: 1 },
@@ -289,7 +289,7 @@ describe('compile', { timeout: timeoutMs }, () => {
 });
 
 describe('an interrupted compile', { timeout: timeoutMs }, () => {
-  it('goes on where it was and ends with the same bytes', async () => {
+  it('resumes at the finished jobs and produces the same bytes', async () => {
     const whole = hashRanks(
       await compile(
         options({ modelDirectory: largeDirectory, outDirectory: join(directory, 'whole') }),
@@ -309,7 +309,7 @@ describe('an interrupted compile', { timeout: timeoutMs }, () => {
     expect(readdirSync(outDirectory).toSorted()).toEqual(['rank-0', 'rank-1']);
   });
 
-  it('begins again where a partial file is not what it was', async () => {
+  it('starts over when a partial file has changed', async () => {
     await compileInterrupted();
     const partial = readdirSync(outDirectory).find((name) => name.startsWith('partial-')) ?? '';
     truncateSync(join(outDirectory, partial, 'rank-0', 'weights.bin'), 64);
@@ -318,7 +318,7 @@ describe('an interrupted compile', { timeout: timeoutMs }, () => {
     expect((seen[0]?.doneBytes ?? 0) / (seen[0]?.totalBytes ?? 1)).toBeLessThan(0.3);
   });
 
-  it('is dropped when other options are compiled', async () => {
+  it('is discarded when other options are compiled', async () => {
     await compileInterrupted();
     await compile(options({ precision: 'int4' }), signal);
     expect(readdirSync(outDirectory).toSorted()).toEqual(['rank-0', 'rank-1']);
@@ -336,7 +336,7 @@ describe('an interrupted compile', { timeout: timeoutMs }, () => {
   });
 });
 
-describe('compile refuses', { timeout: timeoutMs }, () => {
+describe('compile rejects', { timeout: timeoutMs }, () => {
   it.each([
     [
       'model.layers.0.mlp.down_proj.weight',
@@ -400,7 +400,7 @@ describe('compile refuses', { timeout: timeoutMs }, () => {
 });
 
 describe('readShardManifest', { timeout: timeoutMs }, () => {
-  it('refuses a directory without a manifest, another format, and files missing or short', async () => {
+  it('rejects a directory without a manifest, another format, and missing or truncated files', async () => {
     const { rankDirectories } = await compile(options({ tensorParallel: 1, precision: 'int4' }), signal);
     const [rank = ''] = rankDirectories;
     const manifest = readFileSync(join(rank, 'shard.json'), 'utf8');

@@ -19,7 +19,7 @@ import type { TransferJob } from './transfer.ts';
 import { runTransfers } from './transfer-pool.ts';
 import { isSharedCopy, type Transfer } from './weight-layout.ts';
 
-/** What to compile, and how; everything here but the directories, threads and listener is part of the key. */
+/** What to compile, and how; everything except the directories, threads and listener is part of the key. */
 export interface CompileOptions {
   /** Folder with config.json and safetensors. */
   readonly modelDirectory: string;
@@ -34,14 +34,14 @@ export interface CompileOptions {
   readonly accuracyLevel?: 0 | 4;
   /** Default `pre-norm`: Xiaomi's own code and weights. */
   readonly mtpHidden?: ShardManifest['mtpHidden'];
-  /** Default: the config's; fewer make the RoPE tables smaller. */
+  /** Default: the config's value; fewer make the RoPE tables smaller. */
   readonly maxPositions?: number;
   /** Default: one for each core, at most 8. */
   readonly threads?: number;
   readonly onProgress?: (progress: CompileProgress) => void;
 }
 
-/** Bytes of the checkpoint that are dealt with, and the tensor that was last. */
+/** The processed bytes of the checkpoint, and the last tensor. */
 export interface CompileProgress {
   readonly tensor: string;
   readonly doneBytes: number;
@@ -55,22 +55,22 @@ export interface CompileResult {
   readonly rankDirectories: readonly string[];
   /** Bytes of one rank's weight files, the shared embedding included. */
   readonly rankBytes: readonly number[];
-  /** Complete shards of the same key were there already. */
+  /** Complete shards of the same key existed already. */
   readonly upToDate: boolean;
 }
 
 /** Source bytes of one job: the grain of progress and of sharing work among threads. */
 const jobBytes = 32 * 2 ** 20;
-/** Source bytes between two times that finished jobs are made durable and recorded. */
+/** Source bytes between two flushes, which make finished jobs durable and record them. */
 const recordEveryBytes = 2 ** 30;
 const maxThreads = 8;
 
 /**
- * Compiles a checkpoint. Streams: memory is a few bands of rows for each thread, whatever the tensors' size. An abort
- * or a crash leaves what is done for the next call with equal options; equal options over complete shards do nothing.
- * One compile at a time works in `outDirectory`, the others wait. Throws what openCheckpoint and planShards throw,
- * `invalid_argument` for options out of range, `data_loss` for NaN or infinite weights and `resource_exhausted` where
- * the disk is too small. The signal cancels.
+ * Compiles a checkpoint. Streams: memory is a few bands of rows for each thread, whatever the tensors' size. After an
+ * abort or a crash, the next call with equal options continues from the finished jobs; with complete shards it does
+ * nothing. One compile at a time works in `outDirectory`, the others wait. Throws the errors of openCheckpoint and
+ * planShards, `invalid_argument` for options out of range, `data_loss` for NaN or infinite weights and
+ * `resource_exhausted` if the disk is too small. The signal cancels.
  */
 export async function compile(options: CompileOptions, signal: AbortSignal): Promise<CompileResult> {
   const checkpoint = await openCheckpoint(options.modelDirectory);
@@ -195,7 +195,9 @@ async function fillRanks(
   await partial.finish();
 }
 
-/** Every tensor cut into runs of rows, each with its targets on all ranks; the same work always gives the same list. */
+/**
+ * Every tensor cut into runs of rows, each with its targets on all ranks; the same input always gives the same list.
+ */
 function planJobs(from: {
   readonly checkpoint: Checkpoint;
   readonly ranks: readonly RankOutput[];
@@ -239,7 +241,7 @@ function tensorOf(checkpoint: Checkpoint, name: string): TensorLocation {
   return tensor;
 }
 
-/** The ranks' shards, where all of them are complete and of this key. */
+/** The ranks' shards, if all of them are complete and of this key. */
 async function findComplete(
   outDirectory: string,
   key: string,

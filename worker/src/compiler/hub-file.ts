@@ -1,4 +1,4 @@
-// The files of a hub's repository: which of them MiMo needs, and whether a copy on disk is whole. Knows no network.
+// The files of a hub's repository: selects those that MiMo needs and verifies copies on disk. Does no network access.
 
 import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
@@ -49,7 +49,7 @@ export function hubFileOf({
     : { path, bytes: lfs.size, digest: { kind: 'sha256', hex: lfs.oid } };
 }
 
-/** Bytes of a file on disk; 0 where it is missing. */
+/** Bytes of a file on disk; 0 if it is missing. */
 export async function sizeOf(path: string): Promise<number> {
   return stat(path).then(
     ({ size }) => size,
@@ -57,7 +57,7 @@ export async function sizeOf(path: string): Promise<number> {
   );
 }
 
-/** Whether the file on disk is the hub's: its length, then its digest. */
+/** Whether the file on disk equals the hub's: compares its length, then its digest. */
 export async function isWhole(path: string, { bytes, digest }: HubFile): Promise<boolean> {
   const size = await stat(path).then(
     (found) => found.size,

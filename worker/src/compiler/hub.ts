@@ -1,6 +1,6 @@
-// A checkpoint from a Hugging Face hub into a directory: only the files that MiMo needs, each checked by the digest
-// that the hub names for it. Owns the directory while it fills: many may ask for the same one at once, on a shared
-// volume too, one fetches, and what an interrupted one has is kept. Talks to the hub through @huggingface/hub alone.
+// A checkpoint from a Hugging Face hub into a directory: only the files that MiMo needs, each checked against the hub's
+// digest. Owns the directory during the download: of several concurrent callers, on a shared volume too, one fetches
+// and the others wait, and an interrupted fetch resumes. Talks to the hub only through @huggingface/hub.
 
 import { mkdir, open, readdir, readFile, rename, rm, statfs, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
@@ -18,7 +18,7 @@ import { hubFileOf, isNeeded, isWeights, isWhole, sizeOf, type HubFile } from '.
 export interface HubFetch {
   /** Such as `XiaomiMiMo/MiMo-7B-RL`. */
   readonly repository: string;
-  /** A branch, tag or commit. It is looked up once: a directory that is complete is never fetched again. */
+  /** A branch, tag or commit. Resolved once: a complete directory is never fetched again. */
   readonly revision: string;
   /** Default: the library's own. */
   readonly endpoint?: string;
@@ -27,28 +27,28 @@ export interface HubFetch {
   readonly onProgress?: (progress: HubProgress) => void;
 }
 
-/** Bytes that are in the directory, of those that will be. */
+/** Bytes in the directory so far, and in total. */
 export interface HubProgress {
   readonly file: string;
   readonly doneBytes: number;
   readonly totalBytes: number;
 }
 
-/** Written last: what the directory holds, whole. */
+/** Written last: marks the directory as complete and lists its contents. */
 const markerFile = 'fetched.json';
 /** One connection rarely fills a line; more would only split it. */
 const connections = 4;
-/** Attempts in a row that bring nothing. */
+/** Attempts in a row without new data before giving up. */
 const maxAttempts = 5;
 const retryMs = 1_000;
-/** A connection that brings nothing for this long is given up. */
+/** A connection without new data for this long is closed. */
 const stallMs = 60_000;
 
 /**
  * Fetches a checkpoint into the directory, unless it is already there. Fails with `not_found` if the hub has no such
  * model or revision (or does not show it to this token), `invalid_argument` if it is not a MiMo checkpoint, `data_loss`
  * if a file does not match the hub's digest, `resource_exhausted` if the disk is too small, `unavailable` if the
- * hub cannot be reached. The signal cancels; what is there by then is kept for the next call.
+ * hub cannot be reached. The signal cancels; the next call resumes from the bytes on disk.
  */
 export async function fetchCheckpoint(request: HubFetch, signal: AbortSignal): Promise<void> {
   if (await isFetched(request)) {
@@ -69,12 +69,12 @@ async function isFetched({ directory, repository, revision }: HubFetch): Promise
   return marker.repository === repository && marker.revision === revision;
 }
 
-/** One fetch, by the one process that holds the lock. */
+/** One fetch, by the process that holds the lock. */
 class Fetching {
   readonly #request: HubFetch;
   readonly #signal: AbortSignal;
   readonly #failed = new AbortController();
-  /** What every call of the library is given. */
+  /** Common arguments of every library call. */
   readonly #access: {
     readonly fetch: typeof fetch;
     readonly hubUrl?: string;
@@ -101,7 +101,7 @@ class Fetching {
     const files = await this.#ask(() => this.#list(commit));
     this.#totalBytes = files.reduce((sum, { bytes }) => sum + bytes, 0);
     await this.#assertSpace(files);
-    // The small files first: they tell, before gigabytes are fetched, that this is another kind of model.
+    // The small files first: they reveal another kind of model before gigabytes are fetched.
     await this.#fetchAll(
       files.filter((file) => !isWeights(file)),
       commit,
@@ -171,14 +171,14 @@ class Fetching {
     }
   }
 
-  /** A file at its final name is always whole and checked: it is fetched under another. */
+  /** Fetches under a temporary name, so a file at its final name is always complete and checked. */
   async #fetchFile(file: HubFile, commit: string): Promise<void> {
     const target = join(this.#request.directory, file.path);
     const partial = `${target}.${file.digest.hex.slice(0, 16)}.partial`;
     if (!(await isWhole(target, file))) {
       await this.#download(file, partial, commit);
       if (!(await isWhole(partial, file))) {
-        // Such as a piece of another file that a proxy put in: begun again from nothing, once.
+        // For example, a proxy mixed in a piece of another file: start over, once.
         await rm(partial);
         await this.#download(file, partial, commit);
       }
@@ -212,7 +212,7 @@ class Fetching {
     at: { readonly partial: string; readonly begin: number; readonly commit: string },
   ): Promise<void> {
     const { repository: repo } = this.#request;
-    // Not by Xet's own protocol: it cannot go on in the middle of a file.
+    // Not by Xet's own protocol: it cannot resume in the middle of a file.
     const options = { ...this.#access, repo, path: file.path, revision: at.commit, xet: false };
     const blob = await downloadFile(options);
     if (blob === null) {
@@ -246,7 +246,7 @@ class Fetching {
   }
 
   /**
-   * Asks the hub, again and again while it may yet answer. `progress` grows with each attempt that brought something.
+   * Retries a request while the hub may still answer. `progress` grows with each attempt that received data.
    */
   async #ask<Result>(act: () => Promise<Result>, progress = async (): Promise<number> => 0): Promise<Result> {
     let before = await progress();
@@ -285,7 +285,7 @@ class Fetching {
   }
 }
 
-/** Not its message: fetch quotes a header or a URL that it does not like, with the token or the password in it. */
+/** Not its message: fetch quotes an invalid header or URL, with the token or the password in it. */
 function reasonOf(error: unknown): string {
   if (error instanceof HubApiError) {
     return `status ${error.statusCode}`;

@@ -1,5 +1,5 @@
-// Writes ONNX models as bytes. Owns the protobuf field numbers of the ONNX format that segments need; knows no
-// operator's meaning and no file: weights are references into an external data file.
+// Writes ONNX models as bytes. Owns the protobuf field numbers of ONNX that segments need. Knows neither the meaning of
+// operators nor files: weights are references into an external data file.
 // Source: onnx.proto (IR version 10), fields as numbered there.
 //
 // Why no library: onnx-proto brings protobufjs, a second protobuf library, and an object for every field of a model;
@@ -20,7 +20,7 @@ export interface GraphValue {
   readonly dims: readonly (number | string)[];
 }
 
-/** A constant tensor, `bytes` long at `offset` of `file`, which lies in the model's own folder. */
+/** A constant tensor of `bytes` bytes at `offset` of `file`, which is in the model's folder. */
 export interface GraphWeight {
   readonly name: string;
   readonly type: ElementType;
@@ -30,7 +30,7 @@ export interface GraphWeight {
   readonly bytes: number;
 }
 
-/** One operator; an empty input or output name leaves that optional place out. */
+/** One operator; an empty input or output name omits that optional operand. */
 export interface GraphNode {
   readonly op: string;
   /** Absent: ai.onnx. */

@@ -1,6 +1,6 @@
 // The files of an unfinished compile. Owns `<out>/partial-<key>/`: the ranks' files at their final size, and
-// progress.json with the jobs that are safely in them, so that an interrupted compile continues where it stopped.
-// INVARIANT: `<out>/rank-N` is only ever a whole directory that was moved there, manifest and all.
+// progress.json with the durably finished jobs, so that an interrupted compile continues where it stopped.
+// INVARIANT: `<out>/rank-N` is always a complete directory, manifest included, moved there in one piece.
 
 import {
   copyFile,
@@ -20,19 +20,19 @@ import type { RankSegments } from './segments.ts';
 import { manifestFile, type ShardManifest } from '../shards/shard.ts';
 import { isSharedCopy } from './weight-layout.ts';
 
-/** All that one rank's directory will hold, save the weights that come from the checkpoint. */
+/** The contents of one rank's directory, except the weights from the checkpoint. */
 export interface RankOutput extends RankSegments {
   readonly manifest: ShardManifest;
 }
 
-/** The work on disk. There is nothing to close: files are opened for each act. */
+/** The work on disk. Needs no close: each operation opens its files. */
 export interface PartialShards {
   readonly directory: string;
   /** Ids of the finished jobs; the caller adds to it. */
   readonly done: Set<number>;
-  /** Makes the files durable, then writes down which jobs are done. */
+  /** Makes the files durable, then records the finished jobs. */
   record(): Promise<void>;
-  /** Adds graphs and manifests and moves every rank into place, instead of what was there. */
+  /** Adds graphs and manifests and moves every rank into place, replacing earlier shards. */
   finish(): Promise<void>;
 }
 
@@ -48,7 +48,7 @@ export function rankDirectory(parent: string, rank: number): string {
 }
 
 /**
- * Takes up the partial shards of this key, or begins them; those of other keys are removed. Throws
+ * Continues the partial shards of this key, or creates them; removes those of other keys. Throws
  * `resource_exhausted` if the disk cannot hold them.
  */
 export async function openPartial(of: {
@@ -83,7 +83,7 @@ export async function openPartial(of: {
     directory,
     done,
     record() {
-      // Two threads may ask at once; the later record has the more.
+      // Two threads may record at once; the later record includes the earlier one.
       recording = recording.then(record);
       return recording;
     },
@@ -106,7 +106,7 @@ async function readProgress(path: string): Promise<Set<number>> {
   return new Set(progress.done);
 }
 
-/** Gives each file its size; false if one of them was not there in full, so that no progress counts. */
+/** Sets each file's size; false if a file was missing or short, which discards all progress. */
 async function reserveFiles(
   directory: string,
   files: readonly { readonly path: string; readonly bytes: number }[],
@@ -158,7 +158,7 @@ async function writeRank(directory: string, { manifest, segments, layout }: Rank
   await replaceFile(join(own, manifestFile), JSON.stringify(manifest, undefined, 1));
 }
 
-/** Not every volume has hard links. */
+/** Not every volume supports hard links. */
 async function linkOrCopy(from: string, to: string): Promise<void> {
   await link(from, to).catch(async () => copyFile(from, to));
 }

@@ -2,7 +2,7 @@ import * as fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { decodeFloats, quantizeInt4, quantizeInt8 } from './quantize.ts';
 
-/** The rule as its definition says it, one block, nothing shared with the fast version. */
+/** The rule written from its definition, for one block; shares no code with the fast version. */
 function quantizeBlock(weights: readonly number[], bits: 4 | 8): { values: number[]; scale: number } {
   const extreme = weights.reduce((most, weight) => (Math.abs(weight) > Math.abs(most) ? weight : most), 0);
   const scale = Math.fround(bits === 8 ? Math.abs(extreme) / 127 : extreme / -8);
@@ -52,7 +52,7 @@ describe('quantizeInt8 and quantizeInt4', () => {
     );
   });
 
-  it('stay within half a step of the weight', () => {
+  it('round to within half a step of the weight', () => {
     fc.assert(
       fc.property(blocks, (drawn) => {
         const weights = Float32Array.from(drawn.flat());
@@ -65,7 +65,7 @@ describe('quantizeInt8 and quantizeInt4', () => {
     );
   });
 
-  it('turn a block of zeros, and one too small to divide by, into zero points', () => {
+  it('turn a block of zeros, or of values too small to divide by, into zero points', () => {
     for (const value of [0, 1e-44]) {
       const weights = new Float32Array(32).fill(value);
       expect(run8(weights)).toEqual({ values: new Uint8Array(32).fill(128), scales: new Float32Array(1) });
@@ -76,7 +76,7 @@ describe('quantizeInt8 and quantizeInt4', () => {
     }
   });
 
-  it('take the first of two equal magnitudes as the extreme of int4', () => {
+  it('use the first of two equal magnitudes as the extreme of int4', () => {
     const weights = new Float32Array(32);
     weights[3] = 2;
     weights[9] = -2;

@@ -36,8 +36,8 @@ function decodeBfloat16(halves: Uint16Array, values: Float32Array): number {
 }
 
 /**
- * Quantises consecutive blocks of finite weights to 8 bits. `weights.length` is a multiple of 32; `quantized` takes
- * as many bytes, `scales` one number a block.
+ * Quantises consecutive blocks of finite weights to 8 bits. `weights.length` is a multiple of 32; `quantized` receives
+ * one byte per weight, `scales` one number per block.
  */
 export function quantizeInt8(weights: Float32Array, quantized: Uint8Array, scales: Float32Array): void {
   const fround = Math.fround;
@@ -65,7 +65,7 @@ export function quantizeInt8(weights: Float32Array, quantized: Uint8Array, scale
   }
 }
 
-/** As `quantizeInt8` for 4 bits: `quantized` takes half a byte a weight. */
+/** As `quantizeInt8` for 4 bits: `quantized` receives half a byte per weight. */
 export function quantizeInt4(weights: Float32Array, quantized: Uint8Array, scales: Float32Array): void {
   const fround = Math.fround;
   for (let block = 0, start = 0; start < weights.length; block++, start += blockSize) {

@@ -1,5 +1,5 @@
 // Writes checkpoints of random weights in the real layout, for tests and benchmarks: any config, one file or several
-// with an index. Owns the safetensors writer. Streams, so a full-size checkpoint takes disk and no memory.
+// with an index. Owns the safetensors writer. Streams, so a full-size checkpoint needs disk space but little memory.
 
 import { mkdir, open, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -17,13 +17,13 @@ export interface TensorData {
 
 /** What to write and where. */
 export interface RandomCheckpoint {
-  /** Made where it is missing. */
+  /** Created if missing. */
   readonly directory: string;
   readonly config: ModelConfig;
   readonly seed: number;
   /** Default 1: `model.safetensors`; more: that many files and an index. */
   readonly files?: number;
-  /** Values in bfloat16 of tensors that are not random. */
+  /** The bfloat16 values of tensors that are not random. */
   readonly chunksOf?: (name: string, shape: readonly number[]) => Iterable<Uint8Array> | undefined;
 }
 
@@ -45,7 +45,7 @@ export const mimo7b: ModelConfig = {
   eosTokenIds: [151_645],
 };
 
-/** The share of a Hugging Face config.json that parseModelConfig reads, for a config. */
+/** The fields of a Hugging Face config.json that parseModelConfig reads, for a config. */
 export function configToJson(config: ModelConfig): Record<string, unknown> {
   return {
     architectures: ['MiMoForCausalLM'],
@@ -71,7 +71,7 @@ export function configToJson(config: ModelConfig): Record<string, unknown> {
 
 /**
  * Writes config.json and bf16 weights: matrices and biases normal with deviation 0.02, norm gains about 1. The same
- * seed gives the same bytes. Returns the bytes of all tensors. The signal ends it between two chunks.
+ * seed gives the same bytes. Returns the size of all tensors in bytes. The signal cancels between two chunks.
  */
 export async function writeRandomCheckpoint(
   { directory, config, seed, files = 1, chunksOf }: RandomCheckpoint,
@@ -111,7 +111,7 @@ export async function writeRandomCheckpoint(
   return totalBytes;
 }
 
-/** Writes one safetensors file, its tensors in the given order. The signal ends it between two chunks. */
+/** Writes one safetensors file, its tensors in the given order. The signal cancels between two chunks. */
 export async function writeSafetensors(
   path: string,
   tensors: readonly TensorData[],
@@ -152,7 +152,7 @@ function tensorBytes({ dtype, shape }: Pick<TensorData, 'dtype' | 'shape'>): num
   return shape.reduce((product, dim) => product * dim, elementBytes[dtype]);
 }
 
-/** Values drawn once per scale; tensors take runs of it from places that their seed decides. */
+/** Values drawn once per scale; tensors use runs of it, at positions chosen by their seed. */
 const poolSize = 2 ** 20;
 const pools = new Map<boolean, Uint16Array<ArrayBuffer>>();
 

@@ -1,12 +1,12 @@
-// Reads the headers of safetensors files and checks them before anything is believed. Owns the file format; knows no
-// model. Tensor data is not read here: a TensorLocation says where it lies, and readers use positional reads.
+// Reads and validates the headers of safetensors files. Owns the file format; knows no model. Reads no tensor data: a
+// TensorLocation holds its position, and readers use positional reads.
 // Source: the safetensors format (8-byte little-endian header length, JSON header, data without holes).
 
 import { open, type FileHandle } from 'node:fs/promises';
 import { basename } from 'node:path';
 import { ClusterError } from '@mimo/core/process/errors';
 
-/** The element types that are read, with their size in bytes. */
+/** The supported element types, with their size in bytes. */
 export const elementBytes = { BF16: 2, F16: 2, F32: 4 } as const;
 
 export type ElementDtype = keyof typeof elementBytes;
@@ -21,13 +21,13 @@ export interface TensorLocation {
   readonly bytes: number;
 }
 
-/** The limit that the format's own library sets. */
+/** The limit of the format's own library. */
 const headerMaxBytes = 100_000_000;
 const lengthBytes = 8;
 
 /**
  * Reads and checks one file's header. Throws `not_found` without the file and `data_loss`, naming file, tensor, limit
- * and value, where header and file disagree: truncation, an absurd header length, broken JSON, a duplicate name, an
+ * and value, if header and file disagree: truncation, an absurd header length, broken JSON, a duplicate name, an
  * unknown dtype, a byte length that does not fit the shape, overlapping data, holes, or bytes left over.
  */
 export async function readSafetensorsHeader(path: string): Promise<TensorLocation[]> {
@@ -126,7 +126,7 @@ function parseEntries(header: string, fail: Failure): [string, unknown][] {
   return Object.entries(parsed).filter(([name]) => name !== '__metadata__');
 }
 
-/** JSON.parse keeps the last of two equal keys in silence, so the keys are read from the text. */
+/** JSON.parse silently keeps the last of two equal keys, so the keys are read from the text. */
 function topLevelKeys(json: string): string[] {
   const keys: string[] = [];
   let depth = 0;

@@ -1,5 +1,5 @@
-// One segment's graph under construction, and what several segments have in common: matrix products in the form that
-// the profile stores, the norm of a sum, parts of checkpoint tensors. Owns no segment's meaning (segments.ts).
+// One segment's graph under construction, and the parts that segments share: matrix products in the profile's storage
+// form, the norm of a sum, parts of checkpoint tensors. The segments themselves are in segments.ts.
 
 import type { ModelConfig } from '../shards/model-config.ts';
 import type { GraphNode, GraphValue, GraphWeight } from './onnx-graph.ts';
@@ -17,7 +17,7 @@ export interface RankSpec {
   readonly accuracyLevel: 0 | 4;
   /** Positions that the RoPE tables cover. */
   readonly maxPositions: number;
-  /** The embedding is stored as the checkpoint stores it, but for fp16 shards. */
+  /** The embedding keeps the checkpoint's type, except in fp16 shards. */
   readonly embeddingDtype: ElementDtype;
 }
 
@@ -52,7 +52,7 @@ export function linear(segment: Segment, { input, output, name, parts, bias }: L
   const { weights } = profile;
   const biasNames = bias === undefined ? [] : [segment.weight(segment.layout.plain('bias', bias))];
   if (weights !== 'int8' && weights !== 'int4') {
-    // Gemm takes the matrix as the checkpoint lays it out; MatMul would want it transposed.
+    // Gemm accepts the matrix in the checkpoint's layout; MatMul would need it transposed.
     const weight = segment.weight(segment.layout.plain(name, parts));
     segment.node({
       op: 'Gemm',
@@ -119,7 +119,7 @@ export function allOf(length: number): Range {
   return { start: 0, end: length };
 }
 
-/** A checkpoint's matrix, whole, or some of its rows or columns. */
+/** A checkpoint's whole matrix, or some of its rows or columns. */
 export function whole(source: string, rows: number, columns: number): Part {
   return { source, rows: allOf(rows), columns: allOf(columns) };
 }

@@ -319,7 +319,7 @@ it('finds the best usable token of each row and rank in halves, the lowest id at
   const row = (peaks: Record<number, number>): number[] =>
     Array.from({ length: vocabRows }, (_, id) => peaks[id] ?? -1);
   const outputs = await second?.run('best', {
-    // The last has its largest logit beyond what is usable.
+    // The last has its largest logit beyond the usable ids.
     logits: float([row({ 3: 2, 9: 5 }), row({ 7: 4, 8: 4 }), row({ 20: 9, 5: 0.5 })]),
     end: new ort.Tensor('int64', BigInt64Array.of(20n), [1]),
   });
@@ -332,7 +332,7 @@ it('finds the best usable token of each row and rank in halves, the lowest id at
 });
 
 describe.each(['fp32', 'int8', 'int4'] as const)('segments in %s', { timeout: 60_000 }, (precision) => {
-  it.each([1, 2, 4])('on %i ranks compute what the formulas say', async (tensorParallel) => {
+  it.each([1, 2, 4])('match the formulas on %i ranks', async (tensorParallel) => {
     const { rankDirectories } = await compile(
       {
         modelDirectory: join(directory, 'checkpoint'),

@@ -1,5 +1,5 @@
-// Builds the graphs of one rank's segments and the layout of their weights (the contract is in shard.ts). Owns which
-// operators compute MiMo; pure: no file is touched, the same arguments always give the same bytes.
+// Builds the graphs of one rank's segments and the layout of their weights (the contract is in shard.ts). Owns the
+// choice of operators for MiMo. Pure: touches no file, and the same arguments always give the same bytes.
 //
 // Source: Qwen2's forward pass, and the MTP block of Xiaomi's vLLM fork (hidden half first in `input_proj`).
 // Deliberate difference: q, k, v are one product over their stacked rows; gate and up stay two.

@@ -1,5 +1,5 @@
-// Runs transfer jobs on a few threads at once. Owns the threads' lifetime; knows neither what a job does nor what is
-// recorded of it.
+// Runs transfer jobs on a few threads at once. Owns the threads' lifetime; knows neither the work of a job nor its
+// record.
 
 import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';

@@ -1,5 +1,5 @@
-// Moves rows of a checkpoint tensor into shards, in the form that each wants. Owns the band: a run of whole rows, small
-// enough that memory stays bounded whatever the tensor. Synchronous, for a compile thread; knows no graph.
+// Moves rows of a checkpoint tensor into shards, in each shard's storage form. Owns the band: a run of whole rows,
+// small enough to bound memory for every tensor. Synchronous, for a compile thread; knows no graph.
 // Every matrix is quantised whole and sliced after: blocks run along a row, so a band's blocks are the matrix's.
 
 import { closeSync, openSync, readSync, writeSync } from 'node:fs';
@@ -33,7 +33,7 @@ export interface Transferrer {
 /** Weights of a band: 4 MiB in bf16, 8 MiB as fp32. */
 const bandElements = 2 ** 21;
 
-/** The caller closes what it gets. */
+/** The caller closes the result. */
 export function createTransferrer(): Transferrer {
   const descriptors = new Map<string, number>();
   const descriptor = (path: string, flags: 'r' | 'r+'): number => {
@@ -72,7 +72,7 @@ interface Band {
   readonly scales?: Uint8Array;
 }
 
-/** Reads a band once; its forms are made when first asked for. */
+/** Reads a band once; creates each form on first use. */
 function readBand(source: number, job: TransferJob, rows: Range): (form: Form) => Band {
   const { tensor, columns } = job;
   const count = rangeLength(rows) * columns;

@@ -1,5 +1,5 @@
-// Where each weight of one rank lies in its files, and which part of which checkpoint tensor goes there. Owns offsets
-// and byte lengths of every storage form; pure, so a shard's layout is known before the first weight is read.
+// The place of each weight in one rank's files, and the part of a checkpoint tensor that goes there. Owns offsets and
+// byte lengths of every storage form; pure, so a shard's layout is known before the first weight is read.
 
 import { elementBytes, encodeHalves, type FloatType } from '../shards/element-type.ts';
 import type { GraphWeight } from './onnx-graph.ts';
@@ -16,7 +16,7 @@ export interface Part {
   readonly columns: Range;
 }
 
-/** One part and where it goes: its rows lie one after another from `offset`. */
+/** One part and its target: its rows follow one another from `offset`. */
 export interface Transfer extends Part {
   readonly form: Form;
   readonly file: string;
@@ -25,7 +25,7 @@ export interface Transfer extends Part {
   readonly scalesOffset: number;
 }
 
-/** Values that come from no checkpoint. */
+/** Values that are not from a checkpoint. */
 export interface Constant {
   readonly file: string;
   readonly offset: number;
@@ -34,7 +34,7 @@ export interface Constant {
 
 /** The rank's own weights. */
 const weightsFile = 'weights.bin';
-/** What every rank holds alike and unquantised: the embedding. */
+/** Weights that are equal on every rank and unquantised: the embedding. */
 const sharedFile = 'embedding.bin';
 
 /** Whether a rank's file is a hard link to rank 0's. */
@@ -43,26 +43,26 @@ export function isSharedCopy(file: string, rank: number): boolean {
 }
 
 const alignmentBytes = 64;
-/** How the checkpoint's types are called in graphs. */
+/** ONNX names of the checkpoint's types. */
 export const storedTypes = {
   BF16: 'bfloat16',
   F16: 'float16',
   F32: 'float',
 } as const satisfies Record<ElementDtype, FloatType>;
 
-/** Bytes that one row of `columns` takes in quantised blocks; scales are counted apart. */
+/** Bytes of one row of `columns` in quantised blocks, without the scales. */
 export function rowBytes(form: 'int8' | 'int4', columns: number): number {
   return form === 'int8' ? columns : columns / 2;
 }
 
-/** Allocates weights one after another; what it hands out goes into graphs, what it collects into the compile. */
+/** Allocates weights one after another: returns references for the graphs, and collects placements for the compile. */
 export class WeightLayout {
   readonly transfers: Transfer[] = [];
   readonly constants: Constant[] = [];
   readonly #floatType: FloatType;
   readonly #fileBytes = new Map<string, number>();
 
-  /** `floatType` is that of everything that is neither quantised nor kept as stored. */
+  /** `floatType` is the type of every weight that is neither quantised nor kept as stored. */
   constructor(floatType: FloatType) {
     this.#floatType = floatType;
   }
@@ -97,7 +97,7 @@ export class WeightLayout {
     return weight;
   }
 
-  /** As `plain`, in the blocks and scales that MatMulNBits takes. */
+  /** As `plain`, in the blocks and scales that MatMulNBits expects. */
   quantized(
     name: string,
     parts: readonly Part[],
