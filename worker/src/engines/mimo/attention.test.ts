@@ -12,7 +12,7 @@ import { readShardManifest } from '../../shards/shard.ts';
 const directory = mkdtempSync(path.join(tmpdir(), 'mimo-attention-'));
 afterAll(() => rmSync(directory, { recursive: true, force: true }));
 
-it('refuses a bf16 shard where bfloat16 has no kernels, naming both', async () => {
+it('rejects a bf16 shard when the provider has no bfloat16 kernels, naming both', async () => {
   const config = {
     ...mimo7b,
     hiddenSize: 64,

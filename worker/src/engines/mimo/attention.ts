@@ -1,5 +1,6 @@
-// A rank's attention over the spans of a pass: where their keys and values lie, and the runs of the shared segment.
-// Owns both ways of it; knows no layer's weights. Which slot may hold how much is the leader's decision (kv-cache.ts).
+// A rank's attention over the spans of a pass: the memory of keys and values, and the runs of the shared segment. Owns
+// both implementations, contiguous and paged; knows no layer's weights. The leader decides each slot's capacity
+// (kv-cache.ts).
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { pageTokens, type ShardManifest } from '../../shards/shard.ts';
@@ -12,17 +13,19 @@ import { KvBuffers } from './kv-buffers.ts';
 import type { Rows } from './scratch.ts';
 import type { RowSpan } from './step-plan.ts';
 
-/** Pages beyond the budget's: every span's last may be almost empty. */
+/** Pages beyond the budget: the last page of every span may be almost empty. */
 export function slackPages(maxSpans: number, { kernels }: Pick<Runtime, 'kernels'>): number {
   return kernels.pagedAttention ? maxSpans : 0;
 }
 
-/** Keys and values of all slots. `place` the spans of a pass, then `run` each layer; `close` frees all. */
+/**
+ * Keys and values of all slots. Call `place` with the spans of a pass, then `run` for each layer; `close` frees all.
+ */
 export interface Attention {
   release(slot: number): void;
   /**
-   * Room for the spans' slots, and where the runs of this pass find them. Returns what the runs read on the host or
-   * take for shapes, as a key: passes of equal keys and rows are the same to a device.
+   * Makes room for the spans' slots and places them for this pass. Returns a key of the shapes and of the values that
+   * the runs read on the host: passes of equal keys and rows are the same to a device.
    */
   place(spans: readonly RowSpan[]): string;
   /** `qkv` [rows, W] to `attended` [rows, Q]; `layer` counts the MTP layer last. */
@@ -34,7 +37,7 @@ export interface AttentionOptions {
   readonly runtime: Runtime;
   readonly segment: Segment;
   readonly manifest: ShardManifest;
-  /** That keep keys and values, the MTP layer included. */
+  /** Layers that keep keys and values, the MTP layer included. */
   readonly layers: number;
   readonly maxSpans: number;
   /** Positions that all slots together may hold. */
@@ -48,7 +51,7 @@ export function createAttention(options: AttentionOptions): Attention {
     : new SequenceAttention(options);
 }
 
-/** GroupQueryAttention, one run a span: its kernel refuses several with more than one row and a past. */
+/** GroupQueryAttention, one run a span: its kernel rejects several spans with more than one row and a past. */
 class SequenceAttention implements Attention {
   readonly #runtime: Runtime;
   readonly #segment: Segment;
@@ -125,11 +128,10 @@ class SequenceAttention implements Attention {
 }
 
 /**
- * Rows that attention computes for a span. The kernel adds in another order for one row than for more, and int8
- * rounding makes 0.05 of logit out of that last bit; so a single row gets a neighbour, whatever stands there, and
- * every row's result is the same to the bit alone, in a chunk or beside a draft. The neighbour's output and its place
- * in the cache are overwritten by those to whom they belong. Measured: 2 rows cost 1.4 times one at 512 positions
- * (Zen 4, 2026-11).
+ * Rows that attention computes for a span. The kernel adds in a different order for one row than for more, and int8
+ * rounding turns that last bit into 0.05 of logit. So a single row gets a neighbour with arbitrary content, and every
+ * row's result is the same to the bit alone, in a chunk or beside a draft. Later rows overwrite the neighbour's output
+ * and its place in the cache. Measured: 2 rows cost 1.4 times one at 512 positions (Zen 4, 2026-11).
  */
 function attentionRows(rows: number): number {
   return Math.max(2, rows);
@@ -152,7 +154,7 @@ class PagedAttention implements Attention {
   /** Most rows of a span, most positions of one, and no lower bound; read on the host. */
   readonly #bounds = new Int32Array(3);
   readonly #boundsTensor: RuntimeTensor;
-  /** What the segment runs on; nothing where `#decode` attends. */
+  /** The segment's inputs; empty if `#decode` computes the attention. */
   #placed: { readonly rows: number; readonly tensors: readonly RuntimeTensor[] } | undefined;
   /** For passes whose spans have few rows, if there is one. */
   readonly #decode: DecodeAttention | undefined;
@@ -273,7 +275,7 @@ class PagedAttention implements Attention {
   }
 }
 
-/** As the segment has them: in the type of the activations. */
+/** As the segment needs them: in the type of the activations. */
 function roundedRopeTables({ config, maxPositions, profile }: ShardManifest): {
   readonly cos: Float32Array;
   readonly sin: Float32Array;

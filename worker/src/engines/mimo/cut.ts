@@ -1,29 +1,30 @@
-// Which ids min-p, top-k and top-p leave to the draw. Pure but for scratch memory that is reused from row to row;
-// knows no noise, no penalty and no sequence. Its input is a row whose largest logit is finite; -Infinity: may not be
-// drawn.
+// Selects the ids that remain for the draw after min-p, top-k and top-p. Pure except for scratch memory that is reused
+// from row to row; knows no noise, no penalty and no sequence. The largest logit of its input row is finite; -Infinity
+// marks an id that may not be drawn.
 //
-// Ids are ranked by logit, the lower id first at ties. Each rule leaves a prefix of that ranking, so its last member
-// says it all, and each starts from what the one before has left. With weight = exp((logit - top) / temperature):
+// Ids are ranked by logit, the lower id first at ties. Each rule keeps a prefix of that ranking, so the prefix's last
+// member describes it, and each rule starts from the ids that the previous one kept. With weight = exp((logit - top) /
+// temperature):
 //   min-p   ids of at least `minP` times the top's weight
 //   top-k   the first k
 //   top-p   the shortest prefix that holds `topP` of the weight
-// INVARIANT: what is left is what sorting everything would leave, with weights added one by one in the order of the
-// ranking and the whole weight in the order of ids, to the last bit.
+// INVARIANT: the result equals, to the last bit, a full sort with weights added one by one in the order of the ranking
+// and the whole weight added in the order of ids.
 //
-// What makes it cheap: ids far below the top are skipped where their weight cannot decide; a histogram of the distances
-// from the top says where the prefix ends, and only the ids around its end are sorted. Weights are rough at first;
-// where their error could decide, everything is computed and sorted. Every loop counts ids or bins: the work is
-// bounded by the row's length, whatever it holds. Loops read `length` once: V8 runs the others at half the speed.
+// Why it is cheap: ids far below the top are skipped when their weight cannot matter; a histogram of the distances from
+// the top locates the end of the prefix, and only the ids around this end are sorted. Weights are approximate at first;
+// if their error could change the result, everything is computed and sorted. Every loop counts ids or bins, so the
+// row's length bounds the work for any content. Loops read `length` once: V8 runs others at half the speed.
 
 import type { SequenceSampling } from './engine-api.ts';
 
-/** Ids of a larger logit than `value` are left, and of those that equal it the ids up to `lastId`. */
+/** Keeps ids with a logit above `value`, and of those equal to it the ids up to `lastId`. */
 interface Cut {
   readonly value: number;
   readonly lastId: number;
 }
 
-/** What turns a logit into a weight. */
+/** The parameters that turn a logit into a weight. */
 interface Scale {
   readonly top: number;
   readonly temperature: number;
@@ -37,10 +38,10 @@ const everything: Cut = { value: -Infinity, lastId: allIds };
 /** In temperatures. A weight this deep is lost in a float64 sum of at most 2^18 terms that holds a 1. */
 const fullDepth = 48;
 
-/** 2^18 ids that lie deeper weigh less than 0.001 of the top together: they seldom decide where the nucleus ends. */
+/** 2^18 deeper ids together weigh less than 0.001 of the top: they seldom change the end of the nucleus. */
 const nearDepth = 20;
 
-/** 2^18 ids that lie deeper weigh less than 1e-9 of the top together: a float32 log-probability does not show it. */
+/** 2^18 deeper ids together weigh less than 1e-9 of the top: too little to change a float32 log-probability. */
 const logprobDepth = 34;
 
 /** Relative; far more than the error of a rough weight and of the order in which 2^18 of them are added. */
@@ -52,13 +53,13 @@ const roughness = 1e-10;
 const binShift = 19;
 const binWeights = new Float64Array(2 ** (31 - binShift));
 
-/** The ids that are listed at present, in their order, with scratch of one row's length for the ways to a cut. */
+/** The currently listed ids, in ascending order, with scratch memory of one row's length. */
 let memory = createMemory(0);
 let listed = 0;
 
 /**
- * The ids that are left of a row whose largest logit is `top`, in their order; of those below `lowest`, which cannot
- * win the draw, some or none. The temperature is above 0. Valid until the next call of this module.
+ * The ids that the rules keep of a row with largest logit `top`, in ascending order. Ids below `lowest` cannot win the
+ * draw and may be missing. The temperature is above 0. Valid until the next call of this module.
  */
 export function listLeft(
   row: Float32Array,
@@ -75,7 +76,7 @@ export function listLeft(
   if (cut.value < lowest) {
     cut = { value: lowest, lastId: allIds };
   }
-  // The rules have listed what they left, and a little more.
+  // The rules have listed the ids that they keep, and a few more.
   if (topK > 0 || topP < 1) {
     keep(row, cut);
   } else {
@@ -84,7 +85,7 @@ export function listLeft(
   return memory.ids.subarray(0, listed);
 }
 
-/** The ids of the `count` largest logits, best first; fewer where fewer may be drawn. */
+/** The ids of the `count` largest logits, best first; fewer if fewer may be drawn. */
 export function topIds(row: Float32Array, top: number, count: number): number[] {
   if (count === 0) {
     return [];
@@ -100,8 +101,8 @@ export function wholeWeight(row: Float32Array, scale: Scale): number {
 
 /** The first `count` ids of `cut`. */
 function cutByCount(row: Float32Array, cut: Cut, { top, count }: { top: number; count: number }): Cut {
-  // The k-th best of the row's first ids is no better than the row's, so what lies below it need not be listed. With
-  // this many first ids, about as many are sorted here as are listed below.
+  // The k-th best of the row's first ids is no better than the row's, so ids below it need not be listed. With this
+  // many first ids, this sort and the list below are of about equal length.
   const sampleIds = Math.ceil(Math.sqrt(row.length * count));
   let bound: number | undefined;
   if (sampleIds < row.length / 4) {
@@ -133,7 +134,7 @@ function cutByWeight(row: Float32Array, cut: Cut, { topP, ...scale }: Scale & { 
       return end;
     }
     if (tail < weight * roughness) {
-      // A deeper look is no better.
+      // Going deeper does not help.
       break;
     }
   }
@@ -160,7 +161,7 @@ function list(row: Float32Array, { value: lowest, lastId }: Cut): void {
   listed = held;
 }
 
-/** Takes from the list what is not in `cut`. */
+/** Removes ids outside `cut` from the list. */
 function keep(row: Float32Array, { value: lowest, lastId }: Cut): void {
   const { ids } = memory;
   const before = listed;
@@ -177,8 +178,8 @@ function keep(row: Float32Array, { value: lowest, lastId }: Cut): void {
 }
 
 /**
- * Lists the ids of `cut` down to `depth` temperatures below the top, with their rough weights. Returns the sum of
- * these, and how many ids of the cut lie deeper, at most.
+ * Lists the ids of `cut` down to `depth` temperatures below the top, with their approximate weights. Returns the sum of
+ * these weights, and an upper bound on the number of deeper ids of the cut.
  */
 function weighRoughly(
   row: Float32Array,
@@ -201,7 +202,10 @@ function weighRoughly(
   return { weight: sum, beyond: isWhole ? 0 : row.length - count };
 }
 
-/** Lists the ids of `cut` that weigh anything, with their weights. Returns the sum of these, in the order of ids. */
+/**
+ * Lists the ids of `cut` with a nonzero weight, and their weights. Returns the sum of the weights, added in the order
+ * of ids.
+ */
 function weighExactly(row: Float32Array, cut: Cut, { top, temperature }: Scale): number {
   list(row, cut);
   const { ids, weights } = memory;
@@ -224,8 +228,8 @@ function weighExactly(row: Float32Array, cut: Cut, { top, temperature }: Scale):
 }
 
 /**
- * The end of the shortest prefix of those listed that is heavy enough: whose weight reaches a number from `least` to
- * `most`. Undefined if it matters which number it is.
+ * The end of the shortest prefix of the list whose weight reaches a threshold between `least` and `most`. Undefined if
+ * the end depends on the exact threshold.
  */
 function endOf(
   row: Float32Array,
@@ -259,7 +263,7 @@ function endOf(
   return weight >= most ? { value: row[lastId]!, lastId } : undefined;
 }
 
-/** Adds the weights of ranked ids to `before`, one by one, until the sum reaches `wanted`; says where it ends. */
+/** Adds the weights of ranked ids to `before`, one by one, until the sum reaches `wanted`; returns the end. */
 function walk(
   ranked: Int32Array,
   { before, wanted }: { readonly before: number; readonly wanted: number },
@@ -275,7 +279,7 @@ function walk(
   return { lastId, weight };
 }
 
-/** exp in steps of 1/32 and of 1/32768, to below any depth of a rough look. */
+/** exp in steps of 1/32 and of 1/32768, deep enough for every approximate pass. */
 const fineSteps = 1024;
 const stepsPerUnit = 32 * fineSteps;
 const coarseExp = Float64Array.from({ length: 64 * 32 }, (_, i) => Math.exp(-i / 32));
@@ -283,7 +287,7 @@ const fineExp = Float64Array.from({ length: fineSteps }, (_, i) => Math.exp(-i /
 
 /** exp(-steps / stepsPerUnit), in a fifth of the time of Math.exp; its relative error is below 1e-14. */
 function roughExp(steps: number): number {
-  // `| 0` is what V8 truncates fast.
+  // V8 truncates `| 0` fast.
   const whole = steps | 0;
   const rest = (whole - steps) * (1 / stepsPerUnit);
   return coarseExp[whole >> 10]! * fineExp[whole & (fineSteps - 1)]! * (1 + rest * (1 + rest * 0.5));
@@ -293,7 +297,7 @@ const digitBits = 11;
 const digitMask = 2 ** digitBits - 1;
 const digitStarts = new Int32Array(2 ** digitBits);
 
-/** Ranks ids that are in their order: a stable radix sort. Valid until the next one. */
+/** Ranks ids that are in ascending order: a stable radix sort. Valid until the next call. */
 function rank(row: Float32Array, ids: Int32Array): Int32Array {
   let [from, to] = memory.sorting;
   const { length: count } = ids;
@@ -362,13 +366,13 @@ function createMemory(length: number) {
   const distances = new Float32Array(length);
   const createKeyed = (): KeyedIds => ({ ids: new Int32Array(length), keys: new Int32Array(length) });
   return {
-    /** By place: ids, and how far they lie below the top. */
+    /** By position: ids, and their distance below the top. */
     ids: new Int32Array(length),
     distances,
     distanceBits: new Int32Array(distances.buffer),
     /** By id. */
     weights: new Float64Array(length),
-    /** Ids among which a prefix ends. */
+    /** The candidate ids for the end of a prefix. */
     chosen: new Int32Array(length),
     sorting: [createKeyed(), createKeyed()] as const,
   };

@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 import { chooseSizes } from './default-sizes.ts';
 
 describe('chooseSizes', () => {
-  it('takes the sizes of the execution provider where they are not set, and says why', () => {
+  it('defaults unset sizes by the execution provider, with a reason', () => {
     for (const [provider, sizes] of [
       ['cuda', [256, 512, 2048]],
       ['cpu', [16, 64, 128]],
@@ -17,7 +17,7 @@ describe('chooseSizes', () => {
     }
   });
 
-  it('leaves alone what is set', () => {
+  it('keeps sizes that are set', () => {
     const chosen = chooseSizes({ maxSequences: 3, prefillChunkTokens: 100, maxBatchTokens: 7 }, 'cuda');
     expect(chosen).toEqual({
       maxSequences: { value: 3, reason: 'set' },
@@ -26,7 +26,7 @@ describe('chooseSizes', () => {
     });
   });
 
-  it('fits those that are not set to those that are', () => {
+  it('fits unset sizes to the set ones', () => {
     expect(chooseSizes({ maxSequences: 2000 }, 'cuda').maxBatchTokens).toEqual({
       value: 4000,
       reason: 'two rows for each of maxSequences',

@@ -1,10 +1,10 @@
-// Sizes of an engine by its execution provider, where they are not set: each with its reason, which goes into the log.
+// Default sizes of an engine by its execution provider, each with a reason for the log.
 
 import type { ExecutionProvider } from '../../runtime/runtime.ts';
 
 export type Size = 'maxSequences' | 'prefillChunkTokens' | 'maxBatchTokens';
 
-/** What is set, as the worker passes it. */
+/** The settings, as the worker passes them. */
 export type GivenSizes = { readonly [Name in Size]?: number | 'auto' };
 
 export interface ChosenSize {

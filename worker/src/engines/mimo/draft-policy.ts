@@ -1,7 +1,7 @@
-// Whether a step makes drafts: what verifying them costs at this many sequences, against how many were right lately.
-// Owns the estimate; whether a draft is right is the engine's to find out. Texts do not depend on it.
+// Decides whether a step makes drafts: compares the cost of verifying them at this many sequences with the share of
+// recent drafts that were right. Owns the estimate; the engine verifies the drafts. Texts do not depend on it.
 
-/** A draft a sequence pays with up to `sequences` decoding, where at least this share of drafts is right. */
+/** One draft per sequence pays with up to `sequences` decoding, if at least this share of drafts is right. */
 export interface DraftCost {
   readonly sequences: number;
   readonly share: number;
@@ -9,17 +9,17 @@ export interface DraftCost {
 
 /** Drafts that the estimate remembers. */
 const remembered = 256;
-/** Where drafts do not pay, one step in so many makes them all the same, to see whether they would. */
+/** While drafts do not pay, one step in this many still makes them, as a probe. */
 const probeEvery = 64;
 
-/** Ask `pays` once a step, and `observe` what was verified. */
+/** Call `pays` once per step, and `observe` with the verified drafts. */
 export class DraftPolicy {
   readonly #costs: readonly DraftCost[];
-  /** Of the drafts, those that were right; at first all are thought to be. */
+  /** The estimated share of right drafts; starts at 1. */
   #rightShare = 1;
   #stepsWithout = 0;
 
-  /** `costs` by ascending sequences; with more than the last has, drafts never pay. */
+  /** `costs` by ascending sequences; above the last entry, drafts never pay. */
   constructor(costs: readonly DraftCost[]) {
     this.#costs = costs;
   }

@@ -1,5 +1,5 @@
-// The engine as its process sees it: what goes in and what comes out (requests, frames, figures; plain data that
-// crosses threads), and the host that takes them. Knows no text, no session of a gateway and no tensor.
+// The engine's interface to its process: requests, frames and figures (plain data that crosses threads), and the host
+// that handles them. Knows no text, no session of a gateway and no tensor.
 
 import type { ChosenSize, Size } from './default-sizes.ts';
 import type { ClusterError, ErrorCode } from '@mimo/core/process/errors';
@@ -24,14 +24,14 @@ export interface SequenceSampling {
   readonly maxTokens: number;
   readonly minTokens: number;
   readonly ignoreEos: boolean;
-  /** -1: none; else that many alternatives beside the chosen token. */
+  /** -1: none; else the number of alternatives beside the chosen token. */
   readonly logprobs: number;
   /** 0 or 1. */
   readonly draftTokens: number;
 }
 
 export interface SequenceRequest {
-  /** The caller's number for it, unique among the live ones. */
+  /** The caller's id for the sequence, unique among live sequences. */
   readonly sequenceId: number;
   /** Prompt, then `resumedTokens` completion tokens. */
   readonly tokenIds: readonly number[];
@@ -47,7 +47,7 @@ export interface TokenLogprob {
   readonly top: readonly { readonly tokenId: number; readonly logprob: number }[];
 }
 
-/** Why a sequence gave up its slot and its KV blocks: it had no credit for a while. */
+/** The reason why a sequence gave up its slot and KV blocks: it had no credit for a while. */
 export type ParkReason = 'no credit';
 
 /** `parked` does not end the text: submitted again with its tokens, the sequence continues. */
@@ -65,7 +65,7 @@ export interface SequenceDelta {
   /** Without the token that ended it. */
   readonly tokenIds: readonly number[];
   readonly logprobs?: readonly TokenLogprob[];
-  /** Drafts made and accepted so far; absent if there was none. */
+  /** Drafts made and accepted so far; absent if there were none. */
   readonly speculation?: { readonly draftedTokens: number; readonly acceptedTokens: number };
   readonly finish?: SequenceEnd & {
     readonly completionTokens: number;
@@ -74,7 +74,7 @@ export interface SequenceDelta {
   };
 }
 
-/** What one engine step produced. */
+/** The output of one engine step. */
 export interface EngineFrame {
   readonly step: number;
   readonly deltas: readonly SequenceDelta[];
@@ -93,7 +93,7 @@ export interface EngineStats {
   readonly parkedSequences: number;
   readonly runningSequences: number;
   readonly waitingSequences: number;
-  /** Waiting sequences that have no room: no slot, or not enough KV blocks. */
+  /** Waiting sequences that lack a slot or enough KV blocks. */
   readonly blockedSequences: number;
   /** Running sequences that may be parked to make room. */
   readonly parkableSequences: number;
@@ -122,23 +122,24 @@ export interface EngineInfo {
 }
 
 /**
- * The running engine as its process sees it. On a follower only `info`, `failed`, `leave` and `close` mean something;
- * `submit` throws `failed_precondition`.
+ * The running engine as its process sees it. A follower uses only `info`, `failed`, `leave` and `close`; its `submit`
+ * throws `failed_precondition`.
  */
 export interface EngineHost {
   readonly info: EngineInfo;
   /**
-   * Resolves (never rejects) with the reason when the group is over: no more frames follow, and sequences that have
-   * not ended are lost. The code is `canceled` on a follower whose leader has dissolved the group in order.
+   * Resolves (never rejects) with the reason when the group ends: no more frames follow, and unfinished sequences are
+   * lost. The code is `canceled` on a follower whose leader has shut the group down in order.
    */
   readonly failed: Promise<ClusterError>;
   /**
-   * On the leader: resolves when another rank has been asked to end, which only the leader can bring about in order.
+   * On the leader: resolves when another rank has been asked to end. Only the leader can then shut the group down in
+   * order.
    */
   readonly leaving: Promise<void>;
-  /** A step has taken so long that nothing should be submitted until it ends. */
+  /** The current step has taken so long that the caller should submit nothing until it ends. */
   readonly isStalled: boolean;
-  /** On a follower: lets the leader know that this rank has been asked to end. Idempotent. */
+  /** On a follower: notifies the leader that this rank has been asked to end. Idempotent. */
   leave(): void;
   /** Throws `unavailable` once lost or closed. A request that cannot run ends with an `error` delta instead. */
   submit(request: SequenceRequest): void;
@@ -146,19 +147,19 @@ export interface EngineHost {
   abort(sequenceId: number): void;
   /** Unknown or ended ids are ignored. */
   addCredit(sequenceId: number, tokens: number): void;
-  /** Called once per step with every sequence's new tokens. Returns the way to stop listening. */
+  /** Calls the listener once per step with every sequence's new tokens. Returns a function that removes it. */
   onFrame(listener: (frame: EngineFrame) => void): () => void;
   /** As of the last frame. */
   stats(): EngineStats;
   /**
-   * Stops the threads and frees the model; no more frames follow. Idempotent. Where a step hangs its thread stays,
-   * and the process ends with it.
+   * Stops the threads and frees the model; no more frames follow. Idempotent. The thread of a hung step remains until
+   * the process exits.
    */
   close(): Promise<void>;
 }
 
 /**
- * The last delta of a sequence that the engine cannot report itself: it was refused, or its group was lost.
+ * The last delta of a sequence that the engine cannot report itself: the engine rejected it, or its group was lost.
  */
 export function lastDelta(sequenceId: number, completionTokens: number, end: SequenceEnd): SequenceDelta {
   return {
@@ -169,7 +170,7 @@ export function lastDelta(sequenceId: number, completionTokens: number, end: Seq
   };
 }
 
-/** The figures of an engine that has done nothing; all its `kvBlocks` are free. */
+/** The figures of an idle engine; all its `kvBlocks` are free. */
 export function idleStats(kvBlocks: number): EngineStats {
   return {
     steps: 0,

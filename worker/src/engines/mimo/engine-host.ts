@@ -1,6 +1,6 @@
-// Runs the engine of this process. Owns the step threads of the ranks that live here, the messages to and from the
-// leader's, and what happens when one of them is lost. The main thread never runs a model. Knows no arithmetic, no
-// queue, no gRPC and no Kubernetes.
+// Runs the engine of this process. Owns the step threads of its local ranks, the messages to and from the leader's
+// thread, and the handling of a lost thread. The main thread never runs a model. Knows no arithmetic, no queue, no gRPC
+// and no Kubernetes.
 
 import { Worker } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -23,13 +23,13 @@ import { createTurns, looksPerLimit, StepWatch } from './step-watch.ts';
 export type * from './engine-api.ts';
 export type { EngineOptions, GroupOptions } from './engine-options.ts';
 
-/** A step thread that is asked to close ends its step; one that is blocked is stopped after this. */
+/** Time for a closing step thread to finish its step; a blocked thread is stopped afterwards. */
 const closeGraceMs = 1000;
 
 /**
  * Loads the shards, joins the group and starts the step loop; resolves when the group is ready. Errors:
- * `invalid_argument` (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded` (peers
- * did not come), `canceled` (signal). The caller closes the host.
+ * `invalid_argument` (options), `failed_precondition` (mismatched shards, runtime missing), `deadline_exceeded`
+ * (missing peers), `canceled` (signal). The caller closes the host.
  */
 export async function startEngine(options: EngineOptions, signal?: AbortSignal): Promise<EngineHost> {
   const complete = await completeOptions(options);
@@ -50,7 +50,7 @@ class RunningEngine implements EngineHost {
   readonly #resolveFailed: (error: ClusterError) => void;
   readonly #resolveLeaving: () => void;
   readonly #complete: CompleteOptions;
-  /** With the KV cache that fits, once the leader knows. */
+  /** With the KV cache that fits, once the leader has determined it. */
   #limits: EngineLimits;
   readonly #ranks: LocalRanks;
   readonly #threads: readonly Worker[];
@@ -232,7 +232,7 @@ class RunningEngine implements EngineHost {
         this.#fail(new ClusterError('canceled', 'the leader has dissolved the group'));
         break;
       case 'failed':
-        // This rank was stopped. The reason is another rank's failure, which is reported by itself, or `close`.
+        // This rank was stopped by `close`, or by another rank's failure, which is reported separately.
         if (response.code !== 'canceled') {
           this.#fail(new ClusterError(response.code, response.message));
         }
@@ -257,7 +257,7 @@ class RunningEngine implements EngineHost {
     }
   }
 
-  /** From here on the engine takes no requests and reports no frames. */
+  /** From now on the engine accepts no requests and reports no frames. */
   #end(state: 'closing' | 'failed'): void {
     this.#state = state;
     this.#stats = {

@@ -1,5 +1,5 @@
-// The options of an engine: from what the worker passes to a complete, checked set. Owns the defaults, their reasons
-// and the limits that follow from the shards. Reads manifests, and nothing else from disk.
+// Turns the worker's options into a complete, checked set. Owns the defaults, their reasons and the limits that follow
+// from the shards. Reads manifests, and nothing else from disk.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { readShardManifest, type ShardManifest } from '../../shards/shard.ts';
@@ -40,20 +40,20 @@ export interface EngineOptions {
   readonly runtime?: 'ort-capi' | 'ort-node' | 'auto';
   /** Where ranks compute. Default `cpu`. */
   readonly executionProvider?: ExecutionProvider;
-  /** libonnxruntime to load; default: the one that onnxruntime-node bundles. `cuda` needs another. */
+  /** libonnxruntime to load; default: the library bundled with onnxruntime-node. `cuda` needs another. */
   readonly runtimeLibrary?: string;
-  /** Where kernels for a device that are compiled at the first start are kept; default: nowhere. */
+  /** Cache directory for device kernels, which are compiled at the first start; default: none. */
   readonly kernelDirectory?: string;
   /** Compute threads per rank. Default 1. */
   readonly threads?: number;
   /** Sequences that hold KV cache at a time. `auto`, the default, by the execution provider: 16, or 256 on `cuda`. */
   readonly maxSequences?: number | 'auto';
   /**
-   * KV cache of one rank in bytes; the leader's value counts. Default `auto`: what every rank's device or container has
-   * left after the weights, less a reserve; 1 GiB where no limit is known.
+   * KV cache of one rank in bytes; the leader's value counts. Default `auto`: the memory that every rank's device or
+   * container has left after the weights, less a reserve; 1 GiB if no limit is known.
    */
   readonly kvBytes?: number | 'auto';
-  /** The same in blocks of 64 positions; wins over kvBytes. */
+  /** The same in blocks of 64 positions; takes precedence over kvBytes. */
   readonly kvBlocks?: number;
   /** Rows of one step, all sequences together. Default `auto`: 128, or 2048. */
   readonly maxBatchTokens?: number | 'auto';
@@ -63,25 +63,25 @@ export interface EngineOptions {
   readonly usableVocab?: number;
   /** Tokens drafted a step; at most one, and none without an MTP layer. Default 1; 0 turns speculation off. */
   readonly draftTokens?: number;
-  /** Draft only where verifying pays (draft-policy.ts); false: always draft. Default true. */
+  /** Draft only while verifying pays (draft-policy.ts); false: always draft. Default true. */
   readonly adaptiveSpeculation?: boolean;
-  /** A sequence without credit for this long is parked when others can use what it holds. Default 2 s. */
+  /** A sequence without credit for this long is parked when others need its memory. Default 2 s. */
   readonly parkAfterMs?: number;
-  /** A step that takes longer hangs: the group is over. Default 2 min. */
+  /** A longer step counts as hung and ends the group. Default 2 min. */
   readonly stepTimeoutMs?: number;
 }
 
-/** Options in full, with the manifests of the ranks that live in this process. */
+/** Complete options, with the manifests of the local ranks. */
 export interface CompleteOptions {
   readonly manifests: readonly ShardManifest[];
   readonly directories: readonly string[];
   readonly runtime: Omit<RuntimeOptions, 'intraOpThreads'>;
   readonly threads: number;
-  /** With `isKvAuto`, `kvBlocks` and `maxContextTokens` are those that can ever be used. */
+  /** With `isKvAuto`, `kvBlocks` and `maxContextTokens` are upper bounds. */
   readonly limits: EngineLimits;
   readonly isKvAuto: boolean;
   readonly stepTimeoutMs: number;
-  /** Why the sizes are what they are. */
+  /** The reasons for the sizes. */
   readonly sizes: Readonly<Record<Size, ChosenSize>>;
 }
 
@@ -93,7 +93,8 @@ const defaultStepTimeoutMs = 120_000;
 
 /**
  * Sequences up to which a draft pays: verifying doubles the rows, which costs little until the step is bound by
- * arithmetic. On processors by how matrices are stored (reference, section MTP: about 4 rows with int4, 6 with int8).
+ * arithmetic. On CPUs this depends on the storage of matrices (reference, section MTP: about 4 rows with int4, 6 with
+ * int8).
  */
 const speculatingOnProcessors: Readonly<Record<Precision, number>> = {
   int4: 4,
@@ -104,7 +105,8 @@ const speculatingOnProcessors: Readonly<Record<Precision, number>> = {
 };
 
 /**
- * What a draft adds to a step on an H200 (2026-11), rounded up: 17-24 % up to 64 sequences, 35 % at 128, 60 % at 256.
+ * The share that a draft adds to a step on an H200 (2026-11), rounded up: 17-24 % up to 64 sequences, 35 % at 128, 60 %
+ * at 256.
  */
 const draftCostsOnDevices: readonly DraftCost[] = [
   { sequences: 64, share: 0.25 },
@@ -126,7 +128,7 @@ function draftCosts(
 
 /**
  * Fills in defaults and reads the manifests. Throws `invalid_argument` listing every option out of range, and
- * `failed_precondition` if the shards are not those of the group.
+ * `failed_precondition` if the shards do not match the group.
  */
 export async function completeOptions(options: EngineOptions): Promise<CompleteOptions> {
   const { shardDirectories: directories } = options;
@@ -153,7 +155,7 @@ export async function completeOptions(options: EngineOptions): Promise<CompleteO
 /** The options that need no manifest. */
 type Sizes = ReturnType<typeof checkSizes>;
 
-/** Throws `invalid_argument` listing every problem that shows without a manifest. */
+/** Throws `invalid_argument` listing every problem that can be found without a manifest. */
 function checkSizes(options: EngineOptions) {
   const { group, shardDirectories } = options;
   const problems: string[] = [];
@@ -202,7 +204,7 @@ function throwIfAny(problems: readonly string[]): void {
   }
 }
 
-/** What the engine decides by. Throws `invalid_argument` for options that the model does not allow. */
+/** The limits that the engine works with. Throws `invalid_argument` for options that the model does not allow. */
 function limitsOf(options: EngineOptions, sizes: Sizes, manifest: ShardManifest): EngineLimits {
   const { config, maxPositions } = manifest;
   const { maxSequences, maxBatchTokens, prefillChunkTokens, parkAfterMs, kvBytes } = sizes;

@@ -105,7 +105,7 @@ class HashModel implements PassExecutor {
   }
 }
 
-/** The obviously right way: one sequence, one token at a time, no cache. */
+/** The obviously correct version: one sequence, one token at a time, no cache. */
 function generateAlone({ sampling, tokenIds: given, resumedTokens }: SequenceRequest): number[] {
   const tokenIds = [...given];
   const promptTokens = tokenIds.length - resumedTokens;
@@ -184,7 +184,7 @@ const samplings = fc.record({
 const prompts = fc.array(fc.nat(vocabSize - 1), { minLength: 1, maxLength: 100 });
 
 describe('Engine', () => {
-  it('gives every sequence the tokens it would get alone: batched, chunked, preempted and speculated', () => {
+  it('produces for every sequence the tokens that it would get alone: batched, chunked, preempted and speculated', () => {
     fc.assert(
       fc.property(
         fc.array(fc.record({ tokenIds: prompts, sampling: samplings }), { minLength: 1, maxLength: 8 }),
@@ -279,7 +279,7 @@ describe('Engine', () => {
     );
   });
 
-  it('parks whom others replace, and a parked sequence submitted again goes on to the same tokens', () => {
+  it('parks a sequence when others need its place, and produces the same tokens when it is submitted again', () => {
     let parks = 0;
     fc.assert(
       fc.property(
@@ -324,7 +324,7 @@ describe('Engine', () => {
               }
             }
             if (frame === undefined) {
-              // Nobody has credit, or nobody has been without it for long enough. The readers that are left read.
+              // No sequence has credit, or none has been without it for long enough. The remaining readers read.
               nowMs += limits.parkAfterMs;
               left.forEach((id) => engine.addCredit(id, rounds % 3 === 0 ? cases[id]!.portion : 0));
             }
@@ -345,7 +345,7 @@ describe('Engine', () => {
     expect(parks).toBeGreaterThan(100);
   });
 
-  it('keeps a sequence without credit while nobody comes, and says when it would give way', () => {
+  it('keeps a sequence without credit while no other waits, and reports when it can be parked', () => {
     let nowMs = 0;
     const engine = new Engine(new HashModel(), { ...limits, maxSequences: 1 }, { clockMs: () => nowMs });
     const endless = { sampling: { ...greedy, ignoreEos: true, maxTokens: 60 } };
@@ -393,7 +393,7 @@ describe('Engine', () => {
     expect(deltas.filter(({ tokenIds }) => tokenIds.length === 2)).toHaveLength(acceptedTokens);
   });
 
-  it('counts every right draft, also the one that ends the sequence', () => {
+  it('counts every right draft, including one that ends the sequence', () => {
     const truth = generateAlone(
       request(1, [1, 2, 3], { sampling: { ...greedy, maxTokens: 60, ignoreEos: true } }),
     );
@@ -533,7 +533,7 @@ describe('Engine', () => {
     expect(completionOf(deltas, 2)).toEqual(generateAlone(request(2, [1, 2, 3])));
   });
 
-  it('takes no draft from an MTP layer that computes none, and writes the same text', () => {
+  it('accepts no draft from an MTP layer that computes none, and writes the same text', () => {
     const model = new HashModel();
     const executor = {
       run: (plan: PassPlan): readonly HeadRow[] =>
@@ -547,7 +547,7 @@ describe('Engine', () => {
     expect(deltas.at(-1)?.finish?.draftedTokens).toBe(0);
   });
 
-  it('asks for the best token alone wherever nothing more is needed, whatever the other rows ask', () => {
+  it('requests only the best token of a row that needs nothing more, whatever the other rows request', () => {
     const model = new HashModel();
     const asked: string[] = [];
     const run = (plan: PassPlan): readonly HeadRow[] => {

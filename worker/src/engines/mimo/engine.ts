@@ -34,7 +34,7 @@ import { Sequence, validateRequest, type SequenceLimits } from './sequence.ts';
 import { planDraft, planForward, spanOf, type StepRows } from './step-passes.ts';
 import type { PassPlan } from './step-plan.ts';
 
-/** Runs a pass over the group. Returns what the plan asks of each head row, valid until the next pass. */
+/** Runs a pass over the group. Returns the requested output of each head row, valid until the next pass. */
 export interface PassExecutor {
   run(plan: PassPlan): readonly HeadRow[];
 }
@@ -52,13 +52,13 @@ export interface EngineLimits {
   readonly eosTokenIds: readonly number[];
   /** 0 where the model has no MTP layer. */
   readonly draftTokens: number;
-  /** What a draft must give to pay (draft-policy.ts). */
+  /** The costs that a draft must outweigh (draft-policy.ts). */
   readonly draftCosts: readonly DraftCost[];
-  /** A sequence without credit for this long gives its slot and its KV blocks up to others. */
+  /** A sequence without credit for this long may be parked to free its slot and KV blocks for others. */
   readonly parkAfterMs: number;
 }
 
-/** How an engine decides; tests and benches replace these. */
+/** The engine's planner and clock; tests and benches replace them. */
 export interface EngineParts {
   readonly plan: typeof planStep;
   /** Milliseconds that only grow. */
@@ -77,9 +77,9 @@ export class Engine {
   readonly #clockMs: () => number;
   /** Live sequences by id, in order of arrival: the oldest first. */
   readonly #sequences = new Map<number, Sequence>();
-  /** Slots to give back with the next pass. */
+  /** Slots to release with the next pass. */
   #releasedSlots: number[] = [];
-  /** Last deltas of sequences that ended between steps: refused, aborted or parked. */
+  /** Last deltas of sequences that ended between steps: rejected, aborted or parked. */
   #ended: SequenceDelta[] = [];
   #afterQuick = false;
   #blockedSequences = 0;
@@ -137,9 +137,8 @@ export class Engine {
   }
 
   /**
-   * Gives up the sequence's slot and KV blocks: it leaves the engine with a `parked` delta in the next step. Submitted
-   * again with the tokens that it had, it goes on to the same text, because a choice depends on them and its seed
-   * alone.
+   * Releases the sequence's slot and KV blocks: it leaves the engine with a `parked` delta in the next step. Submitted
+   * again with its tokens, it continues with the same text, because a choice depends only on them and the seed.
    */
   park(sequenceId: number, reason: ParkReason): void {
     if (this.#endOutside(sequenceId, { kind: 'parked', reason })) {
@@ -155,9 +154,9 @@ export class Engine {
   }
 
   /**
-   * Runs one step of everything that can run, and reports it with what has ended since the last step; undefined when
-   * nothing ran or ended and no count of blocked or parkable sequences changed. Throws what the executor throws: the
-   * group is then lost.
+   * Runs one step of every runnable sequence, and reports it together with the sequences that ended since the last
+   * step; undefined when nothing ran or ended and no count of blocked or parkable sequences changed. Throws the
+   * executor's errors: the group is then lost.
    */
   step(): EngineFrame | undefined {
     const before = { parkable: this.#parkableSequences, blocked: this.#blockedSequences };
@@ -232,7 +231,7 @@ export class Engine {
   }
 
   /**
-   * Milliseconds until the next sequence without credit may be parked; Infinity where no sequence is without credit.
+   * Milliseconds until the next sequence without credit may be parked; Infinity if all have credit.
    */
   get idleMs(): number {
     const nowMs = this.#clockMs();
@@ -296,7 +295,7 @@ export class Engine {
     };
   }
 
-  /** The tokens of all head rows; the engine asks for nothing else. */
+  /** The tokens of all head rows; the engine requests nothing else. */
   #runPass(plan: PassPlan): readonly ChosenToken[] {
     return this.#executor.run(plan).map((row) => {
       if (row instanceof Float32Array) {
@@ -306,7 +305,7 @@ export class Engine {
     });
   }
 
-  /** Takes the tokens of all head rows; returns how many rows of each sequence stay in the cache. */
+  /** Applies the tokens of all head rows; returns the number of rows of each sequence that stay in the cache. */
   #takeTokens(rows: readonly StepRows[], chosen: readonly ChosenToken[]): number[] {
     let headRow = 0;
     return rows.map(({ sequence, scheduled, span }) => {
@@ -337,7 +336,7 @@ export class Engine {
     });
   }
 
-  /** Appends the token, or ends the sequence where the logits were not finite. */
+  /** Appends the token, or ends the sequence if the logits were not finite. */
   #takeToken(sequence: Sequence, chosen: ChosenToken): void {
     const problem = problemOf(chosen, this.#limits.usableVocab);
     if (problem === undefined) {
@@ -348,7 +347,7 @@ export class Engine {
     }
   }
 
-  /** The MTP pass over the surviving rows of the sequences that draft; leaves each one's next draft with it. */
+  /** The MTP pass over the surviving rows of the sequences that draft; stores each one's next draft. */
   #makeDrafts(rows: readonly StepRows[], surviving: readonly number[]): void {
     const drafting = rows
       .map((row, i) => ({ ...row, survivors: surviving[i]! }))

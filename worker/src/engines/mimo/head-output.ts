@@ -1,5 +1,6 @@
-// One rank's head: from the rows of a pass to what is asked of them. Owns the memory of logits and answers, and where
-// tokens are chosen: by the device's sampler, by the segment `best`, or on the host of rank 0 from all ranks' logits.
+// One rank's head: from the rows of a pass to their requested outputs. Owns the memory of logits and answers, and the
+// place where tokens are chosen: in the device's sampler, in the segment `best`, or on the host of rank 0 from all
+// ranks' logits.
 
 import type { Collective } from '../../collective/collective.ts';
 import { planShards } from '../../shards/shard-plan.ts';
@@ -16,14 +17,14 @@ export interface HeadOptions {
   readonly manifest: ShardManifest;
   readonly collective: Collective;
   readonly head: Segment;
-  /** Where the device looks for the best token without a sampler. */
+  /** Finds the best token on a device without a sampler. */
   readonly best: Segment | undefined;
   readonly maxHeadRows: number;
   /** Ids at or above are never chosen. */
   readonly usableVocab: number;
 }
 
-/** For each pass: `prepare`, `run` unless it is done again, `collect`. `close` frees the memory. */
+/** For each pass: `prepare`, `run` unless the pass is replayed, `collect`. `close` frees the memory. */
 export class HeadOutput {
   readonly #options: HeadOptions;
   /** Vocabulary rows of every rank. */
@@ -32,7 +33,7 @@ export class HeadOutput {
   readonly #usableIds: number;
   readonly #usableEnd: RuntimeTensor;
   readonly #sampler: TokenSampler | undefined;
-  /** Of the pass, those that get logits. */
+  /** The rows of the pass that get logits. */
   readonly #rows: Rows; // int32 [headRows]
   readonly #logits: Rows; // [headRows, this rank's vocabulary]
   readonly #best: Rows; // [headRows, 2]
@@ -71,7 +72,7 @@ export class HeadOutput {
     this.#whole = new Float32Array(gathers ? maxHeadRows * config.vocabSize : 0);
   }
 
-  /** Which rows, and what is asked of them. Returns a key: passes of equal keys run the same. */
+  /** Sets the rows and their requests. Returns a key: passes of equal keys run the same kernels. */
   prepare(plan: PassPlan): string {
     this.#asked = plan.heads;
     this.#rows.write(rowsWithHead(plan));
@@ -101,7 +102,7 @@ export class HeadOutput {
     }
   }
 
-  /** Rank 0: the answers; other ranks take part, and get nothing. */
+  /** Rank 0: the answers; other ranks take part and return nothing. */
   collect(): readonly HeadRow[] {
     const { rank, worldSize } = this.#options.collective;
     const asked = this.#asked;
@@ -147,7 +148,7 @@ export class HeadOutput {
     );
   }
 
-  /** The best token of each row over all ranks, where the row asks for it; on other ranks than 0, of any. */
+  /** The best token over all ranks of each row that requests it; valid on rank 0 only. */
   #gatherBest(chosen: readonly ChosenToken[] | undefined): readonly ChosenToken[] {
     const { collective, best } = this.#options;
     const rows = this.#asked.length;
@@ -179,7 +180,7 @@ export class HeadOutput {
     });
   }
 
-  /** This rank's best tokens, looked for on the host, [headRows, 2]; with none usable, id 0 of minus infinity. */
+  /** This rank's best tokens, found on the host, [headRows, 2]; without a usable token, id 0 with minus infinity. */
   #findBest(): Float32Array {
     const { vocabStart, vocabRows } = this.#options.manifest;
     const logits = this.#logits.read(this.#asked.length);
@@ -226,7 +227,7 @@ interface RowRun {
   readonly rows: number;
 }
 
-/** The head rows that are wanted whole, as runs: each is copied and gathered at once. */
+/** The head rows with requested logits, as runs: each run is copied and gathered in one piece. */
 function runsOf(heads: readonly HeadRequest[], isWhole: (head: HeadRequest) => boolean): readonly RowRun[] {
   const runs: { start: number; rows: number }[] = [];
   for (const [row, head] of heads.entries()) {

@@ -1,20 +1,22 @@
 // The requested and returned outputs of each head row of a pass. Owns the choice of a token from one row of
-// logits on the host, where no device has chosen it; knows no batch and no sequence.
+// logits on the host, if no device has chosen it; knows no batch and no sequence.
 
 import { argmax, drawToken, type DrawContext, type DrawnToken } from './sampler.ts';
 
-/** What a pass returns of one head row. Rows ask independently: one that wants all logits costs the others nothing. */
+/**
+ * The requested output of one head row. Requests are independent: a row that needs all logits costs the others nothing.
+ */
 export type HeadRequest =
   /** The token of the largest logit, the lowest id at ties. */
   | { readonly kind: 'best' }
-  /** A drawn token, with log-probabilities where the sampling asks for them. */
+  /** A drawn token, with log-probabilities if the sampling requests them. */
   | { readonly kind: 'sampled'; readonly draw: DrawContext }
   /** All logits of the row. */
   | { readonly kind: 'logits' };
 
 /** A token chosen from a head row. */
 export interface ChosenToken extends DrawnToken {
-  /** Of the token, after penalties. Not finite where nothing could be chosen, see `problemOf`. */
+  /** The token's logit, after penalties. Not finite if no token could be chosen, see `problemOf`. */
   readonly logit: number;
 }
 
@@ -27,13 +29,13 @@ export function chooseToken(row: Float32Array, draw: DrawContext): ChosenToken {
   return { ...drawn, logit: row[drawn.tokenId] ?? Number.NaN };
 }
 
-/** The token of the largest logit, looked for on the host. */
+/** The token of the largest logit, found on the host. */
 export function bestToken(row: Float32Array): ChosenToken {
   const tokenId = argmax(row);
   return { tokenId, logit: row[tokenId] ?? -Infinity };
 }
 
-/** Why a chosen token cannot be taken, for an error; undefined if it can. A device may return anything. */
+/** Why a chosen token is invalid, for an error; undefined if it is valid. A device may return anything. */
 export function problemOf({ tokenId, logit }: ChosenToken, usableVocab: number): string | undefined {
   if (logit === -Infinity) {
     return 'every token is masked: all logits are -Infinity';

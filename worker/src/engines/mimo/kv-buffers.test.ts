@@ -37,7 +37,7 @@ describe('KvBuffers', () => {
     kv.close();
   });
 
-  it('reuses released memory and never holds more than the budget once slots are given back', () => {
+  it('reuses released memory and stays within the budget once slots are released', () => {
     const kv = new KvBuffers(runtime, shape);
     kv.reserve(0, 32, 0);
     kv.reserve(1, 32, 0);
@@ -57,7 +57,7 @@ describe('KvBuffers', () => {
     expect(kv.allocatedTokens).toBe(0);
   });
 
-  it('refuses a slot that holds nothing', () => {
+  it('rejects a slot without memory', () => {
     const kv = new KvBuffers(runtime, shape);
     expect(() => kv.layer(0, 0)).toThrow('KV slot 0, layer 0: never reserved');
     kv.close();

@@ -1,6 +1,6 @@
 // One rank's key and value memory: per slot and layer a K and a V buffer, [1, kvHeads, capacity, headDim], as
-// GroupQueryAttention wants them. Owns allocation, growth and reuse; which slot may hold how much is the leader's
-// decision (kv-cache.ts), which arrives as a capacity per pass.
+// GroupQueryAttention needs them. Owns allocation, growth and reuse; the leader decides each slot's capacity
+// (kv-cache.ts), which arrives with each pass.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { FloatType } from '../../shards/element-type.ts';
@@ -48,7 +48,7 @@ export class KvBuffers {
     return this.#allocatedTokens / (2 * this.#shape.layers);
   }
 
-  /** Makes the slot hold `capacity` positions and keeps its first `keepTokens`. */
+  /** Grows the slot to `capacity` positions and keeps its first `keepTokens`. */
   reserve(slot: number, capacity: number, keepTokens: number): void {
     const current = this.#slots.get(slot);
     if (current !== undefined && current.capacity >= capacity) {
@@ -129,7 +129,7 @@ export class KvBuffers {
 
   #copyRows(source: Buffer, target: Buffer, size: { from: number; to: number; rows: number }): void {
     const { kvHeads, headDim } = this.#shape;
-    // Kernels that want these buffers compute on the host, so that the memory is JavaScript's.
+    // The kernels that use these buffers compute on the host, so the memory is JavaScript's.
     const [from, to] = [source, target].map(({ tensor }) => tensor.data as Float32Array);
     for (let head = 0; head < kvHeads; head++) {
       const start = head * size.from * headDim;

@@ -3,7 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { blocksFor, KvCache, kvBlockTokens } from './kv-cache.ts';
 
 describe('blocksFor', () => {
-  it('is the next power of two that holds the tokens, cut at the longest context', () => {
+  it('returns the next power of two that holds the tokens, limited by the longest context', () => {
     expect([1, 64, 65, 129, 257, 10_000].map((tokens) => blocksFor(tokens, 24))).toEqual([1, 1, 2, 4, 8, 24]);
     fc.assert(
       fc.property(fc.integer({ min: 1, max: 4096 }), (tokens) => {
@@ -55,7 +55,7 @@ describe('KvCache', () => {
     );
   });
 
-  it('names what is missing when it refuses', () => {
+  it('names the shortage when it rejects a grant', () => {
     const cache = new KvCache({ blocks: 3, slots: 1 });
     cache.grant(1, 2);
     expect(() => cache.grant(1, 4)).toThrow('sequence 1 wants 2 more blocks, 1 and 0 slots are free');

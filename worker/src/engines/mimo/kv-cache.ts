@@ -1,6 +1,6 @@
-// Who holds how much of the KV cache. Pure bookkeeping: blocks of positions, slots, capacities; the memory itself is in
-// kv-buffers.ts on every rank. Attention wants one contiguous buffer a sequence, so a sequence holds one run of blocks
-// whose capacity is a power of two (cut at the longest context), and grows by doubling.
+// Each sequence's share of the KV cache. Pure bookkeeping: blocks of positions, slots, capacities; the memory itself is
+// in kv-buffers.ts on every rank. Attention needs one contiguous buffer per sequence. So a sequence holds one run of
+// blocks whose capacity is a power of two (limited by the longest context), and grows by doubling.
 //
 // INVARIANT: the capacities of all grants add up to the used blocks, which never exceed the total; no slot has two
 // owners.
@@ -16,7 +16,7 @@ export interface KvGrant {
   readonly blocks: number;
 }
 
-/** Blocks that a sequence of `tokens` positions is given: the next power of two, but no more than `maxBlocks`. */
+/** Blocks for a sequence of `tokens` positions: the next power of two, but no more than `maxBlocks`. */
 export function blocksFor(tokens: number, maxBlocks: number): number {
   let blocks = 1;
   while (blocks * kvBlockTokens < tokens) {
@@ -47,7 +47,7 @@ export class KvCache {
     return this.totalBlocks - this.#usedBlocks;
   }
 
-  /** How many sequences hold some. */
+  /** The number of sequences that hold blocks. */
   get holders(): number {
     return this.#grants.size;
   }
@@ -56,7 +56,7 @@ export class KvCache {
     return this.#grants.get(sequenceId);
   }
 
-  /** Gives the sequence at least `blocks`, keeping its slot. Throws `internal` beyond the free blocks or slots. */
+  /** Grants the sequence at least `blocks`, keeping its slot. Throws `internal` beyond the free blocks or slots. */
   grant(sequenceId: number, blocks: number): KvGrant {
     const held = this.#grants.get(sequenceId);
     if (held !== undefined && held.blocks >= blocks) {
@@ -79,7 +79,7 @@ export class KvCache {
     return grant;
   }
 
-  /** Takes everything back; returns the slot whose memory is free, or undefined if nothing was held. */
+  /** Releases the sequence's blocks and slot; returns the freed slot, or undefined if it held nothing. */
   release(sequenceId: number): number | undefined {
     const held = this.#grants.get(sequenceId);
     if (held === undefined) {
@@ -91,7 +91,7 @@ export class KvCache {
     return held.slot;
   }
 
-  /** Throws `internal` naming the invariant that does not hold. */
+  /** Throws `internal` naming the violated invariant. */
   checkIntegrity(): void {
     const grants = [...this.#grants.values()];
     const blocks = grants.reduce((sum, grant) => sum + grant.blocks, 0);

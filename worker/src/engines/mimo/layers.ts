@@ -1,5 +1,5 @@
 // A rank's layers over the rows of a pass: by segments, whose partial sums the ranks add up, or by a device's own
-// kernels. Owns the weights of the layers, wherever they are held; knows no plan. Segment signatures are in
+// kernels. Owns the weights of the layers, on the host or a device; knows no plan. Segment signatures are in
 // shards/shard.ts.
 
 import * as path from 'node:path';
@@ -10,7 +10,7 @@ import type { Runtime } from '../../runtime/runtime.ts';
 import type { Attention } from './attention.ts';
 import type { Scratch } from './scratch.ts';
 
-/** What layers compute in. */
+/** The memory that layers compute in. */
 export interface LayerMemory extends Scratch {
   readonly attention: Attention;
   readonly reducer: Reducer;
@@ -27,7 +27,7 @@ export interface Layers {
   reserve(maxRows: number): void;
   /**
    * `residual` and `delta` in, `residual` and `delta` out, [rows, H] each; the sum of both is the hidden state. A first
-   * layer takes no delta.
+   * layer has no delta.
    */
   run(at: LayerPlace, rows: number, memory: LayerMemory): void;
   close(): void;
@@ -50,7 +50,7 @@ export function createLayers(options: LayersOptions): Layers {
     // The first MTP layer; further ones draft further ahead, which this engine does not.
     ...(config.mtpLayers > 0 ? ['mtp.0'] : []),
   ];
-  // Partial sums of several ranks, and matrices in blocks, are segments' alone.
+  // Only segments support partial sums of several ranks, and quantised matrices.
   const { tensorParallel, profile } = options.manifest;
   const isWhole = tensorParallel === 1 && profile.activations !== 'float';
   const device = isWhole ? createDeviceLayers(names, options) : undefined;
@@ -109,7 +109,7 @@ class SegmentLayers implements Layers {
   }
 
   reserve(): void {
-    // They run in the scratch rows alone.
+    // They use only the scratch rows.
   }
 
   run({ layer, isFirst }: LayerPlace, rows: number, memory: LayerMemory): void {

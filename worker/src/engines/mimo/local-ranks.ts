@@ -1,5 +1,5 @@
-// How the ranks that live in this process reach their group. Owns the choice between shared memory and the network, and
-// the way to unblock a step thread from outside. Knows no sequence and no model.
+// Connects the local ranks of this process with their group. Owns the choice between shared memory and the network, and
+// the means to unblock a step thread from outside. Knows no sequence and no model.
 
 import { createInProcessGroup, stopInProcessGroup } from '../../collective/in-process.ts';
 import { joinGroup } from '../../collective/join-group.ts';
@@ -8,11 +8,11 @@ import type { CollectiveSource } from './step-thread.ts';
 
 const defaultConnectTimeoutMs = 120_000;
 const defaultPeerTimeoutMs = 10_000;
-/** The leader pings this many times within the peers' patience. */
+/** The number of pings that the leader sends within the peer timeout. */
 const pingsPerTimeout = 5;
 const maxPingMs = 1000;
 
-/** The local ranks' ways to their peers, and how to unblock them all. */
+/** The local ranks' connections to their peers, and a way to unblock them all. */
 export interface LocalRanks {
   readonly sources: readonly CollectiveSource[];
   readonly pingMs: number;
@@ -21,7 +21,7 @@ export interface LocalRanks {
   stop(): void;
 }
 
-/** Meets the group where it is on the network. Throws what `joinGroup` throws; the signal cancels. */
+/** Joins the group, over the network if it has one. Throws the errors of `joinGroup`; the signal cancels. */
 export async function openGroup(
   { group }: EngineOptions,
   { manifests }: CompleteOptions,

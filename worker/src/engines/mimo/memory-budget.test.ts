@@ -6,7 +6,7 @@ const gib = 2 ** 30;
 const blockBytes = 9 * 2 ** 20;
 
 describe('fitKvBlocks', () => {
-  it('gives as many blocks as the poorest rank holds, and never more than can be used', () => {
+  it('returns as many blocks as fit the rank with the least memory, and never more than can be used', () => {
     const size = fc.integer({ min: 4 * gib, max: 200 * gib });
     const memory = fc.tuple(size, size).map(([a, b]) => ({
       freeBytes: Math.min(a, b),
@@ -35,14 +35,14 @@ describe('fitKvBlocks', () => {
     );
   });
 
-  it('refuses where not one block fits', () => {
+  it('rejects memories too small for a single block', () => {
     const need = { kind: 'auto', blocks: 4, blockBytes, slackBytes: gib } as const;
     const memory = { freeBytes: 2 * gib + blockBytes - 1, totalBytes: 10 * gib };
     expect(() => fitKvBlocks(need, [memory])).toThrow(/^KV cache: rank 0 needs 1\.01 GiB for 1 blocks;/);
     expect(fitKvBlocks(need, [{ ...memory, freeBytes: 2 * gib + blockBytes }])).toBe(1);
   });
 
-  it('names the rank, the need and the limit where a given size does not fit', () => {
+  it('names the rank, the need and the limit when a given size does not fit', () => {
     const memories = [
       { freeBytes: 60 * gib, totalBytes: 80 * gib },
       { freeBytes: 12 * gib, totalBytes: 80 * gib },
@@ -54,7 +54,7 @@ describe('fitKvBlocks', () => {
     );
   });
 
-  it('takes 1 GiB where no limit is known, and what was given without a question', () => {
+  it('returns 1 GiB when no limit is known, and accepts a given size unchecked', () => {
     const need = { kind: 'auto', blocks: 1_000_000, blockBytes, slackBytes: 0 } as const;
     expect(fitKvBlocks(need, [undefined, undefined])).toBe(Math.floor(gib / blockBytes));
     expect(fitKvBlocks({ ...need, blockBytes: 3 * gib }, [undefined])).toBe(1);
@@ -62,7 +62,7 @@ describe('fitKvBlocks', () => {
   });
 });
 
-it('refuses weights that are larger than what is free', () => {
+it('rejects weights that are larger than the free memory', () => {
   expect(() => assertWeightsFit(15 * gib, { freeBytes: 14.5 * gib, totalBytes: 16 * gib })).toThrow(
     'weights: take 15.00 GiB; 14.50 GiB of 16.00 GiB are free',
   );

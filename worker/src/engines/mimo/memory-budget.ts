@@ -1,21 +1,21 @@
-// How much of the KV cache fits where the ranks compute, once their weights are loaded. Owns the reserve, the errors
-// that name need and limit, and how rank 0 learns what the others have left; asks no device itself.
+// Fits the KV cache into the memory that the ranks have left after loading their weights. Owns the reserve, the errors
+// that name need and limit, and the exchange of free memory with rank 0; queries no device itself.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { Collective } from '../../collective/collective.ts';
 import type { MemoryInfo } from '../../runtime/memory.ts';
 
-/** Left for activations, arenas, recorded passes and the buffers of collectives, as a share of all. */
+/** The share of memory reserved for activations, arenas, recorded passes and the buffers of collectives. */
 export const reservedShare = 0.1;
 
-/** The whole cache where no limit is known. */
+/** The whole cache if no limit is known. */
 const unlimitedBytes = 2 ** 30;
 
-/** What is to be fitted, of one rank; all ranks are alike. */
+/** The cache that one rank needs; all ranks are alike. */
 export interface KvNeed {
   /** `auto`: as many blocks as fit. Else all of `blocks`, or an error. */
   readonly kind: 'auto' | 'given';
-  /** Most blocks that can ever be used, or those that were asked for. */
+  /** The most blocks that can ever be used, or the requested number. */
   readonly blocks: number;
   readonly blockBytes: number;
   /** Beyond the blocks: pages that every slot may leave almost empty. */
@@ -24,7 +24,7 @@ export interface KvNeed {
 
 /**
  * The blocks that all ranks can hold; `memories` by rank, undefined if no limit is known. Throws `resource_exhausted`
- * with the rank that has too little, what it needs and what it has.
+ * naming the rank with too little memory, its need and its limit.
  */
 export function fitKvBlocks(need: KvNeed, memories: readonly (MemoryInfo | undefined)[]): number {
   const { kind, blocks, blockBytes, slackBytes } = need;
@@ -48,7 +48,7 @@ export function fitKvBlocks(need: KvNeed, memories: readonly (MemoryInfo | undef
   return Math.min(blocks, ...fits);
 }
 
-/** Throws `resource_exhausted` if a rank's weights are larger than what is free before they are loaded. */
+/** Throws `resource_exhausted` if a rank's weights are larger than the memory free before loading. */
 export function assertWeightsFit(weightBytes: number, memory: MemoryInfo | undefined): void {
   if (memory !== undefined && weightBytes > memory.freeBytes) {
     throw new ClusterError(
@@ -58,7 +58,7 @@ export function assertWeightsFit(weightBytes: number, memory: MemoryInfo | undef
   }
 }
 
-/** What every rank has left, by rank, for rank 0; nothing for the others. All ranks call it. */
+/** On rank 0, the free memory of every rank; empty on the others. All ranks call it. */
 export function gatherMemories(
   own: MemoryInfo | undefined,
   collective: Collective,

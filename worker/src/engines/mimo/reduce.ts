@@ -1,4 +1,4 @@
-// How the ranks' shares of a value are added: by the devices where they reach one another, else on the host over the
+// How the ranks' shares of a value are added: by the devices if they reach one another, else on the host over the
 // collective; one rank adds nothing. Owns the choice, which rank 0 makes for all by the group id in its plan.
 
 import { ClusterError } from '@mimo/core/process/errors';
@@ -6,12 +6,12 @@ import type { Collective } from '../../collective/collective.ts';
 import type { Reducer } from '../../runtime/reduce.ts';
 import type { Runtime } from '../../runtime/runtime.ts';
 
-/** What the devices of a group join with; empty: the host sums. For rank 0, which sends it to the others. */
+/** The id with which the group's devices join; empty: the host sums. Called by rank 0, which sends it to the others. */
 export function createGroupId({ deviceLink }: Runtime, { worldSize }: Collective): Int32Array {
   return (worldSize === 1 ? undefined : deviceLink?.createGroupId()) ?? new Int32Array(0);
 }
 
-/** Blocks until all devices have joined, where they do. Throws `failed_precondition` if this rank's cannot. */
+/** With a group id, blocks until all devices have joined. Throws `failed_precondition` if this rank's device cannot. */
 export function createReducer({ deviceLink }: Runtime, collective: Collective, groupId: Int32Array): Reducer {
   const { rank, worldSize } = collective;
   if (worldSize === 1) {

@@ -1,5 +1,5 @@
-// The sampler that sampler.ts is held to: the same rule, written plainly, with sorts of everything that may be left.
-// For tests and the benchmark alone; finite rows only, since its loops end by comparing floats.
+// The reference for sampler.ts: the same rule, written plainly, with full sorts. For tests and the benchmark only;
+// finite rows only, since its loops end by comparing floats.
 
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 import { hasPenalties, keyedUniform, type DrawContext, type DrawnToken } from './sampler.ts';
@@ -13,8 +13,8 @@ const maxNoise = 23;
 const powersOfHalf = Float64Array.from({ length: 1 + Math.ceil(maxNoise * Math.LOG2E) }, (_, i) => 2 ** -i);
 
 /**
- * Width below the maximum, in temperatures, within which candidates are first looked for, and its growth: a look
- * costs a tenth of a millisecond at 151,680 ids, sorting ten times too many candidates costs more.
+ * Width below the maximum, in temperatures, of the first search for candidates, and its growth: a search costs a tenth
+ * of a millisecond at 151,680 ids, sorting ten times too many candidates costs more.
  */
 const firstWidth = 2;
 const widthGrowth = 1.5;
@@ -94,14 +94,14 @@ function drawByNoise(row: Float32Array, best: number, context: DrawContext): num
 }
 
 /**
- * Can noise of `uniform` make up for being `behind`? It does iff 1 - uniform < 1 - exp(-exp(-behind)), which is less
- * than exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
+ * Whether noise of `uniform` can make up for being `behind`. It does iff 1 - uniform < 1 - exp(-exp(-behind)), which is
+ * less than exp(-behind); that bound, rounded up to a power of two, spares nearly every id two logarithms.
  */
 function mayWin(uniform: number, behind: number): boolean {
   return behind <= 0 || 1 - uniform <= powersOfHalf[Math.floor(behind * Math.LOG2E)]!;
 }
 
-/** Ids that top-k and top-p leave, likeliest first. */
+/** Ids that remain after top-k and top-p, likeliest first. */
 function candidates(
   row: Float32Array,
   cut: { readonly best: number; readonly floor: number; readonly sampling: SequenceSampling },

@@ -26,7 +26,7 @@ function context(sampling: Partial<SequenceSampling>, more: Partial<DrawContext>
   return { sampling: { ...plain, ...sampling }, position: 5, seen: new Map(), forbidden: [], ...more };
 }
 
-/** The obviously right cuts: sort everything, then drop. Likeliest first. */
+/** The obviously correct cuts: sort everything, then drop. Likeliest first. */
 function keptSlowly(
   row: Float32Array,
   { temperature, minP, topK, topP }: SequenceSampling,
@@ -95,7 +95,7 @@ const rowsOf = (values: fc.Arbitrary<number>): fc.Arbitrary<Float32Array> =>
 const anyRows = fc.oneof(rowsOf(anyFloat), rowsOf(fc.oneof(finiteFloat, finiteFloat, anyFloat)));
 const finiteRows = rowsOf(finiteFloat).filter((row) => row.some((value) => value > -Infinity));
 
-/** Whatever the table accepts, its ends more often. */
+/** Any sampling that the table accepts, its limits more often. */
 function accepted(limit: NumberLimit): fc.Arbitrary<number> {
   const { min, max, kind } = limit;
   const ends = [min, max, kind === 'float' ? Math.fround(min) : min, 0, 1].filter(
@@ -180,7 +180,7 @@ describe('drawToken', () => {
     );
   });
 
-  it('ends for any bits and any accepted sampling: with an allowed id, or with what is wrong in the row', () => {
+  it('terminates for any bits and any accepted sampling: with an allowed id, or with the fault of the row', () => {
     fc.assert(
       fc.property(anyRows, contexts, (row, draw) => {
         const scratch = row.slice();
@@ -196,13 +196,13 @@ describe('drawToken', () => {
       }),
       {
         numRuns: 3000,
-        // A top of -0 once put a distance into a bin that there is not.
+        // A top of -0 once put a distance into a bin that does not exist.
         examples: [[Float32Array.of(-0, 0, 0, 0, -0, 0, 0, 0), context({ temperature: 1e-6, logprobs: 1 })]],
       },
     );
   });
 
-  it('draws what the reference sampler draws from a whole vocabulary, at every way to a cut', () => {
+  it('draws what the reference sampler draws from a whole vocabulary, on every path through the cuts', () => {
     const length = 151_680;
     const usual = Float32Array.from({ length }, (_, id) => 2.2 * normal(id) - 2);
     usual.set(
@@ -229,7 +229,7 @@ describe('drawToken', () => {
     }
   });
 
-  it('keeps what a penalty would carry beyond the floats at the largest float, and forgets no Infinity', () => {
+  it('limits a penalised logit to the largest float, and keeps an Infinity', () => {
     const largest = 3.4028234663852886e38;
     const sampling = { repetitionPenalty: 0.01, temperature: 0 };
     const seen = new Map([
@@ -244,7 +244,7 @@ describe('drawToken', () => {
     expect(broken[drawToken(broken, context(sampling, { seen })).tokenId]).toBe(Infinity);
   });
 
-  it('ends where a repetition penalty of 1e-40 made infinities and the step thread hung', () => {
+  it('terminates with a repetition penalty of 1e-40, which once made infinities and hung the step thread', () => {
     expect(numberProblem(1e-40, samplingLimits.repetitionPenalty)).toBeDefined();
     const row = Float32Array.from({ length: 640 }, (_, id) => Math.sin(id) * 8);
     const seen = new Map(Array.from({ length: 12 }, (_, i) => [i * 7 + 1, 0] as const));
@@ -284,7 +284,7 @@ describe('drawToken', () => {
     }
   });
 
-  it('takes the likeliest at temperature 0, the lowest id at a tie, and never a forbidden one', () => {
+  it('chooses the likeliest id at temperature 0, the lowest at a tie, and never a forbidden one', () => {
     const row = Float32Array.of(0, 7, 3, 7, -1);
     expect(drawToken(row.slice(), context({ temperature: 0 })).tokenId).toBe(1);
     expect(drawToken(row.slice(), context({ temperature: 0 }, { forbidden: [1, 99] })).tokenId).toBe(3);
@@ -331,7 +331,7 @@ describe('drawToken', () => {
 });
 
 describe('keyedUniform', () => {
-  it('is uniform over each part of its key, and no two neighbours agree', () => {
+  it('is uniform over each part of its key, and differs between neighbours', () => {
     const bins = 64;
     const draws = 64_000;
     const keys = [
@@ -360,7 +360,7 @@ describe('keyedUniform', () => {
 });
 
 describe('argmax', () => {
-  it('is the lowest index of the largest value', () => {
+  it('returns the lowest index of the largest value', () => {
     expect(argmax(Float32Array.of(-5, -1, -1))).toBe(1);
     expect(argmax(Float32Array.of(-Infinity, -Infinity))).toBe(0);
   });

@@ -1,14 +1,14 @@
-// The choice of one token from one row of logits. Pure but for the row, which is scratch. Owns penalties, the draw and
-// log-probabilities; cut.ts says what min-p, top-k and top-p leave to draw from. Knows no sequence and no batch.
+// Chooses one token from one row of logits. Pure except for the row, which is scratch. Owns penalties, the draw and
+// log-probabilities; cut.ts applies min-p, top-k and top-p. Knows no sequence and no batch.
 //
 // Order, as in vLLM: penalties (repetition over prompt and completion; frequency and presence over the completion),
-// then temperature, min-p, top-k, top-p over what is left. Ties go to the lowest id.
+// then temperature, min-p, top-k, top-p, each over the remaining ids. Ties go to the lowest id.
 //
 // The draw is a Gumbel maximum: argmax of logit / temperature + noise(seed, position, token id). Deliberate difference
 // from inverting a cumulative sum: a token's noise does not depend on its neighbours, so last-bit differences of the
 // logits (another batch, another number of ranks) change the choice only at near-ties.
-// INVARIANT: the result depends on the row, the sampling, the position and the seen tokens, on nothing else; so a
-// preempted, resumed or speculated sequence draws what it would have drawn.
+// INVARIANT: the result depends only on the row, the sampling, the position and the seen tokens. So a preempted,
+// resumed or speculated sequence draws the same tokens as an uninterrupted one.
 // INVARIANT: for any bits in the row and any accepted sampling it ends after work bounded by the row's length. A
 // finite logit stays finite through the penalties; -Infinity marks an id that may not be drawn; NaN and Infinity are
 // the model's faults.
@@ -17,7 +17,7 @@ import type { DrawRequest } from '../../runtime/kernel.ts';
 import { listLeft, topIds, wholeWeight } from './cut.ts';
 import type { SequenceSampling, TokenLogprob } from './engine-api.ts';
 
-/** What one draw depends on besides the logits. */
+/** The inputs of one draw besides the logits. */
 export interface DrawContext {
   readonly sampling: SequenceSampling;
   /** Index of the drawn token in the whole sequence, prompt included. */
@@ -30,7 +30,7 @@ export interface DrawContext {
 
 export interface DrawnToken {
   readonly tokenId: number;
-  /** Present where the sampling asks for it. */
+  /** Present if the sampling requests it. */
   readonly logprob?: TokenLogprob;
 }
 
@@ -46,9 +46,8 @@ const leastBitsByHalvings = Float64Array.from({ length: 1 + Math.ceil(maxNoise *
 const maxLogit = 2 ** 128 - 2 ** 104;
 
 /**
- * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. Where it holds a NaN or an
- * Infinity, or forbids every id, nothing is drawn: it returns the id of that largest logit, and `row` holds what is
- * wrong with it.
+ * Draws a token. `row` holds the logits of the ids that exist, and is overwritten. If it holds a NaN or an Infinity, or
+ * forbids every id, nothing is drawn: it returns the id of that largest logit, and `row` holds the invalid value.
  */
 export function drawToken(row: Float32Array, context: DrawContext): DrawnToken {
   const { sampling } = context;
@@ -89,7 +88,7 @@ export function argmax(row: Float32Array): number {
   return best;
 }
 
-/** Do the seen tokens matter to this sampling? */
+/** Whether this sampling uses the seen tokens. */
 export function hasPenalties(sampling: SequenceSampling): boolean {
   return (
     sampling.repetitionPenalty !== 1 || sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0
@@ -141,7 +140,7 @@ function drawByNoise(row: Float32Array, best: number, { sampling, position }: Dr
   let winner = best;
   let winnerScore = top / temperature + noiseOf(keyedBits(seed, position, best));
   let leastBits = leastWinning(winnerScore - top / temperature);
-  // What lies lower cannot win, by a margin of 1 for rounding.
+  // Lower ids cannot win, by a margin of 1 for rounding.
   const ids = listLeft(row, { top, lowest: (winnerScore - maxNoise - 1) * temperature }, sampling);
   const { length } = ids;
   for (let place = 0; place < length; place++) {
