@@ -1,12 +1,12 @@
 // Attention of decode passes on sm_80 and later: rotation and placing of new keys and values, and attention over paged
 // keys and values, [pages][PAGE][KV_HEADS][128], for spans of one row or two (a token and its draft), 4 query heads a
-// KV head. For NVRTC, without headers. cuda-attention.ts defines what is in capitals and not here, and lays out the
-// plan.
+// KV head. For NVRTC, without headers. cuda-attention.ts defines the capitalised names that are not defined here, and
+// lays out the plan.
 //
 // Work is cut into equal runs of units (16 positions a warp of one KV head) over all blocks, whatever the lengths: one
-// recorded launch serves every length. Each warp has its own ring of cp.async stages. The last block of a span and
-// head adds up the parts. S^T = K Q^T and O^T = V^T P^T with m16n8k16: positions and dimensions fill the 16 rows, the
-// 8 columns are 4 heads x 2 rows, so that nothing is padded for a draft.
+// recorded launch serves every length. Each warp has its own ring of cp.async stages. The last block of each span and
+// head adds up the parts. S^T = K Q^T and O^T = V^T P^T with m16n8k16: positions and dimensions fill the 16 rows, the 8
+// columns are 4 heads x 2 rows, so that nothing is padded for a draft.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
 }
 __device__ __forceinline__ u32 transpose(u32 x) { u32 y; asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y; }
 
-// Where a block is in the flat order (span, KV head, unit).
+// The position of a block in the flat order (span, KV head, unit).
 struct Cursor {
   int span, group, unit, units, length;
   __device__ __forceinline__ void load(const int* lengths) { length = lengths[span]; units = (length + UNIT - 1) / UNIT; }
@@ -68,14 +68,15 @@ struct Cursor {
   }
 };
 
-// Launched so that they may start before the kernel before has ended: nothing that it writes is read before this wait.
+// Kernels may start before the previous kernel has ended: they read nothing of its output before this wait.
 __device__ __forceinline__ void waitForBefore() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Rotates the rows' queries into `query`, and their keys into the cache, where their values go too. A block a row.
+// Rotates the rows' queries into `query` and their keys into the cache, and copies their values there. One block per
+// row.
 extern "C" __global__ void __launch_bounds__(256)
 place(const u16* qkv, const float* __restrict__ cosines, const float* __restrict__ sines,
       const int* __restrict__ words, int spans, int rows, u16* __restrict__ query, u16* __restrict__ keys, u16* __restrict__ values) {

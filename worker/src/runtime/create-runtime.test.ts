@@ -53,7 +53,7 @@ describe('createRuntime', () => {
     }
   });
 
-  it('names the segment whose file is missing or no graph', async () => {
+  it('names the segment whose file is missing or not a graph', async () => {
     const runtime = await createRuntime(options);
     const source = {
       name: 'layer.0.qkv',

@@ -1,5 +1,5 @@
-// Which implementation of the runtime is loaded, and with which execution provider. Owns that choice and the messages
-// that name what is missing; each implementation is loaded only where it is chosen.
+// Chooses and loads an implementation of the runtime and its execution provider. Owns that choice and the messages that
+// name missing parts; loads only the chosen implementation.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import {
@@ -11,8 +11,8 @@ import {
 
 /**
  * Loads ONNX Runtime. Errors: `invalid_argument` for an unknown provider or thread count, `failed_precondition` naming
- * what is missing. The caller closes it. One implementation per process: ONNX Runtime's environment is global, and
- * the first runtime of a process decides about its threads.
+ * the missing part. The caller closes it. One implementation per process: ONNX Runtime's environment is global, and the
+ * first runtime of a process sets its threads.
  */
 export async function createRuntime(options: RuntimeOptions): Promise<Runtime> {
   const { executionProvider, implementation } = options;

@@ -1,5 +1,5 @@
-// Attention of decode passes on a CUDA device (attention.cu). Owns the layout of its plan and its scratch memory; which
-// pages a span has is the engine's.
+// Attention of decode passes on a CUDA device (attention.cu). Owns the layout of its plan and its scratch memory; the
+// engine assigns pages to spans.
 
 import { readFileSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -9,7 +9,7 @@ import { elementBytes } from '../shards/element-type.ts';
 import type { DecodeAttention, DecodeLayer, DecodeShape, DecodeSpan } from './kernel.ts';
 import type { RuntimeMemory } from './memory.ts';
 
-/** attention.cu has them too: query heads of a KV head, and dimensions of a head. */
+/** Also in attention.cu: query heads of a KV head, and dimensions of a head. */
 const groupHeads = 4;
 const headDim = 128;
 
@@ -26,16 +26,16 @@ const unitPositions = 16 * warps;
 const partBytes = 4 * (8 * headDim + 16);
 const placeThreads = 256;
 
-/** Copies that do not pass through registers came with it. */
+/** The first compute capability with copies that bypass registers. */
 const firstMajor = 8;
 
-/** From here on a kernel may start before the one before it has ended. */
+/** From this compute capability on a kernel may start before the previous one has ended. */
 const firstOverlapMajor = 9;
 
 /** The rows of one span or two, a token and its draft. */
 const mostSpanRows = 2;
 
-/** Throws `failed_precondition` on shapes or devices that it has no kernel for, and without NVRTC. */
+/** Throws `failed_precondition` for unsupported shapes or devices, and without NVRTC. */
 export function createCudaAttention(
   device: CudaDevice,
   shape: DecodeShape,
@@ -82,7 +82,7 @@ function addressOf(memory: RuntimeMemory): bigint {
   return (memory as DeviceMemory).address;
 }
 
-/** The pass that is placed. */
+/** The current pass. */
 interface Placed {
   readonly spans: number;
   readonly rows: number;
@@ -93,7 +93,7 @@ class CudaDecodeAttention implements DecodeAttention {
   readonly mostSpanRows = mostSpanRows;
   readonly #device: CudaDevice;
   readonly #shape: DecodeShape;
-  /** By the most rows of a span, less one. */
+  /** By the largest number of rows in a span, less one. */
   readonly #kernels: readonly CudaKernels[];
   readonly #blocks: number;
   readonly #overlaps: boolean;

@@ -4,9 +4,9 @@ import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { CudaDevice } from './cuda-device.ts';
 
-/** Of CUDA 13, to which the provider of onnxruntime-gpu 1.30.0 is linked too. */
+/** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 also links to. */
 const libraryName = 'libcublas.so.13';
-/** What NVIDIA advises for Hopper; without memory of its own nothing could be recorded. */
+/** NVIDIA's recommended size for Hopper; CUDA graphs can be recorded only with a preallocated work space. */
 const workspaceBytes = 32 * 2 ** 20;
 const operations = { none: 0, transposed: 1 } as const;
 /** CUDA_R_16BF, CUBLAS_COMPUTE_32F and CUBLAS_GEMM_DEFAULT */
@@ -58,7 +58,7 @@ export interface Product {
   readonly rows: number;
   readonly columns: number;
   readonly outputs: number;
-  /** To what y holds, in place of it. */
+  /** Adds to the content of y instead of replacing it. */
   readonly adds: boolean;
 }
 
@@ -81,7 +81,7 @@ export class CudaBlas {
     this.#check(this.#blas.setWorkspace(this.#handle, this.#workspace, workspaceBytes));
   }
 
-  /** y = x weight^T. cuBLAS counts by columns: to it y is [outputs, rows] = weight x^T. */
+  /** y = x weight^T. cuBLAS is column-major: it sees y as [outputs, rows] = weight x^T. */
   multiply({ x, weight, y, rows, columns, outputs, adds }: Product): void {
     this.#check(
       this.#blas.gemm(

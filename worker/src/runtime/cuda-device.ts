@@ -6,7 +6,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import { decodeHalves, elementBytes, type ElementType, encodeHalves } from '../shards/element-type.ts';
 import type { MemoryInfo, RuntimeMemory, RuntimeTensor } from './memory.ts';
 
-/** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 is linked to. */
+/** Of CUDA 13, which the provider of onnxruntime-gpu 1.30.0 links to. */
 const libraryName = 'libcudart.so.13';
 const copyKinds = { hostToDevice: 1, deviceToHost: 2 } as const;
 
@@ -61,11 +61,11 @@ let loadedCuda: ReturnType<typeof loadCuda> | undefined;
 /** Makes a native view of device memory from an address. */
 export type CreateDeviceView = (address: bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
 
-/** The device of this process, with the stream that everything runs in. The runtime closes it. */
+/** The device of this process, with its one stream. The runtime closes it. */
 export class CudaDevice {
   readonly api = (loadedCuda ??= loadCuda());
   readonly stream: bigint;
-  /** Checked during waits that could last forever, because other ranks take part in the computation. */
+  /** Called during waits for other ranks, which could last forever. */
   watch: ((waitedMs: number) => void) | undefined;
 
   /** Throws `failed_precondition` without libcudart or a device. */
@@ -81,7 +81,7 @@ export class CudaDevice {
     this.stream = out[0];
   }
 
-  /** Throws `resource_exhausted` naming what is free. */
+  /** Throws `resource_exhausted` naming the free memory. */
   allocate(bytes: number): bigint {
     const out: Out = [null];
     const status = this.api.malloc(out, bytes);
@@ -101,7 +101,7 @@ export class CudaDevice {
     return { freeBytes: Number(free[0]), totalBytes: Number(total[0]) };
   }
 
-  /** Waits for the stream. Throws what `watch` throws. */
+  /** Waits for the stream. Throws the errors of `watch`. */
   synchronize(): void {
     if (this.watch === undefined) {
       this.check(this.api.streamSynchronize(this.stream));
@@ -116,7 +116,7 @@ export class CudaDevice {
     this.check(status);
   }
 
-  /** The kind of device, and its name to a compiler. */
+  /** The compute capability, and its name for the compiler. */
   capability(): { readonly major: number; readonly architecture: string } {
     const [major = 0, minor = 0] = capabilityAttributes.map((attribute) => this.#attribute(attribute));
     return { major, architecture: `sm_${major}${minor}` };
@@ -134,7 +134,10 @@ export class CudaDevice {
     return address;
   }
 
-  /** In the stream; the first bytes of both. Pinned memory must not change before the stream has come so far. */
+  /**
+   * Copies in the stream, from the first byte of both. Pinned memory must not change until the stream has reached the
+   * copy.
+   */
   upload(there: bigint, here: PinnedMemory, bytes: number): void {
     this.check(this.api.copy(there, here.address, bytes, copyKinds.hostToDevice, this.stream));
   }
@@ -173,7 +176,7 @@ export class CudaDevice {
   }
 }
 
-/** Page-locked memory of the host, which copies cross without another copy. */
+/** Page-locked memory of the host, which devices copy from and to directly. */
 export class PinnedMemory {
   readonly address: bigint;
   readonly buffer: ArrayBuffer;

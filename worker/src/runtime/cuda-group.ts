@@ -1,5 +1,5 @@
-// The devices of a group's ranks, one process each, through NCCL by koffi: sums of partial results in the stream of
-// each, over NVLink if there is one. Owns the communicator; knows no rows. All ranks hold the same bits after a sum.
+// The devices of a group's ranks, one process each, through NCCL by koffi: sums of partial results in each device's
+// stream, over NVLink if available. Owns the communicator; knows no rows. All ranks hold the same bits after a sum.
 
 import koffi, { type LibraryHandle } from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -56,7 +56,7 @@ function check(status: number): void {
   }
 }
 
-/** This device's way to those of the other ranks. `abort` ends it, joined or not. */
+/** This device's connection to those of the other ranks. `abort` ends it, joined or not. */
 export class CudaLink implements DeviceLink {
   readonly #device: CudaDevice;
   #communicator: bigint | undefined;
@@ -65,7 +65,7 @@ export class CudaLink implements DeviceLink {
     this.#device = device;
   }
 
-  /** Empty without NCCL: partial sums then cross the host. */
+  /** Empty without NCCL: partial sums then go through the host. */
   createGroupId(): Int32Array {
     let nccl: ReturnType<typeof bindNccl>;
     try {
@@ -96,7 +96,7 @@ export class CudaLink implements DeviceLink {
     return { crossesHost: false, sum: (memory, count) => this.#sum(nccl, memory as DeviceMemory, count) };
   }
 
-  /** Ends sums that wait for lost ranks, and the communicator. Idempotent. */
+  /** Aborts sums that wait for lost ranks, and the communicator. Idempotent. */
   abort(): void {
     if (this.#communicator !== undefined) {
       loadNccl().commAbort(this.#communicator);

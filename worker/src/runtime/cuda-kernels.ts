@@ -1,5 +1,5 @@
-// CUDA C++ compiled at run time: NVRTC and the driver, by koffi. Owns the cache of what was compiled, and the
-// launches; knows no kernel.
+// CUDA C++ compiled at run time: NVRTC and the driver, by koffi. Owns the cache of compiled code, and the launches;
+// knows no kernel.
 
 import { createHash, randomUUID } from 'node:crypto';
 import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
@@ -77,8 +77,8 @@ export interface KernelSource {
 }
 
 /**
- * The device's code of a source: from the directory, or compiled and then kept there, where one is given. Throws
- * `failed_precondition` without NVRTC, and `internal` with its log if the source does not compile.
+ * The device code of a source: from the cache directory, or compiled and then stored there, if a directory is given.
+ * Throws `failed_precondition` without NVRTC, and `internal` with its log if the source does not compile.
  */
 export function compileKernels(source: KernelSource, cacheDirectory?: string): Uint8Array {
   const options = [
@@ -103,7 +103,7 @@ export function compileKernels(source: KernelSource, cacheDirectory?: string): U
   }
 }
 
-/** Into place at once, since other ranks may read. A cache that cannot be written costs the next start some seconds. */
+/** Renames into place atomically, since other ranks may read. A read-only cache costs the next start some seconds. */
 function keep(file: string, code: Uint8Array): void {
   try {
     mkdirSync(path.dirname(file), { recursive: true });
@@ -163,11 +163,11 @@ export interface LaunchShape {
   readonly blocks: number;
   readonly threads: number;
   readonly sharedBytes: number;
-  /** It may start before the kernel before it has ended, and waits for that itself (griddepcontrol, sm_90). */
+  /** It may start before the previous kernel has ended, and waits for that kernel itself (griddepcontrol, sm_90). */
   readonly overlaps?: boolean;
 }
 
-/** Compiled code on the device. `close` unloads it, once nothing runs it. */
+/** Compiled code on the device. `close` unloads it; no kernel may be running. */
 export class CudaKernels {
   readonly #driver = (loadedDriver ??= bindDriver(koffi.load(driverName)));
   readonly #device: CudaDevice;
@@ -189,7 +189,9 @@ export class CudaKernels {
     return this.#device.readInt(out[0]!);
   }
 
-  /** In the stream. Arguments are addresses and integers, each in 8 bytes, of which a kernel reads what it declares. */
+  /**
+   * Launches in the stream. Arguments are addresses and integers in 8 bytes each; a kernel reads the declared width.
+   */
   launch(name: string, shape: LaunchShape, args: readonly bigint[]): void {
     const { blocks, threads, sharedBytes, overlaps = false } = shape;
     const values = BigUint64Array.from(args);
@@ -202,7 +204,7 @@ export class CudaKernels {
     new Uint32Array(config.buffer).set([blocks, 1, 1, threads, 1, 1, sharedBytes]);
     config.set([this.#device.stream, koffi.address(attribute), overlaps ? 1n : 0n], 4);
     this.#check(this.#driver.launch(config, kernel, places, null));
-    // Addresses keep nothing alive; the driver has read the arguments by now.
+    // Addresses keep no memory alive; the driver has read the arguments by now.
     values.fill(0n);
     attribute.fill(0);
   }

@@ -1,5 +1,5 @@
-// The layers of a model on a CUDA device, attention apart: products and what stands between them (layers.cu, cuBLAS).
-// Owns the layers' weights on the device and the scratch memory of a layer.
+// The layers of a model on a CUDA device, without attention: products and the operations between them (layers.cu,
+// cuBLAS). Owns the layers' weights on the device and the scratch memory of a layer.
 
 import { closeSync, openSync, readFileSync, readSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -12,23 +12,23 @@ import type { RuntimeMemory } from './memory.ts';
 
 /**
  * Warps of a block, of which each multiprocessor has one, and stages of a warp's ring. Measured on an H200 (2026-11): a
- * layer but for its attention takes 90 us for one row; 94 with 8 warps, 99 with 4.
+ * layer without its attention takes 90 us for one row; 94 with 8 warps, 99 with 4.
  */
 const warps = 16;
 const stages = 5;
-/** layers.cu has them too. */
+/** Also in layers.cu. */
 const stageBytes = 2048;
 const tileRows = 16;
 const sharedBytes = warps * stages * stageBytes + elementBytes.float * (2 * warps * 8 * (tileRows + 1) + 8);
 
-/** Rows that the products of our own take; for more cuBLAS is faster. */
+/** The most rows for our own products; above, cuBLAS is faster. */
 const mostFewRows = 8;
 /** Of a block of the plain kernels. */
 const plainThreads = 256;
 
-/** Starting a kernel before the one before has ended came with it. */
+/** The first compute capability that can start a kernel before the previous one has ended. */
 const firstMajor = 9;
-/** Columns that a warp takes at once. */
+/** Columns that a warp processes at once. */
 const grain = 64;
 const bytes = elementBytes.bfloat16;
 /** Read at once from a file of weights. */
@@ -45,7 +45,7 @@ interface Weights {
   readonly down: bigint;
 }
 
-/** Throws `failed_precondition` on shapes or devices that it has no kernel for, without NVRTC and without cuBLAS. */
+/** Throws `failed_precondition` for unsupported shapes or devices, and without NVRTC or cuBLAS. */
 export function createCudaLayers(
   device: CudaDevice,
   shape: LayersShape,
@@ -175,7 +175,7 @@ class CudaLayers implements DeviceLayers {
       });
       return;
     }
-    // After the last layer nobody reads what the gain of a next one makes.
+    // After the last layer, nothing reads the product with the next layer's gain.
     const { inputNorm: nextNorm } = this.#layers[Math.min(layer + 1, this.#layers.length - 1)]!;
     const count = BigInt(rows);
     this.#few('addAttended', hidden / tileRows, [output, x, sum, postNorm, count, normed, this.#squares]);
@@ -227,7 +227,7 @@ class CudaLayers implements DeviceLayers {
   }
 }
 
-/** From a file to the device. Throws `data_loss` where the file is too short. */
+/** Copies from a file to the device. Throws `data_loss` if the file is too short. */
 function upload(
   device: CudaDevice,
   {

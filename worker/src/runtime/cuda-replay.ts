@@ -6,7 +6,7 @@ import type { CudaDevice } from './cuda-device.ts';
 
 /** Each some hundred kernels; the least recently used goes first. */
 const maxGraphs = 64;
-/** What `work` does besides launching, such as a larger arena, is done at once and belongs to no graph. */
+/** Other effects of `work`, such as growing an arena, happen immediately and are not part of a graph. */
 const captureModeRelaxed = 2;
 
 type Out = [bigint | null];
@@ -14,7 +14,7 @@ type Out = [bigint | null];
 /** Graphs of one device's stream. `close` frees them. */
 export class CudaReplays {
   readonly #device: CudaDevice;
-  /** By key, oldest use first; undefined if the work was done once, which warms up what it needs. */
+  /** By key, oldest use first; undefined after the first, warming run of the work. */
   readonly #graphs = new Map<string, bigint | undefined>();
   #isRecording = true;
 
@@ -22,7 +22,7 @@ export class CudaReplays {
     this.#device = device;
   }
 
-  /** Does the work; from the third time on, what it launched the second time. */
+  /** Runs the work; from the third time on, replays the launches of the second time. */
   run(key: string, work: () => void): void {
     const isKnown = this.#graphs.has(key);
     let graph = this.#graphs.get(key);
@@ -48,7 +48,7 @@ export class CudaReplays {
     this.#graphs.clear();
   }
 
-  /** Undefined if the work cannot be recorded; nothing is then tried again. */
+  /** Undefined if the work cannot be recorded; recording is then not tried again. */
   #record(work: () => void): bigint | undefined {
     const { api, stream } = this.#device;
     const graph: Out = [null];

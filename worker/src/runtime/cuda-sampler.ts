@@ -1,5 +1,5 @@
-// Chooses tokens on a CUDA device from the logits that lie there (sampling.cu). Owns the layout of its requests and
-// answers; the rule is the engine's (../engines/mimo/sampler.ts), id for id.
+// Chooses tokens on a CUDA device from its logits (sampling.cu). Owns the layout of its requests and answers; the rule
+// is the engine's (../engines/mimo/sampler.ts), id for id.
 
 import { readFileSync } from 'node:fs';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -8,7 +8,7 @@ import { type CudaDevice, DeviceMemory, PinnedMemory } from './cuda-device.ts';
 import type { DrawRequest, SampledToken, SamplerShape, TokenSampler } from './kernel.ts';
 import type { RuntimeMemory } from './memory.ts';
 
-/** sampling.cu has them too. */
+/** Also in sampling.cu. */
 const threads = 512;
 const blocksOfRow = 8;
 const mostTop = 20;
@@ -18,12 +18,12 @@ const requestBytes = 80;
 const answerBytes = 16;
 const topBytes = 8;
 
-/** Clusters of blocks came with it. */
+/** The first compute capability with clusters of blocks. */
 const firstMajor = 9;
 
 /**
- * Throws `failed_precondition` on a device without clusters or a host without NVRTC. The first on a machine compiles
- * for some seconds; with a cache directory, only the first.
+ * Throws `failed_precondition` on a device without clusters or a host without NVRTC. Compiles for some seconds; with a
+ * cache directory, only the first time on a machine.
  */
 export function createCudaSampler(
   device: CudaDevice,
@@ -141,7 +141,7 @@ class CudaSampler implements TokenSampler {
     this.#kernels.close();
   }
 
-  /** Uploads the lists, one after another; returns where they lie. */
+  /** Uploads the lists, one after another; returns their positions. */
   #place(lists: readonly ArrayLike<number>[]): bigint {
     const length = lists.reduce((sum, list) => sum + list.length, 0);
     if (length === 0) {

@@ -1,16 +1,16 @@
-// Memory of the host: typed arrays of JavaScript, and how much of it this process may take. Owns the conversion of
-// halves; knows no library.
+// Memory of the host: typed arrays of JavaScript, and the limit of this process. Owns the conversion of halves; knows
+// no library.
 
 import { totalmem } from 'node:os';
 import { decodeHalves, type ElementType, encodeHalves } from '../shards/element-type.ts';
 import type { MemoryInfo, RuntimeMemory, RuntimeTensor, TensorData } from './memory.ts';
 
-/** What the container's limit leaves to this process; undefined without a limit. */
+/** The memory that the container's limit leaves to this process; undefined without a limit. */
 export function hostMemoryInfo(
   limitBytes: number = process.constrainedMemory(),
   usedBytes: number = process.memoryUsage.rss(),
 ): MemoryInfo | undefined {
-  // Without a limit it is 0, or what the kernel takes for infinity.
+  // Without a limit it is 0, or the kernel's value for infinity.
   if (limitBytes === 0 || limitBytes >= totalmem()) {
     return undefined;
   }
@@ -39,7 +39,7 @@ export class HostMemory implements RuntimeMemory {
 
   write(start: number, values: Float32Array | Int32Array | BigInt64Array): void {
     if (values.buffer === this.#data.buffer) {
-      // What `read` gave out: it is in place already.
+      // The array that `read` returned: it is in place already.
       return;
     }
     if (values instanceof BigInt64Array) {

@@ -4,7 +4,7 @@
 import type { FloatType } from '../shards/element-type.ts';
 import type { RuntimeMemory, RuntimeTensor } from './memory.ts';
 
-/** One loaded graph. `run` takes inputs and outputs in the order in which the segment was declared. */
+/** One loaded graph. `run` expects inputs and outputs in the order of the segment's declaration. */
 export interface Segment {
   readonly name: string;
 }
@@ -17,15 +17,15 @@ export interface SegmentSource {
   readonly outputs: readonly string[];
 }
 
-/** Kernels that not every execution provider has. */
+/** Kernels that only some execution providers have. */
 export interface OptionalKernels {
   /** PagedAttention; GroupQueryAttention is then not used. */
   readonly pagedAttention: boolean;
-  /** TopK over a vocabulary, faster than looking through it on the host. */
+  /** TopK over a vocabulary, faster than a search on the host. */
   readonly topK: boolean;
 }
 
-/** How a token is drawn: what the engine's sampler is given (../engines/mimo/sampler.ts), in plain data. */
+/** How a token is drawn: the input of the engine's sampler (../engines/mimo/sampler.ts), as plain data. */
 export interface DrawRequest {
   readonly sampling: {
     readonly temperature: number;
@@ -39,7 +39,7 @@ export interface DrawRequest {
     readonly logprobs: number;
   };
   readonly position: number;
-  /** Ids and their counts; `pairs`, where there are any, are the same one after another. */
+  /** Ids and their counts; `pairs`, if present, holds the same one after another. */
   readonly seen: Iterable<readonly [number, number]> & { readonly pairs?: Int32Array };
   readonly forbidden: readonly number[];
 }
@@ -47,7 +47,7 @@ export interface DrawRequest {
 /** The sampler's answer, and the token's logit. */
 export interface SampledToken {
   readonly tokenId: number;
-  /** After penalties; not finite where the row has a NaN or no finite maximum. */
+  /** After penalties; not finite if the row has a NaN or no finite maximum. */
   readonly logit: number;
   readonly logprob?: {
     readonly tokenId: number;
@@ -67,8 +67,9 @@ export interface SamplerShape {
 }
 
 /**
- * Chooses tokens where the logits lie, to the ids of the engine's sampler. For each pass: `ask`, then `run` (which
- * may be part of what is replayed, for as many rows), then `answers`. `release` it before the memories.
+ * Chooses tokens in the memory of the logits; the ids equal those of the engine's sampler. For each pass: `ask`, then
+ * `run` (which may be part of a replay, for as many rows), then `answers`. Call `release` before releasing the
+ * memories.
  */
 export interface TokenSampler {
   /** Of every row in turn: how its token is drawn, or undefined for the largest logit. */
@@ -80,7 +81,7 @@ export interface TokenSampler {
   release(): void;
 }
 
-/** What decode passes attend to, of one rank. */
+/** The shapes of one rank's attention in decode passes. */
 export interface DecodeShape {
   readonly floatType: FloatType;
   readonly queryHeads: number;
@@ -90,7 +91,7 @@ export interface DecodeShape {
   readonly maxSpans: number;
   /** Pages that a span may have. */
   readonly maxSpanPages: number;
-  /** Makes those of the rotation, [positions, headDim / 2] each. */
+  /** Creates the tables of the rotation, [positions, headDim / 2] each. */
   readonly ropeTables: () => { readonly cos: Float32Array; readonly sin: Float32Array };
 }
 
@@ -109,7 +110,7 @@ export interface DecodeLayer {
   readonly attended: RuntimeMemory;
 }
 
-/** Attention over spans of few rows, faster than a segment's. `place` a pass, then `run` each layer. */
+/** Attention over spans of few rows, faster than a segment's. Call `place` for a pass, then `run` for each layer. */
 export interface DecodeAttention {
   readonly mostSpanRows: number;
   /** Returns a key: passes of equal keys run the same. */
@@ -118,7 +119,7 @@ export interface DecodeAttention {
   release(): void;
 }
 
-/** Bytes of a file that hold one weight, as a device takes it. */
+/** Bytes of a file that hold one weight, in a device's layout. */
 export interface WeightPlace {
   readonly path: string;
   readonly offset: number;
@@ -156,17 +157,17 @@ export interface LayerRows {
   readonly attended: RuntimeMemory;
 }
 
-/** What a layer does before and after its attention, faster than segments. `reserve` before the first pass. */
+/** The work of a layer before and after its attention, faster than segments. Call `reserve` before the first pass. */
 export interface DeviceLayers {
-  /** Scratch memory for passes of so many rows. */
+  /** Allocates scratch memory for passes of up to this many rows. */
   reserve(maxRows: number): void;
-  /** qkv of residual. `isFirst`: no other layer has made the residual of this pass. */
+  /** Computes qkv from residual. `isFirst`: the residual of this pass comes from no other layer. */
   attend(
     layer: number,
     io: Pick<LayerRows, 'residual' | 'qkv'>,
     at: { rows: number; isFirst: boolean },
   ): void;
-  /** Adds to residual what the layer makes of it and of what was attended. */
+  /** Adds the layer's output, computed from residual and attended, to residual. */
   finish(layer: number, io: Pick<LayerRows, 'residual' | 'attended'>, rows: number): void;
   release(): void;
 }
@@ -177,7 +178,7 @@ export type OwnKernel = 'sampling' | 'attention' | 'layers';
 /** The kernels of one runtime. */
 export interface Kernels {
   readonly kernels: OptionalKernels;
-  /** Types of activations that have kernels for everything a model does. */
+  /** Types of activations with kernels for all of a model's operations. */
   readonly floatTypes: readonly FloatType[];
   /** Throws `data_loss` when the file cannot be loaded. */
   loadSegment(source: SegmentSource): Segment;
@@ -188,15 +189,15 @@ export interface Kernels {
    */
   run(segment: Segment, inputs: readonly RuntimeTensor[], outputs: readonly RuntimeTensor[]): void;
   /**
-   * Does `work`, which only runs segments and sums. A device may remember what it launched under a key and launch it
-   * again without `work`: all calls with a key must work on the same memory, with the same values where kernels read
-   * the host.
+   * Runs `work`, which only runs segments and sums. A device may record the launches under a key and repeat them
+   * without `work`. So all calls with a key must use the same memory, and the same values in memory that kernels read
+   * on the host.
    */
   replay(key: string, work: () => void): void;
-  /** Absent, or undefined, where tokens are chosen on the host. The first on a machine may take some seconds. */
+  /** Absent, or undefined, if tokens are chosen on the host. The first call on a machine may last some seconds. */
   createSampler?(shape: SamplerShape): TokenSampler | undefined;
-  /** Absent, or undefined, where segments attend in decode passes too. */
+  /** Absent, or undefined, if segments compute attention in decode passes too. */
   createDecodeAttention?(shape: DecodeShape): DecodeAttention | undefined;
-  /** Loads the layers' weights. Absent, or undefined, where segments compute them, and nothing is loaded then. */
+  /** Loads the layers' weights. Absent, or undefined (and nothing is loaded), if segments compute the layers. */
   createDeviceLayers?(shape: LayersShape): DeviceLayers | undefined;
 }

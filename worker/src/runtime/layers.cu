@@ -1,15 +1,16 @@
-// A layer but for its attention, on sm_90 and later, in bfloat16: the products of passes of few rows, y = W x with W
-// [out, in] as the checkpoint has it, and what stands between products: norms, bias, SiLU, the residual's sums. For
-// NVRTC, without headers. cuda-layers.ts defines what is in capitals and not here.
+// A layer without its attention, on sm_90 and later, in bfloat16: the products of passes of few rows, y = W x with W
+// [out, in] as in the checkpoint, and the operations between products: norms, bias, SiLU, the residual's sums. For
+// NVRTC, without headers. cuda-layers.ts defines the capitalised names that are not defined here.
 //
-// Passes of few rows last as long as reading W does. A block a multiprocessor computes tiles of 16 rows of W
-// (m16n8k16: rows of W fill the 16, rows of x the 8 columns), its warps divide the columns, each with its own ring of
-// cp.async stages, which runs on over the tiles. The order of k within 32 is free as long as W and x agree, so each
-// lane takes 16 bytes at once. Reading W begins before the kernel before ends (programmatic dependent launch): W
-// depends on nothing.
+// Reading W determines the duration of passes of few rows. One block per multiprocessor computes tiles of 16 rows of W
+// (m16n8k16: rows of W fill the 16, rows of x the 8 columns). Its warps divide the columns, each with its own ring of
+// cp.async stages, which continues across tiles. The order of k within 32 is free as long as W and x agree, so each
+// lane loads 16 bytes at once. Reading W begins before the previous kernel ends (programmatic dependent launch), since
+// W does not depend on it.
 //
-// A norm is its gain on x, which the writer of x multiplies in, and a factor a row on y: `squares` holds the row's
-// sums of squares over 16 columns of x each, which are added in one order, so that the same pass gives the same bits.
+// A norm is split: the writer of x multiplies in its gain, and y is scaled by one factor per row. `squares` holds each
+// row's sums of squares over 16 columns of x; they are added in a fixed order, so that the same pass gives the same
+// bits.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -20,7 +21,7 @@ __device__ __forceinline__ float toFloat(u16 x) { return __uint_as_float((u32)x 
 __device__ __forceinline__ u16 toHalf(float x) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 __device__ __forceinline__ u32 pack(float lo, float hi) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
-// Of what the kernel before has written: not to be read before waitForBefore.
+// Loads output of the previous kernel: call only after waitForBefore.
 __device__ __forceinline__ uint4 readRow(const uint4* from) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
@@ -30,7 +31,7 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// The kernel after may start; everything that the kernels before wrote is there.
+// Allows the next kernel to start, and waits for the output of the previous kernels.
 __device__ __forceinline__ void letNextStart() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void waitForBefore() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -41,7 +42,7 @@ __device__ __forceinline__ void waitForBefore() { asm volatile("griddepcontrol.w
 
 __device__ __forceinline__ u32 sharedAddress(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Shared memory of a block: each warp's ring of stages, and what is added up over the warps.
+// Shared memory of a block: each warp's ring of stages, and the partial sums of the warps.
 struct Shared {
   unsigned char stages[WARPS][STAGES][STAGE_BYTES];
   float parts[2][WARPS][ROWS][17];
@@ -74,7 +75,7 @@ __device__ __forceinline__ void multiply(int tiles, const u16* x, int rows, cons
     asm volatile("bar.arrive 2, %0;" :: "n"(THREADS) : "memory");
     return;
   }
-  // A warp takes every WARPS-th chunk of each tile; what it fetches runs on into the next tile.
+  // A warp processes every WARPS-th chunk of each tile; its prefetches continue into the next tile.
   const u32 ring = sharedAddress(shared.stages[warp]);
   int fetchTile = blockIdx.x, fetchChunk = warp;
   auto fetch = [&](int stage) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void multiply(int tiles, const u16* x, int rows, cons
       for (int i = 0; i < 4; i++) {
         const int row = i * 4 + (lane >> 3), part = lane & 7;
         const u16* from = rowAt(fetchTile, row) + fetchChunk * COLUMNS + part * 8;
-        // Odd rows have their halves exchanged: eight lanes that read at once meet no bank twice.
+        // Odd rows have their halves exchanged, so that eight lanes reading at once have no bank conflicts.
         const u32 to = ring + stage * STAGE_BYTES + row * 128 + ((part ^ ((row & 1) << 2)) << 4);
         asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
       }
@@ -139,7 +140,7 @@ __device__ __forceinline__ void multiply(int tiles, const u16* x, int rows, cons
   }
 }
 
-// The first layer's x, [rows, HIDDEN]: with its gain, and its squares. A block a row.
+// The first layer's x, [rows, HIDDEN], multiplied by its gain, and its squares. One block per row.
 extern "C" __global__ void __launch_bounds__(256)
 begin(const u16* x, const u16* __restrict__ gain, u16* gained, float* squares) {
   waitForBefore();
@@ -180,8 +181,8 @@ expand(const u16* __restrict__ weight, const u16* gained, const float* squares, 
     });
 }
 
-// residual [rows, HIDDEN] += W x, in place; `gained` is its product with the gain of the norm that comes next, and
-// `squares` its sums of squares.
+// residual [rows, HIDDEN] += W x, in place; `gained` is its product with the gain of the next norm, and `squares` its
+// sums of squares.
 template <int K>
 __device__ __forceinline__ void add(const u16* weight, const u16* x, u16* residual, const u16* gain, int rows, u16* gained, float* squares) {
   multiply<K>(HIDDEN / 16, x, rows, nullptr,
@@ -210,8 +211,8 @@ addProduct(const u16* __restrict__ weight, const u16* x, u16* residual, const u1
   add<FF>(weight, x, residual, gain, rows, gained, squares);
 }
 
-// For passes of many rows, whose products are cuBLAS's. normed [rows, HIDDEN] = norm(x), a block a row; and where
-// there is a bias, each row of `qkv`, [rows, QKV], for its product to be added to.
+// For passes of many rows, whose products cuBLAS computes. normed [rows, HIDDEN] = norm(x), one block per row. With a
+// bias, also fills each row of `qkv`, [rows, QKV], with it; the product is then added.
 extern "C" __global__ void __launch_bounds__(256)
 normalize(const u16* x, const u16* gain, u16* normed, const u16* bias, u16* qkv) {
   __shared__ float warpSums[8];

@@ -13,12 +13,12 @@ export interface RuntimeTensor {
   release(): void;
 }
 
-/** Who touches memory: runs alone, or the host too, in every pass (token ids, partial sums, logits). */
+/** Which side accesses memory: only runs, or also the host, in every pass (token ids, partial sums, logits). */
 export type MemoryUse = 'resident' | 'exchanged';
 
 /**
- * Elements where the execution provider computes: JavaScript memory, or a device's. Reads and writes are in order with
- * the runs, and for exchanged memory only, which is zero at first.
+ * Elements in the execution provider's memory: JavaScript's, or a device's. Reads and writes are in order with the
+ * runs. Only exchanged memory allows them; it is zero at first.
  */
 export interface RuntimeMemory {
   readonly type: ElementType;
@@ -27,14 +27,13 @@ export interface RuntimeMemory {
   /** Floats are rounded to the memory's type; integers must be of it. */
   write(start: number, values: Float32Array | Int32Array | BigInt64Array): void;
   /**
-   * Floats only. The memory itself where that is float32 in JavaScript, else a copy that the next read of it
-   * overwrites.
+   * Floats only. Returns the memory itself if it is float32 in JavaScript, else a copy that the next read overwrites.
    */
   read(start: number, count: number): Float32Array;
   release(): void;
 }
 
-/** Memory of the device that segments are loaded to, in bytes. */
+/** Memory of the device that holds the segments, in bytes. */
 export interface MemoryInfo {
   readonly freeBytes: number;
   readonly totalBytes: number;
@@ -43,12 +42,12 @@ export interface MemoryInfo {
 /** The memory of one runtime. */
 export interface Memory {
   /**
-   * A view of JavaScript memory, for values that kernels read on the host. The data stays where it is
-   * (SharedArrayBuffer is allowed) and stays alive as long as the tensor.
+   * A view of JavaScript memory, for values that kernels read on the host. The data is not copied (SharedArrayBuffer is
+   * allowed) and stays alive as long as the tensor.
    */
   tensor(data: Float32Array | Int32Array | BigInt64Array, dims: readonly number[]): RuntimeTensor;
-  /** Throws `resource_exhausted` if the device has too little left. The caller releases it. */
+  /** Throws `resource_exhausted` if the device has too little free memory. The caller releases it. */
   allocate(type: ElementType, length: number, use: MemoryUse): RuntimeMemory;
-  /** Undefined if nobody knows a limit. */
+  /** Undefined if no limit is known. */
   memoryInfo(): MemoryInfo | undefined;
 }

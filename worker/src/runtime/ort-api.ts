@@ -1,5 +1,5 @@
-// The function table of ONNX Runtime's C API, by koffi. Owns the slots, the turning of a status into an error, and the
-// native strings; knows no session and no provider.
+// The function table of ONNX Runtime's C API, by koffi. Owns the slots, the conversion of a status into an error, and
+// the native strings; knows no session and no provider.
 // Slots of OrtApi are those of onnxruntime_c_api.h up to version 12, which upstream freezes with static asserts.
 
 import { createRequire } from 'node:module';
@@ -8,7 +8,7 @@ import koffi from 'koffi';
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ElementType } from '../shards/element-type.ts';
 
-/** A native address; 0n or null is none. */
+/** A native address; 0n or null means none. */
 export type Pointer = bigint | null;
 
 /** Calls one slot of the OrtApi table. */
@@ -145,7 +145,7 @@ export class NativeOptions {
   readonly keys: BigUint64Array;
   readonly values: BigUint64Array;
   readonly count: number;
-  /** Addresses keep nothing alive. */
+  /** Addresses keep no memory alive. */
   readonly texts: readonly Buffer[];
 
   constructor(options: Readonly<Record<string, string>>) {

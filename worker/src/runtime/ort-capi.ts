@@ -1,7 +1,7 @@
 // ONNX Runtime through its C API: koffi on the library that onnxruntime-node bundles, or another. Owns the environment
-// with one global thread pool, the sessions, the tensors and the pointer arrays of each segment. Knows no model; what
-// differs between execution providers is behind `provider.ts`.
-// Deliberate difference from the public binding: outputs are written where the caller says and are never copied.
+// with one global thread pool, the sessions, the tensors and the pointer arrays of each segment. Knows no model;
+// `provider.ts` hides the differences between execution providers.
+// Deliberate difference from the public binding: outputs are written into the caller's memory and never copied.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { createCpuProvider } from './provider-cpu.ts';
@@ -129,7 +129,7 @@ class OrtCapiRuntime implements Runtime {
       );
     } catch (error) {
       const { message } = ClusterError.from(error);
-      // Weights go to the device as a session is created.
+      // Creating a session uploads its weights to the device.
       const code = /out of memory|failed to allocate/i.test(message) ? 'resource_exhausted' : 'data_loss';
       throw new ClusterError(code, `segment ${source.name}: ${message}`, { cause: error });
     } finally {
@@ -232,7 +232,7 @@ class OrtCapiRuntime implements Runtime {
     return options;
   }
 
-  /** One arena for all sessions: an arena per session keeps the peak of every one of a hundred of them. */
+  /** One arena for all sessions: with one arena per session, each of a hundred would keep its own peak. */
   #registerSharedArena(): void {
     this.#api.registerOnce(() =>
       this.#api.functions.createAndRegisterAllocator(this.#env, this.#memory, null),

@@ -1,7 +1,7 @@
 // ONNX Runtime through onnxruntime-node's own binding. Owns the sessions and the feeds of each run. Knows no model.
 // The binding's `run` is synchronous; the package's public `InferenceSession.run` only wraps it in a promise and a turn
-// of the event loop, so the binding is called directly. It copies every output once more (and drops nothing of ours):
-// a run costs its outputs' size, which for attention is the KV capacity.
+// of the event loop, so the binding is called directly. It copies every output once more: the cost of a run grows with
+// the size of its outputs, which for attention is the KV capacity.
 
 import { createRequire } from 'node:module';
 import { Tensor, type InferenceSession } from 'onnxruntime-node';
@@ -78,7 +78,7 @@ class OrtNodeRuntime implements Runtime {
       intraOpNumThreads: options.intraOpThreads,
       interOpNumThreads: 1,
       logSeverityLevel: 3,
-      // A pool per session: a hundred of them that spin between runs cost ten times the computation.
+      // Each session has its own pool: a hundred pools that spin between runs cost ten times the computation.
       extra: { session: { intra_op: { allow_spinning: '0' } } },
     };
   }

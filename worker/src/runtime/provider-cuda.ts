@@ -1,5 +1,5 @@
 // The CUDA execution provider of onnxruntime-gpu: weights and memory on the device, everything in one stream, runs that
-// do not wait. Owns the provider's options; the stream, the ranks and the recorded passes have modules of their own.
+// do not wait. Owns the provider's options; other modules own the stream, the ranks and the recorded passes.
 
 import { existsSync } from 'node:fs';
 import * as path from 'node:path';
@@ -15,7 +15,7 @@ import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory } from './memory.ts';
 
-/** Throws `failed_precondition`: the provider is a library of its own, which ONNX Runtime looks for beside itself. */
+/** Throws `failed_precondition`: the provider is a separate library, which ONNX Runtime loads from its own folder. */
 export function assertCudaProvider(library: string): void {
   const names = ['libonnxruntime_providers_shared.so', 'libonnxruntime_providers_cuda.so'];
   const missing = [library, ...names.map((name) => path.join(path.dirname(library), name))].filter(
@@ -29,7 +29,7 @@ export function assertCudaProvider(library: string): void {
   }
 }
 
-/** One arena for all sessions: they run one after another, and each would keep the most that it ever took. */
+/** One arena for all sessions: they run one after another, and each arena would keep its peak. */
 function shareArena(api: OrtApi, env: bigint, memory: bigint): void {
   const { functions } = api;
   const [noLimit, sameAsRequested, byDefault] = [0, 1, -1];
@@ -61,7 +61,7 @@ function orWarn<T>(otherwise: string, create: () => T): T | undefined {
   }
 }
 
-/** Of the provider and of its runs: everything in the device's stream, and nothing waits for it. */
+/** Options of the provider and of its runs: everything runs in the device's stream, and no run waits for it. */
 function createOptions(
   api: OrtApi,
   { stream }: CudaDevice,
@@ -70,7 +70,7 @@ function createOptions(
   const cudaOptions = api.create((out) => functions.createCudaOptions(out));
   const options = new NativeOptions({
     device_id: '0',
-    // Without it the address below is taken for none, and everything runs in the legacy stream.
+    // Without it the address below is ignored, and everything runs in the legacy stream.
     has_user_compute_stream: '1',
     user_compute_stream: String(stream),
     arena_extend_strategy: 'kSameAsRequested',
@@ -81,7 +81,7 @@ function createOptions(
   return { cudaOptions, runOptions };
 }
 
-/** See `Provider`. Throws `failed_precondition` naming what is missing. */
+/** See `Provider`. Throws `failed_precondition` naming the missing part. */
 export function createCudaProvider({ api, env, view, kernelDirectory }: ProviderParts): Provider {
   const { functions } = api;
   const device = new CudaDevice();
@@ -124,7 +124,7 @@ export function createCudaProvider({ api, env, view, kernelDirectory }: Provider
       try {
         device.synchronize();
       } catch {
-        // The group is lost and aborted; whatever waited for it has failed already.
+        // The group is lost and aborted; every wait for it has failed already.
       }
       replays.close();
       link.abort();

@@ -1,8 +1,8 @@
 // The WebGPU execution provider that onnxruntime-node bundles (Dawn on Vulkan, Metal or Direct3D): weights, keys,
 // values and activations in buffers of the device. Owns those buffers; knows no segment.
 //
-// A buffer has a handle and no address: a view begins where the buffer begins. What crosses to the host in every pass
-// (token ids, partial sums, logits) lies in JavaScript memory, and a run copies it in or out.
+// A buffer has a handle and no address, so a view starts at the beginning of its buffer. Values that cross to the host
+// in every pass (token ids, partial sums, logits) are in JavaScript memory, and a run copies them in or out.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { elementBytes, type ElementType } from '../shards/element-type.ts';
@@ -11,11 +11,11 @@ import { NativeOptions, ort, type OrtApi } from './ort-api.ts';
 import type { Provider, ProviderParts } from './provider.ts';
 import type { RuntimeMemory, RuntimeTensor } from './memory.ts';
 
-/** See `Provider`. Throws `failed_precondition` naming what is missing. */
+/** See `Provider`. Throws `failed_precondition` naming the missing part. */
 export function createWebgpuProvider({ api, view, anySession }: ProviderParts): Provider {
   const { functions } = api;
   const options = new NativeOptions({});
-  // Each holds the device once, and a session lets go of it once: options cannot be shared by sessions.
+  // Each holds one reference to the device, and a session releases one: sessions cannot share options.
   const configure = (sessionOptions: bigint): void => {
     api.check(
       functions.appendProvider(sessionOptions, 'WebGPU', options.keys, options.values, options.count),
@@ -65,7 +65,7 @@ export function createWebgpuProvider({ api, view, anySession }: ProviderParts): 
   };
 }
 
-/** The device's buffers are handed out by the provider of a session; all sessions share one device. */
+/** A session's provider allocates the device's buffers; all sessions share one device. */
 function createAllocator(api: OrtApi, memory: bigint, session: bigint | undefined): bigint {
   if (session === undefined) {
     throw new ClusterError(

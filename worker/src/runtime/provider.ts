@@ -1,5 +1,5 @@
-// What differs between execution providers of the C API: where memory lies, how runs reach it, and whether the
-// devices of a group reach one another. Owns the interface only.
+// The differences between execution providers of the C API: the place of memory, the access of runs to it, and whether
+// the devices of a group reach one another. Owns the interface only.
 
 import type { ElementType, FloatType } from '../shards/element-type.ts';
 import type { OrtApi } from './ort-api.ts';
@@ -15,11 +15,11 @@ export interface ProviderParts {
   readonly view: (at: TensorData | bigint, dims: readonly number[], type: ElementType) => RuntimeTensor;
   /** See RuntimeOptions. */
   readonly kernelDirectory: string | undefined;
-  /** A session, once there is one. */
+  /** A session, once one exists. */
   readonly anySession: () => bigint | undefined;
 }
 
-/** One execution provider of one runtime; the parts of Runtime that it answers are described there. */
+/** One execution provider of one runtime; Runtime documents the parts that it implements. */
 export interface Provider extends Pick<
   Runtime,
   | 'allocate'
@@ -32,14 +32,14 @@ export interface Provider extends Pick<
 > {
   readonly floatTypes: readonly FloatType[];
   readonly kernels: OptionalKernels;
-  /** OrtMemoryInfo of views by address; null if there are none. */
+  /** OrtMemoryInfo of views by address; null if the provider has none. */
   readonly memory: bigint | null;
   /** OrtRunOptions, or null. */
   readonly runOptions: bigint | null;
   /** Adds itself to the options of a session that is to be created. */
   configure(sessionOptions: bigint): void;
-  /** Ends what the device still computes, before sessions and tensors are freed. */
+  /** Waits for or ends the device's work, before sessions and tensors are freed. */
   stop(): void;
-  /** After they are freed. */
+  /** Called after sessions and tensors are freed. */
   close(): void;
 }

@@ -1,11 +1,11 @@
-// Sums over the ranks of a group: the interface of whatever adds them, and how devices that reach one another do
-// (cuda-group.ts, NCCL). Where none do, the engine sums over its collective on the host.
+// Sums over the ranks of a group: the interface, for devices that reach one another (cuda-group.ts, NCCL). For other
+// devices, the engine sums over its collective on the host.
 
 import type { RuntimeMemory } from './memory.ts';
 
 /** Adds the ranks' shares of a value. */
 export interface Reducer {
-  /** Shares pass through JavaScript memory: it must be `exchanged`, and cannot be part of what is replayed. */
+  /** Shares pass through JavaScript memory: it must be `exchanged`, and the sum cannot be part of a replay. */
   readonly crossesHost: boolean;
   /**
    * Replaces the first `count` elements by their sum over the ranks, in order with the runs. All ranks get the same
@@ -18,14 +18,16 @@ export interface Reducer {
 export interface DeviceGroupMember {
   readonly rank: number;
   readonly worldSize: number;
-  /** Called while a wait for the device lasts; throws when it has lasted too long or shall end. */
+  /** Called during a wait for the device; throws when the wait has timed out or was canceled. */
   readonly watch: (waitedMs: number) => void;
 }
 
 /** Devices that reach those of other ranks. */
 export interface DeviceLink {
-  /** For rank 0 of a group: what all ranks `join` with. Empty if a library is missing: the host then sums. */
+  /** For rank 0 of a group: the id with which all ranks `join`. Empty if a library is missing: the host then sums. */
   createGroupId(): Int32Array;
-  /** Blocks until all ranks have joined. Throws `failed_precondition` naming what is missing. Once a runtime. */
+  /**
+   * Blocks until all ranks have joined. Throws `failed_precondition` naming the missing part. Call it once per runtime.
+   */
   join(id: Int32Array, member: DeviceGroupMember): Reducer;
 }

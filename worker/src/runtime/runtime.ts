@@ -1,11 +1,11 @@
 // The boundary to ONNX Runtime: sessions, the memory they compute in, synchronous runs. Owns the interface and its
-// options; create-runtime.ts chooses what is behind it, and nothing above knows which. Knows no model and no rank.
+// options; create-runtime.ts chooses the implementation, and no caller knows which. Knows no model and no rank.
 
 import type { Kernels, OwnKernel } from './kernel.ts';
 import type { Memory } from './memory.ts';
 import type { DeviceLink } from './reduce.ts';
 
-/** Which way ONNX Runtime is called. */
+/** The binding through which ONNX Runtime is called. */
 export type RuntimeImplementation = 'ort-capi' | 'ort-node';
 
 /** Where segments are computed. */
@@ -23,15 +23,17 @@ export interface Runtime extends Kernels, Memory {
 }
 
 export interface RuntimeOptions {
-  /** `auto`: the C API where koffi and the library can be loaded, else the package's own binding. */
+  /** `auto`: the C API if koffi and the library can be loaded, else the package's own binding. */
   readonly implementation: RuntimeImplementation | 'auto';
-  /** `cuda` takes the C API and a libonnxruntime with the CUDA provider beside it. */
+  /** `cuda` needs the C API and a libonnxruntime with the CUDA provider beside it. */
   readonly executionProvider: ExecutionProvider;
-  /** libonnxruntime to load through the C API; default: the one that onnxruntime-node bundles, which has no CUDA. */
+  /**
+   * libonnxruntime to load through the C API; default: the library bundled with onnxruntime-node, which has no CUDA.
+   */
   readonly libraryPath?: string;
-  /** Kernels of our own that are not used, for comparison. */
+  /** Our own kernels to disable, for comparison. */
   readonly without?: readonly OwnKernel[];
-  /** Where kernels that are compiled at the first use are kept; default: nowhere, they are compiled at every start. */
+  /** Cache directory for kernels compiled at the first use; default: none, they are compiled at every start. */
   readonly kernelDirectory?: string;
   /** Threads that compute one segment, the calling one included. */
   readonly intraOpThreads: number;

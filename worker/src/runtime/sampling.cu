@@ -1,17 +1,18 @@
-// One token for each row of float32 logits, by the rule of ../engines/mimo/sampler.ts and to its ids: penalties,
-// forbidden ids, temperature, min-p, top-k, top-p, and the Gumbel maximum over PCG3D(seed, position, id); with
-// log-probabilities. For NVRTC, without headers. cuda-sampler.ts defines VOCABULARY, the length of a row, and
+// Chooses one token for each row of float32 logits, by the rule of ../engines/mimo/sampler.ts and with equal ids:
+// penalties, forbidden ids, temperature, min-p, top-k, top-p, and the Gumbel maximum over PCG3D(seed, position, id);
+// with log-probabilities. For NVRTC, without headers. cuda-sampler.ts defines VOCABULARY, the length of a row, and
 // FIRST_ID, the id of its first logit; it lays out Request and Batch and reads Answer and Top.
 //
 // A cluster of 8 blocks holds a row in its shared memory, so device memory is read once, and nothing is sorted:
 //   1  penalties and forbidden ids; the maximum
 //   2  the mass of all, and a list of the ids within 12 octaves of the maximum with a histogram of their mass, in whole
 //      numbers, so that the order of atomics does not matter
-//   3  the bin where top-k or top-p is reached; its few elements are ranked directly. Where the list does not reach that
-//      far: the histogram over everything, refined by the bits of keys. Where float32 masses cannot tell on which side of
-//      top-p an id lies: float64 masses, as the host sums them
-//   4  the draw. The winner is below ln(mass) - 3.2 once in 4e10, so ids are tested by 1 - u <= exp(x) * 24.6 / mass, and
-//      only the 25 or so that pass get their logarithms, in float64 (a second pass without the bound covers the rest)
+//   3  the bin where top-k or top-p is reached; its few elements are ranked directly. If the list does not reach that
+//      far: the histogram over everything, refined by the bits of keys. If float32 masses cannot tell on which side of
+//      top-p an id is: float64 masses, added as on the host
+//   4  the draw. The winner is below ln(mass) - 3.2 once in 4e10, so ids are tested by 1 - u <= exp(x) * 24.6 / mass,
+//      and only about 25 ids that pass need their logarithms, in float64 (a second pass without the bound covers the
+//      rest)
 //
 // A key orders a row: larger logit first, lower id at ties; smaller keys come first. Every block of a cluster takes
 // every branch that holds a cluster barrier.
@@ -77,7 +78,7 @@ struct Top {
 
 __device__ __forceinline__ u32 sharedAddress(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ u32 clusterRank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-// One warp's release speaks for the block after __syncthreads: in every warp it is a memory barrier in every warp.
+// After __syncthreads, the release by one warp covers the writes of the whole block.
 __device__ __forceinline__ void clusterSync() {
   __syncthreads();
   if (threadIdx.x < 32) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -190,7 +191,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   const u32* words = batch->words;
   const int usable = min(max((int)batch->usable - (int)base, 0), SLICE);
   __syncthreads();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); // waited for before the first remote write
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); // awaited before the first remote write
   auto await = [&](int c) {
     if (!BULK) return;
     u32 done = 0;
@@ -200,8 +201,8 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
     }
   };
 
-  // Values of all threads of the cluster into one, the same in every thread. Two sets of places, so that nobody writes
-  // where somebody still reads: whoever is at the next exchange has seen everybody arrive at it.
+  // Reduces the values of all threads of the cluster to one, the same in every thread. Two sets of places, so that no
+  // thread overwrites a value that another still reads: a thread passes an exchange only after all have arrived at it.
   u32 exchanges = 0;
   auto reduce = [&](auto& value, auto combine) {
     constexpr int n = sizeof(value) / sizeof(u64);
@@ -245,7 +246,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   auto asDouble = [](u64 v) { return __longlong_as_double((long long)v); };
   auto asWord = [](double v) { return (u64)__double_as_longlong(v); };
 
-  // 1: what changes the row, then its maximum, chunk by chunk as they come
+  // 1: penalties and forbidden ids, then the maximum, chunk by chunk as they arrive
   if (usable < SLICE || p.seenCount > 0 || p.forbiddenCount > 0) {
     for (int c = 0; c < CHUNKS; c++) await(c);
     for (int i = usable + t; i < SLICE; i += THREADS) s.row[i] = -INFINITY_F;
@@ -463,7 +464,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
         lo = w[0];
         shift = 64 - __clzll(w[1] - w[0]); // all keys are below lo + 2^shift
       }
-      clusterSync(); // everybody has read the histogram
+      clusterSync(); // every thread has read the histogram
       clearHistogram();
       const int fine = max(shift - BIN_BITS, 0);
       walk([&](int i, float v) {
@@ -541,7 +542,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
     reduce(w, [&](u64* a, const u64* b) { a[0] = after ? min(a[0], b[0]) : max(a[0], b[0]); });
     return w[0];
   };
-  // `last` is right but for the error of float32 masses: moves it to where the float64 masses say.
+  // `last` is exact up to the error of float32 masses: moves it to the result of the float64 masses.
   auto settle = [&](u64 outer) {
     double outerMass = 0, mass = 0;
     u64 key = 0; // the last of the row up to `last`
@@ -604,8 +605,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
       const double outerMass = candidateMass, wanted = p.topP * outerMass;
       resolve(0, wanted, !byRank);
       last = min(last, outer);
-      // The same in every thread: where the last one in is sure neither to be too many nor too few, nothing is to
-      // settle.
+      // The same in every thread: if `last` is certainly neither too late nor too early, nothing remains to settle.
       const double lastMass = last == NO_KEY ? 0 : massOfKey(last);
       const double error = MASS_ERROR * outerMass;
       if (last == NO_KEY || candidateMass - error < wanted || candidateMass - lastMass + error >= wanted) {
@@ -658,7 +658,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
     const float v = s.row[chosen - base];
     answers[rowIndex] = {FIRST_ID + chosen, nan ? __int_as_float(0x7fc00000) : v, describes ? logprobOf(v) : 0.f, 0};
   }
-  if (p.logprobs <= 0) return; // nobody writes to another block any more
+  if (p.logprobs <= 0) return; // no block writes to another any more
 
   // 5: the largest few: of every warp, then of the block, then of the cluster
   const u32 want = p.logprobs;
@@ -687,7 +687,7 @@ sample(const float* __restrict__ logits, const Batch* __restrict__ batch, const 
   __syncthreads();
   if (me == 0) {
     for (u32 i = t; i < BLOCKS * MOST_TOP; i += THREADS) s.blockTop[i] = NO_KEY;
-    if (t < want) tops[rowIndex * MOST_TOP + t] = {NO_ID, 0.f}; // where the row has fewer
+    if (t < want) tops[rowIndex * MOST_TOP + t] = {NO_ID, 0.f}; // if the row has fewer
   }
   clusterSync();
   auto rankAmong = [&](const u64* keys, u32 groups, u64 key) {
