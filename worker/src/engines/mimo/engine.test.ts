@@ -184,7 +184,7 @@ const samplings = fc.record({
 const prompts = fc.array(fc.nat(vocabSize - 1), { minLength: 1, maxLength: 100 });
 
 describe('Engine', () => {
-  it('produces for every sequence the tokens that it would get alone: batched, chunked, preempted and speculated', () => {
+  it('produces the tokens that each sequence would get alone: batched, chunked, preempted and speculated', () => {
     fc.assert(
       fc.property(
         fc.array(fc.record({ tokenIds: prompts, sampling: samplings }), { minLength: 1, maxLength: 8 }),

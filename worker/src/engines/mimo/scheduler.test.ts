@@ -58,7 +58,7 @@ const arbitrarySequence = fc.record({
   isRunning: fc.boolean(),
 });
 
-/** Any state that the engine could be in. */
+/** A random state of the engine. */
 const states = fc
   .record({
     sequences: fc.array(arbitrarySequence, { maxLength: 10 }),
@@ -105,7 +105,7 @@ describe('planStep', () => {
     ]);
   });
 
-  it('gives the oldest what nobody else can use', () => {
+  it('gives the oldest prompt the rows that no other can use', () => {
     const decision = planStep(
       { sequences: [sequence(1, { pendingTokens: 30 })], freeBlocks: 8, afterQuick: false },
       { ...limits, prefillChunkTokens: 12 },
@@ -159,19 +159,19 @@ describe('planStep', () => {
     expect(plan([...slots, ...prompts])).toMatchObject({ admitted: [5], blocked: [6, 7], overtaken: [] });
   });
 
-  it('leaves one that is due no rows where it is, which is not for lack of room', () => {
+  it('keeps a sequence waiting while it is due no rows, without counting it as blocked', () => {
     const prompts = [1, 2, 3].map((id) => waiting(id, { pendingTokens: 100 }));
     expect(plan(prompts)).toMatchObject({ admitted: [1, 2], blocked: [] });
   });
 
-  it('allows no more overtaking of a sequence that was overtaken often enough', () => {
+  it('stops overtaking a sequence once it was overtaken often enough', () => {
     const prompts = [
       waiting(1, { pendingTokens: 5 }),
       waiting(2, { pendingTokens: 300, overtakes: maxOvertakes }),
       waiting(3, { pendingTokens: 5 }),
     ];
     expect(plan(prompts, { freeBlocks: 4 })).toMatchObject({ admitted: [1], blocked: [2, 3] });
-    // Once there is room it is admitted at once, also where nobody would have waited for it.
+    // Once there is room it is admitted at once, even if no other sequence would have waited for it.
     const readers = [10, 11].map((id) => sequence(id, { pendingTokens: 100 }));
     expect(plan([...readers, ...prompts.slice(1)], { freeBlocks: 9 })).toMatchObject({
       admitted: [2],
@@ -179,7 +179,7 @@ describe('planStep', () => {
     });
   });
 
-  it('leaves out what has no credit, running or waiting', () => {
+  it('skips sequences without credit, running or waiting', () => {
     const decision = plan([
       sequence(1, { creditTokens: 0 }),
       sequence(2),
@@ -193,7 +193,7 @@ describe('planStep', () => {
     expect(decision).toMatchObject({ parked: [], blocked: [] });
   });
 
-  it('grows by doubling, and takes the blocks from the youngest when there are none', () => {
+  it('grows by doubling, and preempts the youngest when no blocks are free', () => {
     const full = { kvTokens: 64, blocks: 1 };
     const grown = { sequenceId: 1, pendingRows: 1, withDraft: false, blocks: 2 };
     expect(plan([sequence(1, full)], { freeBlocks: 1 }).rows).toEqual([grown]);
@@ -213,7 +213,7 @@ describe('planStep', () => {
     expect(rowsOf(drafting)[0]).toEqual([1, 2]);
   });
 
-  it('parks for those that come, the longest without credit first and no more than they need', () => {
+  it('parks sequences to admit others, the longest without credit first and no more than needed', () => {
     const stalled = [3000, 9000, 2000, 1999].map((stalledMs, id) =>
       sequence(id, { creditTokens: 0, stalledMs }),
     );
@@ -304,7 +304,7 @@ describe('planStep', () => {
             blocks === 0 && creditTokens > 0 && pendingTokens < kvBlockTokens,
         );
         const spare = total - held.reduce((sum, blocks) => sum + blocks, 0);
-        // Nothing runs: then only one that has been overtaken often enough may bar a prompt that fits.
+        // Nothing runs: only a sequence that has been overtaken often enough may then block a prompt that fits.
         const isBarred = sequences.some(({ overtakes, blocks }) => blocks === 0 && overtakes >= maxOvertakes);
         const isLeft = fresh !== undefined && rows === 0 && isRoom && spare > 0;
         expect(isLeft && !isBarred).toBe(false);
@@ -313,7 +313,7 @@ describe('planStep', () => {
     );
   });
 
-  it('keeps its bounds on the wait of short and of long prompts, whatever comes', () => {
+  it('keeps its bounds on the wait of short and of long prompts under any arrivals', () => {
     fc.assert(
       fc.property(arrivals(60), fc.boolean(), (coming, afterQuick) => {
         for (const done of simulate(coming, { afterQuick, maxSequences: 60 })) {
@@ -328,7 +328,7 @@ describe('planStep', () => {
     );
   });
 
-  it('overtakes one without room so often and no more, and ends every one', () => {
+  it('limits how often a sequence without room is overtaken, and completes every sequence', () => {
     fc.assert(
       fc.property(arrivals(120), (coming) => {
         for (const { overtakes } of simulate(coming, {
@@ -360,13 +360,13 @@ function arrivals(maxLength: number): fc.Arbitrary<Arrival[]> {
     .map((all) => all.toSorted((a, b) => a.atStep - b.atStep));
 }
 
-/** A prompt that was read: how long that took, and what was in its way. */
+/** A completed prefill: its duration, and the other work in its steps. */
 interface ReadPrompt {
   readonly prompt: number;
   readonly steps: number;
-  /** The least that prefill had of a step meanwhile. */
+  /** The fewest rows that prefill had in a step meanwhile. */
   readonly leastRows: number;
-  /** Rows of others that had no more tokens left. */
+  /** Rows of other prompts with no more tokens left. */
   readonly shorterRows: number;
   /** Steps that the older prompts took at this many rows a step. */
   readonly olderSteps: (rows: number) => number;
@@ -393,7 +393,7 @@ function simulate(
   const left = coming.map((arrival, id) => ({ ...arrival, id }));
   const pendingOf = ({ prompt, kvTokens }: Live): number => Math.max(1, prompt - kvTokens);
   let { afterQuick } = options;
-  // Enough for a decode row of each and as much again, as an engine's options demand.
+  // Enough for a decode row of each sequence and as many again, as an engine's options require.
   const maxBatchTokens = Math.max(limits.maxBatchTokens, 2 * options.maxSequences);
   for (let step = 0; left.length + live.length > 0; step++) {
     expect(step, 'everything ends').toBeLessThan(50_000);

@@ -1,37 +1,34 @@
-// Which rows run in the next step. Pure: the same arguments always give the same plan.
+// Chooses the rows of the next step. Pure: the same arguments always give the same plan.
 //
-// 1. Running sequences that decode (one pending token), oldest first: one row, or two with a draft.
-// 2. Prefill shares the rows that are left, B. The oldest prompt may take half of them, every other prompt then takes
-//    what
-//    it can use, shortest remaining first, and what is left over goes to the oldest. No prompt gets more than a chunk.
-// 3. Where short prompts (of at most a chunk) stand beside longer ones, every other step is *quick*: longer ones get
-//    no rows
-//    in it, so that short ones do not wait while theirs are computed.
-// 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. In
-//    `maxOvertakes` steps later ones may be admitted though there is no room for it; then it is the next.
-// 5. A sequence without credit gets no rows. One that has been without for as long as it ran before, or for
-//    `parkAfterMs`,
-//    is *parked* when its slot or its blocks let another one in, the longest without credit first: it leaves the engine
-//    and is computed again later.
-// 6. Where blocks are short, a sequence that must grow takes them from a sequence without credit, which is parked; else
-//    from the youngest younger one, which is preempted: it gives all back and waits. Nobody is admitted in such a step.
+// 1. Running sequences that decode (one pending token) come first, oldest first: one row, or two with a draft.
+// 2. Prefill shares the remaining rows, B. The oldest prompt may use half of them. Then every other prompt uses as many
+//    as it can, shortest remaining first, and the oldest gets the rest. No prompt gets more than a chunk.
+// 3. While short prompts (of at most a chunk) and longer ones are present, every other step is *quick*: longer prompts
+//    get no rows in it, so that short ones do not wait for their computation.
+// 4. A waiting sequence is admitted when it is due rows and there is room: a slot, and blocks for all its tokens. If
+//    there is no room for it, later sequences may be admitted in `maxOvertakes` steps; then it is next.
+// 5. A sequence without credit gets no rows. Once it has had none for as long as it ran before, or for `parkAfterMs`,
+//    it may be *parked* if its slot or its blocks make room for another, the longest without credit first: it leaves
+//    the engine and is computed again later.
+// 6. If blocks are short, a sequence that must grow takes them from a sequence without credit, which is parked; else
+//    from the youngest younger one, which is preempted: it releases everything and waits. Such a step admits none.
 //
-// BOUND, for a prompt of p tokens while there is room for everybody, where b is the least B meanwhile:
-//   steps <= 2 * ceil((S + p) / r) + 2, r = min(chunk, floor(b / 2)), S: rows of prompts with no more tokens left. Longer
-//   prompts do not count.
+// BOUND, for a prompt of p tokens while there is room for all sequences; b is the least B in that time:
+//   steps <= 2 * ceil((S + p) / r) + 2, r = min(chunk, floor(b / 2)), S: rows of prompts with no more tokens left.
+//   Longer prompts do not count.
 //   steps <= 2 * (ceil(p / r) + sum of ceil(q / r) over the older prompts' tokens q) + 2. Shorter ones do not count.
-// INVARIANT: rows <= maxBatchTokens; running <= maxSequences; granted blocks <= total; in a step that is not quick the
-// oldest sequence with credit that runs, or an older one that is admitted, gets a row (where one longest context fits
-// the cache, and maxBatchTokens >= 2 maxSequences).
+// INVARIANT: rows <= maxBatchTokens; running <= maxSequences; granted blocks <= total. In a step that is not quick the
+// oldest running sequence with credit, or an older admitted one, gets a row (if one longest context fits the cache,
+// and maxBatchTokens >= 2 maxSequences).
 
 import { blocksFor, kvBlockTokens } from './kv-cache.ts';
 
-/** A single row is computed with a neighbour (shard-runner.ts), which takes a place in the cache. */
+/** A single row is computed with a neighbour (attention.ts), which uses a place in the cache. */
 const minAttentionRows = 2;
 
 /**
- * So often may later sequences take the room that a waiting one lacks: enough for a burst of short prompts, and an
- * end.
+ * How often later sequences may overtake a waiting one that lacks room: enough for a burst of short prompts, but
+ * bounded.
  */
 export const maxOvertakes = 32;
 
@@ -46,13 +43,13 @@ export interface SchedulerSequence {
   readonly blocks: number;
   /** Tokens it may produce. */
   readonly creditTokens: number;
-  /** For how long it has had no credit; 0 where it has some. */
+  /** Time without credit; 0 if it has credit. */
   readonly stalledMs: number;
-  /** From its admission until it had none; 0 where it waits. */
+  /** Time from its admission until it ran out of credit; 0 while it waits. */
   readonly ranMs: number;
-  /** In how many steps later sequences were admitted while there was no room for it. */
+  /** The number of steps in which later sequences were admitted while there was no room for it. */
   readonly overtakes: number;
-  /** A draft is at hand and may be verified. */
+  /** It has a draft that may be verified. */
   readonly hasDraft: boolean;
 }
 
@@ -60,7 +57,7 @@ export interface SchedulerState {
   /** Oldest first. */
   readonly sequences: readonly SchedulerSequence[];
   readonly freeBlocks: number;
-  /** The step before was a quick one. */
+  /** The previous step was a quick one. */
   readonly afterQuick: boolean;
 }
 
@@ -70,42 +67,42 @@ export interface SchedulerLimits {
   readonly prefillChunkTokens: number;
   /** Blocks of the longest context. */
   readonly maxSequenceBlocks: number;
-  /** A sequence without credit for this long makes room for others, however long it ran. */
+  /** A sequence without credit for this long may be parked, however long it ran. */
   readonly parkAfterMs: number;
 }
 
 /** One sequence's rows in the step. */
 export interface ScheduledRows {
   readonly sequenceId: number;
-  /** Of its pending tokens, the first so many. */
+  /** The number of its pending tokens to compute, from the first. */
   readonly pendingRows: number;
   /** One more row, for the draft. */
   readonly withDraft: boolean;
-  /** Blocks that it must hold. */
+  /** Blocks that it needs in this step. */
   readonly blocks: number;
 }
 
 export interface StepDecision {
-  /** To leave the engine, in this order. */
+  /** Sequences to leave the engine, in this order. */
   readonly parked: readonly number[];
-  /** To give back everything and wait, in this order. */
+  /** Sequences to release everything and wait, in this order. */
   readonly preempted: readonly number[];
   readonly admitted: readonly number[];
   readonly rows: readonly ScheduledRows[];
   /** Waiting sequences without room. */
   readonly blocked: readonly number[];
-  /** Of these, those before which a later one was admitted. */
+  /** The blocked sequences that a later one overtook in this step. */
   readonly overtaken: readonly number[];
   readonly isQuick: boolean;
 }
 
-/** A client, or the gateway before it, may stand still for this long and read on. */
+/** A client, or its gateway, may pause for this long and then continue to read. */
 const leastPatienceMs = 200;
 
 /**
- * For how long a sequence without credit keeps its place though others wait. Computing it again takes about as long
- * as it ran, so waiting that long before parking it costs at most twice what the better of the two would have; and a
- * client that takes one message and stops holds a slot for a moment only.
+ * How long a sequence without credit keeps its place while others wait. Computing it again takes about as long as it
+ * ran, so waiting that long before parking it costs at most twice the cheaper choice. And a client that reads one
+ * message and stops holds a slot only briefly.
  */
 export function patienceMs(
   { ranMs }: Pick<SchedulerSequence, 'ranMs'>,
@@ -114,7 +111,7 @@ export function patienceMs(
   return Math.min(parkAfterMs, Math.max(leastPatienceMs, ranMs));
 }
 
-/** May it be parked for another one? */
+/** Whether it may be parked for another sequence. */
 export function isParkable(sequence: SchedulerSequence, limits: SchedulerLimits): boolean {
   return sequence.creditTokens === 0 && sequence.stalledMs >= patienceMs(sequence, limits);
 }
@@ -166,18 +163,18 @@ function shortPrompts(
   );
 }
 
-/** A step as it is put together: what is left, and what was given to whom. */
+/** A step under construction: the remaining rows and blocks, and the grants so far. */
 class Step {
   budget: number;
   readonly #sequences: readonly SchedulerSequence[];
-  /** Each one's place in the order of age. */
+  /** Each sequence's position in the order of age. */
   readonly #ages: ReadonlyMap<SchedulerSequence, number>;
   readonly #limits: SchedulerLimits;
   readonly #rows = new Map<number, ScheduledRows>();
   readonly #parked = new Set<number>();
   readonly #preempted = new Set<number>();
   readonly #admitted = new Set<number>();
-  /** The age of the youngest that may be admitted: those after it have overtaken it often enough. */
+  /** The position of the youngest sequence that may be admitted: it has been overtaken often enough. */
   readonly #lastAdmissible: number;
   #freeBlocks: number;
   #running: number;
@@ -195,18 +192,18 @@ class Step {
     this.#lastAdmissible = overtaken < 0 ? sequences.length : overtaken;
   }
 
-  /** One that has been overtaken often enough, and for which there is room. */
+  /** A sequence that has been overtaken often enough and now has room. */
   get nextToAdmit(): SchedulerSequence | undefined {
     const next = this.#sequences[this.#lastAdmissible];
     return next !== undefined && this.canRun(next) ? next : undefined;
   }
 
-  /** Does it run, or could it be admitted at this moment? */
+  /** Whether it runs, or could be admitted now. */
   canRun(sequence: SchedulerSequence): boolean {
     return sequence.blocks > 0 ? !this.#isGone(sequence) : this.#roomFor(sequence) !== undefined;
   }
 
-  /** Gives it rows, and a slot and blocks as it needs them; false if it cannot have them. */
+  /** Grants it rows, and a slot and blocks as needed; false if they are not available. */
   give(sequence: SchedulerSequence, pendingRows: number, withDraft: boolean): boolean {
     const rows = pendingRows + (withDraft ? 1 : 0);
     if (this.#isGone(sequence) || this.budget < pendingRows) {
@@ -232,7 +229,7 @@ class Step {
     return true;
   }
 
-  /** Gives a prompt that has rows as many more as it can use without new blocks, up to `mostRows` in all. */
+  /** Grants a scheduled prompt as many more rows as it can use without new blocks, up to `mostRows` in total. */
   extend(sequence: SchedulerSequence, mostRows: number): void {
     const given = this.#rows.get(sequence.sequenceId);
     if (given === undefined) {
@@ -271,7 +268,7 @@ class Step {
     return this.#preempted.has(sequenceId) || this.#parked.has(sequenceId);
   }
 
-  /** A waiting sequence is given blocks for all its tokens, so that it does not run out of them at once. */
+  /** A waiting sequence needs blocks for all its tokens, so that it does not run out of them at once. */
   #blocksFor({ blocks, kvTokens, pendingTokens }: SchedulerSequence, rows: number): number {
     const positions = blocks === 0 ? pendingTokens + 1 : kvTokens + Math.max(minAttentionRows, rows);
     return blocksFor(positions, this.#limits.maxSequenceBlocks);
@@ -291,7 +288,7 @@ class Step {
     return true;
   }
 
-  /** Whom to park so that a waiting sequence can be admitted; undefined: it cannot. */
+  /** The sequences to park so that a waiting one can be admitted; undefined if it cannot. */
   #roomFor(sequence: SchedulerSequence): readonly SchedulerSequence[] | undefined {
     if (this.#preempted.size > 0 || this.#ageOf(sequence) > this.#lastAdmissible) {
       return undefined;
@@ -345,7 +342,7 @@ class Step {
     return this.#ages.get(sequence) ?? 0;
   }
 
-  /** Takes back what it holds, and what this step gave it. */
+  /** Takes back its blocks and slot, and its grants of this step. */
   #release(sequence: SchedulerSequence): void {
     const planned = this.#rows.get(sequence.sequenceId);
     if (planned !== undefined) {
@@ -361,7 +358,7 @@ function idsOf(sequences: readonly SchedulerSequence[]): number[] {
   return sequences.map(({ sequenceId }) => sequenceId);
 }
 
-/** Positions that `blocks` hold. */
+/** Positions in `blocks`. */
 export function capacityTokens(blocks: number): number {
   return blocks * kvBlockTokens;
 }

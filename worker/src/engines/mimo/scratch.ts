@@ -100,7 +100,7 @@ export interface ScratchShape {
   readonly sumsOnHost: boolean;
 }
 
-/** Allocates all rows. The caller ends them with `closeScratch`. */
+/** Allocates all rows. The caller releases them with `closeScratch`. */
 export function createScratch(runtime: Runtime, shape: ScratchShape): Scratch {
   const { maxRows } = shape;
   const rows = (

@@ -3,7 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { SeenTokens } from './seen-tokens.ts';
 
 describe('SeenTokens', () => {
-  it('holds what a map would, as pairs and one by one, and one more without changing', () => {
+  it('holds the same counts as a map, as pairs and one by one, and adds one more without changing itself', () => {
     const steps = fc.array(fc.record({ tokenId: fc.nat(20), times: fc.nat(2) }), { maxLength: 60 });
     fc.assert(
       fc.property(steps, fc.nat(3), fc.nat(20), (added, capacity, next) => {

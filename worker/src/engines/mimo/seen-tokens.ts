@@ -1,5 +1,5 @@
-// The tokens of one sequence that penalties are about, with how often the completion holds each. Owns their layout:
-// pairs of an id and its count, as a device takes them. Knows no penalty.
+// The tokens of one sequence that penalties apply to, with their counts in the completion. Owns their layout: pairs of
+// an id and its count, as a device reads them. Knows no penalty.
 
 /** Ids with their counts, in the order of their first occurrence; a prompt's token may have 0. */
 export class SeenTokens implements Iterable<readonly [number, number]> {

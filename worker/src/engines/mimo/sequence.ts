@@ -1,5 +1,5 @@
-// One sequence inside the engine: its tokens, how far they are computed, its credit and its draft. Owns when a sequence
-// ends and what its request may say; knows no KV slot, no batch and no logits.
+// One sequence inside the engine: its tokens, how far they are computed, its credit and its draft. Owns the end of a
+// sequence and the validation of its request; knows no KV slot, no batch and no logits.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { numberProblem, repeatedLimits, samplingLimits } from '@mimo/proto/limits';
@@ -14,14 +14,14 @@ import type { HeadRequest } from './head-rows.ts';
 import { hasPenalties, type DrawnToken } from './sampler.ts';
 import { SeenTokens } from './seen-tokens.ts';
 
-/** The limits that a request is checked against. */
+/** The limits of a request. */
 export interface SequenceLimits {
   readonly vocabSize: number;
   readonly maxContextTokens: number;
   readonly eosTokenIds: readonly number[];
 }
 
-/** Throws `invalid_argument` that lists every problem with its field, limit and value. */
+/** Throws `invalid_argument` listing every problem with its field, limit and value. */
 export function validateRequest(request: SequenceRequest, limits: SequenceLimits): void {
   const problems: string[] = [];
   const check = (holds: boolean, problem: string): void => {
@@ -42,7 +42,7 @@ export function validateRequest(request: SequenceRequest, limits: SequenceLimits
   check(request.creditTokens >= 0, `creditTokens: must be at least 0, is ${request.creditTokens}`);
 
   for (const name of Object.keys(samplingLimits) as (keyof typeof samplingLimits)[]) {
-    // The engine's own way to say that no log-probabilities are wanted.
+    // In the engine, -1 means no log-probabilities.
     const isNone = name === 'logprobs' && sampling.logprobs === -1;
     const problem = isNone ? undefined : numberProblem(sampling[name], samplingLimits[name]);
     check(problem === undefined, `sampling.${name}: ${problem}`);
@@ -69,12 +69,12 @@ export class Sequence {
   readonly maxContextTokens: number;
   /** Prompt, then completion. */
   readonly tokenIds: number[];
-  /** Tokens whose keys and values are in the cache; MTP's cache holds as many where the sequence drafts. */
+  /** Tokens whose keys and values are in the cache; MTP's cache holds as many if the sequence drafts. */
   kvTokens = 0;
   creditTokens: number;
-  /** In how many steps later sequences were admitted while there was no room for it. */
+  /** The number of steps in which later sequences were admitted while there was no room for it. */
   overtakes = 0;
-  /** Since when it holds a slot; undefined while it waits. */
+  /** When it was given its slot; undefined while it waits. */
   admittedMs: number | undefined;
   /** The guess for the token after the last, or -1. */
   draft = -1;
@@ -118,12 +118,12 @@ export class Sequence {
     return Math.min(byLength, byContext, this.creditTokens);
   }
 
-  /** Does it keep MTP keys and values? Where it does not once, it cannot later. */
+  /** Whether it keeps MTP keys and values. Once it has skipped them, it cannot keep them later. */
   get drafts(): boolean {
     return this.sampling.draftTokens > 0;
   }
 
-  /** What it asks of the head row that gives its next token, or, with `draft`, the token after that one. */
+  /** Its request to the head row of its next token or, with `draft`, of the token after that one. */
   nextHead(draft?: number): HeadRequest {
     const { sampling } = this;
     const ahead = draft === undefined ? 0 : 1;
@@ -137,18 +137,18 @@ export class Sequence {
     return { kind: 'sampled', draw: { sampling, position: this.tokenIds.length + ahead, seen, forbidden } };
   }
 
-  /** For how long it has been seen without credit. */
+  /** How long it has been without credit. */
   stalledMs(nowMs: number): number {
     this.#stalledSinceMs = this.creditTokens > 0 ? undefined : (this.#stalledSinceMs ?? nowMs);
     return nowMs - (this.#stalledSinceMs ?? nowMs);
   }
 
-  /** For how long it ran before that: since its admission; 0 where it waits. */
+  /** How long it ran before that, since its admission; 0 while it waits. */
   ranMs(nowMs: number): number {
     return this.admittedMs === undefined ? 0 : nowMs - this.stalledMs(nowMs) - this.admittedMs;
   }
 
-  /** Takes the next token: appends it, or ends at it. */
+  /** Accepts the next token: appends it, or ends at it. */
   append(drawn: DrawnToken): void {
     if (this.#stopIds.has(drawn.tokenId)) {
       this.end = { kind: 'stop', stopTokenId: drawn.tokenId };

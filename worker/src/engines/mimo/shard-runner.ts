@@ -21,7 +21,7 @@ import type { ConfigurePlan, PassPlan } from './step-plan.ts';
 
 export interface ShardRunnerOptions {
   readonly runtime: Runtime;
-  /** Of one rank, as `compile` wrote it. */
+  /** The shard directory of one rank, as written by `compile`. */
   readonly directory: string;
   readonly manifest: ShardManifest;
   readonly collective: Collective;
@@ -33,7 +33,7 @@ interface Memory extends LayerMemory {
   readonly maxHeadRows: number;
 }
 
-/** Rows of a pass up to which telling a device what to do takes about as long as doing it. */
+/** Rows of a pass up to which launching its kernels takes about as long as running them. */
 const maxReplayedRows = 256;
 
 /** Holds the loaded shard. `configure` before the first pass; `close` frees buffers (the runtime is the caller's). */
@@ -46,7 +46,7 @@ export class ShardRunner {
   readonly #layers: Layers;
   readonly #final: Segment;
   readonly #head: Segment;
-  /** Where the device looks for the best token. */
+  /** Finds the best token on the device. */
   readonly #best: Segment | undefined;
   readonly #mtp: { readonly input: Segment; readonly final: Segment } | undefined;
   #memory: Memory | undefined;
@@ -112,7 +112,10 @@ export class ShardRunner {
     this.#memory = { ...scratch, attention, head, maxHeadRows: plan.maxHeadRows, reducer };
   }
 
-  /** Runs one pass with the other ranks. Rank 0 gets what the plan asks of its head rows, other ranks get nothing. */
+  /**
+   * Runs one pass with the other ranks. Returns the requested outputs of the head rows on rank 0, nothing on other
+   * ranks.
+   */
   run(plan: PassPlan): readonly HeadRow[] {
     const memory = this.#memory;
     if (memory === undefined) {
@@ -136,7 +139,7 @@ export class ShardRunner {
       const normed = plan.kind === 'forward' ? this.#forward(rows, memory) : this.#draft(rows, memory);
       memory.head.run(normed.first(rows));
     };
-    // Many rows keep a device busy for longer than it takes to tell it what to do.
+    // Many rows keep a device busy for longer than launching their kernels takes.
     if (!memory.reducer.crossesHost && rows <= maxReplayedRows) {
       this.#runtime.replay([plan.kind, rows, heads, places].join(), work);
     } else {
@@ -155,7 +158,7 @@ export class ShardRunner {
     }
   }
 
-  /** Returns the rows that the head takes. */
+  /** Returns the rows that the head reads. */
   #forward(rows: number, memory: Memory): Rows {
     this.#embedInto(memory.residual, rows, memory); // [rows, H]
     for (let layer = 0; layer < this.manifest.config.layers; layer++) {
@@ -194,7 +197,9 @@ export class ShardRunner {
   }
 }
 
-/** The profile's attention that this runtime computes. Throws `failed_precondition` if it cannot compute the shard. */
+/**
+ * The attention of the profile that this runtime supports. Throws `failed_precondition` if it cannot compute the shard.
+ */
 function chooseAttention(
   { weights, activations, attention }: TargetProfile,
   { floatTypes, kernels }: Runtime,

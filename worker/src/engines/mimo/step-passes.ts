@@ -1,13 +1,13 @@
 // The rows of one step as plans of its two passes: the backbone over all of them, MTP over those that survive. Pure:
-// reads sequences and changes none. What the passes return is taken in engine.ts, which also says why MTP runs in the
-// same step.
+// reads sequences and changes none. engine.ts applies the results of the passes, and explains why MTP runs in the same
+// step.
 
 import type { HeadRequest } from './head-rows.ts';
 import type { ScheduledRows } from './scheduler.ts';
 import type { Sequence } from './sequence.ts';
 import type { PassPlan, RowSpan } from './step-plan.ts';
 
-/** A sequence's rows of the step, with what the MTP pass needs of them. */
+/** A sequence's rows of the step, with their data for the MTP pass. */
 export interface StepRows {
   readonly sequence: Sequence;
   readonly scheduled: ScheduledRows;
@@ -16,7 +16,7 @@ export interface StepRows {
   readonly firstRow: number;
 }
 
-/** The scheduled rows after what is cached; the last of them gives the next token, a draft's the one after. */
+/** The scheduled rows after the cached ones; the last of them yields the next token, a draft's row the one after. */
 export function spanOf(
   sequence: Sequence,
   { pendingRows, withDraft }: ScheduledRows,
@@ -33,7 +33,7 @@ export function spanOf(
   };
 }
 
-/** The backbone over all rows: pending tokens, and a draft behind the last where one is verified. */
+/** The backbone over all rows: pending tokens, and after them a draft if one is verified. */
 export function planForward(rows: readonly StepRows[], releasedSlots: readonly number[]): PassPlan {
   const tokenIds = rows.flatMap(({ sequence, scheduled, span }) => [
     ...sequence.tokenIds.slice(span.start, span.start + scheduled.pendingRows),
@@ -52,8 +52,8 @@ export function planForward(rows: readonly StepRows[], releasedSlots: readonly n
 }
 
 /**
- * MTP over the rows that stay in the cache, after their tokens are taken. A sequence with one token to go asks for a
- * draft where that `pays` and it may still produce two tokens.
+ * MTP over the rows that stay in the cache, once their tokens are applied. A sequence with one pending token requests a
+ * draft if that `pays` and it may still produce two tokens.
  */
 export function planDraft(
   rows: readonly (StepRows & { readonly survivors: number })[],

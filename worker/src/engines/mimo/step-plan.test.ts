@@ -27,7 +27,7 @@ const passes = fc
   });
 
 describe('step plans', () => {
-  it('come out of a frame as they went in', () => {
+  it('survive encoding and decoding unchanged', () => {
     const others: StepPlan[] = [
       { kind: 'ping' },
       { kind: 'stop' },
@@ -48,7 +48,7 @@ describe('step plans', () => {
     );
   });
 
-  it('are refused when cut, lengthened or of an unknown kind', () => {
+  it('are rejected when truncated, lengthened or of an unknown kind', () => {
     fc.assert(
       fc.property(passes, fc.nat(60), (plan, cut) => {
         const frame = encodeStepPlan(plan);

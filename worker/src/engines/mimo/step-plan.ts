@@ -1,4 +1,4 @@
-// What rank 0 sends to the other ranks: one frame of int32 words per message. Owns the frame layout; knows no tensors.
+// The messages of rank 0 to the other ranks: one frame of int32 words each. Owns the frame layout; knows no tensors.
 //
 //   configure  [1, kvBlocks, maxRows, maxHeadRows, usableVocab, words of the device group's id, words...]
 //   forward    [2, released, slots..., spans, (slot, start, rows, headRows, hiddenRow, capacityTokens)...,
@@ -17,18 +17,18 @@ export interface RowSpan {
   /** Positions already in the KV cache; row i stands at position start + i. */
   readonly start: number;
   readonly rows: number;
-  /** The last so many rows get logits. */
+  /** The number of rows, from the last, that get logits. */
   readonly headRows: number;
   /** Draft pass: the forward pass's row whose hidden state the first row here continues. Forward pass: unused. */
   readonly hiddenRow: number;
-  /** Positions that the slot's KV buffers must hold; they grow where smaller. */
+  /** Positions that the slot's KV buffers must hold; smaller buffers grow. */
   readonly capacityTokens: number;
 }
 
 /** One pass over the group: the backbone (`forward`) or the MTP layer (`draft`). */
 export interface PassPlan {
   readonly kind: 'forward' | 'draft';
-  /** Of each head row, in the order of the spans. A frame says `logits` for `sampled`: rank 0 draws. */
+  /** The request of each head row, in the order of the spans. A frame encodes `sampled` as `logits`: rank 0 draws. */
   readonly heads: readonly HeadRequest[];
   /** Slots whose KV buffers go back to the pool before the pass. */
   readonly releasedSlots: readonly number[];
@@ -44,7 +44,7 @@ export interface ConfigurePlan {
   readonly maxHeadRows: number;
   /** Ids at or above are never the best. */
   readonly usableVocab: number;
-  /** With it the ranks' devices join a group (reduce.ts); empty: the host sums. */
+  /** The id with which the ranks' devices join a group (reduce.ts); empty: the host sums. */
   readonly deviceGroupId: Int32Array;
 }
 

@@ -1,6 +1,6 @@
 // The thread that computes: entry point of a worker_thread that runs one rank, leader or follower. Owns the loop and
 // the order of messages; all work is synchronous, and the event loop turns only while there is nothing to do. Started
-// and stopped by engine-host.ts; talks to it through `parentPort`.
+// and stopped by engine-host.ts; communicates with it through `parentPort`.
 
 import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from 'node:worker_threads';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -35,15 +35,15 @@ export interface StepThreadOptions {
   readonly manifest: ShardManifest;
   readonly runtime: RuntimeOptions;
   readonly collective: CollectiveSource;
-  /** The leader's; followers receive what they need with `configure`. */
+  /** The leader's limits; followers receive theirs with `configure`. */
   readonly limits: EngineLimits;
-  /** The limits' KV blocks are an upper bound; the thread finds out how many fit. */
+  /** The limits' KV blocks are an upper bound; the thread determines how many fit. */
   readonly isKvAuto: boolean;
-  /** The ranks ping one another at this interval, whether there is work or not. */
+  /** The ranks ping one another at this interval, with or without work. */
   readonly pingMs: number;
   /** Shared: not zero once this rank has been asked to end. */
   readonly leaving: Int32Array;
-  /** Shared: counted while it steps (step-watch.ts). */
+  /** Shared: incremented by each step (step-watch.ts). */
   readonly turns: Int32Array;
 }
 
@@ -54,12 +54,12 @@ export type StepThreadRequest =
   | { readonly kind: 'credit'; readonly sequenceId: number; readonly tokens: number }
   | { readonly kind: 'close' };
 
-/** To the main thread. `leaving`: another rank has been asked to end. `ended`: the leader has dissolved the group. */
+/** To the main thread. `leaving`: another rank has been asked to end. `ended`: the leader has shut down the group. */
 export type StepThreadResponse =
   | {
       readonly kind: 'ready';
       readonly runtime: 'ort-capi' | 'ort-node';
-      /** The leader's, with the KV cache that fits. */
+      /** The leader's limits, with the KV cache that fits. */
       readonly limits?: EngineLimits;
     }
   | { readonly kind: 'frame'; readonly frame: EngineFrame }
@@ -112,7 +112,7 @@ async function runRank(options: StepThreadOptions, port: MessagePort): Promise<v
   }
 }
 
-/** The limits with the KV cache that all ranks hold. Throws as `fitKvBlocks`. */
+/** The limits with the KV cache that fits all ranks. Throws the errors of `fitKvBlocks`. */
 function fitLimits(
   { limits, isKvAuto, manifest }: StepThreadOptions,
   {
@@ -212,7 +212,7 @@ async function lead({
   }
 }
 
-/** Returns when the leader dissolves the group. */
+/** Returns when the leader shuts down the group. */
 function follow({
   runner,
   collective,
@@ -243,7 +243,7 @@ function follow({
   }
 }
 
-/** All ranks meet: each learns that the others are alive, and how many of them were asked to end. */
+/** All ranks exchange a ping: each learns that the others are alive, and how many were asked to end. */
 function meet(collective: Collective, leaving = 0): number {
   const values = Float32Array.of(leaving);
   collective.allReduce(values);
@@ -264,7 +264,7 @@ function apply(engine: Engine, request: Exclude<StepThreadRequest, { kind: 'clos
   }
 }
 
-/** The port's messages, in order: taken without the event loop while there is work, awaited if there is none. */
+/** The port's messages, in order: read without the event loop while there is work, awaited otherwise. */
 class Inbox {
   readonly #port: MessagePort;
   readonly #arrived: StepThreadRequest[] = [];
@@ -284,7 +284,7 @@ class Inbox {
     );
   }
 
-  /** Until something comes, but no longer than `timeoutMs`. */
+  /** Waits for a message, but no longer than `timeoutMs`. */
   async wait(timeoutMs: number): Promise<void> {
     const { promise, resolve } = Promise.withResolvers<void>();
     const timer = setTimeout(resolve, timeoutMs);

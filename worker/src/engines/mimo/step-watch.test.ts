@@ -11,7 +11,7 @@ function look(watch: StepWatch, times: number): string {
 }
 
 describe('StepWatch', () => {
-  it('says nothing of a rank that loads, waits or turns', () => {
+  it('reports nothing while a rank loads, waits or makes progress', () => {
     const turns = createTurns();
     const watch = new StepWatch(turns);
     expect(look(watch, 1_000)).toBe('turning');
@@ -24,11 +24,11 @@ describe('StepWatch', () => {
     expect(look(watch, 1_000)).toBe('turning');
   });
 
-  it('finds a step that is long, then one that hangs, and takes it back when the rank turns', () => {
+  it('reports a long step, then a hung one, and withdraws the report when the rank makes progress', () => {
     const turns = createTurns();
     const watch = new StepWatch(turns);
     beginTurn(turns);
-    // The first look sees that the step has begun.
+    // The first look notices the start of the step.
     expect(look(watch, 3)).toBe('turning');
     expect(look(watch, 1)).toBe('stalled');
     beginTurn(turns);
@@ -38,7 +38,7 @@ describe('StepWatch', () => {
     expect(look(watch, 1)).toBe('turning');
   });
 
-  it('goes on when the count wraps around', () => {
+  it('keeps working when the count wraps around', () => {
     const turns = createTurns();
     turns[0] = 2 ** 31 - 1;
     const watch = new StepWatch(turns);

@@ -1,11 +1,11 @@
-// Whether a rank's step thread still turns, as seen from its process's main thread. A thread that hangs in a step says
-// nothing, and a group of one rank has no peer that would notice. The thread counts its turns in shared memory; the
-// main thread looks at the count. Looks are what is counted and not time, so that a process which is stopped or
-// starved, and does not look either, does not blame its step. Knows no timer and no engine.
+// Detects a hung step thread from its process's main thread. A thread that hangs in a step cannot report it, and a
+// group of one rank has no peer to notice. The thread counts its turns in shared memory, and the main thread polls the
+// count. The limit is a number of polls and not a time: a stopped or starved process does not poll either, and so does
+// not blame its step. Knows no timer and no engine.
 
-/** So many looks within the limit for a step, at an even pace: a step is found to hang a look late at most. */
+/** Polls within the time limit of a step, at an even pace: a hung step is reported at most one poll late. */
 export const looksPerLimit = 24;
-/** After so many looks at the same step the group takes nothing new: an eighth of the limit. */
+/** After this many polls in the same step the group accepts no new sequences: an eighth of the limit. */
 const stalledLooks = 3;
 
 /**
@@ -16,19 +16,19 @@ export function createTurns(): Int32Array {
   return new Int32Array(new SharedArrayBuffer(4));
 }
 
-/** The step thread begins a turn with work in it, which a step is part of. */
+/** The step thread begins a turn with work: a step is part of it. */
 export function beginTurn(turns: Int32Array): void {
   const count = Atomics.load(turns, 0);
   Atomics.store(turns, 0, count + (isWork(count) ? 2 : 1));
 }
 
-/** The step thread has nothing to do until something comes from outside. */
+/** The step thread is idle until a message arrives. */
 export function endTurn(turns: Int32Array): void {
   const count = Atomics.load(turns, 0);
   Atomics.store(turns, 0, count + (isWork(count) ? 1 : 0));
 }
 
-/** How a rank looks: `stalled` in a turn that is long, `hung` in one beyond the limit. */
+/** The state of a rank: `stalled` in a long turn, `hung` in a turn beyond the limit. */
 export type StepHealth = 'turning' | 'stalled' | 'hung';
 
 /** The main thread's side. `look` is called `looksPerLimit` times within the limit. */
