@@ -1,6 +1,6 @@
-// Any other rank of a replica group: holds its shard and computes what the leader plans. Owns its health and its end:
-// it goes when the leader goes. Asked to end by itself it lets the leader know, who drains the group, and computes on
-// until then. Takes no requests, sends no heartbeats.
+// Any other rank of a replica group: holds its shard and executes the leader's plans. Owns its health and its end: it
+// ends when the leader ends. When it is asked to end, it notifies the leader and keeps computing while the leader
+// drains the group. Accepts no requests, sends no heartbeats.
 
 import { beforeAbort } from '@mimo/core/process/abort';
 import { startGrpcServer } from '@mimo/core/grpc/server';

@@ -3,7 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { Throughput } from './heartbeats.ts';
 
 describe('Throughput', () => {
-  it('is unknown, which is 0, before there was work', () => {
+  it('is 0 (unknown) before any work', () => {
     const throughput = new Throughput();
     throughput.observe({ completionTokens: 0 }, 1_000);
     throughput.observe({ completionTokens: 0 }, 2_000);
@@ -19,7 +19,7 @@ describe('Throughput', () => {
     expect(throughput.completionTokensPerSecond).toBe(100);
   });
 
-  it('forgets what is older than the window', () => {
+  it('forgets values older than the window', () => {
     const throughput = new Throughput();
     let completionTokens = 0;
     for (let second = 0; second < 100; second++) {

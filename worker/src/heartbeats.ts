@@ -1,5 +1,5 @@
-// A leader's heartbeats: their content (pure) and their sending. A heartbeat that cannot be sent is
-// dropped, since the next one says more.
+// A leader's heartbeats: their content (pure) and their sending. A heartbeat that cannot be sent is dropped, since the
+// next one supersedes it.
 
 import { createNatsHeartbeats } from '@mimo/core/bus/nats/bus';
 import type { NatsLink } from '@mimo/core/bus/nats/link';
@@ -8,16 +8,16 @@ import type { Heartbeat } from '@mimo/proto/worker';
 
 import type { EngineStats } from './engines/mimo/engine-api.ts';
 
-/** How far back the throughput looks, in time in which the group had work. */
+/** The window of the throughput, in time during which the group had work. */
 const throughputWindowMs = 5_000;
 
-/** Completion tokens per second over the last seconds with work. Fed at each heartbeat; pure but for what it keeps. */
+/** Completion tokens per second over the last seconds with work. Fed at each heartbeat; pure except for its state. */
 export class Throughput {
   readonly #samples: { readonly busyMs: number; readonly tokens: number }[] = [];
   #lastMs: number | undefined;
   #lastTokens = 0;
 
-  /** Takes the counters as of `nowMs`, by performance.now(). An interval without a token is idle, and is left out. */
+  /** Adds the counters as of `nowMs`, by performance.now(). An interval without a token is idle and is ignored. */
   observe(stats: Pick<EngineStats, 'completionTokens'>, nowMs: number): void {
     const tokens = stats.completionTokens - this.#lastTokens;
     if (this.#lastMs !== undefined && tokens > 0) {
@@ -44,22 +44,22 @@ export class Throughput {
 
 /** Sends heartbeats until closed. */
 export interface HeartbeatSender {
-  /** Sends one at once, besides the regular ones: for a change of state. */
+  /** Sends an extra heartbeat at once, after a change of state. */
   beat(): void;
-  /** Sends a last one. The link, which is closed after it, sees to it that it leaves. */
+  /** Sends a last heartbeat. Closing the link afterwards flushes it. */
   close(): void;
 }
 
-/** What the sender works with. */
+/** The dependencies of the sender. */
 export interface HeartbeatOptions {
   readonly link: NatsLink;
   readonly intervalMs: number;
-  /** Asked for each heartbeat. */
+  /** Called for each heartbeat. */
   readonly read: () => Heartbeat;
   readonly log: Log;
 }
 
-/** Sends from now on: at a steady pace, and at once whenever the server has been reached. */
+/** Starts sending: at a steady pace, and at once after each connection to the server. */
 export function startHeartbeats({ link, intervalMs, read, log }: HeartbeatOptions): HeartbeatSender {
   const heartbeats = createNatsHeartbeats(link, log);
   const beat = (): void => heartbeats.publish(read());

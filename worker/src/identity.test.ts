@@ -33,11 +33,11 @@ async function change(file: string, from: string, to: string): Promise<void> {
 }
 
 describe('identityOf', () => {
-  it('is the same for equal content, wherever it lies', async () => {
+  it('is the same for equal content in any directory', async () => {
     const identity = await of({ checkpointDirectory: checkpoint });
     expect(identity).toMatch(/^[0-9a-f]{16}\.[0-9a-f]{16}$/);
     expect(await of({ checkpointDirectory: demo })).toBe(identity);
-    // What no text depends on.
+    // Settings that no text depends on.
     await writeFile(join(checkpoint, 'README.md'), 'words');
     expect(await of({ checkpointDirectory: checkpoint })).toBe(identity);
   });
@@ -70,7 +70,7 @@ describe('identityOf', () => {
     expect(new Set([before, precise, after].map((identity) => identity.split('.')[0])).size).toBe(1);
   });
 
-  it('of compiled shards is their key, and says nothing of a tokenizer', async () => {
+  it('of compiled shards is their key, without the tokenizer', async () => {
     const outDirectory = join(directory, 'shards');
     const options = { modelDirectory: checkpoint, outDirectory, tensorParallel: 1 } as const;
     await compile({ ...options, precision: 'int8' }, signal);

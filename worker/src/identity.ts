@@ -1,5 +1,5 @@
-// What a group's answers are made of, as one short text: see core's model-identity. Owns which of a worker's settings
-// say so and which files of a checkpoint are read for it.
+// Identifies everything that a group's answers depend on, as one short text: see core's model-identity. Owns the choice
+// of a worker's settings and of a checkpoint's files that are part of it.
 
 import { join } from 'node:path';
 
@@ -9,12 +9,12 @@ import type { WorkerConfig } from './config.ts';
 import { hashCheckpoint, openCheckpoint } from './compiler/checkpoint.ts';
 import { readShardManifest } from './shards/shard.ts';
 
-/** The settings that an identity depends on, with the content of the directories that they name. */
+/** The settings that an identity depends on, together with the content of their directories. */
 export type IdentityConfig = Pick<WorkerConfig, 'checkpointDirectory' | 'shardDirectory' | 'precision'>;
 
 /**
- * The identity of a configuration. Shards that were compiled elsewhere carry a key of their own, which also says for
- * how many ranks they are, and no tokenizer. Fails as `openCheckpoint` and `readShardManifest` do.
+ * The identity of a configuration. Shards that were compiled elsewhere have their own key, which includes the number of
+ * ranks but no tokenizer. Throws the errors of `openCheckpoint` and `readShardManifest`.
  */
 export async function identityOf(
   { checkpointDirectory, shardDirectory, precision }: IdentityConfig,

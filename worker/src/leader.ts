@@ -1,10 +1,10 @@
 // Rank 0 of a replica group: the engine that schedules and samples, the WorkerService in front of it, and the
-// heartbeats that say so. Owns the group's state as others see it and the order of its end; knows no model and no
-// tensors.
+// heartbeats. Owns the group's public state and the order of its shutdown; knows no model and no tensors.
 //
-// starting -> ready -> draining -> gone; from any of them -> failed, where every sequence ends with `aborted`, a last
-// heartbeat says FAILED, and the process ends: a group lives and dies whole. While draining, what runs may finish for a
-// while; what is left then is handed over, for its gateways to go on with elsewhere.
+// starting -> ready -> draining -> gone; from any of them -> failed: every sequence ends with `aborted`, a last
+// heartbeat reports FAILED, and the process exits, because a group lives and dies as a whole. While draining, running
+// sequences may finish for a while; the remaining ones are then handed over, so that their gateways can continue them
+// elsewhere.
 
 import { randomUUID } from 'node:crypto';
 
@@ -25,13 +25,13 @@ import { createWorkerService } from './worker-service.ts';
 
 /** A submit holds a prompt of at most some hundred thousand token ids of up to five bytes each. */
 const maxReceiveBytes = 16 * 2 ** 20;
-/** For sessions' last messages to leave. */
+/** Time for the sessions' last messages to be sent. */
 const closeSessionsMs = 1_000;
 
-/** What the leader's steps share. */
+/** The state shared by the leader's steps. */
 interface Leading extends ProcessParts<WorkerConfig> {
   readonly view: GroupView;
-  /** Undefined without a NATS server: gateways ask for heartbeats then. */
+  /** Undefined without a NATS server: gateways then poll Stats. */
   readonly heartbeats: HeartbeatSender | undefined;
   readonly engine: EngineHost;
   readonly sessions: Sessions;
@@ -39,7 +39,7 @@ interface Leading extends ProcessParts<WorkerConfig> {
 
 /**
  * Starts the leader; resolves when the group serves. `openEngine` loads the shards and joins the group. The lifecycle
- * ends when the group is lost, and in order when another rank was asked to end.
+ * ends with a failure when the group is lost, and in order when another rank was asked to end.
  */
 export async function startLeader(
   parts: ProcessParts<WorkerConfig>,
@@ -82,7 +82,7 @@ function openHeartbeats(
   return lifecycle.opened('heartbeats', heartbeats);
 }
 
-/** The page of metrics, and what each of the engine's frames adds to it. */
+/** The metrics page, updated by each of the engine's frames. */
 async function openMetrics({ config, lifecycle, engine, sessions }: Leading): Promise<void> {
   const listenAddress = config.metricsListen === '' ? undefined : config.metricsListen;
   const meters = lifecycle.opened('metrics', await startMetrics({ process: 'worker', listenAddress }));
@@ -112,7 +112,9 @@ async function openServer(leading: Leading): Promise<GrpcServer> {
   return server;
 }
 
-/** Takes no new sequences, lets the running ones finish for a while, hands over the rest. Gives how many there were. */
+/**
+ * Accepts no new sequences, waits a while for the running ones to finish, hands over the rest. Returns their number.
+ */
 async function drainSequences(leading: Leading, signal: AbortSignal): Promise<number> {
   const { config, log, view, heartbeats } = leading;
   const { sequences } = leading.sessions;
@@ -134,7 +136,7 @@ async function drainSequences(leading: Leading, signal: AbortSignal): Promise<nu
   return before;
 }
 
-/** Ends the process with the group: as a failure where a rank was lost, in order where a rank was asked to end. */
+/** Ends the process with the group: as a failure if a rank was lost, in order if a rank was asked to end. */
 function followEnd(
   { config, lifecycle, view, heartbeats, engine, sessions }: Leading,
   server: GrpcServer,

@@ -11,7 +11,7 @@ import { startFollower } from './follower.ts';
 import { startLeader } from './leader.ts';
 import { engineOptionsFrom, prepareShard } from './shard-cache.ts';
 
-/** Starts a rank: its shard, its part in the group, and what it is to others. */
+/** Starts a rank: loads its shard, joins its group and serves. */
 async function startRank(parts: ProcessParts<WorkerConfig>): Promise<void> {
   const { config, log, lifecycle } = parts;
   reportGrpcTo(log);
@@ -24,7 +24,7 @@ async function startRank(parts: ProcessParts<WorkerConfig>): Promise<void> {
   await start(parts, openEngine);
 }
 
-/** The other command, whose own modules no rank needs. */
+/** The other command; a rank does not load its modules. */
 async function prepare(args: readonly string[]): Promise<never> {
   const { runPrepare } = await import('./prepare.ts');
   const stopping = new AbortController();

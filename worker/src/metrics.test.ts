@@ -6,7 +6,7 @@ import { idleStats } from './engines/mimo/engine-api.ts';
 import { createEngineMetrics } from './metrics.ts';
 
 describe('createEngineMetrics', () => {
-  it('counts what each frame added, and times steps by what they read', async () => {
+  it('adds each frame to the counters, and times steps by their kind', async () => {
     const metrics = await startMetrics({ process: 'worker', listenAddress: '127.0.0.1:0' });
     try {
       const stats = { ...idleStats(8), kvBlocksUsed: 2 };

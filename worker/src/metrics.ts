@@ -1,4 +1,4 @@
-// A leader's metrics: what the engine counts, as Prometheus reads it. Knows the engine by its statistics alone.
+// A leader's metrics: the engine's counters for Prometheus. Knows the engine only by its statistics.
 
 import type { Metrics } from '@mimo/core/process/metrics';
 
@@ -13,7 +13,7 @@ const counters = {
   engine_parked_sequences_total: ['parkedSequences', 'Sequences parked because their client was slow'],
 } as const;
 
-/** Makes the instruments; feed it each frame. `read` is asked when the page is. */
+/** Creates the instruments; feed it each frame. A request for the page calls `read`. */
 export function createEngineMetrics(metrics: Metrics, read: () => EngineStats): (frame: EngineFrame) => void {
   metrics.gauge('engine_running_sequences', 'Sequences that hold KV cache', () => [
     [read().runningSequences, {}],

@@ -1,7 +1,7 @@
-// `node worker/src/main.ts prepare`: what must be there before a group of a model can start. Finds the checkpoint or
-// fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue;
-// each is done once, however many processes ask. Owns the command's exit code, which tells the controller whether to
-// retry.
+// `node worker/src/main.ts prepare`: the preparation of a model before its groups can start. Finds the checkpoint or
+// fetches it from a hub, compiles its shards into the cache, publishes tokenizer and configuration to the catalogue.
+// Each is done once, however many processes run it. Owns the command's exit code, by which the controller decides
+// whether to retry.
 
 import { hostname } from 'node:os';
 import { parseArgs } from 'node:util';
@@ -39,14 +39,14 @@ const exitCodes = { done: 0, again: 1, settings: 2, terminal: 3 } as const;
 const publishMs = 60_000;
 const logProgressMs = 5_000;
 
-/** A tokenizer is in one file, or in what stands for it. */
+/** A tokenizer is one file, or the older pair of files. */
 const tokenizerFile = 'tokenizer.json';
 const vocabularyFiles = ['vocab.json', 'merges.txt'];
 
 /**
- * Runs the command and gives its exit code: 0 done, 3 the model cannot be found or cannot be run as asked, 2 wrong
- * settings or arguments, 1 anything else. What failed is the last line on standard error. The signal cancels; what is
- * done by then is kept for the next call.
+ * Runs the command and returns its exit code: 0 done, 3 model not found or not runnable with these settings, 2 wrong
+ * settings or arguments, 1 any other failure. The last line on standard error names the cause. The signal cancels; the
+ * next call continues from the finished work.
  */
 export async function runPrepare(
   args: readonly string[],
@@ -75,7 +75,7 @@ export async function runPrepare(
   }
 }
 
-/** The last line of a container is what Kubernetes shows of its end: one line, however the message is laid out. */
+/** Kubernetes shows a container's last line as its termination message: one line, however the message is laid out. */
 function fail({ message }: ClusterError, exitCode: number): number {
   process.stderr.write(`prepare: ${message.replaceAll(/\s*\n\s*/g, '; ')}\n`);
   return exitCode;
@@ -108,7 +108,7 @@ async function prepare(
   if (steps.compile) {
     await prepareShard(config, log, signal);
   }
-  // Last: what is in the catalogue can be run.
+  // Last, so that every model in the catalogue is ready to run.
   if (steps.publish) {
     const identity = await identityOf(config, signal);
     await publish({ name: config.model, files, identity }, { config, log, signal });
@@ -142,7 +142,7 @@ async function fetchFromHub(config: WorkerConfig, log: Log, signal: AbortSignal)
   log.info({ repository, revision, elapsedMs: Math.round(performance.now() - begin) }, 'fetched');
 }
 
-/** The files that are published; fails with `failed_precondition` if there is no tokenizer among them. */
+/** The files to publish; throws `failed_precondition` if they include no tokenizer. */
 async function readModelFiles(directory: string): Promise<ReadonlyMap<string, Uint8Array>> {
   const files = await readTextFiles(directory);
   if (!files.has(tokenizerFile) && !vocabularyFiles.every((name) => files.has(name))) {
@@ -162,7 +162,7 @@ async function publish(
     clientName: `mimo-prepare ${hostname()}`,
     log,
   });
-  // The gateways say how many copies there are to be.
+  // The gateways set the number of replicas.
   const catalog = createModelCatalog(link, { replicas: 1, log });
   const limit = AbortSignal.timeout(publishMs);
   try {

@@ -1,12 +1,12 @@
-// The wire's sampling parameters -> the engine's. Pure. Knows no defaults: the gateway has filled them in, so a field
-// that is absent here is a fault of the gateway.
+// The wire's sampling parameters -> the engine's. Pure. Knows no defaults: the gateway has filled them in, so an absent
+// field is a fault of the gateway.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { SamplingParams } from '@mimo/proto/sampling';
 
 import type { SequenceSampling } from './engines/mimo/engine-api.ts';
 
-/** Reads complete parameters; fails with `invalid_argument` naming the first field that is absent. */
+/** Reads complete parameters; throws `invalid_argument` naming the first absent field. */
 export function samplingFromWire(params: SamplingParams | undefined): SequenceSampling {
   if (params === undefined) {
     throw new ClusterError('invalid_argument', 'sampling is missing');

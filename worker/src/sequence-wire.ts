@@ -1,5 +1,5 @@
-// The engine's deltas -> what a gateway reads of them. Pure. Owns how an end is reported: an abort that the gateway
-// asked for is one, any other is an error with its code.
+// The engine's deltas -> the wire's. Pure. Owns the report of an end: an abort that the gateway requested is a finish
+// reason, any other is an error with its code.
 
 import type { ClusterError } from '@mimo/core/process/errors';
 import type { TokenLogprob as WireLogprob } from '@mimo/proto/sampling';
@@ -12,11 +12,11 @@ import {
 
 import type { SequenceDelta, SequenceEnd, TokenLogprob } from './engines/mimo/engine-api.ts';
 
-/** A sequence as its session names it. */
+/** A sequence as its session identifies it. */
 export interface SequenceOnWire {
   readonly slot: number;
   readonly epoch: number;
-  /** Why this side aborted it. The engine's `aborted` for no reason of ours is the loss of the group. */
+  /** Why this side aborted it. The engine's `aborted` without a reason from this side means that the group was lost. */
   abortedFor: 'gateway' | 'deadline' | 'handOver' | undefined;
 }
 
@@ -79,7 +79,7 @@ function errorOf(
     : { code: 'aborted', message: 'the group ended while the sequence ran' };
 }
 
-/** Adds a later delta of the same sequence to one that has not been sent yet. */
+/** Merges a later delta of the same sequence into an unsent one. */
 export function mergeDelta(waiting: WireDelta, later: WireDelta): void {
   waiting.tokenIds.push(...later.tokenIds);
   waiting.logprobs.push(...later.logprobs);

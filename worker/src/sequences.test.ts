@@ -1,4 +1,4 @@
-// Random lives of sequences: whatever order begins, cancels, frames, leaving readers and the loss of the group come in.
+// Random lives of sequences: begins, cancels, frames, leaving readers and the loss of the group in any order.
 
 import assert from 'node:assert/strict';
 
@@ -31,7 +31,7 @@ const sampling = SamplingParams.fromPartial({
   draftTokens: 1,
 });
 
-/** Holds what was submitted until it ends; refuses every seventh. */
+/** Holds each submitted sequence until it ends; rejects every seventh. */
 class PretendEngine {
   readonly held = new Map<number, { index: number; aborted: boolean }>();
 
@@ -52,7 +52,7 @@ class PretendEngine {
 
   addCredit(): void {}
 
-  /** One token for each, or its end: for what was aborted always, else for every `n`th. */
+  /** One token for each, or its end: always for aborted sequences, else for every `n`th. */
   step(n: number): SequenceDelta[] {
     return [...this.held].map(([sequenceId, held]) => {
       const ends: readonly SequenceEnd[] = [{ kind: 'length' }, { kind: 'parked', reason: 'no credit' }];
@@ -67,7 +67,7 @@ class PretendEngine {
   }
 }
 
-/** Checks the deltas of each slot and epoch as they come: indices without a gap, one end, nothing after it. */
+/** Checks the deltas of each slot and epoch: indices without a gap, one end, nothing after it. */
 class CheckingReader implements SequenceReader {
   /** By slot and epoch, the next index; undefined once ended. */
   readonly begun = new Map<string, number | undefined>();
@@ -107,7 +107,7 @@ const action = fc.oneof(
 
 describe('LiveSequences', () => {
   it.each(['finish', 'lose'] as const)(
-    'give each sequence one end, and none is left, when groups %s',
+    'deliver exactly one end of each sequence and keep none when groups %s',
     (last) => {
       const property = fc.property(fc.array(action, { maxLength: 60 }), (actions) => {
         const engine = new PretendEngine();

@@ -1,12 +1,13 @@
-// The live sequences of the group, from their submit to their last delta: the one place that knows which there are,
-// whose they are and how far each has come. The engine names them by id, sessions by slot; both only route. Knows no
+// The live sequences of the group, from their submit to their last delta: the one place that knows the live sequences,
+// their readers and their progress. The engine identifies them by id, sessions by slot; both only route. Knows no
 // stream, no gRPC and no NATS. Time and timers come from the platform, because a deadline has to fire by itself.
 //
-// Each turn of a sequence's life is one path:
-//   begin   `begin`; one that cannot begin ends at once
-//   cancel  `abort`, for its gateway, its deadline, a hand-over, or because its session is gone; the engine frees the
-//           sequence within a step and says so
-//   end     `#end`: what the engine finished, parked, aborted or failed, what was refused, and all when the group is lost
+// Each event in the life of a sequence has one path:
+//   begin   `begin`; a sequence that cannot begin ends at once
+//   cancel  `abort`, for its gateway, its deadline, a hand-over, or because its session has closed; the engine frees
+//           the sequence within a step and reports its end
+//   end     `#end`: sequences that the engine finished, parked, aborted or failed, rejected ones, and all sequences
+//           when the group is lost
 //
 // INVARIANT: a reader gets exactly one delta with `finish` for each sequence, and none after it, unless it left before.
 
@@ -28,9 +29,9 @@ import { deltaToWire, type SequenceOnWire } from './sequence-wire.ts';
 /** The engine as sequences use it. */
 export type SequenceEngine = Pick<EngineHost, 'submit' | 'abort' | 'addCredit'>;
 
-/** Where the deltas of some sequences go: a session. */
+/** The receiver of some sequences' deltas: a session. */
 export interface SequenceReader {
-  /** Takes a delta, which may wait for the next `flush`. */
+  /** Receives a delta, which may wait for the next `flush`. */
   deliver(step: number, delta: WireDelta): void;
   flush(): void;
 }
@@ -39,12 +40,12 @@ export interface SequenceReader {
 export interface LiveSequence extends SequenceOnWire {
   readonly id: number;
   readonly requestId: string;
-  /** Completion index of the first token that it gets here. */
+  /** Completion index of its first token in this group. */
   readonly firstIndex: number;
   /** Completion index of the next token. */
   nextIndex: number;
   readonly onTrial: boolean;
-  /** Undefined once it is gone, while the engine still holds the sequence. */
+  /** Undefined once its session has closed, while the engine still holds the sequence. */
   reader: SequenceReader | undefined;
   deadline: Timer | undefined;
 }
@@ -57,13 +58,13 @@ export class LiveSequences {
   readonly #group: Pick<Welcome, 'group' | 'identity'>;
   readonly #log: Log | undefined;
   readonly #byId = new Map<number, LiveSequence>();
-  /** Those that have a reader. */
+  /** The sequences that have a reader. */
   readonly #bySlot = new Map<SequenceReader, Map<number, LiveSequence>>();
   #nextId = 1;
   #refusing: ClusterError | undefined;
   #emptied = Promise.withResolvers<void>();
 
-  /** `log` gets what clients do not see: why a sequence failed by a fault of the engine or the model. */
+  /** `log` receives the causes that clients do not see: faults of the engine or the model. */
   constructor(engine: SequenceEngine, group: Pick<Welcome, 'group' | 'identity'>, log?: Log) {
     this.#engine = engine;
     this.#group = group;
@@ -75,7 +76,7 @@ export class LiveSequences {
     return this.#byId.size;
   }
 
-  /** What the engine still holds, for heartbeats. */
+  /** The sequences that the engine still holds, for heartbeats. */
   running(): RunningRequest[] {
     return Array.from(this.#byId.values(), ({ requestId, epoch, onTrial, firstIndex, nextIndex }) => ({
       requestId,
@@ -90,7 +91,7 @@ export class LiveSequences {
     return this.#bySlot.get(reader)?.get(slot);
   }
 
-  /** Begins a sequence; if it cannot begin, it ends at once. Throws `failed_precondition` if its slot is in use. */
+  /** Begins a sequence, or ends it at once if it cannot begin. Throws `failed_precondition` if its slot is in use. */
   begin(reader: SequenceReader, submit: Submit): void {
     const sequence = this.#add(reader, submit);
     try {
@@ -122,7 +123,7 @@ export class LiveSequences {
     this.#engine.abort(sequence.id);
   }
 
-  /** Aborts all sequences of a reader that is gone; their ends are not delivered. */
+  /** Aborts all sequences of a closed reader; their ends are not delivered. */
   leave(reader: SequenceReader): void {
     const left = this.#bySlot.get(reader);
     this.#bySlot.delete(reader);
@@ -133,14 +134,16 @@ export class LiveSequences {
     }
   }
 
-  /** Aborts every sequence; each end carries its last tokens and figures, and says that another group may continue. */
+  /**
+   * Aborts every sequence; each end carries its last tokens and figures, and a code that lets another group continue.
+   */
   handOver(): void {
     for (const sequence of this.#byId.values()) {
       this.abort(sequence, 'handOver');
     }
   }
 
-  /** From here on new sequences end with this error; running ones continue. */
+  /** From now on new sequences end with this error; running ones continue. */
   refuse(error: ClusterError): void {
     this.#refusing ??= error;
   }
@@ -153,7 +156,7 @@ export class LiveSequences {
     }
   }
 
-  /** Resolves when there is none, or rejects with the signal's reason. */
+  /** Resolves when no sequence is left, or rejects with the signal's reason. */
   async drained(signal: AbortSignal): Promise<void> {
     while (this.count > 0) {
       await beforeAbort(this.#emptied.promise, signal);
@@ -209,7 +212,7 @@ export class LiveSequences {
     return sequence;
   }
 
-  /** Throws why this group does not take the sequence. */
+  /** Throws the reason why this group rejects the sequence. */
   #assertTaken({ identity: bound }: Submit): void {
     if (this.#refusing !== undefined) {
       throw this.#refusing;

@@ -30,7 +30,7 @@ const completeSampling = SamplingParams.fromPartial({
 const welcome = { group: 'g', model: 'm', maxContextTokens: 100, draftTokens: 1, identity: 'i' };
 const counts = { completionTokens: 0, draftedTokens: 0, acceptedTokens: 0 };
 
-/** What the sessions asked of the engine, in order. */
+/** The calls of the sessions to the engine, in order. */
 class RecordingEngine {
   readonly submitted: SequenceRequest[] = [];
   readonly aborted: number[] = [];
@@ -113,7 +113,7 @@ describe('Sessions', () => {
     sessions.sequences.onFrame({ step: number, deltas, stats });
   }
 
-  it('logs why a sequence failed where its client is not shown it, and nothing of what a client got wrong', () => {
+  it('logs the cause of a failure that its client does not see, and no mistakes of clients', () => {
     const { peer, session } = open();
     session.receive(submitMessage(0));
     session.receive(submitMessage(1));
@@ -129,7 +129,7 @@ describe('Sessions', () => {
     ]);
   });
 
-  it('welcomes a gateway, and turns away one that asks for another model', () => {
+  it('welcomes a gateway, and rejects one that requests another model', () => {
     const { peer } = open();
     expect(peer.received).toEqual([{ $case: 'welcome', value: welcome }]);
     const stranger = new Peer();
@@ -180,7 +180,7 @@ describe('Sessions', () => {
     expect(peer.ended).toBeUndefined();
   });
 
-  it('tells an abort that the gateway asked for from the loss of the group', () => {
+  it('distinguishes an abort that the gateway requested from the loss of the group', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1));
     session.receive(submitMessage(2));
@@ -196,7 +196,7 @@ describe('Sessions', () => {
     ]);
   });
 
-  it('hands over what runs: with its last tokens, its figures, and a code that is no failure of the group', () => {
+  it('hands over running sequences with their last tokens, their figures, and a code other than group failure', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1));
     session.receive(submitMessage(2));
@@ -218,7 +218,7 @@ describe('Sessions', () => {
     expect(peer.ended).toBeUndefined();
   });
 
-  it('ignores aborts and credit for another epoch or for what has ended', () => {
+  it('ignores aborts and credit for another epoch or for an ended sequence', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { epoch: 3 }));
     session.receive({ message: { $case: 'abort', value: { slot: 1, epoch: 2 } } });
@@ -255,7 +255,7 @@ describe('Sessions', () => {
     expect(engine.aborted).toEqual([1]);
   });
 
-  it('frees every sequence of a session that goes away, and drops what the engine still sends', () => {
+  it('frees every sequence of a closed session, and drops their later deltas', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { timeLeftMs: 60_000 }));
     session.receive(submitMessage(2));
@@ -273,7 +273,7 @@ describe('Sessions', () => {
     expect(engine.submitted).toHaveLength(2);
   });
 
-  it('says what is in the engine until the engine has let go of it, also when its gateway is gone', () => {
+  it('reports a sequence until the engine has freed it, even after its gateway has left', () => {
     const { session } = open();
     session.receive(submitMessage(1, { resumedTokens: 2, onTrial: true }));
     session.receive(submitMessage(2));
@@ -292,7 +292,7 @@ describe('Sessions', () => {
     expect(sessions.sequences.running()).toEqual([]);
   });
 
-  it('refuses what is bound to another identity, for its gateway to try elsewhere', () => {
+  it('rejects a sequence bound to another identity, so that its gateway can try elsewhere', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { identity: 'i' }));
     session.receive(submitMessage(2, { identity: 'another' }));
@@ -304,7 +304,7 @@ describe('Sessions', () => {
     });
   });
 
-  it('merges what a full stream cannot take, without losing or repeating an index', () => {
+  it('merges deltas while the stream is full, without losing or repeating an index', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1));
     session.receive(submitMessage(2));
@@ -347,7 +347,7 @@ describe('Sessions', () => {
     ]);
   });
 
-  it('ends incomplete sampling and everything while refusing with an error delta, not with the session', () => {
+  it('rejects incomplete sampling, and all sequences while refusing, with an error delta and keeps the session', () => {
     const { peer, session } = open();
     session.receive(submitMessage(1, { sampling: SamplingParams.fromPartial({ temperature: 1 }) }));
     sessions.sequences.refuse(new ClusterError('unavailable', 'group g is draining'));
@@ -401,7 +401,7 @@ describe('Sessions', () => {
     expect([sessions.count, sessions.sequences.count]).toEqual([0, 0]);
   });
 
-  it('says nothing more of a group that failed, also of sequences whose gateway had left', async () => {
+  it('reports nothing more after the group failed, even of sequences whose gateway had left', async () => {
     const { peer, session } = open();
     const left = open();
     session.receive(submitMessage(1, { timeLeftMs: 60_000 }));
@@ -414,7 +414,7 @@ describe('Sessions', () => {
     await sessions.sequences.drained(AbortSignal.abort());
   });
 
-  it('drains: waits until the engine has let go of the last sequence, however it ends', async () => {
+  it('drains: waits until the engine has freed the last sequence, however it ends', async () => {
     const { session } = open();
     const { sequences } = sessions;
     await sequences.drained(AbortSignal.abort());

@@ -1,6 +1,6 @@
 // The gateways' sessions with this group: the messages of each stream -> the group's live sequences (sequences.ts), and
-// their deltas -> frames. Owns the order of messages and that a session's end aborts its sequences. Knows the stream by
-// two methods; no gRPC, no NATS.
+// their deltas -> frames. Owns the order of messages, and aborts the sequences of a session that ends. Uses two methods
+// of the stream; knows no gRPC and no NATS.
 //
 // Back-pressure: credit bounds what a sequence may have in flight. While a session's stream is full its deltas are
 // merged, one for each sequence, and go out as one frame when it drains: memory stays below the credit granted.
@@ -12,11 +12,11 @@ import type { SequenceDelta, SessionRequest, SessionResponse, Welcome } from '@m
 import { LiveSequences, type LiveSequence, type SequenceEngine, type SequenceReader } from './sequences.ts';
 import { mergeDelta } from './sequence-wire.ts';
 
-/** One session's way back to its gateway. */
+/** One session's stream to its gateway. */
 export interface SessionStream {
   /** False: the stream is full, and `drained` will be called on the session. */
   send(response: SessionResponse): boolean;
-  /** Ends the stream, with a status where there is an error. */
+  /** Ends the stream, with a status if there is an error. */
   end(error?: ClusterError): void;
 }
 
@@ -70,7 +70,7 @@ export class Sessions {
 export class Session implements SequenceReader {
   readonly #sessions: Sessions;
   readonly #stream: SessionStream;
-  /** Deltas that are not sent yet, at most one for each slot and epoch. */
+  /** Unsent deltas, at most one for each slot and epoch. */
   readonly #pending = new Map<string, SequenceDelta>();
   #pendingStep = 0;
   #greeted = false;
@@ -82,7 +82,9 @@ export class Session implements SequenceReader {
     this.#stream = stream;
   }
 
-  /** Takes one message. A message that breaks the protocol ends the session with a status and aborts its sequences. */
+  /**
+   * Handles one message. A message that breaks the protocol ends the session with a status and aborts its sequences.
+   */
   receive(request: SessionRequest): void {
     if (this.#over) {
       return;
@@ -94,7 +96,7 @@ export class Session implements SequenceReader {
     }
   }
 
-  /** The stream takes messages again: sends what was held back. */
+  /** The stream accepts messages again: sends the held-back deltas. */
   drained(): void {
     this.#full = false;
     this.flush();
@@ -117,7 +119,7 @@ export class Session implements SequenceReader {
     }
   }
 
-  /** Holds a delta for the next `flush`, merged with what waits already for its sequence. */
+  /** Holds a delta for the next `flush`, merged with its sequence's waiting delta. */
   deliver(step: number, delta: SequenceDelta): void {
     this.#pendingStep = Math.max(this.#pendingStep, step);
     const key = `${delta.slot}/${delta.epoch}`;
@@ -129,7 +131,7 @@ export class Session implements SequenceReader {
     }
   }
 
-  /** Sends what waits as one frame, unless the stream is full. */
+  /** Sends the waiting deltas as one frame, unless the stream is full. */
   flush(): void {
     if (this.#full || this.#over || this.#pending.size === 0) {
       return;
@@ -174,7 +176,7 @@ export class Session implements SequenceReader {
     }
   }
 
-  /** A message about a sequence that has ended crossed its end on the way: there is nothing to do. */
+  /** A message about an ended sequence was sent before its end arrived: ignore it. */
   #withSequence(
     target: { readonly slot: number; readonly epoch: number },
     act: (sequence: LiveSequence) => void,

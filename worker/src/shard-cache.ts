@@ -1,5 +1,5 @@
-// From a rank's configuration to the shard that it loads and the engine's options. Owns where compiled shards lie in
-// the cache; the compiling, once for all ranks of a machine, is compiler/compile.ts's.
+// From a rank's configuration to the shard that it loads and the engine's options. Owns the place of compiled shards in
+// the cache; compiler/compile.ts compiles them once for all ranks of a machine.
 
 import { createHash } from 'node:crypto';
 import { realpath } from 'node:fs/promises';
@@ -16,7 +16,7 @@ const logProgressMs = 5_000;
 /** Of a checkpoint's name; a file's name has at most 255 bytes, and a character up to four. */
 const readableCharacters = 48;
 
-/** Which compiled shards are meant. */
+/** Identifies compiled shards. */
 export interface ShardSet {
   readonly cacheDirectory: string;
   readonly checkpointDirectory: string;
@@ -25,8 +25,8 @@ export interface ShardSet {
 }
 
 /**
- * Where a checkpoint's shards lie in the cache: a readable name, made unique by the checkpoint's path. What is in it is
- * checked against the checkpoint's content by `compile`.
+ * The cache directory of a checkpoint's shards: a readable name, made unique by the checkpoint's path. `compile` checks
+ * its contents against the checkpoint.
  */
 export async function shardDirectoryIn(set: ShardSet): Promise<string> {
   const path = await realpath(set.checkpointDirectory);
@@ -38,7 +38,7 @@ export async function shardDirectoryIn(set: ShardSet): Promise<string> {
   );
 }
 
-/** Gives this rank's shard directory, compiling the checkpoint into the cache where that has not been done yet. */
+/** Returns this rank's shard directory, and compiles the checkpoint into the cache if necessary. */
 export async function prepareShard(config: WorkerConfig, log: Log, signal: AbortSignal): Promise<string> {
   if (config.shardDirectory !== '') {
     return join(config.shardDirectory, `rank-${config.rank}`);

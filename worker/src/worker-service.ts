@@ -1,5 +1,5 @@
-// The gRPC face of a leader: WorkerService's handlers over `Sessions` and the engine. Owns how a grpc-js stream
-// becomes a session; knows no queue and no tokens.
+// The gRPC interface of a leader: WorkerService's handlers over `Sessions` and the engine. Owns the mapping of a
+// grpc-js stream to a session; knows no queue and no tokens.
 
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 
@@ -20,7 +20,7 @@ import type { Sessions } from './sessions.ts';
 
 export interface WorkerServiceParts {
   readonly sessions: Sessions;
-  /** Stops taking sequences; resolves, with how many ended meanwhile, when the last has ended. */
+  /** Stops accepting sequences; resolves with the number that ended meanwhile when the last has ended. */
   readonly drain: (signal: AbortSignal) => Promise<number>;
   readonly stats: () => StatsResponse;
 }
@@ -52,8 +52,7 @@ function serveSession(sessions: Sessions, call: ServerDuplexStream<SessionReques
   });
   call.on('data', (request: SessionRequest) => session.receive(request));
   call.on('drain', () => session.drained());
-  // A gateway that half-closes has no more to say and waits for nothing: its sequences are aborted like those of one
-  // that vanished.
+  // A gateway that half-closes sends and expects nothing more: its sequences are aborted as if it had disconnected.
   call.on('end', () => session.end());
   call.on('cancelled', () => session.close());
   call.on('error', () => session.close());

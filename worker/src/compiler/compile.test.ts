@@ -177,7 +177,7 @@ describe('compile', { timeout: timeoutMs }, () => {
     expect(readFileSync(files[0] ?? '').equals(stored)).toBe(true);
   });
 
-  it('records the location of every weight in the manifest, for runtimes that read weights without the graphs', async () => {
+  it('records the location of every weight in the manifest, for runtimes that do not use the graphs', async () => {
     const { rankDirectories } = await compile(options({ precision: 'bf16', tensorParallel: 1 }), signal);
     const [rank = ''] = rankDirectories;
     const { segments } = await readShardManifest(rank);

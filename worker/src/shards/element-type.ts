@@ -14,7 +14,7 @@ export const elementBytes: Readonly<Record<ElementType, number>> = {
   int64: 8,
 };
 
-/** float32 to the bits of a half, rounded to nearest, ties to even. Beyond float16's 65504 becomes an infinity. */
+/** float32 to the bits of a half, rounded to nearest, ties to even. Values beyond float16's 65504 become infinities. */
 export function encodeHalves(values: Float32Array, type: 'float16' | 'bfloat16'): Uint16Array<ArrayBuffer> {
   if (type === 'float16') {
     return new Uint16Array(Float16Array.from(values).buffer);

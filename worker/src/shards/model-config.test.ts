@@ -76,7 +76,7 @@ describe('parseModelConfig', () => {
     });
   });
 
-  it('gathers the ids that end a completion from all three files', () => {
+  it('collects the ids that end a completion from all three files', () => {
     const parsed = parseModelConfig({
       config: realConfig,
       generationConfig: { eos_token_id: [151_645, 7] },
@@ -90,7 +90,7 @@ describe('parseModelConfig', () => {
     expect(parsed.eosTokenIds).toEqual([7, 151_643, 151_645]);
   });
 
-  it('takes "no scaling" in either spelling', () => {
+  it('accepts "no scaling" in either spelling', () => {
     for (const scaling of [null, { rope_type: 'default' }, { type: 'default' }]) {
       expect(parseModelConfig({ config: { ...realConfig, rope_scaling: scaling } })).toEqual(mimo7b);
     }
@@ -110,14 +110,14 @@ describe('parseModelConfig', () => {
     [{ rope_theta: null, vocab_size: null }, /vocab_size: must be an integer .* is missing/],
     [{ eos_token_id: 151_680 }, /eos_token_id: must be a token id from 0 to 151679, is 151680/],
     [{ bos_token_id: 'x' }, /bos_token_id: must be a token id .* is "x"/],
-  ])('refuses %j', (change, message) => {
+  ])('rejects %j', (change, message) => {
     const config = { ...realConfig, ...change };
     expect(() => parseModelConfig({ config })).toThrow(
       expect.objectContaining({ code: 'invalid_argument', message: expect.stringMatching(message) }),
     );
   });
 
-  it.each([null, 7, 'config', []])('refuses %j, which is no object', (config) => {
+  it.each([null, 7, 'config', []])('rejects %j, which is not an object', (config) => {
     expect(() => parseModelConfig({ config })).toThrow(expect.objectContaining({ code: 'invalid_argument' }));
   });
 

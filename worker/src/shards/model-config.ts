@@ -1,5 +1,5 @@
-// A checkpoint's architecture: from config.json and its companions to a complete, checked ModelConfig. Owns what the
-// engine can run and how odd real configs may be; knows no files (see checkpoint.ts) and no tensors.
+// A checkpoint's architecture: from config.json and its companions to a complete, checked ModelConfig. Owns the set of
+// supported configs and the tolerated oddities of real ones; knows no files (see checkpoint.ts) and no tensors.
 // Source: Qwen2's configuration plus `num_nextn_predict_layers`. Deliberate leniency: `tokenizer_class` may be a list,
 // `attention_bias` is ignored (q, k, v always have a bias and o never), unknown fields are ignored.
 
@@ -38,8 +38,8 @@ const headDimMultiple = 16;
 type Fields = Readonly<Record<string, unknown>>;
 
 /**
- * Reads a MiMo (or Qwen2) config. Throws `invalid_argument` that lists every problem with its field, limit and value:
- * what is missing, out of range, or asks for what is not run (rope_scaling, sliding windows, other activations).
+ * Reads a MiMo (or Qwen2) config. Throws `invalid_argument` listing every problem with its field, limit and value:
+ * missing fields, values out of range, and unsupported features (rope_scaling, sliding windows, other activations).
  */
 export function parseModelConfig(sources: ConfigSources): ModelConfig {
   const problems: string[] = [];
@@ -119,7 +119,7 @@ interface NumberRule {
   readonly min: number;
   readonly max: number;
   readonly integer?: boolean;
-  /** Used where the field is absent; without one the field is required. */
+  /** Used if the field is absent; without a default the field is required. */
   readonly fallback?: number | undefined;
 }
 

@@ -46,7 +46,7 @@ describe('planShards', () => {
     }
   });
 
-  it('covers every matrix once, in rank order', () => {
+  it('covers every matrix exactly once, in rank order', () => {
     fc.assert(
       fc.property(modelAndRanks, ({ config, tensorParallel }) => {
         const plans = planShards(config, tensorParallel, 'fp32');
@@ -123,14 +123,14 @@ describe('planShards', () => {
       'int8',
       /int8 needs query heads of a rank x head_dim \(1 x 16\) .* is 16/,
     ],
-  ] as const)('refuses %j on %i ranks in %s', (change, tensorParallel, precision, message) => {
+  ] as const)('rejects %j on %i ranks in %s', (change, tensorParallel, precision, message) => {
     const plan = (): unknown => planShards({ ...mimo7b, ...change }, tensorParallel, precision);
     expect(plan).toThrow(
       expect.objectContaining({ code: 'failed_precondition', message: expect.stringMatching(message) }),
     );
   });
 
-  it.each([0, -1, 1.5, Number.NaN])('refuses tensorParallel %d', (tensorParallel) => {
+  it.each([0, -1, 1.5, Number.NaN])('rejects tensorParallel %d', (tensorParallel) => {
     expect(() => planShards(mimo7b, tensorParallel, 'fp32')).toThrow(
       expect.objectContaining({ code: 'invalid_argument' }),
     );

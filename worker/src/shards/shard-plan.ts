@@ -1,4 +1,4 @@
-// Which part of every matrix each rank owns. Pure: the same arguments always give the same plan.
+// Assigns a part of every matrix to each rank. Pure: the same arguments always give the same plan.
 //
 // Attention: each rank takes kvHeads / T whole KV heads and exactly the query heads that read them.
 // Feed-forward: intermediateSize is dealt out in whole quantisation blocks, as evenly as they go.
@@ -40,7 +40,7 @@ export interface RankPlan {
 
 /**
  * The plan of every rank, in rank order. Throws `invalid_argument` for a tensorParallel below 1, and
- * `failed_precondition`, naming every limit and value, where the ranks cannot divide the model: KV heads must divide
+ * `failed_precondition`, naming every limit and value, if the ranks cannot divide the model: KV heads must divide
  * by tensorParallel, there must be a block of the feed-forward and a row of the vocabulary for each, and int8 and int4
  * need the input dimensions of all slices in whole blocks of 32.
  */

@@ -1,5 +1,5 @@
-// What `compile` writes and the runtime reads: one directory per rank with ONNX graphs, one weights file that they
-// point into, and this manifest. Owns the names of segments and of their inputs and outputs, and reading the manifest;
+// The output of `compile` and input of the runtime: one directory per rank with ONNX graphs, the weights file that they
+// refer to, and this manifest. Owns the names of segments and of their inputs and outputs, and reading the manifest;
 // knows no session.
 //
 // Every weight lives in exactly one segment. `rows` is dynamic everywhere: the rows of one step, all sequences
@@ -35,7 +35,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 import type { ModelConfig } from './model-config.ts';
 import type { TargetProfile } from './target-profile.ts';
 
-/** Positions of a page. The fastest kernel wants its tile of positions within one page. */
+/** Positions of a page. The fastest kernel needs its tile of positions within one page. */
 export const pageTokens = 256;
 
 /** Segment file names by segment name, e.g. `layer.0.qkv` -> `layer.0.qkv.onnx`. */
@@ -44,7 +44,7 @@ export interface SegmentEntry {
   readonly file: string;
   readonly inputs: readonly string[];
   readonly outputs: readonly string[];
-  /** Where each of its weights lies, by its name in the graph. */
+  /** The position of each of its weights, by its name in the graph. */
   readonly weights: Readonly<Record<string, WeightSlice>>;
 }
 
@@ -67,7 +67,7 @@ export interface ShardManifest {
   /** First vocabulary row of this rank's part of the head, and how many. The parts of all ranks cover vocabSize. */
   readonly vocabStart: number;
   readonly vocabRows: number;
-  /** RoPE tables inside `attention` cover this many positions. */
+  /** Positions that the RoPE tables in `attention` cover. */
   readonly maxPositions: number;
   /** Which hidden state feeds the MTP layer: before the backbone's final norm (Xiaomi's own code) or after it. */
   readonly mtpHidden: 'pre-norm' | 'post-norm';
@@ -83,7 +83,7 @@ export const shardFormatVersion = 5;
 export const manifestFile = 'shard.json';
 
 /**
- * Reads a rank's manifest and checks that its segments and weight files are there in full. Throws `not_found` without
+ * Reads a rank's manifest and checks that its segments and weight files are complete. Throws `not_found` without
  * a manifest, `failed_precondition` for another format version and `data_loss` if a file is missing or short.
  */
 export async function readShardManifest(directory: string): Promise<ShardManifest> {

@@ -19,15 +19,15 @@ export interface TargetProfile {
   readonly weights: Precision;
   /** The type of activations, keys and values: of every float input and output of a segment, the logits aside. */
   readonly activations: FloatType;
-  /** Those that the shard has; a runtime computes the one that it has a kernel for. */
+  /** The attention segments of the shard; a runtime uses the one that it has a kernel for. */
   readonly attention: readonly AttentionSegment[];
-  /** `best`: the shard also has the segment that looks for the best token where the logits are. */
+  /** `best`: the shard also has the segment that finds the best token in the memory of the logits. */
   readonly head: 'logits' | 'best';
 }
 
 const forProcessors = { activations: 'float', attention: ['attention'], head: 'logits' } as const;
 
-/** What runs at each precision. Only GPUs have kernels of bfloat16 and of pages. */
+/** The profile of each precision. Only GPUs have kernels for bfloat16 and pages. */
 const profiles: Readonly<Record<Precision, Omit<TargetProfile, 'weights'>>> = {
   fp32: forProcessors,
   int8: forProcessors,
