@@ -16,10 +16,10 @@ import type { GatewayConfig } from './config.ts';
  * that on disk, 5 % and at most 10 %.
  */
 const catalogShare = 1 / 8;
-/** Two versions of a model of MiMo's size, the one that goes and the one that comes. */
+/** Two versions of a model of MiMo's size: the one being replaced and its replacement. */
 const minCatalogBytes = 32 * 2 ** 20;
 
-/** Opens the bus, which connects by itself, also later. The lifecycle closes it. */
+/** Opens the bus, which connects in the background and reconnects. The lifecycle closes it. */
 export function openBus({ config, log, lifecycle }: ProcessParts<GatewayConfig>, gatewayId: string): Bus {
   if (config.natsUrls.length === 0) {
     log.warn(
@@ -40,8 +40,8 @@ export function openBus({ config, log, lifecycle }: ProcessParts<GatewayConfig>,
 }
 
 /**
- * Opens the catalogue, which lies beside the queue: undefined where the bus is in memory. It has a link of its own:
- * files of models may be on their way for seconds, and the queue counts as broken when its trials take two.
+ * Opens the catalogue beside the queue; undefined if the bus is in memory. It has a separate connection: a transfer of
+ * model files may take seconds, and the queue counts as broken when its probes take two.
  */
 export function openCatalog(
   { config, log, lifecycle }: ProcessParts<GatewayConfig>,

@@ -1,5 +1,5 @@
-// The image's other command, `helm test` runs it: asks a gateway, as a client would, whether it serves and what. Its
-// input is its arguments and $MIMO_API_KEY; its output one line, and exit code 0 if the answer is as expected.
+// The image's other command, run by `helm test`: checks as a client that a gateway serves, and lists its models. Reads
+// its arguments and $MIMO_API_KEY; prints one line, and exits with 0 if the answer is as expected.
 
 import { parseArgs } from 'node:util';
 

@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { ClientWindow } from './client-window.ts';
 
 describe('ClientWindow', () => {
-  it('begins small, and grows with each token that the client takes, up to a limit', () => {
+  it('begins small, and grows with each token that the client reads, up to a limit', () => {
     const window = new ClientWindow();
     expect(window.openTokens).toBe(16);
     window.add(16);
@@ -16,7 +16,7 @@ describe('ClientWindow', () => {
     expect(window.openTokens).toBe(256);
   });
 
-  it('is behind from more than half of the window on, and until that is read', () => {
+  it('is behind while more than half of the window is unread', () => {
     const window = new ClientWindow();
     window.add(8);
     expect(window.isBehind).toBe(false);
@@ -26,7 +26,7 @@ describe('ClientWindow', () => {
     expect(window.isBehind).toBe(false);
   });
 
-  it('never lets a group send more than the window, and grants in portions that do not stop a reading client', () => {
+  it('never grants more than the window, and grants in portions that do not stop a reading client', () => {
     const steps = fc.array(fc.record({ sent: fc.nat(64), taken: fc.nat(64) }), { maxLength: 200 });
     fc.assert(
       fc.property(steps, (all) => {

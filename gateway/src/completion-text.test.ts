@@ -8,7 +8,7 @@ import { CompletionText, type CompletionTextOptions } from './completion-text.ts
 
 const tokenizer = await loadTokenizer(join(import.meta.dirname, '../../models/mimo-demo'));
 
-/** Feeds a text's tokens, `step` at a time, and joins what comes out. */
+/** Feeds a text's tokens, `step` at a time, and joins the results. */
 function relayed(
   text: string,
   options: Partial<CompletionTextOptions> = {},
@@ -41,7 +41,7 @@ function relayed(
 }
 
 describe('CompletionText', () => {
-  it('gives the same text however the tokens are grouped', () => {
+  it('returns the same text for any grouping of the tokens', () => {
     fc.assert(
       fc.property(fc.string({ unit: 'grapheme' }), fc.integer({ min: 1, max: 5 }), (text, step) => {
         // The tokenizer reads its text in composed form.
@@ -59,14 +59,14 @@ describe('CompletionText', () => {
     expect(relayed(text, { stop: ['132'] }, 4)).toEqual(cut);
   });
 
-  it('looks for no stop text before min_tokens', () => {
+  it('does not match stop texts before min_tokens', () => {
     const text = 'no no no yes no';
     const tokens = tokenizer.encode('no no no').length;
     const cut = relayed(text, { stop: ['no'], minTokens: tokens });
     expect(cut).toMatchObject({ text: 'no no no yes ', stop: 'no' });
   });
 
-  it('tells the thinking from the answer, and leaves both alone where it is not asked to', () => {
+  it('splits the thinking from the answer, and only if requested', () => {
     const text = '<think>\n1 + 1\n</think>\nTwo.';
     expect(relayed(text, { reasoning: { begun: '' } })).toMatchObject({ reasoning: '1 + 1', text: 'Two.' });
     expect(relayed(text)).toMatchObject({ reasoning: '', text });
@@ -80,7 +80,7 @@ describe('CompletionText', () => {
     const text = '<think>\nNo = sign.\n</think>\n\nYes = no = end.';
     const reasoning = { begun: '' };
 
-    it.each([1, 3, 50])('looks for stop texts in the answer only, %i tokens at a time', (step) => {
+    it.each([1, 3, 50])('matches stop texts in the answer only, %i tokens at a time', (step) => {
       const thinking = { reasoning: 'No = sign.', stop: '=' };
       expect(relayed(text, { reasoning, stop: ['='] }, step)).toMatchObject({ ...thinking, text: 'Yes ' });
       expect(relayed(text, { reasoning, stop: ['\n'] }, step)).toMatchObject({
@@ -92,7 +92,7 @@ describe('CompletionText', () => {
       expect(relayed(text, { reasoning, stop: ['.Yes', 'think'] }, step).stop).toBeUndefined();
     });
 
-    it('looks for them everywhere where that is asked for', () => {
+    it('matches stop texts in the thinking too if requested', () => {
       const everywhere = { reasoning, stopInReasoning: true };
       expect(relayed(text, { ...everywhere, stop: ['='] })).toMatchObject({
         reasoning: 'No ',
@@ -106,11 +106,11 @@ describe('CompletionText', () => {
       });
     });
 
-    it('looks for them in all of a text without thinking', () => {
+    it('matches stop texts anywhere in a text without thinking', () => {
       expect(relayed(text, { stop: ['='] })).toMatchObject({ text: '<think>\nNo ', stop: '=' });
     });
 
-    it('goes on from what the prompt holds', () => {
+    it('continues from the tags in the prompt', () => {
       const rest = 'b = c</think>d = e';
       expect(relayed(rest, { reasoning: { begun: '<think>\n' }, stop: ['='] })).toMatchObject({
         reasoning: 'b = c',
@@ -124,7 +124,7 @@ describe('CompletionText', () => {
     });
   });
 
-  it('knows the stop text that is written for a special token', () => {
+  it('returns the stop text that names a special token', () => {
     const completion = new CompletionText({
       tokenTable: tokenizer,
       stop: ['<|endoftext|>', 'x'],
@@ -136,11 +136,11 @@ describe('CompletionText', () => {
     expect(completion.stopTextOf(tokenizer.specialTokens.get('<|im_end|>') ?? -1)).toBeUndefined();
   });
 
-  it('shows no special tokens', () => {
+  it('omits special tokens from the text', () => {
     expect(relayed('a<|im_end|>b').text).toBe('ab');
   });
 
-  it('releases at the end what only looked like the beginning of a stop text', () => {
+  it('releases held-back text at the end if it only began like a stop text', () => {
     expect(relayed('go on an', { stop: ['and'] })).toMatchObject({ text: 'go on an', stop: undefined });
   });
 });

@@ -25,7 +25,7 @@ export interface CompletionTextOptions {
   readonly reasoning: { readonly begun: string } | undefined;
 }
 
-/** The text of one completion. Fed once with each token, in order, then ended. */
+/** The text of one completion. Push each token once, in order, then call `end`. */
 export class CompletionText {
   readonly #decoder: StreamDecoder;
   readonly #stops: StopStringMatcher;
@@ -49,7 +49,7 @@ export class CompletionText {
     this.#minTokens = minTokens;
   }
 
-  /** Takes the next tokens. After a stop text nothing more may be given. */
+  /** Decodes the next tokens. Not to be called again after a stop text. */
   push(tokenIds: readonly number[]): TextDelta {
     let text = '';
     let reasoning = '';

@@ -24,7 +24,7 @@ import type { OpenRequest, Requests } from './requests.ts';
 import type { ServedModels } from './served-models.ts';
 import { chooseVersion } from './version-choice.ts';
 
-/** What completions work with. `stopping` fires when new requests are to be refused. */
+/** The dependencies of completions. `stopping` fires when new requests must be refused. */
 export interface CompletionsParts {
   readonly gatewayId: string;
   readonly models: ServedModels;
@@ -38,7 +38,7 @@ export interface CompletionsParts {
   readonly stopping: AbortSignal;
 }
 
-/** What a client asks for, in whatever protocol. Nothing of it is checked yet. */
+/** A client's request, in any protocol. Not checked yet. */
 export interface CompletionRequest {
   readonly model: string;
   readonly input: PromptInput;
@@ -64,13 +64,13 @@ export interface Completion {
   deliver(write: (event: RelayEvent) => Promise<void>): Promise<void>;
 }
 
-/** The length of a prompt, and of what it may be at most. */
+/** The length of a prompt, and its limit. */
 export interface TokenCount {
   readonly promptTokens: number;
   readonly maxContextTokens: number;
 }
 
-/** The use cases. Nothing to close: every request is in the requests' table. */
+/** The use cases. Nothing to close: the table in requests.ts holds every request. */
 export class Completions {
   readonly #parts: CompletionsParts;
 
@@ -110,7 +110,7 @@ export class Completions {
     return this.#parts.requests.cancel({ requestId, tenant });
   }
 
-  /** Counts the tokens of a prompt. Fails if it is not sound; how long it is does not matter. */
+  /** Counts the tokens of a prompt of any length. Fails if the prompt is invalid. */
   async countTokens(
     { model: name, input }: Pick<CompletionRequest, 'model' | 'input'>,
     { caller, signal }: Pick<CompletionCall, 'caller' | 'signal'>,
@@ -135,7 +135,7 @@ export class Completions {
       });
   }
 
-  /** Apart from the delivery, so that what the request was made from is not held while it waits. */
+  /** Separate from the delivery, so that the client's message is not kept in memory while the request waits. */
   async #accept(
     { model: name, input, sampling }: CompletionRequest,
     { caller, signal, deadlineMs }: CompletionCall,
@@ -230,7 +230,7 @@ export class Completions {
     return { model: version, identity, facts: factsOf(version, alive) };
   }
 
-  /** The error for a name that is not served: try again where the model is on its way, else what there is. */
+  /** The error for a name that is not served: retry later if the model is loading, else a list of the served models. */
   #unserved(caller: Caller, name: string): ClusterError {
     const { models } = this.#parts;
     const shown = JSON.stringify(name.slice(0, 200));
@@ -250,7 +250,7 @@ export class Completions {
   }
 }
 
-/** Fails the request when the signal fires; what is returned ends that. */
+/** Fails the request when the signal fires. Call the result to stop listening. */
 function failOnAbort(relay: Relay, signal: AbortSignal): () => void {
   const fail = (): void => relay.fail(ClusterError.from(signal.reason));
   signal.addEventListener('abort', fail, { once: true });

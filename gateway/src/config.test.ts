@@ -5,7 +5,7 @@ import { parseGatewayConfig } from './config.ts';
 const enough = { MIMO_GATEWAY_MODELS: 'mimo=/models/mimo', MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' };
 
 describe('parseGatewayConfig', () => {
-  it('takes models and a queue, and fills in the rest', () => {
+  it('accepts models and a queue, and fills in every default', () => {
     expect(parseGatewayConfig(enough)).toMatchObject({
       listenAddress: '0.0.0.0:50051',
       models: new Map([['mimo', '/models/mimo']]),
@@ -16,7 +16,7 @@ describe('parseGatewayConfig', () => {
     });
   });
 
-  it('needs no models where a catalogue brings them', () => {
+  it('needs no models when the queue has a catalogue', () => {
     expect(parseGatewayConfig({ MIMO_GATEWAY_NATS: 'nats://127.0.0.1:4222' }).models.size).toBe(0);
   });
 

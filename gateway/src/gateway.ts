@@ -51,25 +51,25 @@ export interface Gateway {
 const processName = '';
 const serviceName = 'mimo.inference.v1.InferenceService';
 const readinessMs = 250;
-/** A queue that is there answers much sooner; one that is not should not keep the gateway from saying so. */
+/** A reachable queue answers much sooner; without one, the gateway should start and report that it is not ready. */
 const openQueueMs = 5_000;
 /**
- * Time to fetch and read the catalogue's models: a gateway that is ready without them would reject models that others
- * serve.
+ * Time to fetch and read the catalogue's models: a gateway that became ready without them would reject requests for
+ * models that other gateways serve.
  */
 const catchUpMs = 30_000;
-/** A call takes no longer from a client's hand to here; a tenth of it on most networks. */
+/** A call takes at most this long from its client to here; on most networks a tenth of it. */
 const onTheirWayMs = 250;
-/** For the last statuses to reach their clients. */
+/** Time for the last statuses to reach their clients. */
 const closeGraceMs = 1_000;
 
-/** What the steps of starting share. */
+/** Shared by the steps of starting. */
 interface Parts extends ProcessParts<GatewayConfig> {
   readonly gatewayId: string;
   readonly metrics: GatewayMetrics;
 }
 
-/** Serves requests, for every door. */
+/** The parts that serve requests, for every door. */
 interface Serving {
   readonly groups: Groups;
   /** The groups of a model that take requests. */
@@ -77,7 +77,7 @@ interface Serving {
   readonly sessions: Sessions;
   readonly requests: Requests;
   readonly models: ServedModels;
-  /** What the dispatchers published last, by model. */
+  /** The state that each dispatcher published last, by model. */
   readonly states: ReadonlyMap<string, ReceivedState>;
 }
 
@@ -85,8 +85,9 @@ interface Serving {
  * Starts a gateway; resolves when it serves, with or without its queue. Fails with `failed_precondition` for an
  * unusable directory, `invalid_argument` for an invalid keys file, `unavailable` if an address is in use.
  *
- * When it drains it leaves dispatching to other gateways, asks the clients to make their next calls elsewhere, then
- * takes no more requests and waits for the running ones. Closing ends running requests with `unavailable`.
+ * When it drains it hands dispatching over to other gateways, sends clients a GOAWAY so that they make their next calls
+ * elsewhere, then rejects new requests and waits for the running ones. Closing ends running requests with
+ * `unavailable`.
  */
 export async function startGateway(started: ProcessParts<GatewayConfig>): Promise<Gateway> {
   const { config, log, lifecycle } = started;
@@ -142,7 +143,7 @@ async function openMetrics({ config, lifecycle }: ProcessParts<GatewayConfig>): 
   return lifecycle.opened('metrics', await startMetrics({ process: 'gateway', listenAddress }));
 }
 
-/** Without a keys file every caller is the tenant anonymous. */
+/** Without a keys file every caller is the tenant `anonymous`. */
 async function openKeys({ config, log }: Parts): Promise<KeysFile> {
   if (config.keysFile === '') {
     log.warn('no keys file: every caller is accepted as tenant anonymous');
@@ -162,7 +163,7 @@ async function openModelsDirectory({ config, lifecycle }: Parts): Promise<string
   return directory;
 }
 
-/** Background work. It ends with its signal or with the queue, so it is awaited after that is closed. */
+/** Background work. It ends when its signal fires or the queue is closed, so it is awaited after the queue's close. */
 class Loops {
   readonly #running: Promise<unknown>[] = [];
 
@@ -206,7 +207,7 @@ async function openServing(parts: Parts, bus: Bus, loops: Loops): Promise<Servin
   return { groups, openGroups, sessions, requests, models, states };
 }
 
-/** The door, and the two questions that dispatchers ask of the gateway that owns a request. */
+/** Serves the door, and the two calls that dispatchers make to the gateway that owns a request. */
 async function openServer(
   { config, lifecycle, gatewayId, metrics }: Parts,
   { signals }: Bus,
@@ -235,7 +236,7 @@ async function openServer(
   return server;
 }
 
-/** Heartbeats, from the queue; without a NATS server the gateway asks the groups for them. */
+/** Follows the groups' heartbeats on the bus; without a NATS server the gateway polls the groups for them. */
 async function followGroups(
   { config, lifecycle }: Parts,
   { heartbeats }: Bus,
@@ -253,7 +254,7 @@ async function followGroups(
   ]);
 }
 
-/** Waits for the queue and for the catalogue's models, but not for long: the gateway answers without them too. */
+/** Waits for the queue and the catalogue's models, up to a limit: the gateway starts without them too. */
 async function waitForBus({ log }: Parts, bus: Bus, models: ServedModels | undefined): Promise<void> {
   const isOpen = await bus.opened(AbortSignal.timeout(openQueueMs)).then(
     () => true,
@@ -275,7 +276,7 @@ async function waitForBus({ log }: Parts, bus: Bus, models: ServedModels | undef
 async function followReadiness({ health }: GrpcServer, { records }: Bus, signal: AbortSignal): Promise<void> {
   let ready: boolean | undefined;
   while (!signal.aborted) {
-    // A full queue refuses requests with a delay to try again after, which is an answer.
+    // A full queue still answers: it rejects requests with a retry delay.
     const now = records.fault === undefined || records.fault.reason === 'full';
     if (now !== ready) {
       ready = now;
@@ -285,7 +286,7 @@ async function followReadiness({ health }: GrpcServer, { records }: Bus, signal:
   }
 }
 
-/** Ends what still runs, and waits a moment for its clients to take their statuses. */
+/** Ends the running requests, and waits a moment for their clients to receive the statuses. */
 async function endRequests(stopping: AbortController, requests: Requests): Promise<void> {
   stopping.abort();
   requests.failAll(
@@ -294,7 +295,7 @@ async function endRequests(stopping: AbortController, requests: Requests): Promi
   await requests.settled(AbortSignal.timeout(closeGraceMs));
 }
 
-/** Takes no more requests, and waits for the running ones until the signal fires. */
+/** Rejects new requests, and waits for the running ones until the signal fires. */
 async function drain(
   {
     server,
@@ -311,7 +312,7 @@ async function drain(
     server.health.set(name, false);
   }
   server.goAway();
-  // A call that was on its way when its connection was asked to go is still taken.
+  // Calls already on their way when their connection got the GOAWAY are still accepted.
   await pause(onTheirWayMs, signal);
   stopping.abort();
   await requests.settled(signal);

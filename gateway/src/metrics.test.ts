@@ -24,7 +24,7 @@ function stateOf(model: string, ageMs: number): ReceivedState {
   return { state, receivedMs: performance.now() - ageMs };
 }
 
-it('shows the queues of models whose dispatcher is heard of, and nothing for the others', async () => {
+it('shows the queues of models whose dispatcher publishes, and no value for the others', async () => {
   const metrics = await startMetrics({ process: 'gateway', listenAddress: '127.0.0.1:0' });
   try {
     observeQueues(metrics, () => [stateOf('heard', 0), stateOf('silent', queueStateFreshMs + 1)]);

@@ -6,7 +6,7 @@ import type { Bus } from '@mimo/core/bus/bus';
 import { queueStateFreshMs, type QueueState } from '@mimo/core/bus/signals';
 import type { GateCounts } from '@mimo/core/grpc/gate';
 
-/** What the gateway measures. */
+/** The gateway's metrics. */
 export interface GatewayMetrics {
   /** From the whole request to its first token written to the client. */
   readonly timeToFirstToken: (durationMs: number, labels: { readonly model: string }) => void;
@@ -76,19 +76,19 @@ export function createGatewayMetrics(metrics: Metrics): GatewayMetrics {
   };
 }
 
-/** A dispatcher's state, and when it arrived, by performance.now(). */
+/** A dispatcher's state and its time of arrival, by performance.now(). */
 export interface ReceivedState {
   readonly state: QueueState;
   readonly receivedMs: number;
 }
 
-/** What the gauges read when the page is read. */
+/** The sources of the gauges, read at each scrape. */
 export interface GatewaySources {
   readonly records: Pick<Bus['records'], 'fault'>;
   readonly requests: { counts(): { readonly requests: number } };
   readonly models: { all(): readonly unknown[]; readonly pending: readonly unknown[] };
   readonly gateCounts: () => GateCounts | undefined;
-  /** What the dispatchers published last, by model. */
+  /** The state that each dispatcher published last, by model. */
   readonly states: ReadonlyMap<string, ReceivedState>;
 }
 
@@ -125,7 +125,7 @@ export function observeGateway(metrics: Metrics, sources: GatewaySources): void 
 }
 
 /**
- * Shows what the dispatchers publish about their queues; every gateway shows the same. A model whose dispatcher has
+ * Shows the queue states that the dispatchers publish; every gateway shows the same. A model whose dispatcher has
  * been silent for `queueStateFreshMs` has no value: unknown is not zero.
  */
 export function observeQueues(metrics: Metrics, states: () => Iterable<ReceivedState>): void {

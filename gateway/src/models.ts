@@ -1,5 +1,5 @@
 // One model as the gateway knows it. Owns reading a checkpoint's tokenizer and the few figures of config.json that
-// admission needs; the weights are the workers' business. What only a running group knows comes from its heartbeat.
+// admission needs. The workers load the weights. Facts that only a running group knows come from its heartbeat.
 
 import { readFile, stat } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -19,7 +19,7 @@ import {
 } from './prompts/prompt-encoder.ts';
 import type { ModelVersion } from './version-choice.ts';
 
-/** A model that prompts can be read for. Close its encoder. */
+/** A loaded model, whose prompts can be read. Close its encoder. */
 export interface ServedModel extends ModelVersion {
   readonly name: string;
   readonly tokenTable: TokenTable;
@@ -95,7 +95,7 @@ export async function loadModel(
   };
 }
 
-/** A real one has some kilobytes; to parse an endless one would hold up every stream. */
+/** A real one has a few kilobytes; parsing a huge one would block every stream. */
 const configMaxBytes = 2 ** 20;
 
 async function readSmall(path: string): Promise<string> {

@@ -1,5 +1,5 @@
-// Heartbeats without NATS: asks the leaders named in the configuration for theirs, several times a second, and
-// publishes the answers on the bus in memory as if they had come by themselves.
+// Heartbeats without NATS: polls the leaders named in the configuration several times a second, and publishes their
+// heartbeats on the bus in memory.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -12,7 +12,7 @@ const pollMs = 250;
 const pollTimeoutMs = 1_000;
 const maxReceiveBytes = 4 * 2 ** 20;
 
-/** Polls one leader until the signal fires. A leader that does not answer is simply not heard of. */
+/** Polls one leader until the signal fires. A leader that does not answer has no heartbeat. */
 export async function pollHeartbeats(
   address: string,
   heartbeats: Pick<Heartbeats, 'publish'>,

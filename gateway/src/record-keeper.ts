@@ -1,6 +1,5 @@
-// The durable records of the requests that this gateway holds: each is stored, recorded again in every store that
-// loses it, moved behind newer ones when it is old, and erased when its request has ended. Knows records and not
-// requests.
+// The durable records of the requests that this gateway holds. Each is stored, recorded again if the store loses it,
+// moved behind newer records when it is old, and erased when its request has ended. Knows records and not requests.
 
 import type { RecordPlace, Records } from '@mimo/core/bus/records';
 import { QueueRefusal } from '@mimo/core/bus/queue-refusal';
@@ -12,32 +11,32 @@ import type { RequestRecord } from '@mimo/proto/queue';
 import type { GatewayMetrics } from './metrics.ts';
 import type { HeldRecord } from './relay.ts';
 
-/** What the keeper works with. */
+/** The keeper's dependencies. */
 export interface RecordKeeperParts {
   readonly records: Records;
   readonly metrics: Pick<GatewayMetrics, 'queueRefusals'>;
-  /** A record that is older is written again, so that what ended around it can be erased; Infinity: never. */
+  /** Older records are written again, so that ended records around them can be erased; Infinity: never. */
   readonly eraseAfterMs: number;
   readonly log: Log;
 }
 
-/** A record that is kept. */
+/** A record while its request lives. */
 export interface KeptRecord {
   /** As it was stored last. */
   record: HeldRecord;
-  /** Rejected where it could not be stored. */
+  /** Rejects if it could not be stored. */
   recorded: Promise<RecordPlace>;
-  /** Where it is stored, once it is. */
+  /** Its place in the store, once stored. */
   place: RecordPlace | undefined;
-  /** When its request was accepted, and when it was written last; by performance.now(). */
+  /** Times of its request's acceptance and of its last write, by performance.now(). */
   readonly acceptedMs: number;
   recordedMs: number;
 }
 
-/** A lost store is noticed at this pace; one that does not take everything back is tried again at the second. */
+/** Intervals of checking for a lost store, and of retrying if it did not accept every record. */
 const lookMs = 200;
 const retryMs = 1_000;
-/** Records on their way at once when many are recorded again: in order, since they share a connection. */
+/** Maximum records in flight when many are recorded again; they stay in order, since they share a connection. */
 const restoredAtOnce = 256;
 
 interface PlacedRecord {
@@ -45,7 +44,7 @@ interface PlacedRecord {
   readonly place: RecordPlace;
 }
 
-/** Which of its stores a record came in, counted backwards, and where. */
+/** The store that a record first came in, as the number of stores lost since, and its sequence there. */
 interface Origin {
   readonly outlived: number;
   readonly sequence: number;
@@ -60,7 +59,7 @@ function compareOrigins(one: Origin, other: Origin): number {
   return other.outlived - one.outlived || one.sequence - other.sequence;
 }
 
-/** The records of one gateway. Nothing to close: what is kept is erased. */
+/** The records of one gateway. Nothing to close: every kept record is erased when its request ends. */
 export class RecordKeeper {
   readonly #parts: RecordKeeperParts;
   readonly #kept = new Set<KeptRecord>();
@@ -69,7 +68,7 @@ export class RecordKeeper {
     this.#parts = parts;
   }
 
-  /** Stores a record; `record` is the same, as it is held while its request lives. */
+  /** Stores a record; `record` is its compact form, held while its request lives. */
   keep(admitted: RequestRecord, record: HeldRecord): KeptRecord {
     const recorded = this.#parts.records.publish(admitted);
     const nowMs = performance.now();
@@ -82,15 +81,18 @@ export class RecordKeeper {
     return kept;
   }
 
-  /** Erases a record whose request has ended, once it is stored. Fails if it was not, or the bus is closed first. */
+  /**
+   * Erases the record of an ended request, once it is stored. Fails if it could not be stored, or if the bus is closed
+   * first.
+   */
   async erase(kept: KeptRecord): Promise<void> {
     this.#kept.delete(kept);
     await this.#parts.records.erase(await kept.recorded);
   }
 
   /**
-   * Records again, in their old order, what the store has lost while its request goes on, and what was recorded long
-   * ago; until the signal fires.
+   * Records live requests again until the signal fires: those that the store has lost, in their old order, and those
+   * recorded long ago.
    */
   async keepRecorded(signal: AbortSignal): Promise<void> {
     let known: RecordPlace | undefined;
@@ -107,7 +109,7 @@ export class RecordKeeper {
     }
   }
 
-  /** False if some of it could not be stored. */
+  /** Records again every record that the store has lost; false if some could not be stored. */
   async #recordLost(oldest: RecordPlace): Promise<boolean> {
     const lost = [...this.#kept].flatMap((kept) => {
       const { place } = kept;
@@ -143,7 +145,7 @@ export class RecordKeeper {
     }
   }
 
-  /** Puts what was recorded long ago behind what came since, so that the store can remove the files of that time. */
+  /** Moves old records behind newer ones, so that the store can remove its old files. */
   async #moveOld(): Promise<void> {
     const { eraseAfterMs, records, log } = this.#parts;
     const { storeId, sequence } = records.oldest;
@@ -154,7 +156,7 @@ export class RecordKeeper {
         place?.storeId === storeId && place.sequence >= sequence && nowMs - recordedMs >= eraseAfterMs;
       return isOld ? [{ kept, place }] : [];
     });
-    // Evenly over the time, and twice as fast as they come of age.
+    // Spread over time, and twice as fast as records reach that age.
     const atOnce = Math.max(16, Math.ceil((2 * this.#kept.size * lookMs) / eraseAfterMs));
     await Promise.allSettled(
       old.slice(0, atOnce).map(async ({ kept, place }) => {
@@ -162,7 +164,7 @@ export class RecordKeeper {
         const firstSequence = originOf({ kept, place }).sequence;
         await this.#rewrite(kept, { storesOutlived, firstSequence }, async (record) =>
           records.publishAgain(record, place).catch((error: unknown) => {
-            // It stays where it is.
+            // The record stays where it is.
             log.debug({ error: ClusterError.from(error) }, 'cannot rewrite a record');
             return place;
           }),
@@ -178,7 +180,7 @@ export class RecordKeeper {
   ): Promise<void> {
     const nowMs = performance.now();
     const again = { ...kept.record, ...origin, heldMs: Math.round(nowMs - kept.acceptedMs) };
-    // Known at once, so that a request that ends meanwhile waits for it and erases it.
+    // Set at once, so that if the request ends meanwhile, its end waits for the new record and erases it.
     kept.recorded = write({ ...again, promptTokenIds: [...again.promptTokenIds] });
     kept.place = await kept.recorded;
     kept.record = again;

@@ -1,5 +1,5 @@
-// The relay's life of a request, against a session that does what each test says. What it does over real gRPC is in
-// tests/cluster/gateway-groups.test.ts.
+// The relay's life of a request, against a scripted session. tests/cluster/gateway-groups.test.ts tests it over real
+// gRPC.
 
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
@@ -27,13 +27,13 @@ interface Attempt {
   aborts: number;
 }
 
-/** A relay, the attempts it began, and everything that it said. */
+/** A relay, the attempts that it began, and its events and callbacks. */
 class Rig {
   readonly attempts: Attempt[] = [];
   readonly events: RelayEvent[] = [];
   readonly ends: RelayEnd[] = [];
   readonly lost: LostAttempt[] = [];
-  /** What its owner heard of parking, in order. */
+  /** Its callbacks about parking, in order. */
   readonly parking: string[] = [];
   readonly relay: Relay;
   readonly #session: Pick<Session, 'submit' | 'target'> = {
@@ -75,7 +75,7 @@ class Rig {
     return this.deliverTo(async (event) => void this.events.push(event));
   }
 
-  /** Delivers; the client takes the first message at once. */
+  /** Delivers; the client reads the first message at once. */
   deliverTo(write: (event: RelayEvent) => Promise<void>): Promise<void> {
     return this.relay.deliver(started, async (event) => {
       if (event.$case !== 'started') {
@@ -108,7 +108,7 @@ function nextOf(tokenIds: readonly number[]): number {
 const lengthOf = (text: string): number => tokenizer.encode(text).length;
 
 describe('Relay', () => {
-  it('relays to a finish with usage and speculation, merging what waits to be written', async () => {
+  it('relays up to the finish with usage and speculation, and merges pending deltas', async () => {
     const rig = new Rig();
     const { listener } = rig.begin();
     listener.onDelta(delta(0, 'one '));
@@ -131,7 +131,7 @@ describe('Relay', () => {
     expect(rig.ends.map(({ kind }) => kind)).toEqual(['finish']);
   });
 
-  it('drops what comes from an attempt that is over', () => {
+  it('drops frames of an ended attempt', () => {
     const rig = new Rig();
     const first = rig.begin();
     first.listener.onLost(new ClusterError('unavailable', 'gone'), true);
@@ -145,7 +145,7 @@ describe('Relay', () => {
     expect(rig.relay.completionTokens).toBe(lengthOf('x'));
   });
 
-  it('fails where an index is missing: a hole is never delivered', async () => {
+  it('fails when an index is missing: a gap is never delivered', async () => {
     const rig = new Rig();
     const { listener } = rig.begin();
     listener.onDelta(delta(1, 'x'));
@@ -153,14 +153,14 @@ describe('Relay', () => {
     expect(rig.attempts[0]?.aborts).toBe(1);
   });
 
-  it('fails alone where a token is none of the tokenizer’s', () => {
+  it('fails alone when a token is unknown to the tokenizer', () => {
     const rig = new Rig();
     const { listener } = rig.begin();
     listener.onDelta(SequenceDelta.fromPartial({ index: 0, tokenIds: [1.5] }));
     expect(rig.ends).toMatchObject([{ kind: 'error', error: { code: 'internal' } }]);
   });
 
-  it('at a stop text: asks the engine to stop, ignores what it still says, and finishes with its figures', async () => {
+  it('aborts the sequence at a stop text, ignores later tokens, and finishes with the engine’s figures', async () => {
     const rig = new Rig(['two']);
     const { listener } = rig.begin();
     listener.onDelta(delta(0, 'one two three'));
@@ -179,7 +179,7 @@ describe('Relay', () => {
     });
   });
 
-  it('finishes at a stop text also where the group is lost before its last word', async () => {
+  it('finishes at a stop text even if the group is lost before its last delta', async () => {
     const rig = new Rig(['two']);
     const { listener } = rig.begin();
     listener.onDelta(delta(0, 'one two'));
@@ -188,7 +188,7 @@ describe('Relay', () => {
     expect(rig.ends.map(({ kind }) => kind)).toEqual(['finish']);
   });
 
-  it('goes on in another group from what was delivered: the client sees contiguous indices and whole text', async () => {
+  it('continues in another group from the delivered tokens, with contiguous indices and complete text', async () => {
     const rig = new Rig();
     const prompt = [1, 2];
     const first = rig.begin();
@@ -202,7 +202,7 @@ describe('Relay', () => {
       epoch: 2,
       tokenIds: [...prompt, ...one],
       resumedTokens: one.length,
-      // What the client has not taken yet is still in the window.
+      // The client's unread tokens are still in the window.
       creditTokens: 16 - one.length,
     });
     first.listener.onDelta(delta(one.length, 'late'));
@@ -241,7 +241,7 @@ describe('Relay', () => {
     const { listener } = rig.begin();
     listener.onDelta({ ...delta(1, 'x'), draftedTokens: 1 });
     listener.onDelta({ ...delta(2, 'x'), draftedTokens: 20, acceptedTokens: 10 });
-    // A group that broke has no figures in its last word, or no last word.
+    // The last delta of a broken group has no figures, or is missing.
     listener.onDelta(delta(3, '', { kind: FinishKind.ERROR, errorCode: 'aborted' }));
     rig
       .begin()
@@ -252,7 +252,7 @@ describe('Relay', () => {
     });
   });
 
-  it('waits again after a refusal or a hand-over as often as it takes', () => {
+  it('waits again after every rejection or hand-over', () => {
     const rig = new Rig();
     for (let attempt = 0; attempt < 10; attempt += 1) {
       rig.begin().listener.onDelta(delta(0, '', handedOver));
@@ -263,7 +263,7 @@ describe('Relay', () => {
     expect(rig.ends).toEqual([]);
   });
 
-  it('is given up when three groups in a row break with it before it makes progress, and it was alone in the last', () => {
+  it('aborts when three groups in a row break with it before it makes progress, and it was alone in the last', () => {
     const rig = new Rig();
     const broken = new ClusterError('unavailable', 'broke');
     let index = 0;
@@ -275,7 +275,7 @@ describe('Relay', () => {
       }
       listener.onLost(broken, true);
     };
-    // It makes progress in every third group: it may be with as many as it takes.
+    // It makes progress in every third group, so any number of groups may break.
     for (let round = 0; round < 10; round += 1) {
       for (const tokens of [8, 0, 7]) {
         attempt(tokens);
@@ -284,14 +284,14 @@ describe('Relay', () => {
     expect(rig.lost).toHaveLength(30);
     attempt(8);
     attempt(1);
-    // What refuses or hands over in between neither counts nor forgives.
+    // A rejection or hand-over in between neither counts nor clears.
     rig.begin().listener.onDelta(delta(index, '', handedOver));
     expect(rig.relay.needs.company).toBe(Company.UNSPECIFIED);
     attempt(0);
     expect(rig.relay.needs.company).toBe(Company.PROVEN);
     attempt(7, { company: Company.PROVEN });
     expect(rig.relay.needs.company).toBe(Company.NONE);
-    // Somebody came all the same.
+    // Another request joined despite the promise.
     attempt(7, { company: Company.NONE, isAlone: () => false });
     expect(rig.ends).toEqual([]);
     attempt(7, { company: Company.NONE });
@@ -308,7 +308,7 @@ describe('Relay', () => {
     ]);
   });
 
-  it('is given no group while its client is far behind, and may send as many tokens as clear it on trial', () => {
+  it('stays parked while its client is far behind, and gets enough credit on trial to be cleared', () => {
     const rig = new Rig();
     const broke = new ClusterError('unavailable', 'broke');
     const { listener } = rig.begin();
@@ -322,7 +322,7 @@ describe('Relay', () => {
     expect(rig.relay.isParked).toBe(true);
   });
 
-  it('is bound to what gave it tokens, and not before', () => {
+  it('is bound to a group’s identity once it has tokens from it, and not before', () => {
     const rig = new Rig();
     rig.begin({ identity: 'x' }).listener.onDelta(delta(0, '', handedOver));
     expect(rig.relay.needs.identity).toBe('');
@@ -332,7 +332,7 @@ describe('Relay', () => {
     expect(rig.begin({ identity: 'y' }).submit.identity).toBe('y');
   });
 
-  it('knows whether its group has let go of it', () => {
+  it('reports whether its group has released it', () => {
     const rig = new Rig();
     expect(rig.relay.released).toBe(true);
     rig.begin().listener.onLost(new ClusterError('unavailable', 'broke'), true);
@@ -344,7 +344,7 @@ describe('Relay', () => {
     expect(rig.relay.released).toBe(false);
   });
 
-  it('ends with the engine’s own error where trying again would not help', () => {
+  it('ends with the engine’s own error when a retry would not help', () => {
     const rig = new Rig();
     const error = { kind: FinishKind.ERROR, errorCode: 'invalid_argument', errorMessage: 'too long' };
     rig.begin().listener.onDelta(delta(0, '', error));
@@ -356,7 +356,7 @@ describe('Relay', () => {
     expect(strange.ends).toMatchObject([{ kind: 'error', error: { code: 'internal' } }]);
   });
 
-  it('gives credit back in portions, as the client takes the tokens', async () => {
+  it('returns credit in portions as the client reads the tokens', async () => {
     const rig = new Rig();
     const { listener, grants } = rig.begin();
     const written: (() => void)[] = [];
@@ -391,7 +391,7 @@ describe('Relay', () => {
     await expect(delivering).rejects.toMatchObject({ code: 'canceled' });
   });
 
-  it('is parked until its client has taken the first message', async () => {
+  it('is parked until its client has read the first message', async () => {
     const rig = new Rig();
     expect(rig.relay.isParked).toBe(true);
     const { promise: taken, resolve: take } = Promise.withResolvers<void>();
@@ -405,7 +405,7 @@ describe('Relay', () => {
     await expect(delivering).rejects.toMatchObject({ code: 'canceled' });
   });
 
-  it('is parked with its client behind, and goes on from its tokens once the client has caught up', async () => {
+  it('is parked while its client is behind, and continues from its tokens once the client has caught up', async () => {
     const rig = new Rig();
     const take: (() => void)[] = [];
     const delivering = rig.deliverTo(async (event) => {
@@ -440,7 +440,7 @@ describe('Relay', () => {
     ]);
   });
 
-  it('goes on at once where the client caught up while it was being parked, and stays parked where it is lost behind', async () => {
+  it('continues at once if its client caught up during parking, and parks when lost while behind', async () => {
     const rig = new Rig();
     const delivering = rig.deliver();
     await turn();
@@ -456,7 +456,7 @@ describe('Relay', () => {
     expect([behind.relay.isParked, behind.lost.length]).toEqual([true, 1]);
   });
 
-  it('ends with a status that names the setting where the client leaves one message for too long', async () => {
+  it('ends with a status that names the setting when the client leaves a message unread for too long', async () => {
     const never = new Promise<void>(() => undefined);
     const stalled = new Rig([], 20);
     const delivering = stalled.relay.deliver(started, () => never);
@@ -467,7 +467,7 @@ describe('Relay', () => {
     expect([stalled.ends.length, stalled.parking]).toEqual([1, ['stalled']]);
   });
 
-  it('ends once, however often it is told to', () => {
+  it('ends once, however often it is ended', () => {
     const rig = new Rig();
     const { listener } = rig.begin();
     rig.relay.fail(new ClusterError('canceled', 'left'));
@@ -478,7 +478,7 @@ describe('Relay', () => {
     expect(rig.attempts[0]?.aborts).toBe(1);
   });
 
-  it('writes what an undisturbed run would, however often and wherever it is moved', async () => {
+  it('writes the same tokens as an undisturbed run, however often it is moved', async () => {
     const loss = fc.record({
       afterTokens: fc.nat(40),
       how: fc.constantFrom('broken', 'handed over', 'refused', 'not greeted'),

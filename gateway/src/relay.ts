@@ -1,11 +1,11 @@
-// The life of one request in its gateway: waiting -> running -> ended, and back to waiting where its group is lost,
-// refuses or hands it over. What was delivered by then is given to the next group with the prompt, so that the client
-// sees a pause. Owns the client's stream: contiguous indices, frames of older attempts dropped, text, stop texts,
-// credit, and that the request ends exactly once. Knows neither the queue nor gRPC: it is handed a session and a
-// `write`.
+// The life of one request in its gateway: waiting -> running -> ended, and back to waiting if its group is lost,
+// rejects it or hands it over. The next group gets the prompt and the tokens delivered so far, so the client sees only
+// a pause. Owns the client's stream: contiguous indices, dropping frames of older attempts, text, stop texts, credit,
+// and the guarantee that the request ends exactly once. Knows neither the queue nor gRPC: its owner passes it a session
+// and a `write` function.
 //
-// INVARIANT: the indices of the deltas written are contiguous from 0; what was written never changes; after the end
-// nothing is written.
+// INVARIANT: the indices of the written deltas are contiguous from 0; a written token never changes; nothing is written
+// after the end.
 
 import { ClusterError, isErrorCode } from '@mimo/core/process/errors';
 import { startTimer } from '@mimo/core/process/timer';
@@ -47,7 +47,7 @@ export interface AttemptPlace {
 export interface Offer {
   /** Its identity. */
   readonly identity: string;
-  /** Its company, which nobody joins before the request makes progress; UNSPECIFIED promises nothing. */
+  /** Its company, which no sequence joins before the request makes progress; UNSPECIFIED: no promise. */
   readonly company: Company;
   /** Whether no other sequence is known to run there now. */
   readonly isAlone: () => boolean;
@@ -57,13 +57,13 @@ export interface Offer {
 export interface RelayListener {
   /** The attempt is over without a result: the request waits for another group, or is parked. */
   onRequeued(attempt: LostAttempt): void;
-  /** The group gave up the sequence's place, because the client is behind: the request is parked. */
+  /** The group freed the sequence's slot because the client is behind: the request is parked. */
   onParked(): void;
   /** The client has caught up: the request waits for a group again. */
   onUnparked(): void;
-  /** Its client took nothing for too long. */
+  /** Its client read nothing for too long. */
   onStalled(): void;
-  /** Once. */
+  /** The request ended. Called once. */
   onEnded(end: RelayEnd): void;
 }
 
@@ -72,19 +72,19 @@ interface Attempt {
   readonly offer: Offer;
   readonly place: AttemptPlace;
   readonly handle: SequenceHandle;
-  /** How many tokens there were when it began. */
+  /** The number of completion tokens when it began. */
   readonly firstIndex: number;
   /** Tokens that it was allowed to send. */
   creditTokens: number;
-  /** As far as reported. */
+  /** Speculation figures, as far as the group has reported them. */
   draftedTokens: number;
   acceptedTokens: number;
 }
 
-/** How a relay is made. */
+/** A relay's options. */
 export interface RelayOptions {
   readonly text: CompletionTextOptions;
-  /** A client that leaves one message unread for this long loses its request. */
+  /** The request ends if its client leaves one message unread for this long. */
   readonly stallLimitMs: number;
 }
 
@@ -101,7 +101,7 @@ export class Relay {
   readonly record: HeldRecord;
   readonly #listener: RelayListener;
   readonly #text: CompletionText;
-  /** By performance.now(); undefined: none. */
+  /** The deadline by performance.now(); undefined: none. */
   readonly #deadlineMs: number | undefined;
   /** Received completion tokens, in order, whether in transit to the client or delivered. */
   readonly #tokenIds: number[] = [];
@@ -111,17 +111,17 @@ export class Relay {
   #identity: string;
   #released = true;
   readonly #window = new ClientWindow();
-  /** Of the attempts that are over. */
+  /** Sums over the ended attempts. */
   #draftedTokens = 0;
   #acceptedTokens = 0;
-  /** Set when a stop text was found: what is left is the engine's last word on this sequence. */
+  /** Set when a stop text was found; the relay then only waits for the engine's last delta. */
   #matchedStop: string | undefined;
   #pending: Delta | undefined;
   #end: RelayEnd | undefined;
   #wake: (() => void) | undefined;
-  /** Its client is not reading or far behind: it has no group and should get none. */
+  /** The client is not reading or is far behind: the request has no group and should get none. */
   #isParked = true;
-  /** Since when the client has had an unread message, by performance.now(); undefined without one. */
+  /** When the client's unread message was written, by performance.now(); undefined without one. */
   #writingSinceMs: number | undefined;
   readonly #stalled = Promise.withResolvers<never>();
   readonly #stallLimitMs: number;
@@ -136,7 +136,7 @@ export class Relay {
     this.#listener = listener;
   }
 
-  /** Where it runs; undefined while it waits, and once it has ended. */
+  /** The group that runs it; undefined while it waits, and once it has ended. */
   get place(): AttemptPlace | undefined {
     return this.#attempt?.place;
   }
@@ -150,18 +150,18 @@ export class Relay {
     return this.#end !== undefined;
   }
 
-  /** Which groups may be offered to it. */
+  /** The kind of group that it needs. */
   get needs(): Needs {
     const { breaks } = this.#suspicion;
     return { identity: this.#identity, company: companyFor(this.#suspicion), breaks };
   }
 
-  /** No group has it: it was in none, or the last one confirmed its removal. */
+  /** Whether no group holds it: it never had one, or the last one confirmed its removal. */
   get released(): boolean {
     return this.#released;
   }
 
-  /** It should get no group now: the client does not read. */
+  /** Whether it should get no group now, because the client does not read. */
   get isParked(): boolean {
     return this.#isParked;
   }
@@ -176,7 +176,7 @@ export class Relay {
     return this.#tokenIds.length;
   }
 
-  /** Begins an attempt on a group, from the tokens that there are. Only while it waits, and is not parked. */
+  /** Begins an attempt on a group, continuing from the received tokens. Call only while it waits and is not parked. */
   begin(session: Pick<Session, 'submit' | 'target'>, offer: Offer): void {
     this.#epoch += 1;
     this.#released = false;
@@ -263,7 +263,7 @@ export class Relay {
     }
   }
 
-  /** Writes a message; one that the client does not take within the limit ends the request. */
+  /** Writes a message. The request ends if the client does not read it within the limit. */
   async #write(write: (event: RelayEvent) => Promise<void>, event: RelayEvent): Promise<void> {
     this.#writingSinceMs = performance.now();
     const timer = startTimer(this.#stallLimitMs, () => {
@@ -295,7 +295,7 @@ export class Relay {
       : Math.max(0, Math.ceil(this.#deadlineMs - performance.now()));
   }
 
-  /** Tokens that the present attempt has added. */
+  /** Tokens that the current attempt has added. */
   get #attemptTokens(): number {
     return this.#attempt === undefined ? 0 : this.#tokenIds.length - this.#attempt.firstIndex;
   }
@@ -335,7 +335,7 @@ export class Relay {
     }
   }
 
-  /** The figures only grow; those of a group that broke may be missing from its last word. */
+  /** Keeps the largest figures reported: the last delta of a broken group may lack them. */
   #noteSpeculation(told: Pick<SequenceFinish, 'draftedTokens' | 'acceptedTokens'>): void {
     if (this.#attempt !== undefined) {
       this.#attempt.draftedTokens = Math.max(this.#attempt.draftedTokens, told.draftedTokens);
@@ -343,7 +343,7 @@ export class Relay {
     }
   }
 
-  /** Adds to the delta that waits to be written: a client that reads slowly gets fewer and larger messages. */
+  /** Adds to the pending delta: a slow client gets fewer and larger messages. */
   #append(from: Pick<SequenceDelta, 'tokenIds' | 'logprobs'>, { text, reasoning, tokens }: TextDelta): void {
     const tokenIds = from.tokenIds.slice(0, tokens);
     const logprobs = from.logprobs.slice(0, tokens);
@@ -388,21 +388,21 @@ export class Relay {
       this.#endAttempt();
       this.#isParked = true;
       this.#listener.onParked();
-      // The client may have caught up while the group's word was on its way.
+      // The client may have caught up while the group's message was on its way.
       this.#unpark();
       return;
     }
     const asked = last.kind === FinishKind.ERROR ? last.errorCode : 'aborted';
     const code = isErrorCode(asked) ? asked : 'internal';
     const text = last.errorMessage === '' ? 'the sequence was aborted' : last.errorMessage;
-    // A group that refuses or hands over is whole; one that aborts what it had taken is not.
+    // A group that rejects or hands over a sequence is intact; one that aborts an accepted sequence is not.
     this.#lose(new ClusterError(code, `group ${this.#attempt?.place.group}: ${text}`), code === 'aborted');
   }
 
   /** The attempt ended without a result; `broke` if the group broke while it ran the sequence. */
   #lose(error: ClusterError, broke: boolean): void {
     if (this.#matchedStop !== undefined) {
-      // The completion is whole without the engine's last word.
+      // The completion is whole without the engine's last delta.
       this.#finish({ kind: 'finish', finish: this.#finishOf(FinishReason.STOP, this.#matchedStop) });
       return;
     }
@@ -435,7 +435,7 @@ export class Relay {
     this.#attempt = undefined;
   }
 
-  /** What ended the completion at a token: the caller's stop text for this token, else its id. */
+  /** The stop that ended the completion at a token: the caller's stop text for this token, else the token's id. */
   #stopOf(tokenId: number): string {
     return this.#text.stopTextOf(tokenId) ?? String(tokenId);
   }

@@ -1,6 +1,6 @@
-// The requests that this gateway has accepted and not yet ended. Owns their end (exactly once, whatever the reason,
-// and then the record is erased), deadlines, the longest wait, and the answers to dispatchers. Knows no protocol of
-// clients; records are kept in record-keeper.ts, what happens to tokens is relay.ts's business.
+// The requests that this gateway has accepted and not yet ended. Owns their end (exactly once, for any reason, and
+// then the record is erased), deadlines, the longest wait, and the answers to dispatchers. Knows no client protocol;
+// records are kept in record-keeper.ts, tokens are handled in relay.ts.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError, errorTable } from '@mimo/core/process/errors';
@@ -30,9 +30,9 @@ export interface RequestsParts {
   readonly sessions: Sessions;
   readonly groups: Pick<Groups, 'runningIn'>;
   readonly maxWaitMs: number;
-  /** A record that is older is written again, so that what ended around it can be erased; Infinity: never. */
+  /** Older records are written again, so that ended records around them can be erased; Infinity: never. */
   readonly eraseAfterMs: number;
-  /** A client that takes nothing for this long loses its request. */
+  /** The request of a client that reads nothing for this long is ended. */
   readonly clientStallMs: number;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
@@ -50,24 +50,24 @@ interface HeldRequest {
   readonly deadline: Timer | undefined;
   /** By performance.now(), as all times here. */
   readonly acceptedMs: number;
-  /** Since when no group has given it a token: the start of the longest wait. */
+  /** The start of the longest wait: its acceptance, or the loss of a group that had given it tokens. */
   waitingSinceMs: number;
   wait: Timer | undefined;
-  /** Since when no known or expected group could continue it; by performance.now(). */
+  /** When it was first found that no known or expected group can continue it; undefined while one can. */
   strandedSinceMs: number | undefined;
-  /** A dispatcher has heard that it is parked, and will not offer it until it hears otherwise. */
+  /** A dispatcher knows that it is parked, and will not offer it until it is notified otherwise. */
   isParkingTold: boolean;
 }
 
-/** A group that is silent for a moment, or is being made ready again, is not gone for good. */
+/** A group that is briefly silent or restarting may still return. */
 const strandedMs = 5_000;
-/** What admission gives: other ids need not be looked up. */
+/** The form of ids that admission creates: other ids need not be looked up. */
 const requestIdPattern = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** In a full gateway, a request whose client has read nothing for this long makes room for a new one. */
 const giveWayAfterMs = 2_000;
 
-/** The table. Close nothing: when every request has ended and `settled` has resolved, nothing of it is left. */
+/** The table. Nothing to close: it is empty when every request has ended and `settled` has resolved. */
 export class Requests {
   readonly #parts: RequestsParts;
   readonly #keeper: RecordKeeper;
@@ -91,7 +91,7 @@ export class Requests {
     return [...this.#held.values()].filter(({ relay }) => relay.record.model === model).length;
   }
 
-  /** Accepts a request: it is known here before its record exists, since a dispatcher may be quicker than the ack. */
+  /** Accepts a request. It is in the table before its record exists, since a dispatcher may be faster than the ack. */
   open(admitted: RequestRecord, text: CompletionTextOptions): OpenRequest {
     // Half the size of an array: a request may wait for a long time.
     const record = { ...admitted, promptTokenIds: Uint32Array.from(admitted.promptTokenIds) };
@@ -127,7 +127,7 @@ export class Requests {
     return { relay, recorded };
   }
 
-  /** Keeps the records in the store, whatever happens to it; until the signal fires. */
+  /** Keeps the records stored, even if the store is lost, until the signal fires. */
   keepRecorded(signal: AbortSignal): Promise<void> {
     return this.#keeper.keepRecorded(signal);
   }
@@ -169,7 +169,7 @@ export class Requests {
         this.#parts.groups.runningIn(assignment).every((each) => each.requestId === requestId);
       relay.begin(this.#parts.sessions.to(assignment), { identity, company, isAlone });
     } catch (error) {
-      // For example an invalid address: waiting code gets the error, and the dispatcher need not retry.
+      // For example an invalid address: the client gets the error, and the dispatcher need not retry.
       relay.fail(ClusterError.from(error));
     }
     return { ...nowhere, outcome: AssignmentOutcome.ACCEPTED, group, incarnation, epoch: relay.epoch };
@@ -212,8 +212,8 @@ export class Requests {
   }
 
   /**
-   * Ends the requests of a model that have waited for a while for an identity that is none of `possible`: those of
-   * the groups that take requests, and of those that are to come. To be called again and again.
+   * Ends the requests of a model that have waited for a while for an identity outside `possible`, the identities of the
+   * groups that accept or will accept requests. Call it regularly.
    */
   endStranded(model: string, possible: ReadonlySet<string>): void {
     const nowMs = performance.now();
@@ -310,7 +310,7 @@ export class Requests {
     }
   }
 
-  /** Its attempt is over: it waits for a group, or for its client, and the dispatcher learns for which. */
+  /** Its attempt is over: it waits for a group or for its client, and the dispatcher is notified which of the two. */
   #wait(held: HeldRequest): void {
     const { relay } = held;
     const { record } = relay;
@@ -343,7 +343,7 @@ export class Requests {
     held.wait?.clear();
     const deleting = this.#erase(held).finally(() => this.#deleting.delete(deleting));
     this.#deleting.add(deleting);
-    // Hidden from the client.
+    // The error's text is hidden from the client.
     if (end.kind === 'error' && !errorTable[end.error.code].textLeaves) {
       this.#parts.log.error(
         { error: end.error, requestId, model: held.relay.record.model },
@@ -367,7 +367,7 @@ export class Requests {
         parked: false,
       });
     } catch (error) {
-      // Not stored, or the queue was closed first: then a dispatcher finds that the request has no owner.
+      // It was not stored, or the queue was closed first; then a dispatcher finds that the request has no owner.
       this.#parts.log.debug({ error: ClusterError.from(error), requestId, model }, 'cannot delete a record');
     }
   }

@@ -1,6 +1,6 @@
-// The models that this gateway serves at this moment: those it was started with, which stay, and those of the
-// catalogue, which come, change and go while it runs. Owns their files, their tokenizers and the life of each one's
-// dispatcher; knows nothing of how a model is asked for.
+// The models that this gateway serves now: the configured ones, which stay, and those of the catalogue, which are
+// added, replaced and removed while it runs. Owns their files, their tokenizers and the lifetime of each dispatcher;
+// knows nothing of requests for a model.
 
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
@@ -18,13 +18,13 @@ import type { Requests } from './requests.ts';
 
 /** The set's dependencies. */
 export interface ServedModelsParts {
-  /** Never replaced by the catalogue's, and never taken away. */
+  /** The configured models: the catalogue never replaces or removes them. */
   readonly own: readonly ServedModel[];
   readonly prompts: PromptEncoderOptions;
   readonly requests: Pick<Requests, 'countOf' | 'failWaiting' | 'endStranded'>;
   /** The groups of a model that take requests. */
   readonly openGroups: (model: string) => readonly Heartbeat[];
-  /** Runs what a model needs beside its tokenizer, until the signal fires. Begun once while the model is served. */
+  /** Runs a model's background work until the signal fires. Called once while the model is served. */
   readonly run: (model: string, signal: AbortSignal) => Promise<void>;
   readonly log: Log;
 }
@@ -40,9 +40,9 @@ interface Life {
   readonly ended: Promise<void>;
 }
 
-/** Models whose requests have ended are found at this pace; changes of the catalogue are handled at once. */
+/** How often to look for removed models without requests; changes of the catalogue are handled at once. */
 const tickMs = 500;
-/** After a model could not be fetched or read. */
+/** The wait before the next try after a model could not be fetched or read. */
 const retryMs = 5_000;
 
 /** The set. Close it once its requests have ended. */
@@ -50,7 +50,7 @@ export class ServedModels {
   readonly #parts: ServedModelsParts;
   readonly #own: ReadonlyMap<string, ServedModel>;
   readonly #fetched = new Map<string, CatalogServed>();
-  /** Earlier versions, whose groups still serve: the newest first. */
+  /** Earlier versions with groups that still serve, the newest first. */
   readonly #former = new Map<string, readonly CatalogServed[]>();
   readonly #lives = new Map<string, Life>();
   readonly #retryAtMs = new Map<string, number>();
@@ -72,7 +72,7 @@ export class ServedModels {
     return this.#own.get(name) ?? this.#fetched.get(name)?.model;
   }
 
-  /** What is loaded under a name, the newest first: earlier versions serve for as long as groups of theirs do. */
+  /** The versions loaded under a name, the newest first: an earlier version serves for as long as its groups do. */
   versions(name: string): readonly [ServedModel, ...ServedModel[]] | undefined {
     const newest = this.get(name);
     return newest === undefined
@@ -84,7 +84,7 @@ export class ServedModels {
     return [...this.#own.values(), ...[...this.#fetched.values()].map(({ model }) => model)];
   }
 
-  /** Models of the catalogue that are not served, though they should be. */
+  /** Models of the catalogue that are not served yet. */
   get pending(): readonly string[] {
     return [...(this.#wanted?.keys() ?? [])].filter((name) => this.get(name) === undefined);
   }
@@ -95,8 +95,8 @@ export class ServedModels {
   }
 
   /**
-   * Follows the catalogue until the signal fires, with the fetched files in a directory that is its own. A model that
-   * cannot be had is tried again every few seconds; the others are served meanwhile.
+   * Follows the catalogue until the signal fires, and keeps the fetched files in `directory`, which nothing else uses.
+   * A model that cannot be fetched or read is retried every few seconds; the others are served meanwhile.
    */
   async follow(catalog: ModelCatalog, directory: string, signal: AbortSignal): Promise<void> {
     this.#followed = true;
@@ -116,7 +116,7 @@ export class ServedModels {
   }
 
   /**
-   * Resolves once every model that the catalogue first named was served or has failed; rejects when the signal fires.
+   * Resolves once every model of the catalogue's first list is served or has failed; rejects when the signal fires.
    */
   caughtUp(signal: AbortSignal): Promise<void> {
     return beforeAbort(this.#caughtUp.promise, signal);
@@ -195,7 +195,7 @@ export class ServedModels {
     }
   }
 
-  /** Publishes a model that the catalogue has lost once more, of the files that are here. */
+  /** Publishes again, from the fetched files, a model that the catalogue has lost. */
   async #restore(catalog: ModelCatalog, model: CatalogModel, signal: AbortSignal): Promise<void> {
     const { log } = this.#parts;
     const { name, digest } = model;
@@ -203,7 +203,7 @@ export class ServedModels {
     if (here?.digest !== digest) {
       return;
     }
-    // It is seen to be stored within a second or two.
+    // The catalogue reports it as stored within a second or two.
     this.#retryAtMs.set(name, performance.now() + retryMs);
     try {
       await catalog.restore(model, here.directory, signal);
@@ -215,7 +215,7 @@ export class ServedModels {
     }
   }
 
-  /** A model that comes back before its last request has ended finds its dispatcher still there. */
+  /** Starts a model's dispatcher, unless it still runs: a model may return before its last request has ended. */
   #begin(name: string): void {
     if (!this.#lives.has(name)) {
       const stop = new AbortController();
@@ -225,7 +225,7 @@ export class ServedModels {
     }
   }
 
-  /** Retires the earlier versions of a model but those that are kept. */
+  /** Retires the earlier versions of a model, except those to keep. */
   #keepFormer(name: string, isKept: (model: ServedModel) => boolean): void {
     const former = this.#former.get(name) ?? [];
     const kept = former.filter(({ model }) => isKept(model));
@@ -238,8 +238,7 @@ export class ServedModels {
   }
 
   /**
-   * Running requests of a removed model finish, with a dispatcher to take them further; waiting ones have nothing to
-   * wait for.
+   * Running requests of a removed model finish, and keep a dispatcher in case their group is lost; waiting ones fail.
    */
   #sweep(): void {
     for (const [name, { stop }] of this.#lives) {
@@ -253,7 +252,7 @@ export class ServedModels {
     }
   }
 
-  /** Ends a tokenizer after the prompts that it has begun; then its files go. */
+  /** Ends a tokenizer once its waiting prompts are read, then deletes its files. */
   #retire({ model, directory }: CatalogServed): void {
     const leaving = model.encoder
       .retire()

@@ -1,6 +1,6 @@
-// One session with one life of a group: a bidirectional gRPC stream that carries every request between this gateway and
-// that group. Owns slots, the keep-alive and what happens to its sequences when it breaks; knows nothing of clients,
-// text or the queue.
+// One session with one incarnation of a group: a bidirectional gRPC stream that carries every request between this
+// gateway and that group. Owns slots, the keep-alive and the fate of its sequences when it breaks; knows nothing of
+// clients, text or the queue.
 
 import * as grpc from '@grpc/grpc-js';
 
@@ -20,18 +20,18 @@ import {
 export interface SequenceHandle {
   /** Asks the engine to free the sequence; its last delta still comes. */
   abort(): void;
-  /** Lets it send more tokens. */
+  /** Allows it to send more tokens. */
   grant(tokens: number): void;
 }
 
 /** A sequence's callbacks. None is called after a delta with `finish`, or after `onLost`. */
 export interface SequenceListener {
   onDelta(delta: SequenceDelta): void;
-  /** The session broke. `begun` false: the group never greeted us, so it cannot have worked on the sequence. */
+  /** The session broke. `begun` false: the group never answered, so it cannot have worked on the sequence. */
   onLost(error: ClusterError, begun: boolean): void;
 }
 
-/** A life of a group, and its address. */
+/** An incarnation of a group, and its address. */
 export interface SessionTarget {
   readonly model: string;
   readonly group: string;
@@ -42,11 +42,11 @@ export interface SessionTarget {
 const greetTimeoutMs = 5_000;
 const pingIntervalMs = 1_000;
 /**
- * A group that is silent for this long, pings unanswered, is lost: stopped or cut off. Its steps run in a thread of
- * their own, so that a long one keeps no ping waiting.
+ * A group that leaves pings unanswered for this long is lost: stopped or cut off. Its steps run in a separate thread,
+ * so a long step does not delay its answers.
  */
 const silenceLimitMs = 3_000;
-/** A session that nobody needs yet is not opened more often than this. */
+/** Minimum time between openings of a session that no request needs yet. */
 const holdAgainMs = 500;
 /** A step frame of a thousand sequences with logprobs stays below it. */
 const maxReceiveBytes = 64 * 2 ** 20;
@@ -86,7 +86,7 @@ export class Session {
     this.#onEnd = options.onEnd;
     this.#client = new WorkerServiceClient(target.address, grpc.credentials.createInsecure(), {
       ...channelOptions(maxReceiveBytes),
-      // A connection of its own: sessions do not share each other's flow-control window or fate.
+      // A separate connection: sessions share neither a flow-control window nor a failure.
       'grpc.use_local_subchannel_pool': 1,
     });
     this.#stream = this.#client.session();
@@ -95,7 +95,7 @@ export class Session {
       this.#end(new ClusterError('unavailable', `group ${target.group} ended its session`)),
     );
     this.#stream.on('error', (error) => {
-      // Whatever the transport's code (a killed peer may look like CANCELLED): for a request the group is unavailable.
+      // For any code of the transport (a killed peer may look like CANCELLED), the group is unavailable for a request.
       const text = `group ${target.group} lost its session: ${errorFromStatus(error).message}`;
       this.#end(new ClusterError('unavailable', text, { cause: error }));
     });
@@ -112,12 +112,12 @@ export class Session {
     return this.#ended;
   }
 
-  /** The group has answered, and the session has not broken since. */
+  /** Whether the group has answered and the session has not broken since. */
   get routable(): boolean {
     return this.#greeted && !this.#ended;
   }
 
-  /** Begins a sequence. Its listener hears of it from the next turn of the event loop on. */
+  /** Begins a sequence. Its listener is called from the next turn of the event loop on. */
   submit(submit: Omit<Submit, 'slot'>, listener: SequenceListener): SequenceHandle {
     const slot = this.#freeSlots.pop() ?? this.#nextSlot++;
     const { epoch } = submit;
@@ -135,7 +135,7 @@ export class Session {
     };
   }
 
-  /** Ends the session; the group aborts what is left in it, whose listeners hear of `error`. */
+  /** Ends the session; the group aborts its remaining sequences, whose listeners get `error`. */
   close(
     error = new ClusterError('canceled', `the session with group ${this.target.group} was closed`),
   ): void {
@@ -193,7 +193,7 @@ export class Session {
     if (this.#slots.size > 0) {
       this.#log.warn({ error, sequences: this.#slots.size }, 'session lost');
     }
-    // Only cancelling ensures that nothing more arrives; nobody needs its own error.
+    // Only cancelling ensures that nothing more arrives; the error that it causes is ignored.
     this.#stream.removeAllListeners('error');
     this.#stream.on('error', () => undefined);
     this.#stream.cancel();
@@ -207,12 +207,12 @@ export class Session {
   }
 }
 
-/** The sessions of this gateway, one for each life of a group. Close it. */
+/** The sessions of this gateway, one for each incarnation of a group. Close it. */
 export class Sessions {
   readonly #gatewayId: string;
   readonly #log: Log;
   readonly #sessions = new Map<string, Session>();
-  /** Groups whose session has just ended: `hold` leaves them alone for a moment. */
+  /** Groups whose session has just ended: `hold` does not reconnect for a moment. */
   readonly #resting = new Set<string>();
 
   constructor(gatewayId: string, log: Log) {
@@ -228,7 +228,7 @@ export class Sessions {
     return [...this.#sessions.values()].reduce((sum, session) => sum + session.sequences, 0);
   }
 
-  /** The session with a group's life, opened if there is none. That ends the session with an earlier life. */
+  /** The session with a group's incarnation, opened if needed. Opening it ends the session with an earlier one. */
   to(target: SessionTarget): Session {
     const key = keyOf(target);
     const existing = this.#sessions.get(key);
@@ -255,7 +255,7 @@ export class Sessions {
     return session;
   }
 
-  /** Sees to a session with a group that nothing is sent to yet; one that broke is opened again after a while. */
+  /** Keeps a session open with a group before it has requests; a broken session is reopened after a while. */
   hold(target: SessionTarget): void {
     const key = keyOf(target);
     if (this.#sessions.get(key)?.target.incarnation !== target.incarnation && !this.#resting.has(key)) {
@@ -263,7 +263,7 @@ export class Sessions {
     }
   }
 
-  /** Whether a session with this life of the group is open and answered. */
+  /** Whether a session with this incarnation of the group is open and answered. */
   isRoutable(target: Pick<SessionTarget, 'model' | 'group' | 'incarnation'>): boolean {
     const session = this.#sessions.get(keyOf(target));
     return session?.target.incarnation === target.incarnation && session.routable;

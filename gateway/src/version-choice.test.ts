@@ -20,7 +20,7 @@ function group(identity: string, used = 0): GroupLoad {
 const chances = Array.from({ length: 100 }, (_, at) => at / 100);
 
 describe('chooseVersion', () => {
-  it('waits for the newest version where no group serves', () => {
+  it('chooses the newest version while no group serves', () => {
     expect(chooseVersion([newVersion, oldVersion], [], 0.5)).toMatchObject({
       version: newVersion,
       identity: newVersion.identity,
@@ -28,14 +28,14 @@ describe('chooseVersion', () => {
     expect(chooseVersion([directory], [], 0.5)).toMatchObject({ version: directory, identity: '' });
   });
 
-  it('takes the old version, with its tokenizer, until a group of the newest serves', () => {
+  it('chooses the old version, with its tokenizer, until a group of the newest serves', () => {
     expect(chooseVersion([newVersion, oldVersion], [group(oldVersion.identity, 4)], 0.9)).toMatchObject({
       version: oldVersion,
       identity: oldVersion.identity,
     });
   });
 
-  it('divides what comes between them by slots, and gives an old one no more than it has free', () => {
+  it('divides new requests between versions by slots, and sends an old version no more than its free slots', () => {
     const shareOfOld = (...groups: readonly GroupLoad[]): number =>
       chances.filter(
         (chance) => chooseVersion([newVersion, oldVersion], groups, chance).version === oldVersion,
@@ -46,22 +46,22 @@ describe('chooseVersion', () => {
     expect(shareOfOld(group(identity, 4), group(oldVersion.identity, 4))).toBe(0);
   });
 
-  it('takes a group of unknown weights for a tokenizer that it shares, and none of another tokenizer', () => {
+  it('uses a group of unknown weights if its tokenizer is loaded, and none with another tokenizer', () => {
     const sameText = modelIdentity(newText, 'c');
     expect(chooseVersion([newVersion], [group(sameText)], 0)).toMatchObject({
       version: newVersion,
       identity: sameText,
     });
     expect(chooseVersion([directory], [group(sameText)], 0).identity).toBe(sameText);
-    // Shards that were compiled elsewhere do not say which tokenizer is theirs.
+    // Shards that were compiled elsewhere do not name their tokenizer.
     expect(chooseVersion([directory], [group('.shards')], 0).identity).toBe('.shards');
     const otherText = modelIdentity('cccc', 'c');
     expect(chooseVersion([newVersion], [group(otherText)], 0).identity).toBe(newVersion.identity);
-    // An older worker says nothing.
+    // An older worker reports no tokenizer.
     expect(chooseVersion([directory], [group('')], 0).identity).toBe('');
   });
 
-  it('never gives a tokenizer’s words to a group that reads others', () => {
+  it('never sends a tokenizer’s ids to a group that uses another tokenizer', () => {
     const identities = [oldVersion.identity, newVersion.identity, modelIdentity('x', 'y'), '.z', ''];
     const groups = fc.array(
       fc.record({

@@ -1,17 +1,17 @@
 // Which version of a model a request is bound to, while groups of several may serve under one name. Pure.
 //
-// The rule: of the identities that groups with room for requests have, and whose tokens one of the loaded tokenizers
-// writes, one is drawn by weight: the newest version by its slots, an older one by its free slots, so that what waits
-// for it only gets less. Where no such group is there, the newest version is waited for.
+// The rule: candidates are the identities of groups with room for requests that use the tokens of a loaded tokenizer.
+// One is drawn by weight: the newest version by its slots, an older one by its free slots, so that its backlog only
+// shrinks. Without a candidate the request waits for the newest version.
 //
-// INVARIANT: the identity is one that reads what the version's tokenizer writes.
+// INVARIANT: groups of the identity use the tokens of the version's tokenizer.
 
 import { readsText } from '@mimo/core/bus/model-identity';
 import type { Heartbeat } from '@mimo/proto/worker';
 
 /** The loaded parts of one version. */
 export interface ModelVersion {
-  /** As the catalogue has it; empty: not known, as of a directory. */
+  /** From the catalogue; empty: unknown, as for a model from a directory. */
   readonly identity: string;
   /** Of its tokenizer and template: core's model-identity. */
   readonly textDigest: string;

@@ -21,7 +21,7 @@ const authenticate = parseKeys(
 );
 
 describe('parseKeys', () => {
-  it('finds the tenant of a key, given plainly or as a hash', () => {
+  it('finds the tenant of a key, listed in plain text or as a hash', () => {
     expect(authenticate('Bearer key-of-a')).toEqual({ tenant: 'a', models: undefined });
     expect(authenticate('bearer  key-of-b')).toEqual({ tenant: 'b', models: new Set(['m1']) });
   });
@@ -76,7 +76,7 @@ describe('loadKeys', () => {
     expect(lines.join('')).not.toContain('sk-secret');
   });
 
-  it('says which file it cannot read, and none of what is in it', async () => {
+  it('names the unreadable file, and quotes none of its content', async () => {
     await expect(loadKeys('/nowhere/keys.json')).rejects.toMatchObject({
       code: 'invalid_argument',
       message: 'the keys file /nowhere/keys.json is not readable JSON',
@@ -85,7 +85,7 @@ describe('loadKeys', () => {
 });
 
 describe('assertMayUse', () => {
-  it('holds a caller to the models of its key', () => {
+  it('restricts a caller to the models of its key', () => {
     expect(() => assertMayUse(authenticate('Bearer key-of-b'), 'm2')).toThrow(
       /tenant b may not use model m2/,
     );

@@ -1,6 +1,6 @@
 // Identifies the caller. Owns the format of the API keys file and the check of a key. Independent of the transport:
 // its input is the `authorization` value. Keys are kept and compared as SHA-256 only, so that neither memory nor
-// timing gives one away.
+// timing reveals one.
 
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';

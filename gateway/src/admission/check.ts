@@ -1,5 +1,5 @@
-// Whether what a request says is acceptable: its prompt, before that is tokenised, and its sampling. Pure. All problems
-// of a request are reported at once, each with its field, the limit and the value; prompts themselves are never quoted.
+// Checks a request's content: its prompt, before tokenising, and its sampling. Pure. Reports all problems of a request
+// at once, each with its field, the limit and the value; never quotes prompts.
 
 import { ClusterError, type FieldViolation } from '@mimo/core/process/errors';
 import { Role, type Message } from '@mimo/proto/inference';
@@ -14,18 +14,18 @@ import type { SamplingParams } from '@mimo/proto/sampling';
 
 import { roleNames, textsOf, type PromptInput } from './prompt-input.ts';
 
-/** What admission knows of a model. */
+/** The facts about a model that admission needs. */
 export interface ModelFacts {
   readonly name: string;
   readonly vocabularySize: number;
-  /** By their texts. */
+  /** Token ids by their texts. */
   readonly specialTokens: ReadonlyMap<string, number>;
   /** Prompt and completion together. */
   readonly maxContextTokens: number;
   readonly draftTokens: number;
 }
 
-/** In the text of an error; its details hold as many as a status has room for. */
+/** Most violations named in an error's text; its details hold as many as a status has room for. */
 const maxNamedViolations = 16;
 
 /** Fails with `invalid_argument` if there are violations. */
@@ -80,7 +80,7 @@ function checkWellFormed(field: string, text: string, violations: FieldViolation
   }
 }
 
-/** The violation of a prompt that cannot fit; how far it goes beyond the context is not counted to the end. */
+/** The violation of a prompt that cannot fit. Its tokens are not counted to the end. */
 export function tooManyTokens(
   { kind }: Pick<PromptInput, 'kind'>,
   leastTokens: number,
@@ -124,7 +124,7 @@ function checkTokenIds(
   }
 }
 
-/** What is wrong with the sampling that a caller asks for. */
+/** The problems of the requested sampling. */
 export function checkSampling(sampling: SamplingParams | undefined, facts: ModelFacts): FieldViolation[] {
   if (sampling === undefined) {
     return [];
@@ -173,8 +173,8 @@ export function checkSampling(sampling: SamplingParams | undefined, facts: Model
 }
 
 /**
- * The token ids that end the completion. A stop text that is a special token's joins them, since no text comes of such
- * a token that could be searched.
+ * The token ids that end the completion. They include the special tokens that the stop texts name: these tokens have no
+ * text to search.
  */
 export function stopIdsOf(
   sampling: SamplingParams | undefined,
@@ -185,7 +185,7 @@ export function stopIdsOf(
   return [...new Set([...stopTokenIds, ...special])];
 }
 
-/** As the protos spell it. */
+/** A field's name as the protos spell it. */
 function toSnakeCase(name: string): string {
   return name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 }

@@ -26,7 +26,7 @@ async function open(optional = false): Promise<KeysFile> {
   return file;
 }
 
-/** The tenant that a key stands for; undefined if it is refused. */
+/** The tenant of a key; undefined if the key is refused. */
 function tenantOf(file: KeysFile, key: string): string | undefined {
   try {
     return file.authenticate(`Bearer ${key}`).tenant;
@@ -48,7 +48,7 @@ afterEach(async () => {
 });
 
 describe('openKeysFile', () => {
-  it('lets a new key in and a revoked one no more', async () => {
+  it('accepts an added key, and refuses a revoked one', async () => {
     await writeFile(path, keysOf('key-of-a'));
     const file = await open();
     expect(tenantOf(file, 'key-of-a')).toBe('key-of-a');
@@ -57,7 +57,7 @@ describe('openKeysFile', () => {
     expect(tenantOf(file, 'key-of-a')).toBeUndefined();
   });
 
-  it('sees the links of a mounted Secret swapped', async () => {
+  it('detects swapped links of a mounted Secret', async () => {
     for (const [version, key] of [
       ['..1', 'key-of-a'],
       ['..2', 'key-of-b'],
@@ -74,7 +74,7 @@ describe('openKeysFile', () => {
     await vi.waitFor(() => expect(tenantOf(file, 'key-of-b')).toBe('key-of-b'), patience);
   });
 
-  it('keeps the last good keys while the file is wrong or gone, says so, and takes the next good one', async () => {
+  it('keeps the last valid keys while the file is invalid or gone, logs it, and loads the next valid one', async () => {
     await writeFile(path, keysOf('key-of-a'));
     const file = await open();
     await writeFile(path, '{"keys":[{"key":"a-secret-key"}]}');
@@ -88,12 +88,12 @@ describe('openKeysFile', () => {
     expect(lines.join('')).not.toContain('a-secret-key');
   });
 
-  it('refuses everybody with an empty list', async () => {
+  it('refuses every caller when the list is empty', async () => {
     await writeFile(path, '{"keys":[]}');
     expect(tenantOf(await open(), 'key-of-a')).toBeUndefined();
   });
 
-  it('needs the file at the start, unless it is optional: then it rejects everybody until the file exists', async () => {
+  it('needs the file at the start unless it is optional, and then rejects every caller until it exists', async () => {
     await expect(open()).rejects.toMatchObject({ code: 'invalid_argument' });
     const file = await open(true);
     expect(tenantOf(file, 'key-of-a')).toBeUndefined();

@@ -1,5 +1,5 @@
-// The API keys file while the gateway runs: it is read again when it changes, so that keys are added and revoked
-// without a restart. Owns the polling; the file's content belongs to auth.ts.
+// Watches the API keys file and reads it again when it changes, so that keys are added and revoked without a restart.
+// Owns the polling; auth.ts owns the file's format.
 
 import { stat } from 'node:fs/promises';
 
@@ -9,12 +9,12 @@ import type { Log } from '@mimo/core/process/log';
 
 import { loadKeys, parseKeys, type Authenticate } from './auth.ts';
 
-/** The keys of a file, as they are at this moment. */
+/** The current keys of a file. */
 export interface KeysFile {
   readonly authenticate: Authenticate;
   /**
-   * Reads the file again whenever it changes, until the signal fires. A file that is wrong or gone leaves the last
-   * good keys.
+   * Reads the file again whenever it changes, until the signal fires. While the file is invalid or missing, the last
+   * valid keys stay in force.
    */
   follow(signal: AbortSignal): Promise<void>;
 }
@@ -27,14 +27,14 @@ export interface KeysFileOptions {
 }
 
 /**
- * By looking and not by notification: a mounted Secret is changed by swapping a link to its directory, behind the
+ * The file is polled, because notifications miss a change of a mounted Secret: it swaps a link to the directory on the
  * path.
  */
 const lookMs = 1_000;
 
 /** Reads the file for the first time; fails as `loadKeys` does. */
 export async function openKeysFile({ path, optional, log }: KeysFileOptions): Promise<KeysFile> {
-  // Looked at before it is read: a change in between is seen by the next look.
+  // Identified before it is read: the next poll detects a change in between.
   let seen = await identify(path);
   let current: Authenticate;
   if (seen === undefined && optional) {

@@ -21,19 +21,19 @@ function tableOf(requests: number, stalled = 0): Places & { readonly ended: numb
 const rules = { maxRequests: 2, stopping: new AbortController().signal };
 
 describe('assertPlace', () => {
-  it('gives a place below the limit, and ends nothing for it', () => {
+  it('accepts a request below the limit without ending another', () => {
     const table = tableOf(1, 1);
     assertPlace(table, rules);
     expect(table.ended).toBe(0);
   });
 
-  it('ends a request whose client takes nothing, where the gateway is full', () => {
+  it('ends a request whose client reads nothing when the gateway is full', () => {
     const table = tableOf(2, 1);
     assertPlace(table, rules);
     expect(table.ended).toBe(1);
   });
 
-  it('refuses with both figures where every client reads', () => {
+  it('refuses with count and limit when the gateway is full and every client reads', () => {
     expect(() => assertPlace(tableOf(2), rules)).toThrow(
       expect.objectContaining({
         code: 'resource_exhausted',
@@ -43,7 +43,7 @@ describe('assertPlace', () => {
     );
   });
 
-  it('refuses while the gateway stops, and ends nothing for it', () => {
+  it('refuses while the gateway stops, without ending another request', () => {
     const table = tableOf(2, 1);
     expect(() => assertPlace(table, { ...rules, stopping: AbortSignal.abort() })).toThrow(
       expect.objectContaining({ code: 'unavailable' }),
@@ -53,7 +53,7 @@ describe('assertPlace', () => {
 });
 
 describe('mayUse', () => {
-  it('lets a tenant use the models that it names, or all where it names none', () => {
+  it('allows a caller its listed models, or every model without a list', () => {
     const some = { tenant: 't', models: new Set(['m']) };
     const all = { tenant: 't', models: undefined };
     expect([mayUse(some, 'm'), mayUse(some, 'n'), mayUse(all, 'n')]).toEqual([true, false, true]);

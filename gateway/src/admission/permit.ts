@@ -1,18 +1,18 @@
-// What a caller may take at this moment: the models of its tenant, and a place for one more request in this gateway.
-// What the request says is checked in check.ts.
+// Checks a caller's permissions: the models of its tenant, and room for one more request in this gateway. The request's
+// content is checked in check.ts.
 
 import { ClusterError } from '@mimo/core/process/errors';
 
 import type { Caller } from './auth.ts';
 
-/** The table of the requests that are held, as far as a new one's place depends on it. */
+/** The table of held requests, as far as room for a new one depends on it. */
 export interface Places {
   counts(): { readonly requests: number };
-  /** Ends a request whose client takes nothing, for a new one; false if every client reads. */
+  /** Ends a request whose client reads nothing, to make room; false if every client reads. */
   makeRoom(): boolean;
 }
 
-/** The bounds of this gateway. `stopping` fires when new requests are to be refused. */
+/** The limits of this gateway. `stopping` fires when new requests must be refused. */
 export interface PlaceRules {
   readonly maxRequests: number;
   readonly stopping: AbortSignal;

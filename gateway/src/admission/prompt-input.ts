@@ -1,16 +1,16 @@
-// What a model is to read, as a client sent it: a conversation, a text or token ids. Pure.
+// A prompt as a client sent it: a conversation, a text or token ids. Pure.
 
 import { Role, type Message } from '@mimo/proto/inference';
 import type { ChatMessage } from '@mimo/tokenizer';
 
-/** What the model is to read. */
+/** A client's prompt. */
 export type PromptInput =
   | { readonly kind: 'chat'; readonly messages: readonly Message[] }
   | { readonly kind: 'text'; readonly text: string }
   | { readonly kind: 'tokens'; readonly tokenIds: readonly number[] }
   | { readonly kind: 'none' };
 
-/** The texts that are tokenised. */
+/** The texts to tokenise. */
 export function textsOf(input: PromptInput): string[] {
   if (input.kind === 'chat') {
     return input.messages.map(({ content }) => content);
@@ -18,10 +18,10 @@ export function textsOf(input: PromptInput): string[] {
   return input.kind === 'text' ? [input.text] : [];
 }
 
-/** What the template adds to a message, and what rendering one costs, in letters. */
+/** The cost of a message beside its text, in letters: the template's additions, and its rendering. */
 const messageCharacters = 128;
 
-/** What a prompt costs to render and tokenise, in letters: an empty message is not free. */
+/** The cost of rendering and tokenising a prompt, in letters: an empty message is not free. */
 export function promptCost(input: PromptInput): number {
   const characters = textsOf(input).reduce((sum, text) => sum + text.length, 0);
   return input.kind === 'chat' ? characters + messageCharacters * input.messages.length : characters;

@@ -34,7 +34,7 @@ const context: AdmissionContext = {
   timeLeftMs: undefined,
 };
 
-/** One token a character, and one before each message: enough of a tokenizer to count with. */
+/** A tokenizer for counting: one token per character, and one before each message. */
 function encode(input: PromptInput): number[] {
   if (input.kind === 'tokens') {
     return [...input.tokenIds];
@@ -46,7 +46,7 @@ function encode(input: PromptInput): number[] {
   return Array.from(texts.join(''), (character) => character.charCodeAt(0) % 1_000);
 }
 
-/** What a door does. */
+/** Admits a request as a door does. */
 function admit(input: PromptInput, sampling?: Partial<SamplingParams>, timeLeftMs?: number): RequestRecord {
   const problems = checkPrompt(input, { facts, promptMaxBytes });
   const tokenIds = problems.length === 0 ? encode(input) : [];
@@ -65,7 +65,7 @@ const chat = (...messages: readonly Partial<Message>[]): PromptInput => ({
 });
 const ids = (...tokenIds: readonly number[]): PromptInput => ({ kind: 'tokens', tokenIds });
 
-/** The fields and descriptions of what is refused; an error of another kind, or without violations, is thrown on. */
+/** The fields and descriptions of the violations; rethrows an error of another kind or without violations. */
 function violationsOf(input: PromptInput, sampling: Partial<SamplingParams> = {}): Record<string, string> {
   try {
     admit(input, sampling);
@@ -84,7 +84,7 @@ function violationsOf(input: PromptInput, sampling: Partial<SamplingParams> = {}
 const many = (count: number): string[] => Array.from({ length: count }, (_, index) => `s${index}`);
 
 describe('admitRequest', () => {
-  it('fills in every default: the model’s recommendation, the drawn seed, what is left of the context', () => {
+  it('fills in every default: the model’s recommendation, the drawn seed, the rest of the context', () => {
     expect(admit(prompt, undefined, 9_000)).toEqual({
       requestId: 'r',
       model: 'm',
@@ -116,7 +116,7 @@ describe('admitRequest', () => {
     });
   });
 
-  it('keeps what is given, zeros included', () => {
+  it('keeps given values, zeros included', () => {
     const given: Partial<SamplingParams> = {
       temperature: 0,
       topP: 1,
@@ -138,19 +138,19 @@ describe('admitRequest', () => {
     expect(admit(prompt, given).sampling).toEqual(given);
   });
 
-  it('lowers max_tokens to what is left of the context', () => {
+  it('lowers max_tokens to the rest of the context', () => {
     const { sampling } = admit(prompt, { maxTokens: 5_000 });
     expect(sampling?.maxTokens).toBe(95);
   });
 
-  it('puts an empty system message before a conversation that has none, and keeps one that is there', () => {
+  it('puts an empty system message before a conversation without one, and keeps an existing one', () => {
     const system = { role: Role.SYSTEM, content: '' };
     const bare = admit(chat(user));
     expect(bare.promptTokenIds).toEqual(admit(chat(system, user)).promptTokenIds);
     expect(bare.promptTokenIds).toEqual(encode({ kind: 'text', text: '>>hello' }));
   });
 
-  it('ends the completion at the tokens of stop texts that are special tokens', () => {
+  it('ends the completion at special tokens that stop texts name', () => {
     const stop = ['<|eot|>', 'x', '<|end|>', '<|end|>x', '<|beyond|>'];
     expect(admit(prompt, { stop, stopTokenIds: [9, 7] }).sampling).toMatchObject({
       stop,
@@ -167,7 +167,7 @@ describe('admitRequest', () => {
     });
   });
 
-  it('accepts an assistant’s message as the last one, to be continued, also an empty one', () => {
+  it('accepts a last message of the assistant, even an empty one, to be continued', () => {
     for (const content of ['so', '']) {
       const messages = [user, { role: Role.ASSISTANT, content }];
       expect(admit(chat(...messages)).promptTokenIds).toEqual(encode(chat(...messages)));
@@ -176,7 +176,7 @@ describe('admitRequest', () => {
     expect(continuesLast([user])).toBe(false);
   });
 
-  it('accepts a prompt that leaves room for one token, and no longer one', () => {
+  it('accepts a prompt that leaves room for one token, and rejects a longer one', () => {
     expect(admit({ kind: 'text', text: 'x'.repeat(99) }).sampling?.maxTokens).toBe(1);
     expect(violationsOf({ kind: 'text', text: 'x'.repeat(100) })).toEqual({
       prompt: 'has at least 100 tokens; the limit is 99, one less than the context of 100',
@@ -268,7 +268,7 @@ describe('admitRequest', () => {
     expect(Object.keys(violationsOf(input))).toEqual([field]);
   });
 
-  it('says all that is wrong at once, with limit and value, and quotes no prompt', () => {
+  it('reports all problems at once with limit and value, and does not quote the prompt', () => {
     const input = chat({ role: Role.USER, content: 'top secret' }, { content: '' });
     expect(violationsOf(input, { temperature: 3, topP: 0, stop: [''], maxTokens: 0 })).toEqual({
       'sampling.temperature': 'must be 0 or a number from 0.000001 to 2, not 3',
@@ -280,7 +280,7 @@ describe('admitRequest', () => {
     expect(() => admit(input)).not.toThrow(/secret/);
   });
 
-  it('admits or refuses with violations, and never anything else', () => {
+  it('admits any request or refuses it with violations', () => {
     const number = fc.option(fc.double(), { nil: undefined });
     const sampling = fc.record({
       temperature: number,

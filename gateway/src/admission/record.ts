@@ -1,6 +1,6 @@
 // The record of an admitted request: every default filled in. Pure: the same request, facts and chance give the same
 // record. Every door goes through here, so that none skips a check: `checkPrompt`, then the tokenizer if the prompt is
-// sound, then `admitRequest`.
+// valid, then `admitRequest`.
 
 import type { FieldViolation } from '@mimo/core/process/errors';
 import type { RequestRecord } from '@mimo/proto/queue';
@@ -32,7 +32,7 @@ export interface AdmissionContext {
   readonly requestId: string;
   readonly tenant: string;
   readonly gatewayId: string;
-  /** The model identity that shall compute the text: version-choice.ts. */
+  /** The model identity that must compute the completion: version-choice.ts. */
   readonly identity: string;
   readonly seed: number;
   /** Until the caller's deadline; undefined: none. */

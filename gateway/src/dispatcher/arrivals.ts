@@ -1,25 +1,25 @@
-// The live records of one model in order of arrival, also when their store was lost and they were recorded again in
-// another one. Pure: time is an argument.
+// The live records of one model in order of arrival, even after their store was lost and they were recorded again in
+// another. Pure: time is an argument.
 
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
 
-/** A record that this dispatcher has seen, and when; it was stored at `storedMs`, which may be before its time. */
+/** A record and when this dispatcher first saw it. `storedMs` may be before the dispatcher's start. */
 export interface SeenRecord extends QueuedRecord {
   readonly seenMs: number;
   readonly storedMs: number;
 }
 
-/** Every gateway has noticed a lost store and recorded its requests again by then. */
+/** Within this time every gateway has noticed a lost store and recorded its requests again. */
 const restoreMs = 2_000;
 
 /** The records, by their requests. */
 export class Arrivals {
-  /** In order of arrival once sorted: most are added in that order, and after the loss of a store some are not. */
+  /** In order of arrival once sorted. Most are added in that order; after the loss of a store some are not. */
   #records = new Map<string, SeenRecord>();
   #isSorted = true;
   #last: SeenRecord | undefined;
   /**
-   * The store of the newest record: records of another store were lost with it, and their owners may record them again.
+   * The store of the newest record. Records of other stores are lost, but their owners may record them again.
    */
   #storeId: string;
   /** Until then, new records in this store wait for older requests to be recorded again. */
@@ -42,13 +42,13 @@ export class Arrivals {
     return this.#records.get(requestId);
   }
 
-  /** Takes a record; false if its request is known already, perhaps from another store. */
+  /** Adds a record; false if its request is known already, perhaps from another store. */
   add({ isArrival: _isArrival, ageMs, ...queued }: FollowedRecord, nowMs: number): boolean {
     const { record, storeId } = queued;
     const known = this.#records.get(record.requestId);
     if (known?.storeId === storeId) {
       if (known.sequence < queued.sequence) {
-        // Written again: it keeps its turn.
+        // A rewritten record keeps its turn.
         this.#records.set(record.requestId, { ...known, ...queued });
       }
       return false;
@@ -65,12 +65,12 @@ export class Arrivals {
     return known === undefined;
   }
 
-  /** The request has ended. */
+  /** Removes an ended request. */
   delete(requestId: string): void {
     this.#records.delete(requestId);
   }
 
-  /** All of them, the earliest first. */
+  /** All records, the earliest first. */
   inOrder(): Iterable<SeenRecord> {
     if (!this.#isSorted) {
       this.#records = new Map([...this.#records].toSorted(([, one], [, other]) => this.#compare(one, other)));
@@ -86,8 +86,8 @@ export class Arrivals {
   }
 
   /**
-   * Which came first. A record that outlived more stores came in an earlier one; of those that came in the same store
-   * the sequences there say it.
+   * Compares by arrival. A record that outlived more stores came in an earlier one; records of the same store compare
+   * by their sequences there.
    */
   #compare(one: SeenRecord, other: SeenRecord): number {
     const [{ outlived, sequence }, than] = [this.#originOf(one), this.#originOf(other)];

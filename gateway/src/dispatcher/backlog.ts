@@ -1,6 +1,6 @@
-// The waiting work of one model's queue: which of its live requests wait, for what, and how much that is. Their order
-// is in arrivals.ts, where a request runs is in dispatch-state.ts. Pure: time is an argument, the dispatcher's own
-// monotonic clock, which is never compared with other clocks.
+// The waiting work of one model's queue: its waiting requests, their needs, and their amount. Their order is in
+// arrivals.ts; dispatch-state.ts knows the group of each running request. Pure: time is an argument, the dispatcher's
+// own monotonic clock, which is never compared with other clocks.
 
 import type { FollowedRecord, QueuedRecord } from '@mimo/core/bus/records';
 import type { QueueState } from '@mimo/core/bus/signals';
@@ -16,12 +16,12 @@ export interface Load {
   readonly tokens: number;
 }
 
-/** The load of nothing. */
+/** An empty load. */
 export const nothing: Load = { requests: 0, tokens: 0 };
 
 /** A gateway that did not answer. */
 interface SilentGateway {
-  /** Since when nobody listens under its name; undefined if it listens but did not answer in time. */
+  /** When it was first found not listening; undefined if it listens but did not answer in time. */
   readonly goneSinceMs: number | undefined;
   readonly retryMs: number;
 }
@@ -29,20 +29,20 @@ interface SilentGateway {
 const retryMs = 1_000;
 /** A parked request is offered again after this, in case its owner's message was lost. */
 const parkedRetryMs = 10_000;
-/** A gateway that does not listen for this long is gone, and so are the clients of its requests. */
+/** A gateway that has not listened for this long is gone, and so are the clients of its requests. */
 const orphanAfterMs = 15_000;
 
-/** The backlog of one model. A request waits until it is said to be with a group, or is parked. */
+/** The backlog of one model. A request waits unless a group holds it or it is parked. */
 export class Backlog {
   readonly #arrivals: Arrivals;
-  /** The few of them that are with a group. */
+  /** The few requests that are in a group. */
   readonly #held = new Set<string>();
-  /** Of those whose clients take nothing: until when they are not offered, in case their owner's next word is lost. */
+  /** Parked requests, and when to offer them again in case their owner's next message is lost. */
   readonly #parked = new Map<string, number>();
   /** Requests whose needs differ from their records. */
   readonly #needs = new Map<string, Needs & { readonly sinceMs: number }>();
   readonly #silent = new Map<string, SilentGateway>();
-  // Kept as things change: a queue may hold tens of thousands of requests.
+  // Sums are updated at each change: a queue may hold tens of thousands of requests.
   /** Waiting requests, by the identity that they need. */
   readonly #waitingFor = new Map<string, Load>();
   #heldTokens = 0;
@@ -61,7 +61,7 @@ export class Backlog {
     return this.#arrivals.get(requestId);
   }
 
-  /** Takes a record; one that arrived counts among those that came since the beginning. */
+  /** Adds a record; a new arrival also counts in the total of arrived work. */
   add(followed: FollowedRecord, nowMs: number): void {
     if (this.#arrivals.add(followed, nowMs)) {
       const { record, isArrival } = followed;
@@ -70,7 +70,7 @@ export class Backlog {
     }
   }
 
-  /** The request has ended. */
+  /** Removes an ended request. */
   remove(requestId: string): void {
     const request = this.#arrivals.get(requestId);
     if (request !== undefined) {
@@ -82,7 +82,7 @@ export class Backlog {
     }
   }
 
-  /** The request is with a group. False if there is no such request. */
+  /** Notes that a group holds the request. False if there is no such request. */
   hold(requestId: string): boolean {
     const request = this.#arrivals.get(requestId);
     if (request === undefined) {
@@ -97,7 +97,7 @@ export class Backlog {
     return true;
   }
 
-  /** The request waits again, where it was with a group. */
+  /** Makes a request wait again if a group held it. */
   release(requestId: string): void {
     const request = this.#arrivals.get(requestId);
     if (this.#held.delete(requestId) && request !== undefined) {
@@ -106,7 +106,7 @@ export class Backlog {
     }
   }
 
-  /** The request's client takes nothing: it is in no group, and waits for none. */
+  /** Parks a request whose client is not reading: it is in no group, and waits for none. */
   park(requestId: string, nowMs: number): void {
     const request = this.#arrivals.get(requestId);
     if (request !== undefined) {
@@ -118,7 +118,7 @@ export class Backlog {
     }
   }
 
-  /** The request waits for a group again, where it was parked. */
+  /** Makes a parked request wait for a group again. */
   unpark(requestId: string): void {
     const request = this.#arrivals.get(requestId);
     if (this.#parked.delete(requestId) && request !== undefined) {
@@ -126,7 +126,7 @@ export class Backlog {
     }
   }
 
-  /** Unparks what was parked long ago. */
+  /** Unparks requests that were parked long ago. */
   tick(nowMs: number): void {
     for (const [requestId, untilMs] of this.#parked) {
       if (untilMs <= nowMs) {
@@ -135,7 +135,7 @@ export class Backlog {
     }
   }
 
-  /** What a request needs from here on, as its owner says; only of one that is in no group. */
+  /** Sets the needs of a request, as its owner reports them. Ignored while a group holds it. */
   need(requestId: string, needs: Needs | undefined, nowMs: number): void {
     const record = this.#arrivals.get(requestId)?.record;
     if (record !== undefined && needs !== undefined && !this.#held.has(requestId)) {
@@ -148,19 +148,19 @@ export class Backlog {
     }
   }
 
-  /** The request may not be in any company. */
+  /** Whether the request's company is restricted. */
   isOnTrial(requestId: string): boolean {
     return (this.#needs.get(requestId)?.company ?? Company.UNSPECIFIED) !== Company.UNSPECIFIED;
   }
 
-  /** A gateway answered: its requests need not wait for it. */
+  /** Notes that a gateway answered: its requests may be offered again. */
   heard(gatewayId: string): void {
     this.#silent.delete(gatewayId);
   }
 
   /**
-   * A gateway did not answer; all of its requests are left alone for a while. With `gone` nobody even listens in its
-   * name. Returns its requests where it has been gone for so long that they are nobody's.
+   * Notes that a gateway did not answer; none of its requests are offered for a while. `gone`: nothing listens under
+   * its name. Returns its requests once it has been gone for so long that they have no owner.
    */
   unanswered(gatewayId: string, gone: boolean, nowMs: number): string[] {
     const goneSinceMs = gone ? (this.#silent.get(gatewayId)?.goneSinceMs ?? nowMs) : undefined;
@@ -173,7 +173,7 @@ export class Backlog {
       .map(({ record }) => record.requestId);
   }
 
-  /** What waits, in order of arrival: for groups of these identities, or all of it. */
+  /** The waiting requests in order of arrival: those for groups of these identities, or all. */
   *waiting(identities?: ReadonlySet<string>): Generator<WaitingRequest, void, undefined> {
     const wanted = identities === undefined ? undefined : new Set([...identities, '']);
     let left = 0;
@@ -193,8 +193,8 @@ export class Backlog {
   }
 
   /**
-   * Those of them that may not share a group with any sequence; after a wait they accept company that is not quite
-   * suitable.
+   * The waiting requests whose company is restricted. A request that must be alone accepts a group with proven
+   * sequences after a wait.
    */
   *onTrial(nowMs: number): Generator<TrialRequest, void, undefined> {
     for (const [requestId, needs] of this.#needs) {

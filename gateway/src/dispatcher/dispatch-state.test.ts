@@ -25,7 +25,7 @@ function runs(requestId: string, epoch: number, more: Partial<RunningRequest> = 
   return { requestId, epoch, tokens: 0, onTrial: false, ...more };
 }
 
-/** What an owner says of an attempt that is over. */
+/** An owner's report of an ended attempt. */
 function lost(
   requestId: string,
   epoch: number,
@@ -48,14 +48,14 @@ function beat(group: string, more: Partial<Heartbeat> = {}): Heartbeat {
 
 const waitingIn = (state: DispatchState): string[] => [...state.waiting()].map(({ requestId }) => requestId);
 
-/** A record that arrives; with `firstSequence` it is written again. */
+/** A record that arrives; with `firstSequence` it is a rewritten one. */
 function arrival(requestId: string, sequence: number, firstSequence = 0): FollowedRecord {
   const record = RequestSummary.fromPartial({ requestId, tokens: 10, firstSequence });
   return { storeId: 's', sequence, record, isArrival: true, ageMs: 0 };
 }
 
 describe('DispatchState', () => {
-  it('is rebuilt from records and heartbeats: what a group runs does not wait', () => {
+  it('is rebuilt from records and heartbeats: a request that a group runs does not wait', () => {
     const state = stateOf('a', 'b');
     const running = beat('g', {
       running: [runs('a', 1), runs('unknown', 1)],
@@ -65,7 +65,7 @@ describe('DispatchState', () => {
     expect(state.openGroups([running], unmarked, at)).toMatchObject([{ group: 'g', slots: 4, usedSlots: 1 }]);
   });
 
-  it('lets a request wait again that its group does not speak of for long', () => {
+  it('returns a request to the queue when its group does not report it for a while', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
     state.reconcile([beat('g')], at + 2_000);
@@ -74,7 +74,7 @@ describe('DispatchState', () => {
     expect(waitingIn(state)).toEqual(['a']);
   });
 
-  it('lets a request wait again whose group is gone, or lives another life', () => {
+  it('returns a request to the queue when its group is gone or has restarted', () => {
     const state = stateOf('a', 'b');
     state.place('a', beat('gone'), at);
     state.place('b', beat('g'), at);
@@ -82,7 +82,7 @@ describe('DispatchState', () => {
     expect(waitingIn(state)).toEqual(['a', 'b']);
   });
 
-  it('does not believe a group that still speaks of an attempt that is over', () => {
+  it('ignores a group that still reports an ended attempt', () => {
     const state = stateOf('a', 'b');
     const stalled = beat('stalled', { running: [runs('a', 1)] });
     state.reconcile([stalled], at);
@@ -95,13 +95,13 @@ describe('DispatchState', () => {
     state.reconcile([heir, stalled], at + 4);
     expect(waitingIn(state)).toEqual(['b']);
     expect([...state.loads().keys()]).toEqual([JSON.stringify(['heir', 'heir1'])]);
-    // What the owner answers about an attempt that has ended since does not count either.
+    // A late answer of the owner about an ended attempt does not count either.
     state.requeue(lost('a', 2), at + 5);
     state.confirm('a', { group: 'heir', incarnation: 'heir1', epoch: 2 }, at + 6);
     expect(waitingIn(state)).toEqual(['a', 'b']);
   });
 
-  it('believes the later attempt where two groups speak of a request that it knows nothing of', () => {
+  it('uses the later attempt when two groups report a request that it has not placed', () => {
     const old = beat('old', { running: [runs('a', 1)] });
     const late = beat('new', { running: [runs('a', 2)] });
     for (const groups of [
@@ -115,7 +115,7 @@ describe('DispatchState', () => {
     }
   });
 
-  it('offers a request that was refused by what its owner says it needs', () => {
+  it('offers a declined request according to the needs that its owner reported', () => {
     const state = stateOf('a', 'b', 'c');
     for (const [requestId, needs] of [
       ['a', { identity: 'x' }],
@@ -140,26 +140,26 @@ describe('DispatchState', () => {
     expect([...state.onTrial(at)]).toEqual([]);
   });
 
-  it('lets one be tried among proven requests once it has waited for a group to itself, longer after each break', () => {
+  it('allows a trial among proven requests after a wait for an empty group that grows with each break', () => {
     const state = stateOf('a');
     const companiesOf = (...times: readonly number[]): Company[] =>
       times.flatMap((nowMs) => [...state.onTrial(nowMs)].map(({ company }) => company));
     state.requeue(lost('a', 1, { needs: { company: Company.NONE, breaks: 3 } }), at);
     expect(companiesOf(at, at + 14_999, at + 15_000)).toEqual([Company.NONE, Company.NONE, Company.PROVEN]);
-    // A group that refuses it changes nothing.
+    // A group's rejection changes nothing.
     state.requeue(lost('a', 2, { needs: { company: Company.NONE, breaks: 3 } }), at + 10_000);
     expect(companiesOf(at + 15_000)).toEqual([Company.PROVEN]);
     state.requeue(lost('a', 3, { needs: { company: Company.NONE, breaks: 4 } }), at + 20_000);
     expect(companiesOf(at + 49_999, at + 50_000)).toEqual([Company.NONE, Company.PROVEN]);
   });
 
-  it('says who is in a group as the group says it, and nothing before that is sure', () => {
+  it('reports a group’s company from its heartbeats, and none before it is certain', () => {
     const state = stateOf('a', 'b');
     const companyOf = (heartbeat: Heartbeat, nowMs: number): OpenGroup['company'] | undefined => {
       state.reconcile([heartbeat], nowMs);
       return state.openGroups([heartbeat], unmarked, nowMs)[0]?.company;
     };
-    // A group that has just been heard of may hold what it has not said yet.
+    // A newly seen group may hold sequences that it has not reported yet.
     expect(companyOf(beat('g'), at)).toBe(Company.UNSPECIFIED);
     expect(companyOf(beat('g'), at + 2_001)).toBe(Company.NONE);
     state.place('a', beat('g'), at + 2_001);
@@ -170,11 +170,11 @@ describe('DispatchState', () => {
     expect(companyOf(beat('g', { running: [runs('a', 1, { tokens: 8 })] }), at + 2_004)).toBe(Company.PROVEN);
     state.remove('a', false, at + 2_005);
     expect(companyOf(beat('g'), at + 2_006)).toBe(Company.NONE);
-    // One whose client has left may still be there until the group has had time to say otherwise.
+    // A request whose client has left may still be there until the group has had time to report its removal.
     state.place('b', beat('g'), at + 2_007);
     state.remove('b', false, at + 2_008);
     expect(companyOf(beat('g'), at + 4_000)).toBe(Company.UNSPECIFIED);
-    // It is: the group stands still and says so. Nobody else knows of it any more.
+    // It still is: the group stalls and reports it. No gateway knows of it any more.
     expect(companyOf(beat('g', { running: [runs('b', 1)] }), at + 9_000)).toBe(Company.UNSPECIFIED);
     expect(companyOf(beat('g'), at + 9_250)).toBe(Company.NONE);
     state.add(
@@ -192,7 +192,7 @@ describe('DispatchState', () => {
     expect(companyOf(beat('g'), at + 9_302)).toBe(Company.NONE);
   });
 
-  it('closes a group while one is on trial in it, also as a new dispatcher that only hears of it', () => {
+  it('closes a group during a trial, even in a new dispatcher that knows the trial only from heartbeats', () => {
     const trial = runs('a', 3, { onTrial: true, tokens: 7 });
     const slotsOf = (state: DispatchState, heartbeat: Heartbeat): number | undefined =>
       state.openGroups([heartbeat], unmarked, at)[0]?.slots;
@@ -206,7 +206,7 @@ describe('DispatchState', () => {
     expect(slotsOf(state, beat('g'))).toBe(4);
   });
 
-  it('does not trust a group for a while on which an attempt failed, but its next life at once', () => {
+  it('avoids a group for a while after a failed attempt, but not its next incarnation', () => {
     const state = stateOf('a');
     state.place('a', beat('g'), at);
     state.requeue(lost('a', 1), at);
@@ -219,7 +219,7 @@ describe('DispatchState', () => {
     expect(state.openGroups(lives, unmarked, at).map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0]);
   });
 
-  it('gives a silent gateway time, then calls all of its requests nobody’s', () => {
+  it('gives a silent gateway time, then returns all of its requests as orphaned', () => {
     const state = stateOf('a', 'b');
     const retries = (): number[] => [...state.waiting()].map(({ notBeforeMs }) => notBeforeMs);
     expect(state.unanswered('a', true, at)).toEqual([]);
@@ -229,7 +229,7 @@ describe('DispatchState', () => {
     expect(state.unanswered('unknown', true, at)).toEqual([]);
   });
 
-  it('begins to count anew after a word from the gateway, or where somebody listens in its name', () => {
+  it('restarts the time until requests are orphaned when their gateway answers or listens again', () => {
     const state = stateOf('a');
     state.unanswered('a', true, at);
     state.heard('');
@@ -239,7 +239,7 @@ describe('DispatchState', () => {
     expect(state.unanswered('a', true, at + 40_000)).toEqual([]);
   });
 
-  it('gives no slot of a group that drains, starts, or queues by itself', () => {
+  it('offers no slot of a group that is draining, is starting, or has sequences waiting for room', () => {
     const groups = [
       beat('drains', { state: GroupState.DRAINING }),
       beat('starts', { state: GroupState.STARTING }),
@@ -252,7 +252,7 @@ describe('DispatchState', () => {
     ]);
   });
 
-  it('counts the slot of a sequence that gives way as free, and that of one which waits its turn as used', () => {
+  it('counts the slot of a sequence that makes room as free, and that of a sequence waiting its turn as used', () => {
     const groups = [
       beat('stalled', { maxSequences: 4, runningSequences: 4, parkableSequences: 3 }),
       beat('turns', { maxSequences: 4, runningSequences: 1, waitingSequences: 2 }),
@@ -263,7 +263,7 @@ describe('DispatchState', () => {
     ]);
   });
 
-  it('offers nothing that is parked, until its owner says so or has been silent for long', () => {
+  it('does not offer a parked request until its owner unparks it or has been silent for long', () => {
     const state = stateOf('a', 'b', 'c');
     state.confirm('a', { ...beat('g'), epoch: 3 }, at);
     state.requeue(lost('a', 2, { parked: true, released: true }), at);
@@ -296,7 +296,7 @@ describe('DispatchState', () => {
     expect(state.summary(at)).toMatchObject({ waitingTokens: 13, inFlightTokens: 13, parkedRequests: 0 });
   });
 
-  it('gives no slot of a group with a drain mark, until it is cleared', () => {
+  it('offers no slot of a group with a drain mark until the mark is cleared', () => {
     const groups = [beat('a'), beat('b')];
     const marked = stateOf().openGroups(groups, new Map([['a', { sinceUnixMs: at }]]), at);
     expect(marked.map(({ group }) => group)).toEqual(['b']);
@@ -340,7 +340,7 @@ describe('DispatchState', () => {
     });
   });
 
-  it('takes the age of what it found from the store, and a deadline from when it first saw the record', () => {
+  it('counts a record’s age from its time in the store, and its deadline from when it first saw the record', () => {
     const state = new DispatchState();
     const record = RequestSummary.fromPartial({ requestId: 'a', timeLeftMs: 60_000 });
     state.add({ storeId: 's', sequence: 1, record, isArrival: false, ageMs: 20_000 }, at);
@@ -348,7 +348,7 @@ describe('DispatchState', () => {
     expect([...state.waiting()]).toMatchObject([{ requestId: 'a', expiredMs: at + 60_000, notBeforeMs: 0 }]);
   });
 
-  it('keeps the order of acceptance over lost stores, in whatever order the records come back', () => {
+  it('keeps the order of acceptance across lost stores, in any order of the rewritten records', () => {
     const accepted = fc.record({ store: fc.nat(2), knownBefore: fc.boolean(), comesBack: fc.nat(100) });
     fc.assert(
       fc.property(fc.array(accepted, { maxLength: 20 }), (requests) => {
@@ -362,7 +362,7 @@ describe('DispatchState', () => {
           });
           return { record, store, ...each, sequence: store < 2 ? 100 + each.comesBack : 50 + index };
         });
-        // Some were known from the store before, under their place there.
+        // Some were known from the earlier store, under their place there.
         for (const { record, knownBefore, store, sequence } of records) {
           if (knownBefore && store < 2) {
             const before = { ...record, storesOutlived: 1 - store };
@@ -379,7 +379,7 @@ describe('DispatchState', () => {
     );
   });
 
-  it('keeps the turn of what is written again, and counts it once', () => {
+  it('keeps the turn of a rewritten record, and counts it once', () => {
     const state = new DispatchState('s');
     [arrival('a', 1), arrival('b', 2), arrival('a', 3, 1), arrival('c', 4)].forEach((each) =>
       state.add(each, at),
@@ -387,13 +387,13 @@ describe('DispatchState', () => {
     expect(waitingIn(state)).toEqual(['a', 'b', 'c']);
     expect(state.get('a')?.sequence).toBe(3);
     expect(state.summary(at)).toMatchObject({ waitingTokens: 30, arrivedTokens: 30 });
-    // Another dispatcher finds only what is there.
+    // Another dispatcher finds only the rewritten records.
     const next = new DispatchState('s');
     [arrival('b', 2), arrival('a', 3, 1), arrival('c', 4)].forEach((each) => next.add(each, at));
     expect(waitingIn(next)).toEqual(['a', 'b', 'c']);
   });
 
-  it('keeps its place for what was lost with the store and is not recorded again yet', () => {
+  it('keeps the place of a request whose lost record is not rewritten yet', () => {
     const state = stateOf('a', 'b', 'c');
     const fresh = RequestSummary.fromPartial({ requestId: 'fresh' });
     state.add({ storeId: 't', sequence: 1, record: fresh, isArrival: true, ageMs: 0 }, at);
@@ -402,11 +402,11 @@ describe('DispatchState', () => {
     state.add({ storeId: 't', sequence: 2, record: restored, isArrival: true, ageMs: 0 }, at);
     expect(waitingIn(state)).toEqual(['a', 'b', 'c', 'fresh']);
     expect(state.get('b')).toMatchObject({ storeId: 't', sequence: 2 });
-    // What is new gives the older ones time to be recorded again.
+    // New requests wait until the older ones have had time to be recorded again.
     expect([...state.waiting()].map(({ notBeforeMs }) => notBeforeMs)).toEqual([0, 0, 0, at + 2_000]);
   });
 
-  it('takes the first store that it sees for the one that was always there, unless it knows of another', () => {
+  it('treats the first store that it sees as the original one, unless it knows of another', () => {
     const fresh = RequestSummary.fromPartial({ requestId: 'fresh' });
     const queued = { storeId: 't', sequence: 1, record: fresh, isArrival: true, ageMs: 0 };
     const waits = (state: DispatchState): number[] => {
@@ -420,7 +420,7 @@ describe('DispatchState', () => {
     ]).toEqual([[0], [0], [at + 2_000]]);
   });
 
-  it('counts the same however requests come, move and go', () => {
+  it('keeps correct counts for any sequence of arrivals, moves and ends', () => {
     const step = fc.record({
       act: fc.constantFrom('add', 'place', 'requeue', 'refuse', 'unanswered', 'remove', 'reconcile'),
       request: fc.nat(5),

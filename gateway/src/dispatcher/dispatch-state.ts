@@ -1,6 +1,6 @@
-// The dispatcher's view: the live requests of one model and the group of each. Rebuilt from the stream
-// and the heartbeats, so a new dispatcher needs nothing from the old one. A belief may be wrong for a moment; the
-// owning gateway's answer to an assignment is the truth. What waits is in backlog.ts. Pure: time is an argument, the
+// The dispatcher's view: the live requests of one model and the group of each. Rebuilt from the stream and the
+// heartbeats, so a new dispatcher needs nothing from the old one. The view may be wrong for a moment; the owning
+// gateway's answer to an assignment is authoritative. The waiting work is in backlog.ts. Pure: time is an argument, the
 // dispatcher's own monotonic clock.
 
 import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
@@ -12,7 +12,7 @@ import { provenTokens } from './suspicion.ts';
 import { Backlog, nothing, type BacklogSummary, type Load } from './backlog.ts';
 import type { OpenGroup, TrialRequest, WaitingRequest } from './placement.ts';
 
-/** Which life of which group. */
+/** A group and its incarnation. */
 export interface Place {
   readonly group: string;
   readonly incarnation: string;
@@ -21,25 +21,25 @@ export interface Place {
 interface Placed extends Place {
   readonly sinceMs: number;
   readonly onTrial: boolean;
-  /** It made progress there, according to the group. */
+  /** Whether it made progress there, according to the group. */
   readonly proven: boolean;
 }
 
 /** How long a group may leave an assigned request out of its heartbeats before it counts as waiting again. */
 const settleMs = 2_000;
-/** A group on which an attempt failed is left alone for as long as it takes to notice that it is gone. */
+/** A group gets no requests for this long after a failed attempt: the time that it takes to detect a lost group. */
 const suspectMs = 2_000;
 
 /** The state of one model's queue. */
 export class DispatchState {
   readonly #backlog: Backlog;
-  /** The few requests that are with a group. */
+  /** The few requests that are in a group. */
   readonly #placed = new Map<string, Placed>();
-  /** The earliest attempt of a request that may still run: what speaks of an earlier one speaks of the past. */
+  /** The earliest attempt of a request that may still run: reports on earlier attempts are out of date. */
   readonly #epochs = new Map<string, number>();
-  /** Lives of groups on which an attempt failed, and until when they are left alone. */
+  /** Incarnations on which an attempt failed, and when they may get requests again. */
   readonly #suspects = new Map<string, number>();
-  /** When each life of a group was first heard of, or last left by a request that may still be in it. */
+  /** When each incarnation was first seen, or was last left by a request that may still be in it. */
   readonly #unsureMs = new Map<string, number>();
   #endedTokens = 0;
 
@@ -52,14 +52,14 @@ export class DispatchState {
     return this.#backlog.storeId;
   }
 
-  /** Takes a record; one that arrived counts among those that came since the beginning. */
+  /** Adds a record; a new arrival also counts in the total of arrived work. */
   add(followed: FollowedRecord, nowMs: number): void {
     this.#backlog.add(followed, nowMs);
   }
 
   /**
-   * The request has ended. It counts as ended work if a group had it, since the group computed its tokens. Unless
-   * the group has `released` it, it may still be there, as in a paused group.
+   * Removes an ended request. It counts as ended work if a group had it, since the group computed its tokens. Unless
+   * the group has `released` it, it may still be there, for example in a paused group.
    */
   remove(requestId: string, released: boolean, nowMs: number): void {
     const request = this.#backlog.get(requestId);
@@ -75,7 +75,7 @@ export class DispatchState {
     return this.#backlog.get(requestId);
   }
 
-  /** The request is with a group, according to its owner, in the attempt of this number. */
+  /** Notes that its owner has started attempt `epoch` of the request in a group. */
   confirm(requestId: string, where: Place & { readonly epoch: number }, nowMs: number): void {
     if (where.epoch >= (this.#epochs.get(requestId) ?? 0)) {
       this.place(requestId, where, nowMs);
@@ -83,7 +83,7 @@ export class DispatchState {
     }
   }
 
-  /** The request is with a group, as far as is known. */
+  /** Notes that the request is in a group, as far as is known. */
   place(requestId: string, { group, incarnation }: Place, nowMs: number): void {
     if (this.#backlog.hold(requestId)) {
       const before = this.#placed.get(requestId);
@@ -99,8 +99,8 @@ export class DispatchState {
   }
 
   /**
-   * An attempt is over: the request waits again, and the group is not trusted for a while. Where it is `parked` it
-   * waits for its client, and the group did no more than to say so.
+   * Ends an attempt: the request waits again, and the group gets no requests for a while. A `parked` request waits for
+   * its client instead, and its group is not to blame.
    */
   requeue(
     ended: Pick<RequestEnded, 'requestId' | 'epoch' | 'needs' | 'released' | 'parked'>,
@@ -127,40 +127,40 @@ export class DispatchState {
     }
   }
 
-  /** Its client is not reading: it has no group and waits for none. */
+  /** Parks a request whose client is not reading: it has no group and waits for none. */
   park(requestId: string, nowMs: number): void {
     this.#unplace(requestId);
     this.#backlog.park(requestId, nowMs);
   }
 
-  /** Its owner does not want it in the group that it was offered: it waits again, for one that it needs. */
+  /** Notes that its owner declined the offered group: the request waits again, for a group that meets its needs. */
   refuse(requestId: string, needs: Needs | undefined, nowMs: number): void {
     this.#unplace(requestId);
     this.#backlog.need(requestId, needs, nowMs);
   }
 
-  /** A gateway answered: its requests need not wait for it. */
+  /** Notes that a gateway answered: its requests may be offered again. */
   heard(gatewayId: string): void {
     this.#backlog.heard(gatewayId);
   }
 
   /**
-   * A gateway did not answer for this request, which waits again; all of its requests are left alone for a while. With
-   * `gone` nobody even listens in its name. Returns the requests that are nobody's by now.
+   * Notes that a gateway did not answer for this request, which waits again; none of the gateway's requests are offered
+   * for a while. `gone`: nothing listens under the gateway's name. Returns the requests that have lost their owner.
    */
   unanswered(requestId: string, gone: boolean, nowMs: number): string[] {
     const request = this.#backlog.get(requestId);
     if (request === undefined) {
       return [];
     }
-    // It may have begun, and only the answer was lost.
+    // The attempt may have begun, and only the answer was lost.
     this.#unplace(requestId, nowMs);
     return this.#backlog.unanswered(request.record.gatewayId, gone, nowMs);
   }
 
   /**
-   * Brings the beliefs in line with the groups that are alive: what a group says it runs is with it; what is believed
-   * with a group that does not say so, or is gone, waits again after a while.
+   * Updates the view from the live groups' heartbeats: a request that a group reports is in that group; a request whose
+   * group is gone, or does not report it for a while, waits again.
    */
   reconcile(groups: readonly Heartbeat[], nowMs: number): void {
     const running = new Set<string>();
@@ -196,14 +196,14 @@ export class DispatchState {
   }
 
   /**
-   * Those of them that may not share a group with any sequence; after a wait they accept company that is not quite
-   * suitable.
+   * The waiting requests whose company is restricted. A request that must be alone accepts a group with proven
+   * sequences after a wait.
    */
   onTrial(nowMs: number): Iterable<TrialRequest> {
     return this.#backlog.onTrial(nowMs);
   }
 
-  /** The requests of each life of a group, by `placeKey`. */
+  /** The requests of each incarnation of a group, by `placeKey`. */
   loads(): ReadonlyMap<string, Load> {
     const loads = new Map<string, Load>();
     for (const [requestId, place] of this.#placed) {
@@ -219,8 +219,8 @@ export class DispatchState {
   }
 
   /**
-   * The groups that may be given requests, of those that are ready: not the marked ones. One in which a sequence waits
-   * for room has no free slot; a sequence that must make room for the next one does not count.
+   * The ready groups that may get requests: those without a drain mark. A group in which a sequence waits for room has
+   * no free slot; a sequence that must make room for the next one does not count.
    */
   openGroups(ready: readonly Heartbeat[], drains: MarkedGroups, nowMs: number): OpenGroup[] {
     const loads = this.loads();
@@ -244,7 +244,7 @@ export class DispatchState {
 
   /**
    * The sequences of a group: those assigned to it, and those that it reports, even if their clients are gone.
-   * `closed`: one of them is on trial there and has made no progress yet.
+   * `closed`: one of them is on trial and has made no progress yet.
    */
   #companyIn(
     heartbeat: Heartbeat,
@@ -278,7 +278,7 @@ export class DispatchState {
     }
   }
 
-  /** It waits again. With `leftMs` its group has not confirmed that it was removed. */
+  /** Returns a request to the queue. `leftMs`: when it left a group that has not confirmed its removal. */
   #unplace(requestId: string, leftMs?: number): void {
     const place = this.#placed.get(requestId);
     if (place !== undefined) {
@@ -290,7 +290,7 @@ export class DispatchState {
     }
   }
 
-  /** Drops suspicions that are over, and lives of groups that are gone. */
+  /** Drops expired suspicions, and incarnations that are gone. */
   #forget(lives: ReadonlySet<string>, nowMs: number): void {
     for (const [key, untilMs] of this.#suspects) {
       if (untilMs <= nowMs) {
@@ -305,7 +305,7 @@ export class DispatchState {
   }
 }
 
-/** Names a life of a group. */
+/** The key of an incarnation of a group. */
 export function placeKey({ group, incarnation }: Place): string {
   return JSON.stringify([group, incarnation]);
 }

@@ -1,7 +1,7 @@
 // The dispatcher of one model: while it holds the lease it follows the queue and the heartbeats, plans, and offers each
-// planned request to its owning gateway. Owns the loop and the carrying out; what to do is decided in placement.ts,
-// what is believed is kept in dispatch-state.ts, what others get to know is in state-publisher.ts. One is active per
-// model; every gateway has one that waits for the lease.
+// planned request to its owning gateway. Owns the loop and the execution of plans: placement.ts decides,
+// dispatch-state.ts keeps the dispatcher's view, state-publisher.ts publishes it. One dispatcher per model is active;
+// every gateway has one that waits for the lease.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -26,15 +26,15 @@ export interface DispatcherParts {
   readonly bus: Omit<Bus, 'kind' | 'connected' | 'opened' | 'close'>;
   readonly groups: Groups;
   readonly sessions: Pick<Sessions, 'hold' | 'isRoutable'>;
-  /** So often the store begins another file while records come; Infinity: never. */
+  /** How often the store begins another file while records arrive; Infinity: never. */
   readonly eraseAfterMs: number;
   readonly metrics: GatewayMetrics;
   readonly log: Log;
 }
 
-/** Silent groups and time-outs are found at this pace; everything else is handled at once. */
+/** How often to check for silent groups and time-outs; everything else is handled at once. */
 const tickMs = 100;
-/** Checking a long queue takes milliseconds. */
+/** How often to look for abandoned requests: checking a long queue takes milliseconds. */
 const lookMs = 1_000;
 
 /**
@@ -44,8 +44,8 @@ const lookMs = 1_000;
 const resignedMs = 2_000;
 
 /**
- * Dispatches whenever it holds the lease, until the signal fires; resolves once the lease is released. When `resigning`
- * fires the lease is given back for another gateway to take at once.
+ * Dispatches while it holds the lease, until the signal fires; resolves once the lease is released. When `resigning`
+ * fires it releases the lease, so that another gateway can acquire it at once.
  */
 export async function runDispatcher(
   parts: DispatcherParts,
@@ -53,7 +53,7 @@ export async function runDispatcher(
   resigning: AbortSignal,
 ): Promise<void> {
   const log = parts.log.child({ model: parts.model });
-  // Known from before the lease: a store that is lost takes the leases with it.
+  // Kept from one term to the next: losing the store also loses the leases.
   let storeId = '';
   while (!signal.aborted) {
     storeId ||= parts.bus.records.storeId;
@@ -78,7 +78,7 @@ export async function runDispatcher(
   }
 }
 
-/** One term of office. */
+/** One term: the time for which it holds the lease. */
 class Dispatcher {
   readonly #parts: DispatcherParts;
   readonly #epoch: number;
@@ -89,11 +89,11 @@ class Dispatcher {
   #planning = false;
   #lookedMs = 0;
   #turnedMs = performance.now();
-  /** Records came since the file was begun. */
+  /** Whether records have arrived since the file was begun. */
   #isFileUsed = false;
   /** Whether the initial replay is complete; until then, queue depth would be under-reported. */
   #replayed = false;
-  /** Undefined until they are known: before that nothing is assigned. */
+  /** Undefined until the drain marks are known: before that nothing is assigned. */
   #drains: MarkedGroups | undefined;
 
   constructor(
@@ -190,7 +190,7 @@ class Dispatcher {
     }
   }
 
-  /** What ends from now on lies in a file that the store will remove: owners write again what lives for longer. */
+  /** Begins another file: the store removes the old one once the owners have rewritten its live records. */
   async #turnFile(): Promise<void> {
     const { bus, log } = this.#parts;
     this.#isFileUsed = false;
@@ -206,7 +206,7 @@ class Dispatcher {
     this.#state.reconcile(groups.alive(model, performance.now()), performance.now());
   }
 
-  /** Sessions are opened before anything is sent on them, so that a group that is called routable is. */
+  /** Opens the sessions with all ready groups ahead of need, so that the published state knows which are routable. */
   #holdSessions(): void {
     const { groups, model, sessions, log } = this.#parts;
     for (const { group, incarnation, address } of groups.ready(model, performance.now())) {
@@ -218,7 +218,7 @@ class Dispatcher {
     }
   }
 
-  /** Plans once for whatever arrives in the same turn of the event loop. */
+  /** Plans once for all events in the same turn of the event loop. */
   #planSoon(): void {
     if (!this.#planning) {
       this.#planning = true;
@@ -255,7 +255,7 @@ class Dispatcher {
     for (const { requestId, group, company, breaks } of plan) {
       const target = groups.find((each) => each.group === group);
       if (target !== undefined) {
-        // Believed at once, so that the next plan does not place it again.
+        // Noted before the owner answers, so that the next plan does not place it again.
         this.#state.place(requestId, target, nowMs);
         void this.#assign(requestId, target, { company, breaks });
       }

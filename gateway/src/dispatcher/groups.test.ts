@@ -9,7 +9,7 @@ function beat(group: string, sequenceNumber: number, more: Partial<Heartbeat> = 
 }
 
 describe('Groups', () => {
-  it('knows the latest heartbeat of each group of a model', () => {
+  it('keeps the latest heartbeat of each group of a model', () => {
     const groups = new Groups();
     groups.observe(beat('a', 2, { runningSequences: 2 }), 0);
     groups.observe(beat('a', 1, { runningSequences: 1 }), 1);
@@ -18,14 +18,14 @@ describe('Groups', () => {
     expect(groups.alive('other', 2)).toMatchObject([{ group: 'b' }]);
   });
 
-  it('takes a new life of a group, whose numbers begin again', () => {
+  it('accepts a new incarnation of a group, whose sequence numbers start again', () => {
     const groups = new Groups();
     groups.observe(beat('a', 90), 0);
     groups.observe(beat('a', 1, { incarnation: 'two' }), 1);
     expect(groups.alive('m', 2)).toMatchObject([{ incarnation: 'two' }]);
   });
 
-  it('forgets a group that is silent, and one that failed at once', () => {
+  it('forgets a silent group after a while, and a failed one at once', () => {
     const groups = new Groups();
     groups.observe(beat('a', 1), 0);
     groups.observe(beat('b', 1), 500);
@@ -35,7 +35,7 @@ describe('Groups', () => {
     expect(groups.alive('m', 601)).toEqual([]);
   });
 
-  it('gives no more to a group that misses three heartbeats, until the next one', () => {
+  it('does not report a group as ready after three missing heartbeats, until the next one', () => {
     const groups = new Groups();
     groups.observe(beat('a', 1), 0);
     expect(groups.ready('m', heartbeatQuietMs)).toHaveLength(1);
@@ -45,7 +45,7 @@ describe('Groups', () => {
     expect(groups.ready('m', heartbeatQuietMs + 2)).toHaveLength(1);
   });
 
-  it('calls ready only what takes requests', () => {
+  it('reports as ready only groups that accept requests', () => {
     const groups = new Groups();
     groups.observe(beat('a', 1, { state: GroupState.DRAINING }), 0);
     groups.observe(beat('b', 1), 0);

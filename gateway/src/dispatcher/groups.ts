@@ -1,16 +1,15 @@
-// The gateway's view of the replica groups: the last heartbeat of each. Owns which groups count as alive, and which
-// are recent enough to get work; independent of how heartbeats travel and are used. Time is an
-// argument.
+// The gateway's view of the replica groups: the last heartbeat of each. Decides which groups count as alive, and which
+// are recent enough to get work; independent of the transport and use of heartbeats. Time is an argument.
 
 import { GroupState, type Heartbeat, type RunningRequest } from '@mimo/proto/worker';
 
 /**
- * Three missing heartbeats: the group gets no new requests until the next one. A false alarm costs only that: running
- * streams stay until their session breaks.
+ * After three missing heartbeats a group gets no new requests until the next heartbeat. A false alarm costs no more:
+ * running streams stay until their session breaks.
  */
 export const heartbeatQuietMs = 800;
 
-/** A group that is silent for this long is forgotten; the margin is for a machine that is busy, not dead. */
+/** A group that is silent for this long is forgotten; the margin allows for a busy machine. */
 export const heartbeatGoneMs = 2_000;
 
 interface SeenGroup {
@@ -22,7 +21,7 @@ interface SeenGroup {
 export class Groups {
   readonly #seen = new Map<string, SeenGroup>();
 
-  /** Takes a heartbeat; one that was overtaken by a later one of the same life is ignored. */
+  /** Stores a heartbeat, unless a later one of the same incarnation has overtaken it. */
   observe(heartbeat: Heartbeat, nowMs: number): void {
     const key = keyOf(heartbeat.model, heartbeat.group);
     const last = this.#seen.get(key)?.heartbeat;
@@ -33,7 +32,7 @@ export class Groups {
     }
   }
 
-  /** The latest heartbeat of each group of a model that is not gone. A failed group is gone at once. */
+  /** The latest heartbeat of each live group of a model. A failed group counts as gone at once. */
   alive(model: string, nowMs: number): Heartbeat[] {
     const alive: Heartbeat[] = [];
     for (const [key, { heartbeat, seenMs }] of this.#seen) {
@@ -46,7 +45,7 @@ export class Groups {
     return alive;
   }
 
-  /** The sequences of one life of a group, from its last heartbeat; none without a heartbeat. */
+  /** The sequences of one incarnation of a group, from its last heartbeat; empty without a heartbeat. */
   runningIn({
     model,
     group,
@@ -56,7 +55,7 @@ export class Groups {
     return heartbeat?.incarnation === incarnation ? heartbeat.running : [];
   }
 
-  /** Those that accept requests, according to a recent heartbeat. */
+  /** The groups that accept requests, according to a recent heartbeat. */
   ready(model: string, nowMs: number): Heartbeat[] {
     return this.alive(model, nowMs).filter(({ state, group }) => {
       const seenMs = this.#seen.get(keyOf(model, group))?.seenMs ?? Number.NEGATIVE_INFINITY;

@@ -31,7 +31,7 @@ function group(name: string, slots: number, usedSlots = 0, more: Partial<OpenGro
   return { group: name, identity: 'i', slots, usedSlots, notBeforeMs: 0, company, ...more };
 }
 
-/** A view as a dispatcher gives it: those on trial also apart. */
+/** A dispatcher's view: requests on trial are also listed separately. */
 function plan(requests: readonly TrialRequest[], groups: readonly OpenGroup[]): Placement[] {
   const onTrial = requests.filter(({ company }) => company !== Company.UNSPECIFIED);
   return planAssignments({ onTrial, waiting: requests, groups }, now);
@@ -46,7 +46,7 @@ const fits = (request: WaitingRequest, { identity }: OpenGroup): boolean =>
 
 const isDue = ({ expiredMs, notBeforeMs }: WaitingRequest): boolean => notBeforeMs <= now && expiredMs > now;
 
-/** What is wrong with what a group was given. */
+/** The violated invariants of the requests placed in one group. */
 function problemsOf(
   target: OpenGroup,
   given: readonly Placement[],
@@ -65,14 +65,14 @@ function problemsOf(
 }
 
 describe('planAssignments', () => {
-  it('takes requests in order of arrival', () => {
+  it('places requests in order of arrival', () => {
     const requests = [waiting('a'), waiting('b'), waiting('c')];
     expect(places(requests, [group('g', 2)])).toEqual(['a>g', 'b>g']);
   });
 
-  it('takes the group with the smallest share of its slots in use, of equals the first by name', () => {
+  it('chooses the group with the smallest share of its slots in use, and of equals the first by name', () => {
     const requests = [1, 2, 3, 4].map((number) => waiting(`r${number}`));
-    // Shares of large: 2/8, 3/8, then 4/8 as small has, which is behind it by name.
+    // Shares of large: 2/8, 3/8, then 4/8, equal to small, which comes after it by name.
     expect(places(requests, [group('small', 2, 1), group('large', 8, 2)])).toEqual([
       'r1>large',
       'r2>large',
@@ -82,13 +82,13 @@ describe('planAssignments', () => {
     expect(places([waiting('r')], [group('b', 4), group('a', 4)])).toEqual(['r>a']);
   });
 
-  it('leaves waiting what no group has a slot for', () => {
+  it('leaves requests waiting while no group has a free slot', () => {
     expect(places([waiting('a')], [])).toEqual([]);
     expect(places([waiting('a')], [group('g', 4, 4)])).toEqual([]);
     expect(places([waiting('a')], [group('g', 0)])).toEqual([]);
   });
 
-  it('passes over a group that is not trusted yet, and a request whose gateway did not answer', () => {
+  it('skips a group after a failed attempt, and a request whose gateway did not answer', () => {
     expect(places([waiting('a')], [group('a', 4, 0, { notBeforeMs: now + 1 }), group('b', 4, 3)])).toEqual([
       'a>b',
     ]);
@@ -96,14 +96,14 @@ describe('planAssignments', () => {
     expect(places([silent, waiting('b')], [group('g', 1)])).toEqual(['b>g']);
   });
 
-  it('gives no group a request whose deadline has passed', () => {
+  it('does not place a request whose deadline has passed', () => {
     const late = waiting('late', { expiredMs: now });
     expect(places([late, waiting('in time', { expiredMs: now + 1 })], [group('g', 9)])).toEqual([
       'in time>g',
     ]);
   });
 
-  it('reads no further than there are free slots', () => {
+  it('stops reading the queue when no slot is free', () => {
     let read = 0;
     function* endless(): Generator<WaitingRequest> {
       for (; ; read += 1) {
@@ -117,7 +117,7 @@ describe('planAssignments', () => {
     expect(read).toBe(4);
   });
 
-  it('gives a request to groups of its identity alone, past others that wait for another', () => {
+  it('places a request only in groups of its identity, past earlier requests that wait for another identity', () => {
     const groups = [group('a', 1, 0, { identity: 'x' }), group('b', 2, 1, { identity: 'y' })];
     const requests = [
       waiting('none', { identity: 'z' }),
@@ -128,7 +128,7 @@ describe('planAssignments', () => {
     expect(places(requests, groups)).toEqual(['first>b', 'any>a']);
   });
 
-  it('puts one on trial where its company is, first of all, and closes the group', () => {
+  it('places a request on trial first, in a group with suitable company, and closes the group', () => {
     const alone = waiting('alone', { company: Company.NONE });
     const tried = waiting('tried', { company: Company.PROVEN });
     const groups = [
@@ -141,26 +141,26 @@ describe('planAssignments', () => {
       { requestId: 'tried', group: 'proven', company: Company.PROVEN, breaks: 0 },
       { requestId: 'a', group: 'busy', company: Company.UNSPECIFIED, breaks: 0 },
     ]);
-    // An empty group is better company than it needs, and the promise says so.
+    // The company of an empty group is better than it needs, and the placement promises that.
     expect(plan([tried], [group('empty', 8, 0)])).toMatchObject([{ company: Company.NONE }]);
   });
 
-  it('tries first what broke the most groups', () => {
+  it('tries the requests with the most breaks first', () => {
     const requests = [3, 5, 4].map((breaks) => waiting(`r${breaks}`, { company: Company.NONE, breaks }));
     expect(places(requests, [group('a', 8), group('b', 8)])).toEqual(['r5>a', 'r4>b']);
   });
 
-  it('clears the group with the fewest requests for one on trial where none has its company', () => {
+  it('clears the group with the fewest requests when no group has suitable company for a trial', () => {
     const alone = waiting('alone', { company: Company.NONE });
     expect(places([alone, waiting('a')], [group('g', 8, 3), group('h', 8, 4)])).toEqual(['a>h']);
     expect(places([alone, waiting('a')], [group('g', 8, 3)])).toEqual([]);
-    // Also one that is full, or one that is closed because another is tried there.
+    // The group may be full, or closed because another request is tried there.
     expect(places([alone, waiting('a')], [group('g', 4, 4), group('h', 8, 5)])).toEqual(['a>h']);
     expect(places([alone, waiting('a')], [group('g', 0, 1), group('h', 8, 5)])).toEqual(['a>h']);
-    // One for all of an identity.
+    // One group is cleared for all requests of an identity.
     const other = waiting('other', { company: Company.PROVEN });
     expect(places([alone, other, waiting('a')], [group('g', 8, 3), group('h', 8, 4)])).toEqual(['a>h']);
-    // One that has just begun and is not known to be empty yet will be in a moment.
+    // A group that has just started will soon be known to be empty.
     const unsure = group('g', 8, 0, { company: Company.UNSPECIFIED });
     expect(places([alone, waiting('a')], [unsure])).toEqual([]);
     const late = waiting('late', { company: Company.NONE, expiredMs: now });
@@ -201,7 +201,7 @@ describe('planAssignments', () => {
           const members = given.map(({ requestId }) => byId.get(requestId)!);
           expect(problemsOf(each, given, members)).toEqual([]);
         }
-        // Nobody overtakes: of one identity, what may be placed and is not came after all that was placed.
+        // No overtaking: of one identity, each placed request came before every placeable request that was not placed.
         const ordinary = held.filter((request) => isDue(request) && request.company === Company.UNSPECIFIED);
         const placed = new Set(placements.map(({ requestId }) => requestId));
         for (const identity of ['', 'x', 'y']) {
@@ -209,7 +209,7 @@ describe('planAssignments', () => {
           const count = order.filter(({ requestId }) => placed.has(requestId)).length;
           expect(order.slice(0, count).every(({ requestId }) => placed.has(requestId))).toBe(true);
         }
-        // Nothing is left undone where nobody is on trial.
+        // Without trials, the plan uses every free slot that it can.
         const isOrdinary = held.every(
           (request) => !isDue(request) || request.company === Company.UNSPECIFIED,
         );
@@ -223,7 +223,7 @@ describe('planAssignments', () => {
     );
   });
 
-  it('has nothing to do after its plan is carried out', () => {
+  it('plans nothing after its plan is carried out', () => {
     fc.assert(
       fc.property(requests, groups, (held, open) => {
         const first = plan(held, open);
@@ -248,7 +248,7 @@ describe('planAssignments', () => {
 });
 
 describe('planAbandoned', () => {
-  it('gives a gateway its chance to end its own request', () => {
+  it('gives a gateway time to end its own request', () => {
     const held = [
       waiting('endless'),
       waiting('just', { expiredMs: now - abandonAfterMs + 1 }),

@@ -1,20 +1,20 @@
-// Decides which request runs next, and where. Pure: the same state and time always give the same plan.
+// Decides which request runs next, and in which group. Pure: the same state and time always produce the same plan.
 //
-// The rule: requests in order of arrival; each goes to the group with the smallest share of its slots in use, of
-// equals the first by name, among those that compute what it needs. Where none of them has a free slot it waits, and
-// no later one of the same identity overtakes it. A request whose deadline has passed is not given to a group; its
-// gateway ends it, and if that does not happen the record is abandoned.
+// The rule: requests are placed in order of arrival. Each goes to the group of its identity with the smallest share of
+// its slots in use; ties go to the first by name. If none of these groups has a free slot, the request waits, and no
+// later one of the same identity overtakes it. A request whose deadline has passed is not placed: its gateway ends it,
+// and if the gateway fails to, the record is abandoned.
 //
-// Requests on trial, which may be what broke their last groups (suspicion.ts), come first, since a group has the
-// company that they need mostly when it has just begun another life, and of them those that broke the most: each goes
-// to a group with no other company, which is then closed to all others. Where there is none, one group is cleared:
-// given nothing, also where it is the only one, until it has such company. It is the one with the fewest requests in
-// it, of equals the first by name. As that one gets fewer and fewer, the choice changes only to one with fewer still,
-// or as few: so with ever new requests one on trial waits for what runs in a group and not for what comes.
+// Requests on trial may have broken their last groups (suspicion.ts). They come first, because a group mostly has the
+// company that they need when it has just restarted; those with the most breaks lead. Each goes to a group with
+// suitable company, which is then closed to all others. Without such a group, one is cleared: it gets no requests until
+// its company is suitable, even if it is the only group. The choice is the group with the fewest requests; ties go to
+// the first by name. Since a cleared group only empties, the choice changes only to one with as few requests or fewer.
+// So a request on trial waits for running requests, and never for newly arriving ones.
 //
-// INVARIANT: no group is given more than its free slots, nor a request of another identity; a request is placed at
-// most once; with a request on trial a group is given no other; at most one group is cleared for requests of one
-// identity; of two requests of one identity that are not on trial and may both be placed, the earlier one is.
+// INVARIANT: no group gets more requests than its free slots, or a request of another identity; a request is placed at
+// most once; a group that gets a request on trial gets no other; at most one group is cleared for requests of one
+// identity; of two requests of one identity that are not on trial and could both be placed, the earlier one is.
 
 import { Company } from '@mimo/proto/queue';
 
@@ -23,45 +23,45 @@ export interface WaitingRequest {
   readonly requestId: string;
   /** Latest possible time of its deadline; infinite without one. */
   readonly expiredMs: number;
-  /** Not to be offered before this, because its gateway did not answer. */
+  /** Not to be offered before this time, because its gateway did not answer. */
   readonly notBeforeMs: number;
   /** The identity that must compute it; empty: any. */
   readonly identity: string;
   readonly company: Company;
 }
 
-/** One whose company matters: the least that it may have. */
+/** A request whose company is restricted; `company` is the least restrictive one that it accepts. */
 export interface TrialRequest extends WaitingRequest {
   /** Groups in a row that broke with it. */
   readonly breaks: number;
 }
 
-/** A group that takes requests. */
+/** A group that accepts requests. */
 export interface OpenGroup {
   readonly group: string;
   readonly identity: string;
   readonly slots: number;
   readonly usedSlots: number;
-  /** Not to be used before this, because an attempt on it failed. */
+  /** Not to be used before this time, because an attempt on it failed. */
   readonly notBeforeMs: number;
-  /** The group's company at most, according to the group; UNSPECIFIED also if unknown. */
+  /** The company in the group, according to the group; UNSPECIFIED also if unknown. */
   readonly company: Company;
 }
 
 /** The input of the decision. */
 export interface DispatchView {
   readonly onTrial: Iterable<TrialRequest>;
-  /** In order of arrival, those on trial or not; read no further than there are free slots. */
+  /** In order of arrival, on trial or not; read only as far as there are free slots. */
   readonly waiting: Iterable<WaitingRequest>;
   readonly groups: readonly OpenGroup[];
 }
 
-/** Which request goes to which group, and with which company: UNSPECIFIED promises nothing. */
+/** Which request goes to which group, and with which company; UNSPECIFIED: no promise. */
 export interface Placement {
   readonly requestId: string;
   readonly group: string;
   readonly company: Company;
-  /** Of the request, as far as is known. */
+  /** Breaks of the request, as far as is known. */
   readonly breaks: number;
 }
 
@@ -121,7 +121,7 @@ export function planAssignments({ onTrial, waiting, groups }: DispatchView, nowM
   return plan;
 }
 
-/** A gateway ends its requests at their deadline; after this extra time the dispatcher cleans up. */
+/** A gateway ends its requests at their deadline; after this extra time the dispatcher deletes the record. */
 export const abandonAfterMs = 10_000;
 
 /** Requests so far past their deadline that their gateway must be gone: their records may be deleted. */
@@ -160,7 +160,7 @@ function emptiest(groups: readonly OpenGroup[]): OpenGroup | undefined {
 }
 
 function isBefore(a: Pick<OpenGroup, 'group' | 'slots' | 'usedSlots'>, b: typeof a): boolean {
-  // Shares compared as products of whole numbers, so that equal shares are equal.
+  // Compares the shares as products of integers, so that equal shares are exactly equal.
   const difference = a.usedSlots * b.slots - b.usedSlots * a.slots;
   return difference < 0 || (difference === 0 && a.group < b.group);
 }

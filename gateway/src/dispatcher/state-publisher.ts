@@ -1,5 +1,5 @@
-// What a dispatcher says about its queue: the state of the backlog and of each group, published at every change and at
-// a steady pace. Reads what the dispatcher believes; decides nothing.
+// Publishes a dispatcher's queue state: the backlog and each group, at every change and at a steady pace. Reads the
+// dispatcher's view; decides nothing.
 
 import type { MarkedGroups } from '@mimo/core/bus/drain-marks';
 import type { QueueState, QueueStates } from '@mimo/core/bus/signals';
@@ -9,7 +9,7 @@ import type { Sessions } from '../session.ts';
 import { placeKey, type DispatchState } from './dispatch-state.ts';
 import { heartbeatQuietMs, type Groups } from './groups.ts';
 
-/** What the publisher works with. */
+/** The publisher's dependencies. */
 export interface StatePublisherParts {
   readonly model: string;
   readonly dispatcherEpoch: number;
@@ -17,11 +17,11 @@ export interface StatePublisherParts {
   readonly groups: Groups;
   readonly sessions: Pick<Sessions, 'isRoutable'>;
   readonly state: DispatchState;
-  /** Called when a change that came too soon may be published. */
+  /** Called when a delayed change may be published. */
   readonly onDue: () => void;
 }
 
-/** A changed state is published at once, but not more often than this; one that does not change, every second. */
+/** A changed state is published at once, but at most once per `publishMs`; an unchanged one every second. */
 const publishMs = 50;
 const republishMs = 1_000;
 
@@ -37,7 +37,7 @@ export class StatePublisher {
     this.#parts = parts;
   }
 
-  /** Publishes the state where it has changed or was not published for long. */
+  /** Publishes the state if it has changed or its last publication is old. */
   publish(drains: MarkedGroups): void {
     const nowMs = performance.now();
     const sinceMs = nowMs - this.#publishedMs;
@@ -62,7 +62,7 @@ export class StatePublisher {
     }
   }
 
-  /** Publishes no more. */
+  /** Stops publishing. */
   close(): void {
     clearTimeout(this.#timer);
   }

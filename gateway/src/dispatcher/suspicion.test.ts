@@ -1,5 +1,5 @@
-// The rule alone, and then the rule at work: gateways' requests, a dispatcher's state and its plans, with groups that
-// requests break, on a clock of the test's own.
+// The rule alone, and then the rule at work: a simulation of gateways' requests, a dispatcher's state and plans, and
+// groups that requests break, on a simulated clock.
 
 import { join } from 'node:path';
 
@@ -40,7 +40,7 @@ function broken(...alone: readonly boolean[]): Suspicion {
 }
 
 describe('suspicion', () => {
-  it('asks for better company with each break, and says guilty of one that was alone in the third or later', () => {
+  it('restricts company further with each break, and finds guilty a request alone in its third break or later', () => {
     expect(
       [broken(), broken(false), broken(false, false), broken(false, false, false)].map(companyFor),
     ).toEqual([Company.UNSPECIFIED, Company.UNSPECIFIED, Company.PROVEN, Company.NONE]);
@@ -50,7 +50,7 @@ describe('suspicion', () => {
     expect(isGuilty(broken(true, true, false))).toBe(false);
   });
 
-  it('is cleared by progress, and left as it is by a group that refuses or hands over', () => {
+  it('is cleared by progress, and unchanged by a group that rejects or hands over', () => {
     const suspect = broken(false, false);
     expect(suspicionAfter(suspect, { broke: true, tokens: provenTokens, alone: true })).toEqual(unsuspected);
     expect(suspicionAfter(suspect, { broke: false, tokens: 0, alone: true })).toEqual(suspect);
@@ -64,9 +64,9 @@ interface Scheduled {
   readonly kind: Kind;
   readonly gateway: number;
   readonly arrivesAt: number;
-  /** The tokens that it has in all, or gets in a group before it breaks it. */
+  /** Its tokens in total; for a poison, the tokens that it gets in a group before it breaks the group. */
   readonly tokens: number;
-  /** Its client leaves so many ticks after it has broken, or stopped, a group; 0: it stays. */
+  /** Ticks from its breaking or stopping a group until its client leaves; 0: the client stays. */
   readonly leavesAfter: number;
 }
 
@@ -82,31 +82,31 @@ interface Schedule {
   readonly requests: readonly Scheduled[];
   readonly groups: number;
   readonly slots: number;
-  /** Of eight ended attempts, so many are not told to the dispatcher. */
+  /** How many of eight ended attempts are not reported to the dispatcher. */
   readonly lostWords: number;
-  /** Ticks for which a group stands still, and then until its next life. */
+  /** Ticks for which a group stalls, and then until its next incarnation. */
   readonly hangsFor: number;
   readonly awayFor: number;
-  /** Every so many ticks another gateway dispatches; 0: never. */
+  /** Ticks after which another gateway takes over dispatching; 0: never. */
   readonly termTicks: number;
-  /** Innocent requests that come forever. */
+  /** An endless stream of innocent requests. */
   readonly traffic?: { readonly everyTicks: number; readonly tokens: number };
 }
 
 const tickMs = 50;
 const beatTicks = 5;
-/** For the dispatcher to be sure of a group. */
+/** Ticks until the dispatcher is sure of a group's requests. */
 const settleTicks = 2_000 / tickMs;
 const maxTicks = 40_000;
 const mostBreaks = 7;
 
-/** A group as its ranks and its leader are: a step gives each sequence a token, or breaks it. */
+/** A simulated group: a step adds a token to each sequence, or breaks the group. */
 class Group {
   readonly name: string;
   readonly #world: World;
   members: Member[] = [];
   #life = 1;
-  /** When it breaks, where it stands still; when it comes back, where it is gone. */
+  /** While it stalls: when it breaks. While it is gone: when it returns. */
   breaksAt: number | undefined;
   backAt: number | undefined;
 
@@ -204,7 +204,7 @@ function patienceTicks(breaksKnown: number): number {
   return patienceMs({ company, breaks: breaksKnown }) / tickMs;
 }
 
-/** Gateways, groups and one dispatcher, all in one thread of time. */
+/** Gateways, groups and one dispatcher on one simulated clock. */
 class World {
   readonly schedule: Schedule;
   tick = 0;
@@ -212,9 +212,9 @@ class World {
   readonly ends = new Map<string, string>();
   /** How many groups each request broke. */
   readonly broke = new Map<string, number>();
-  /** On trial and waiting: since when. */
+  /** When each waiting request on trial began to wait. */
   readonly #waitsSince = new Map<string, number>();
-  /** The longest wait of one on trial for a group, beyond the patience of those that wait. */
+  /** The longest wait of a request on trial for a group, beyond the patience of the waiting requests. */
   longestWaitTicks = 0;
   readonly #gateways: Requests[];
   readonly #seen = new Groups();
@@ -263,7 +263,7 @@ class World {
     );
   }
 
-  /** Runs to the end of every request; false if that does not come. */
+  /** Runs until every request has ended; false if some never do. */
   async run(): Promise<boolean> {
     const { requests, termTicks, traffic } = this.schedule;
     const isOver = (): boolean => requests.every((_, index) => this.ends.has(`r${index}`));
@@ -404,7 +404,7 @@ class World {
     }
   }
 
-  /** As dispatcher.ts does it. */
+  /** Plans and assigns as dispatcher.ts does. */
   #dispatch(): void {
     for (const { requestId, gateway, at } of this.#leaving) {
       if (at === this.tick) {
@@ -424,7 +424,7 @@ class World {
       const { group, incarnation, address, identity } = ready.find((each) => each.group === name)!;
       const record = this.#state.get(requestId)?.record;
       if (record === undefined) {
-        // It ended while the plan was carried out.
+        // The request ended while the plan was carried out.
         continue;
       }
       this.#state.place(requestId, { group, incarnation }, nowMs);
@@ -473,7 +473,7 @@ describe('suspicion at work', () => {
     termTicks: fc.constantFrom(0, 0, 150, 400),
   });
 
-  it('ends no innocent request, whenever clients leave, and every poison after a few breaks', async () => {
+  it('ends every poison after a few breaks and no innocent request, whenever clients leave', async () => {
     await fc.assert(
       fc.asyncProperty(schedules, async (schedule) => {
         const world = new World(schedule);
@@ -481,8 +481,8 @@ describe('suspicion at work', () => {
         const wrong = schedule.requests.flatMap(({ kind, leavesAfter }, index) => {
           const end = world.ends.get(`r${index}`) ?? 'none';
           const breaksMade = world.broke.get(`r${index}`) ?? 0;
-          // Four where nothing disturbs its trials. Each disturbance costs one more: its patience ended, or a new
-          // dispatcher gave its group more before a heartbeat said who is on trial there.
+          // Four if nothing disturbs its trials. Each disturbance costs one more: its patience ended, or a new
+          // dispatcher gave its group other requests before a heartbeat reported the trial.
           const isRight =
             kind === 'crashes late' ||
             (kind === 'innocent'
@@ -496,7 +496,7 @@ describe('suspicion at work', () => {
     );
   });
 
-  it('places one on trial in time, whatever comes and however long that runs', async () => {
+  it('places a request on trial in time, for any load of other requests', async () => {
     const busy = fc.record({
       requests: fc
         .record({ kind: fc.constantFrom<Kind>('crashes', 'hangs'), tokens: fc.nat(provenTokens - 1) })
@@ -506,7 +506,7 @@ describe('suspicion at work', () => {
       lostWords: fc.nat(3),
       hangsFor: fc.integer({ min: 1, max: 100 }),
       awayFor: fc.integer({ min: 1, max: 400 }),
-      // A new dispatcher begins to count anew.
+      // A new dispatcher starts the wait anew.
       termTicks: fc.constantFrom(0, 0, 3_000),
       traffic: fc.record({
         everyTicks: fc.integer({ min: 3, max: 20 }),
@@ -519,7 +519,7 @@ describe('suspicion at work', () => {
         expect(await world.run()).toBe(true);
         expect(world.ends.get('r0')).toBe('aborted');
         expect([...world.ends].filter(([id, end]) => id !== 'r0' && end === 'aborted')).toEqual([]);
-        // One that runs leaves its slot; the groups that break come back; others on trial go first, each until it
+        // A running request leaves its slot; broken groups return; other requests on trial go first, each until it
         // makes progress.
         const { groups, slots, hangsFor, awayFor, traffic } = schedule;
         const aBreak = hangsFor + awayFor + 2 * settleTicks;

@@ -1,5 +1,5 @@
 // The gRPC door: mimo.inference.v1.InferenceService. Translates messages into requests, events into messages and errors
-// into statuses, counts calls by method and code, and decides nothing: what a request does is in completions.ts.
+// into statuses, counts calls by method and code, and decides nothing: completions.ts carries requests out.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import {
@@ -29,14 +29,14 @@ import type { CompletionCall, CompletionRequest, Completions } from '../completi
 import type { GatewayMetrics } from '../metrics.ts';
 import type { RelayEvent } from '../relay.ts';
 
-/** What the door works with. */
+/** The door's dependencies. */
 export interface GrpcDoorParts {
   readonly completions: Completions;
   readonly authenticate: Authenticate;
   readonly metrics: Pick<GatewayMetrics, 'requests'>;
 }
 
-/** The requests, refused where a field is beyond its limit before objects are made of it. */
+/** The service's methods. A request with a field over its limit is rejected before it is decoded into objects. */
 const definition: ServiceEntry['definition'] = {
   chat: {
     ...InferenceServiceService.chat,

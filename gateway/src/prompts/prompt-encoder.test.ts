@@ -80,7 +80,7 @@ const ask = (
 ): ReturnType<PromptEncoder['encode']> => encoder.encode(input, { tenant, maxTokens, signal });
 
 describe('PromptEncoder', () => {
-  it('gives the tokenizer’s ids, and its table', async () => {
+  it('returns the tokenizer’s ids, and its table', async () => {
     const encoder = await openEncoder(demo);
     const raw = `<|im_start|>${long}`;
     const { tokenIds } = await ask(encoder, text(raw));
@@ -109,7 +109,7 @@ describe('PromptEncoder', () => {
     expect(order.slice(0, 3).filter((name) => name === 'short')).toHaveLength(2);
   });
 
-  it('reads nothing that cannot fit, and stops where it no longer does', async () => {
+  it('does not read a prompt that cannot fit, and stops once a prompt exceeds the limit', async () => {
     const encoder = await openEncoder(demo);
     for (const input of [text('a'.repeat(1_000_000)), text(long), chat(long)]) {
       const refused = await ask(encoder, input, { maxTokens: 100 }).catch((error: unknown) => error);
@@ -117,7 +117,7 @@ describe('PromptEncoder', () => {
     }
   });
 
-  it('does not read what was given up while it waited', async () => {
+  it('does not read a prompt that was cancelled while it waited', async () => {
     const encoder = await openEncoder(demo, { maxReaders: 1 });
     const stop = new AbortController();
     const first = ask(encoder, text(long));
@@ -128,7 +128,7 @@ describe('PromptEncoder', () => {
     await expect(ask(encoder, text('x'), { signal: stop.signal })).rejects.toThrow('gone');
   });
 
-  it('retires once those who wait have their prompts', async () => {
+  it('retires once the waiting prompts have been read', async () => {
     const encoder = await openEncoder(demo);
     const asked = ['a', 'b', 'c'].map((tenant) => ask(encoder, text(long), { tenant }));
     await encoder.retire();
@@ -138,7 +138,7 @@ describe('PromptEncoder', () => {
     await expect(ask(encoder, text('x'))).rejects.toMatchObject({ code: 'unavailable' });
   });
 
-  it('refuses more than may wait, and serves other tenants meanwhile', async () => {
+  it('refuses prompts over the limit of waiting ones, and serves other tenants meanwhile', async () => {
     const encoder = await openEncoder(demo);
     const block = 'x '.repeat(2 ** 19);
     const asked = Array.from({ length: 40 }, () =>
@@ -159,12 +159,12 @@ describe('PromptEncoder', () => {
   it.each([
     ['a lone surrogate', text(`${long}\ud800`), 'invalid_argument'],
     ['a lone surrogate in a message', chat('\udc00'), 'invalid_argument'],
-  ])('passes on what is wrong with %s', async (_, input, code) => {
+  ])('rejects %s with the reader’s error', async (_, input, code) => {
     const encoder = await openEncoder(demo);
     await expect(ask(encoder, input)).rejects.toMatchObject({ code });
   });
 
-  it('says what is wrong with a model’s files', async () => {
+  it('fails to load a model with missing or broken files', async () => {
     await expect(openEncoder(root)).rejects.toMatchObject({ code: 'failed_precondition' });
     const broken = await writeModel('broken-template', { template: '{% if %}' });
     await expect(openEncoder(broken)).rejects.toMatchObject({
@@ -228,7 +228,7 @@ describe('PromptEncoder of a bad model', () => {
     await expect(ask(encoder, chat('good'))).resolves.toMatchObject({ tokenIds: expect.any(Array) });
   });
 
-  it('says of a tokenizer that breaks where it broke, and not over which prompt', async () => {
+  it('logs the place of a tokenizer’s failure without quoting the prompt', async () => {
     const pattern = '(?:(a)|(b)|(c))+$|\\p{L}+|[^a]';
     const directory = await writeModel('pattern-overflows', { pattern });
     const encoder = await openEncoder(directory, { model: 'overflows' });
@@ -242,7 +242,7 @@ describe('PromptEncoder of a bad model', () => {
     await expect(ask(encoder, text('good'))).resolves.toMatchObject({ begun: '' });
   });
 
-  it('does not hold up the prompts of other tenants for longer than the limit', async () => {
+  it('does not delay the prompts of other tenants for longer than the limit', async () => {
     const directory = await writeModel('loop-for-others', { template: onDemand.replace('BAD', loop) });
     const encoder = await openEncoder(directory, { timeoutMs });
     const bad = ask(encoder, chat('bad'), { tenant: 'a' }).catch(({ code }) => code);

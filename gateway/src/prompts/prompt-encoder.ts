@@ -1,7 +1,6 @@
 // One model's prompts -> token ids. Owns the model's readers (prompt-reader.ts), which run its template and tokenizer
-// in separate processes, and the queue for them (prompt-queue.ts).
-// What a prompt may be is in prompt-input.ts. A model whose
-// template or tokenizer never ends, or takes all memory, harms the callers of this model alone.
+// in separate processes, and the queue for them (prompt-queue.ts). prompt-input.ts defines prompts. A model whose
+// template or tokenizer loops or exhausts the memory harms only its own callers.
 
 import { beforeAbort } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';
@@ -14,7 +13,7 @@ import type { EncodedPrompt, ReaderMessage, ReadPromptMessage } from './prompt-m
 import { PromptQueue } from './prompt-queue.ts';
 import { startPromptReader, type PromptReader } from './prompt-reader.ts';
 
-/** How prompts are read, and the callbacks. */
+/** Limits and dependencies of an encoder. */
 export interface PromptEncoderOptions {
   /** At most this many readers of a model. */
   readonly maxReaders: number;
@@ -24,7 +23,7 @@ export interface PromptEncoderOptions {
   readonly log: Log;
 }
 
-/** Whose prompt, and how many tokens it may have. */
+/** The prompt's tenant, and its limits. */
 export interface EncodeFor {
   readonly tenant: string;
   readonly maxTokens: number;
@@ -38,12 +37,12 @@ interface Waiting {
   readonly reject: (error: unknown) => void;
 }
 
-/** Waiting prompts are memory: so many, of so many letters, for a tenant and for all of them. Beyond lies an attack. */
+/** Waiting prompts take memory: limits of their number and letters, per tenant and in total. Only attacks need more. */
 const waitingMax = {
   tenant: { prompts: 4_096, cost: 32 * 2 ** 20 },
   all: { prompts: 16_384, cost: 128 * 2 ** 20 },
 } as const;
-/** A reader beyond the first that had nothing to do for so long goes, with its memory. */
+/** A reader beyond the first is ended after being idle for this long, to free its memory. */
 const idleMs = 600_000;
 /** Starts the first reader of a model, whose files are in the directory; fails as `startPromptReader` does. */
 export async function loadPromptEncoder(
@@ -84,10 +83,10 @@ export class PromptEncoder {
   }
 
   /**
-   * The ids of a prompt that was checked. Fails with `invalid_argument` if the template refuses the messages,
-   * `TooManyTokensError` over the limit, `resource_exhausted` if too many wait, `failed_precondition` if the
-   * model's files do not come to an end; rejects with the signal's reason where that fires first: then it leaves the
-   * queue.
+   * The token ids of a checked prompt. Fails with `invalid_argument` if the template rejects the messages,
+   * `TooManyTokensError` over the limit, `resource_exhausted` if too many prompts wait, `failed_precondition` if the
+   * template or tokenizer times out or crashes. Leaves the queue and rejects with the signal's reason if that fires
+   * first.
    */
   async encode(input: PromptInput, { tenant, maxTokens, signal }: EncodeFor): Promise<EncodedPrompt> {
     if (input.kind === 'tokens' || input.kind === 'none') {
@@ -114,7 +113,7 @@ export class PromptEncoder {
     }
   }
 
-  /** Ends the readers once the prompts that wait have been read. */
+  /** Ends the readers once the waiting prompts have been read. */
   async retire(): Promise<void> {
     while (this.#waiting.size > 0) {
       await Promise.allSettled([...this.#waiting].map(({ promise }) => promise));
@@ -146,7 +145,7 @@ export class PromptEncoder {
     }
   }
 
-  /** Gives waiting prompts to readers that are free, and starts one more where a prompt could go and none is. */
+  /** Assigns waiting prompts to idle readers, and starts one more reader if a prompt could use it. */
   #pump(): void {
     while (this.#idle.length > 0) {
       const taken = this.#queue.take(this.#readers.size);
@@ -193,8 +192,8 @@ export class PromptEncoder {
   }
 
   /**
-   * Reading a prompt ended the reader, had to be ended or broke: the caller, the log and the metric learn of which
-   * model.
+   * Counts and logs a prompt that crashed its reader, timed out or failed unexpectedly. Returns the caller's error,
+   * which names the model.
    */
   #failure(reply: ReaderMessage | undefined, tookMs: number): ClusterError {
     const { timeoutMs, metrics, log } = this.#options;
@@ -265,8 +264,7 @@ export class PromptEncoder {
   }
 
   /**
-   * Waiting prompts are rejected, since a long prompt could wait for this reader forever; the next prompt tries
-   * again.
+   * Rejects the waiting prompts, since a long prompt could wait for this reader forever; the next prompt tries again.
    */
   #startFailed(cause: unknown): void {
     const model = this.#model;
@@ -277,7 +275,7 @@ export class PromptEncoder {
     }
   }
 
-  /** Ends readers that are not needed, one after another, all but the last. */
+  /** Ends idle readers one after another, all but the last. */
   #watchIdle(): void {
     clearTimeout(this.#idleTimer);
     if (!this.#closed && this.#idle.length > 0 && this.#readers.size > 1) {

@@ -17,7 +17,7 @@ export interface ReadPromptMessage {
   readonly maxTokens: number;
 }
 
-/** Which of a model's files was at work. */
+/** The step that was running. */
 export type PromptStage = 'chat template' | 'tokenizer';
 
 /** A reader's first message, and then its answer to each prompt. */

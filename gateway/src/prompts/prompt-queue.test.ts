@@ -6,7 +6,7 @@ import { PromptQueue } from './prompt-queue.ts';
 const short = 1_000;
 const long = 1_000_000;
 
-/** Takes until nothing may go, one after another: the next once the one before is done. */
+/** Takes every prompt, each after the one before is done. */
 function drain(queue: PromptQueue<string>, readers: number): string[] {
   const order: string[] = [];
   for (let taken = queue.take(readers); taken !== undefined; taken = queue.take(readers)) {
@@ -17,7 +17,7 @@ function drain(queue: PromptQueue<string>, readers: number): string[] {
 }
 
 describe('PromptQueue', () => {
-  it('gives the prompts of one tenant in order, of several in turn', () => {
+  it('returns the prompts of one tenant in order, and of several tenants in turn', () => {
     const queue = new PromptQueue<string>(2);
     for (const item of ['a1', 'a2', 'a3']) {
       queue.add({ tenant: 'a', cost: short }, item);
@@ -26,7 +26,7 @@ describe('PromptQueue', () => {
     expect(drain(queue, 2)).toEqual(['a1', 'b1', 'a2', 'a3']);
   });
 
-  it('counts what a prompt costs: a tenant of long ones gets fewer turns', () => {
+  it('counts the cost of prompts: a tenant with long ones gets fewer turns', () => {
     const queue = new PromptQueue<string>(1);
     for (const item of ['A1', 'A2', 'A3']) {
       queue.add({ tenant: 'a', cost: long }, item);
@@ -37,11 +37,11 @@ describe('PromptQueue', () => {
     expect(drain(queue, 1)).toEqual(['A1', 'b1', 'b2', 'b3', 'A2', 'A3']);
   });
 
-  it('keeps one reader of several from long prompts, and each lane to one prompt at a time', () => {
+  it('reserves one of several readers for short prompts, and reads one prompt per lane at a time', () => {
     const queue = new PromptQueue<string>(2);
     queue.add({ tenant: 'a', cost: long }, 'A1');
     queue.add({ tenant: 'b', cost: long }, 'B1');
-    // The second reader has yet to start.
+    // The second reader has not started yet.
     expect(queue.take(1)).toBeUndefined();
     expect(queue.hasTurn(2)).toBe(true);
     const first = queue.take(2);
@@ -55,7 +55,7 @@ describe('PromptQueue', () => {
     expect(queue.take(2)?.item).toBe('B1');
   });
 
-  it('forgets a prompt that leaves', () => {
+  it('removes a prompt that leaves', () => {
     const queue = new PromptQueue<string>(1);
     const leave = queue.add({ tenant: 'a', cost: short }, 'a1');
     queue.add({ tenant: 'a', cost: long }, 'A1');
@@ -68,7 +68,7 @@ describe('PromptQueue', () => {
     expect(drain(queue, 1)).toEqual(['A1']);
   });
 
-  it('shares by cost between tenants that always wait, and gives every prompt once', () => {
+  it('shares by cost between tenants that always wait, and returns every prompt once', () => {
     const costs = fc.array(fc.integer({ min: 1, max: long }), { minLength: 1, maxLength: 30 });
     fc.assert(
       fc.property(

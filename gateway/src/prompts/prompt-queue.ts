@@ -1,12 +1,12 @@
-// Whose prompt of a model is read next. Pure: knows neither processes nor time.
+// Decides which of a model's waiting prompts is read next. Pure: knows neither processes nor time.
 //
 // The rule. Prompts wait in lanes, one for a tenant's short prompts and one for its long ones, each first come first
 // served.
 //   1. A lane has at most one prompt being read.
-//   2. One reader never reads long prompts, where there may be several: a short prompt waits for no long one.
-//   3. Of the lanes that may go, the one with the earliest tag does (start-time fair queueing): a lane's tag grows by what
-//      its prompts cost, and begins at the present one when the lane has had nothing to do.
-// So a tenant waits for its own prompts and for about as much of any other tenant's as it asks for itself.
+//   2. If several readers are allowed, one of them never reads long prompts: short prompts do not wait for long ones.
+//   3. Of the eligible lanes, the one with the earliest tag is next (start-time fair queueing): a lane's tag grows by
+//      the cost of its prompts; after an idle time it begins at the current tag.
+// So a tenant waits for its own prompts, and for about the same amount of work of each other tenant.
 
 /** The facts about a prompt that the queue needs. */
 export interface PromptTurn {
@@ -21,7 +21,7 @@ export interface TakenPrompt<T> {
   done(this: void): void;
 }
 
-/** What waits. */
+/** The number and cost of waiting prompts. */
 export interface WaitingPrompts {
   readonly prompts: number;
   readonly cost: number;
@@ -43,7 +43,7 @@ interface Lane<T> {
 /** Shorter prompts take some tens of milliseconds; 32,768 tokens of prose are about as long. */
 const shortMaxCost = 131_072;
 
-/** The prompts that wait for one model. */
+/** The waiting prompts of one model. */
 export class PromptQueue<T> {
   readonly #maxReaders: number;
   readonly #lanes = new Map<string, Lane<T>>();
@@ -54,7 +54,7 @@ export class PromptQueue<T> {
     this.#maxReaders = maxReaders;
   }
 
-  /** What waits, of a tenant or of all. */
+  /** The number and cost of the waiting prompts of a tenant, or of all. */
   waiting(tenant?: string): WaitingPrompts {
     const lanes =
       tenant === undefined
@@ -68,7 +68,7 @@ export class PromptQueue<T> {
     };
   }
 
-  /** Adds a prompt behind the others of its lane. The result takes it out again, if it still waits. */
+  /** Adds a prompt at the end of its lane. Call the result to remove it, if it still waits. */
   add({ tenant, cost }: PromptTurn, item: T): () => void {
     const isLong = cost > shortMaxCost;
     const key = keyOf(tenant, isLong);
@@ -93,7 +93,7 @@ export class PromptQueue<T> {
     };
   }
 
-  /** Whether a prompt may go, if one of so many readers is free. */
+  /** Whether a prompt could be read if one of `readers` readers were free. */
   hasTurn(readers: number): boolean {
     return this.#next(readers) !== undefined;
   }
@@ -133,7 +133,7 @@ export class PromptQueue<T> {
     return next;
   }
 
-  /** Lanes that a new one would not differ from. */
+  /** Drops idle lanes that equal a new one. */
   #forgetIdle(): void {
     for (const [key, lane] of this.#lanes) {
       if (lane.waiting.size === 0 && !lane.isReading && lane.tag <= this.#tag) {

@@ -1,6 +1,6 @@
-// A process that reads prompts: entry point, started and ended by prompt-reader.ts. Runs one model's chat template
-// and the pattern of its tokenizer, which may loop, explode or fill the memory: here they stop nothing but
-// themselves. Takes one checked prompt a message and answers it with one reply.
+// A process that reads prompts: entry point, started and ended by prompt-reader.ts. Runs one model's chat template and
+// the pattern of its tokenizer, which may loop, crash or exhaust the memory: here they harm only this process. Receives
+// one checked prompt per message and sends one reply to each.
 
 import { createContext, Script } from 'node:vm';
 
@@ -21,7 +21,7 @@ import type { EncodedPrompt, PromptStage, ReaderMessage, ReadPromptMessage } fro
 const [, , directory = '', timeoutMs = ''] = process.argv;
 let stage: PromptStage = 'tokenizer';
 
-// Only a call into a script can get a deadline. It also works after this process's gateway is gone.
+// Only a call into a script can have a time limit. The limit also works after this process's gateway is gone.
 const script = new Script('call()');
 const called: { call: () => EncodedPrompt } = { call: () => ({ tokenIds: [], begun: '' }) };
 const context = createContext(called);
@@ -30,7 +30,7 @@ function send(message: ReaderMessage, then?: () => void): void {
   process.send?.(message, undefined, {}, then);
 }
 
-/** Marks the time that a template takes. */
+/** Notes the stage while the template runs. */
 function watched(template: ChatTemplate): ChatTemplate {
   return {
     render: (variables) => {
@@ -64,7 +64,7 @@ function answer(message: ReadPromptMessage, model: Parameters<typeof read>[1]): 
     if (error instanceof TooManyTokensError) {
       send({ kind: 'too many tokens', leastTokens: error.leastTokens });
     } else if (isTimeout(error)) {
-      // Its work may be half done, so this process reads no more prompts.
+      // Its state may be inconsistent, so this process reads no more prompts.
       send({ kind: 'timed out', stage }, () => process.exit(1));
     } else if (error instanceof ClusterError) {
       send({ kind: 'failed', code: error.code, message: error.message });
@@ -83,7 +83,7 @@ function isTimeout(error: unknown): boolean {
   );
 }
 
-// A terminal's Ctrl-C reaches every process of its group, and the gateway still drains.
+// A terminal's Ctrl-C reaches every process of its group, but the gateway drains and still needs its readers.
 process.on('SIGINT', () => undefined);
 process.on('disconnect', () => process.exit());
 

@@ -1,6 +1,6 @@
-// One process that reads a model's prompts, one at a time, and can be ended whatever it is at. Owns the process and
-// its two time limits: the reader's own, and a kill where it does not even answer to that one. Why a process and not
-// a thread: docs/explanation/decisions/0018.
+// One process that reads a model's prompts, one at a time, and can be ended at any point. Owns the process and its two
+// time limits: the reader's own, and a later kill if it cannot stop itself. Why a process and not a thread:
+// docs/explanation/decisions/0018.
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
@@ -10,18 +10,18 @@ import type { TokenTableData } from '@mimo/tokenizer';
 
 import type { ReaderMessage, ReadPromptMessage } from './prompt-messages.ts';
 
-/** How a reader works. */
+/** A reader's options. */
 export interface PromptReaderOptions {
   readonly directory: string;
-  /** For one prompt. */
+  /** The time limit of one prompt. */
   readonly timeoutMs: number;
 }
 
-/** A model's largest tokenizer files take seconds. */
+/** The time limit of loading; the largest tokenizer files take seconds. */
 const loadMaxMs = 60_000;
 /**
- * A reader whose time is up and that cannot stop itself, as inside a long call of the engine's own, is killed after
- * this.
+ * After the time limit a reader has this long to stop itself, then it is killed: a long native call of the JavaScript
+ * engine cannot be interrupted.
  */
 const killAfterMs = 2_000;
 /** Several times what a vocabulary of 151,000 entries and a megabyte of prompt need. */
@@ -46,7 +46,7 @@ export async function startPromptReader({
   const child = fork(program, [directory, String(timeoutMs)], {
     serialization: 'advanced',
     execArgv: [`--max-old-space-size=${heapMaxMegabytes}`],
-    // It needs no secrets, and its last words could quote a prompt.
+    // It needs no secrets, and its output could quote a prompt.
     env: {},
     stdio: ['ignore', 'ignore', 'ignore', 'ipc'],
   });
@@ -82,7 +82,7 @@ export async function startPromptReader({
   };
 }
 
-/** The next message; undefined once the process is gone, which it is after the time limit. */
+/** The next message; undefined if the process is gone. Kills it after the time limit. */
 async function nextMessage(child: ChildProcess, maxMs: number): Promise<ReaderMessage | undefined> {
   const { promise, resolve } = Promise.withResolvers<ReaderMessage | undefined>();
   const onMessage = (message: unknown): void => resolve(message as ReaderMessage);
