@@ -1,4 +1,4 @@
-// How far a sequence may be ahead of its client, and what credit follows from that. Pure.
+// Decides how far a sequence may be ahead of its client, and its credit. Pure.
 //
 // The rule. The window begins small and grows by one for each token that the client reads, up to a limit. A group may
 // send as many tokens as the window has room for; more credit is granted in portions. A client that leaves more than

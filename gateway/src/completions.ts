@@ -29,7 +29,7 @@ export interface CompletionsParts {
   readonly gatewayId: string;
   readonly models: ServedModels;
   readonly groups: Groups;
-  /** The groups of a model that take requests. */
+  /** The groups of a model that accept requests. */
   readonly openGroups: (model: string) => readonly Heartbeat[];
   readonly requests: Requests;
   readonly metrics: GatewayMetrics;

@@ -72,7 +72,7 @@ interface Parts extends ProcessParts<GatewayConfig> {
 /** The parts that serve requests, for every door. */
 interface Serving {
   readonly groups: Groups;
-  /** The groups of a model that take requests. */
+  /** The groups of a model that accept requests. */
   readonly openGroups: (model: string) => readonly Heartbeat[];
   readonly sessions: Sessions;
   readonly requests: Requests;

@@ -22,7 +22,7 @@ export interface ServedModelsParts {
   readonly own: readonly ServedModel[];
   readonly prompts: PromptEncoderOptions;
   readonly requests: Pick<Requests, 'countOf' | 'failWaiting' | 'endStranded'>;
-  /** The groups of a model that take requests. */
+  /** The groups of a model that accept requests. */
   readonly openGroups: (model: string) => readonly Heartbeat[];
   /** Runs a model's background work until the signal fires. Called once while the model is served. */
   readonly run: (model: string, signal: AbortSignal) => Promise<void>;

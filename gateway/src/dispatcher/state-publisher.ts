@@ -41,7 +41,7 @@ export class StatePublisher {
   publish(drains: MarkedGroups): void {
     const nowMs = performance.now();
     const sinceMs = nowMs - this.#publishedMs;
-    // A new gateway may not have heard from every group yet, which does not mean they are absent.
+    // A new gateway may not have a heartbeat of every group yet; the others may still exist.
     const knowsGroups = nowMs - this.#beganMs >= heartbeatQuietMs;
     if (!knowsGroups || this.#timer !== undefined) {
       return;

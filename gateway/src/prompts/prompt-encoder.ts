@@ -44,7 +44,8 @@ const waitingMax = {
 } as const;
 /** A reader beyond the first is ended after being idle for this long, to free its memory. */
 const idleMs = 600_000;
-/** Starts the first reader of a model, whose files are in the directory; fails as `startPromptReader` does. */
+
+/** Starts the first reader of a model, with the files in `directory`; fails as `startPromptReader` does. */
 export async function loadPromptEncoder(
   model: string,
   directory: string,
