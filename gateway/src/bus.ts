@@ -12,8 +12,8 @@ import { createModelCatalog } from '@mimo/core/bus/nats/model-catalog';
 import type { GatewayConfig } from './config.ts';
 
 /**
- * The catalogue's size limit, as a share of the queue's. In the chart the queue has 40 % of the volume and may use twice
- * that on disk; the catalogue has 5 % and may use 10 %.
+ * The catalogue's size limit, as a share of the queue's. In the chart the queue has 40 % of the volume and may use
+ * twice that on disk; the catalogue has 5 % and may use 10 %.
  */
 const catalogShare = 1 / 8;
 /** Two versions of a model of MiMo's size: the one being replaced and its replacement. */
