@@ -83,7 +83,7 @@ function openBus(
   return { bus, catalog: createModelCatalog(bus.link, { replicas, log }) };
 }
 
-/** What the API server says: the caches of the rounds, and the tenants. */
+/** The watched state of the API server: the caches of the rounds, and the tenants. */
 interface Watches extends Caches {
   readonly tenants: Informer<TenantRecord>;
 }
@@ -135,7 +135,7 @@ async function openMetrics(
   return lifecycle.opened('metrics', metrics);
 }
 
-/** Stands for election until the process drains, which gives the lease back; a failure ends the process. */
+/** Stands for election until the process drains, which releases the lease; a failure ends the process. */
 function lead(lifecycle: Lifecycle, run: (signal: AbortSignal) => Promise<void>): void {
   const ended = run(lifecycle.draining).catch((error: unknown) => lifecycle.end(ClusterError.from(error)));
   lifecycle.onDrain('leadership', () => ended);

@@ -1,5 +1,5 @@
 // The controller as a process: `node controller/src/main.ts`, configured by MIMO_CONTROLLER_* (config.ts). SIGTERM
-// gives its lease back.
+// releases its lease.
 
 import { runProcess } from '@mimo/core/process/run-process';
 

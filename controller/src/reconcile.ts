@@ -136,7 +136,7 @@ export class Reconciler {
     }
   }
 
-  /** What the round goes by: the pods, the queue, and what is remembered. */
+  /** The inputs of the round: the pods, the queue, and the memory of earlier rounds. */
   #see(record: ServiceRecord, service: ModelService): Seen {
     const { caches, namespace, watch, clock } = this.#options;
     const nowMs = clock.nowMs();

@@ -188,7 +188,7 @@ export class Actor {
     }
   }
 
-  /** All pods of one life are created by one call, so that they share what is drawn here. */
+  /** All pods of one incarnation are created by one call, so that they share the random values drawn here. */
   async #createGroup({ group, revision, index }: ActionOf<'createGroup'>, on: ActOn): Promise<void> {
     const drawn = { groupToken: randomBytes(16).toString('hex'), life: randomUUID() };
     const pods = groupPods(on.service, { group, revision, index, ...drawn }, this.#options.settings);
@@ -266,7 +266,7 @@ export class Actor {
     try {
       await act();
     } catch (error) {
-      // A failed precondition on the uid gives 409 or 422, and so do other errors: read the pod to find out.
+      // A failed precondition on the uid returns 409 or 422, and so do other errors: read the pod to find out.
       const status = httpStatusOf(error);
       if (
         status !== 404 &&

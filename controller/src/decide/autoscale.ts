@@ -114,7 +114,7 @@ interface Lesson extends Pick<ScaleMemory, 'load' | 'recentGroups' | 'lastWorkMs
 }
 
 /**
- * Decides the count. Call it every few seconds and when the queue changes; the same arguments give the same result.
+ * Decides the count. Call it every few seconds and when the queue changes; the same arguments return the same result.
  */
 export function decideScale(
   spec: ScalingSpec,
@@ -222,7 +222,7 @@ function chooseCount(seen: KnownObservation, lesson: Lesson, terms: Terms, befor
   return isKept ? { wanted: 1, reason: 'KeepWarm' } : { wanted: 0, reason: 'Idle' };
 }
 
-/** How far the count may go down now: to what is asked, or less far, or not at all. */
+/** How far the count may decrease now: to the requested count, less far, or not at all. */
 function lowerCount(
   asked: Choice,
   given: {

@@ -146,7 +146,7 @@ export function rankService(service: ModelService): Manifest {
   };
 }
 
-/** One group at a time: disruption.ts says how many pods that is. */
+/** One group at a time: disruption.ts computes how many pods that is. */
 export function disruptionBudget(service: ModelService, minAvailable: number): Manifest {
   return {
     apiVersion: 'policy/v1',
@@ -219,7 +219,7 @@ function podFields(spec: ModelServiceSpec, settings: WorkerSettings): Manifest {
 }
 
 /**
- * Groups go to different machines and zones, so that one failure takes one group; the ranks of one group go to one
+ * Groups go to different machines and zones, so that one failure affects one group; the ranks of one group go to one
  * zone, because they exchange sums at every layer. These are preferences, not requirements.
  */
 function placementOf(

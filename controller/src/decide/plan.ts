@@ -11,7 +11,7 @@
 //   drain       the mark on serving groups that have to go: they get no new requests
 //   resume      removes the mark
 //   create      whole groups, at the lowest free indexes, once the model is found; an ending group keeps its name
-//   status      last, from what was observed
+//   status      last, from the observation
 //
 // Only the status is planned until own writes appear in the observation (`settled`): a second plan from old pods
 // would create or delete twice. Deletions name the uid, so an old observation cannot delete a newer pod.
@@ -93,7 +93,7 @@ export interface Plan {
   readonly failures: FailureMemory;
 }
 
-/** Plans one service. The same input always gives the same plan. */
+/** Plans one service. The same input always returns the same plan. */
 export function planService(input: PlanInput): Plan {
   const { service, revision, pods, loads, preparation, settled, nowMs } = input;
   const groups = groupsFromPods(pods, loads);

@@ -1,5 +1,5 @@
 // Whether the model of a ModelService is found and prepared, and what to do with its prepare pod. Pure. The pod runs
-// before any group exists, at min 0 too: it finds or fetches the checkpoint, compiles it where the cache is shared, and
+// before any group exists, at min 0 too: it finds or fetches the checkpoint, compiles it if the cache is shared, and
 // publishes tokenizer and config to the catalogue, from which gateways learn that the model exists.
 //
 //   prepared   status.preparedModel equals the hash of source, precision and tensorParallel: groups may be created
@@ -97,7 +97,7 @@ const longestBackoffMs = 300_000;
 /** The pod's end and the catalogue's change arrive by different channels. */
 const unpublishedGraceMs = 15_000;
 
-/** Plans the preparation of one service's model. The same input always gives the same plan. */
+/** Plans the preparation of one service's model. The same input always returns the same plan. */
 export function planPrepare(input: PrepareInput): Preparation {
   const { service, modelHash, pods, nameTakenBy, nowMs } = input;
   const current = pods.find((pod) => pod.modelHash === modelHash);

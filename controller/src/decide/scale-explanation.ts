@@ -1,4 +1,4 @@
-// What a scaling decision says of itself: the clamped count, the reason in words, the formula and the inputs, as the
+// The explanation of a scaling decision: the clamped count, the reason in words, the formula and the inputs, as the
 // status and the Events of a ModelService show them. Pure; autoscale.ts decides.
 
 import type { ScalingSpec } from '../resources/resources.ts';
@@ -22,7 +22,7 @@ interface Explained {
   readonly before: number;
   readonly asked: number;
   readonly reason: ScaleReason;
-  /** Undefined where the count was held without a computation. */
+  /** Undefined if the count was held without a computation. */
   readonly terms: { readonly formula: string; readonly rate: number } | undefined;
   readonly startUpMs: number;
   readonly perSecond: number;

@@ -157,7 +157,7 @@ class Simulation {
       this.#catalogued = false;
       this.#note('the queue comes back empty');
     }
-    // The watch delivers, lags or stands still.
+    // The watch delivers, lags or stalls.
     if (this.#random() < 0.6) {
       this.#cache = this.#snapshot();
     }
@@ -238,7 +238,7 @@ class Simulation {
     const seen = this.#cache;
     const actions = this.#plan(seen);
     this.#assertPlan(seen, actions);
-    // A crash in the middle: what follows is lost, and so is the memory of what was done.
+    // A crash in the middle: the remaining actions and the memory of the earlier ones are lost.
     const done = faulty && this.#random() < 0.1 ? this.#between(0, actions.length) : actions.length;
     for (const action of actions.slice(0, done)) {
       this.#act(action, seen, faulty);
@@ -247,7 +247,7 @@ class Simulation {
       this.#note('controller crashes');
       this.#forget();
     } else if (faulty && this.#random() < 0.1) {
-      // The same event again: whatever the second plan asks for is held to the same bounds.
+      // The same event again: the second plan must stay within the same bounds.
       const again = this.#plan(this.#cache);
       this.#assertPlan(this.#cache, again);
       for (const action of again) {

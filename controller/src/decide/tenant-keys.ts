@@ -5,7 +5,7 @@
 import type { Tenant } from '../resources/tenant.ts';
 import type { Condition } from '../resources/status.ts';
 
-/** The entries of a Secret, decoded; undefined: there is no such Secret. */
+/** The entries of a Secret, decoded; undefined: the Secret does not exist. */
 export type SecretEntries = Readonly<Record<string, string>> | undefined;
 
 export interface TenantKeysPlan {

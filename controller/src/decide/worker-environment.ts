@@ -22,7 +22,7 @@ const threadsMax = 256;
 /** A directory, not a file: only then does the kubelet update changed credentials in running pods. */
 export const credentialsDirectory = '/etc/mimo/nats';
 
-/** What the controller's configuration says about NATS. */
+/** The NATS settings of the controller's configuration. */
 interface NatsSettings {
   readonly natsUrl: string;
   readonly natsCredentialsSecret?: string;

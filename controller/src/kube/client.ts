@@ -217,7 +217,7 @@ export class KubeClient {
     do {
       const path = this.#path(type, { ...query, continue: page?.metadata.continue });
       page = (await this.#transport.json({ method: 'GET', path }, signal)) as ListPage;
-      // In a list the objects do not say what they are.
+      // Objects in a list have no apiVersion or kind.
       const { apiVersion, kind } = type;
       items.push(...page.items.map((item) => ({ apiVersion, kind, ...item }) as T));
     } while (page.metadata.continue);

@@ -3,7 +3,7 @@
 // its own monotonic clock; a holder stops well before that, by its own clock. Clocks are never compared.
 //
 // Why no library: @kubernetes/client-node has no leader election, and what npm offers is built on its requests and
-// watches, which this package does not use (README.md says why): a renewal without a time limit of its own could
+// watches, which this package does not use (README.md says why): a renewal without its own time limit could
 // outlast the lease.
 
 import { randomUUID } from 'node:crypto';

@@ -39,7 +39,7 @@ export interface ObjectMetadata {
   readonly ownerReferences?: readonly OwnerReference[];
 }
 
-/** An object as the API server gives it. The caller reads a type's own fields with a schema. */
+/** An object as the API server returns it. The caller reads a type's own fields with a schema. */
 export interface KubeObject {
   readonly apiVersion: string;
   readonly kind: string;

@@ -166,7 +166,7 @@ function blockerOf({ status }: ApiPod): string | undefined {
   return undefined;
 }
 
-/** Whether a pod waits on its machine for its volumes and its network, before any image is asked for. */
+/** Whether a pod waits on its machine for its volumes and its network, before any image is pulled. */
 export function isUnmounted({ status }: ApiPod): boolean {
   const isPlaced = status?.conditions?.some(
     ({ type, status: held }) => type === 'PodScheduled' && held === 'True',
@@ -225,7 +225,7 @@ function containersOf(status: ApiPod['status']): readonly ApiContainerStatus[] {
   return [...(status?.initContainerStatuses ?? []), ...(status?.containerStatuses ?? [])];
 }
 
-/** The last line of a message: the kubelet gives the end of the log, and the error is at its end. */
+/** The last line of a message: the kubelet reports the end of the log, and the error is in its last line. */
 function wordsOf(what: string, message: string | undefined): string {
   const lines = (message ?? '').split('\n').map((line) => line.trim());
   const last = lines.findLast((line) => line !== '');

@@ -1,5 +1,5 @@
 // What the informers keep of each object: only what decisions need, parsed once per change. A ModelService or Tenant
-// that breaks a rule (it may be older than the rule) becomes a record that says so.
+// that breaks a rule (it may be older than the rule) becomes a record with that error.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import { z } from 'zod';

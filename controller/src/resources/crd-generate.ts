@@ -1,5 +1,5 @@
 // resources.ts and status.ts -> the CRDs in charts/mimo-cluster/crds. `node controller/src/resources/crd-generate.ts`
-// writes them; a test compares what is committed. Owns how a zod schema becomes a structural schema; knows no API
+// writes them; a test compares the committed files. Owns how a zod schema becomes a structural schema; knows no API
 // server.
 
 import { writeFileSync } from 'node:fs';
@@ -93,7 +93,7 @@ const definitions: readonly ResourceDefinition[] = [
   },
 ];
 
-/** The CRDs as text, by file name. The same sources give the same bytes. */
+/** The CRDs as text, by file name. The same sources produce the same bytes. */
 export function generateCrds(): ReadonlyMap<string, string> {
   const head =
     '# Written by controller/src/resources/crd-generate.ts from the schemas beside it; do not edit.\n';
