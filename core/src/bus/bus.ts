@@ -22,7 +22,7 @@ export interface Bus {
   readonly heartbeats: Heartbeats;
   readonly queueStates: QueueStates;
   readonly drainMarks: DrainMarks;
-  /** Waits until the stores can be used for the first time. Rejects with the signal's reason where that fires first. */
+  /** Waits until the stores can be used for the first time. Rejects with the signal's reason if that fires first. */
   opened(signal: AbortSignal): Promise<void>;
   /** Ends the iterations, releases the leases and leaves the server. */
   close(): Promise<void>;

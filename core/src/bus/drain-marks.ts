@@ -1,4 +1,4 @@
-// The groups that are to finish what they hold and take nothing new. The controller marks and clears; dispatchers
+// The groups that must finish their requests and accept no new ones. The controller marks and clears; dispatchers
 // follow. Implemented by nats/drain-marks.ts (a key a model) and memory/drain-marks.ts.
 
 /** A group's drain mark: dispatchers assign nothing more to the group. */

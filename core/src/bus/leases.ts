@@ -13,7 +13,7 @@ export interface Lease {
 
 /** The leases of every model. */
 export interface Leases {
-  /** Waits until the lease of a model is free and takes it. Rejects if the signal fires first. */
+  /** Waits until the lease of a model is free and acquires it. Rejects if the signal fires first. */
   acquire(model: string, holder: string, signal: AbortSignal): Promise<Lease>;
 }
 

@@ -4,7 +4,7 @@
 //
 //   identity = <text>.<weights>     <text> may be empty: a group started from compiled shards has not seen the tokenizer
 // Not part of it: the number of ranks, the execution provider, the number of drafts and the software version. Groups
-// that differ in these give the same text up to near-ties of floats, so a stream may move between them.
+// that differ in these produce the same text up to near-ties of floats, so a stream may move between them.
 
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';

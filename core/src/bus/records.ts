@@ -48,7 +48,7 @@ export interface Records {
   /** Has the store begin another file. The store removes a file once it holds no live record. */
   turnFile(): Promise<void>;
   /**
-   * Deletes a record, and overwrites it on disk where the server keeps it in plain text. True if this call deleted
+   * Deletes a record, and overwrites it on disk if the server keeps it in plain text. True if this call deleted
    * it, false if it was gone, perhaps with its whole store. Waits through disconnections.
    */
   erase(place: RecordPlace): Promise<boolean>;

@@ -1,5 +1,5 @@
-// The small messages between gateways, groups and the controller. They are for now: nothing stores them, and what is
-// sent while there is no connection is dropped. Implemented by nats/signals.ts (core NATS) and memory/signals.ts.
+// The small messages between gateways, groups and the controller. They are transient: nothing stores them, and
+// messages sent without a connection are dropped. Implemented by nats/signals.ts (core NATS) and memory/signals.ts.
 
 import type { Assignment, AssignmentReply, Cancellation, RequestEnded } from '@mimo/proto/queue';
 import type { Heartbeat } from '@mimo/proto/worker';

@@ -104,7 +104,7 @@ export async function* callServerStream<Request, Response>(
 }
 
 function optionsOf(limits: CallLimits): grpc.CallOptions {
-  // grpc-js takes a point in time and converts it back to the time left.
+  // grpc-js accepts a point in time and converts it back to the time left.
   return limits.timeoutMs === undefined ? {} : { deadline: Date.now() + limits.timeoutMs };
 }
 

@@ -1,4 +1,4 @@
-// The standard gRPC health service, which a Kubernetes gRPC probe asks. The service name '' stands for the process.
+// The standard gRPC health service, which a Kubernetes gRPC probe calls. The service name '' means the process.
 //
 // The library grpc-health-check would replace these sixty lines by itself, @grpc/proto-loader, protobufjs and yargs,
 // which it needs to parse its .proto at every start; its watchers also get a message for each call of setStatus,

@@ -6,7 +6,7 @@
 // answers to pings, in 20 checks a second apart (300 for a client). A paused process does not check.
 //
 // On a draining connection (after a GOAWAY it accepts no new calls and running ones finish) Node rejects pings, which
-// grpc-js also takes for a dead peer (grpc/grpc-node#3068). There, TCP and the calls' own limits notice a dead peer.
+// grpc-js also treats as a dead peer (grpc/grpc-node#3068). There, TCP and the calls' own limits notice a dead peer.
 
 import { subscribe } from 'node:diagnostics_channel';
 import { constants, type Http2Session } from 'node:http2';

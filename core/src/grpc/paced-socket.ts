@@ -15,7 +15,7 @@ export class PacedSocket extends Duplex {
   turnBytes: () => number = () => Infinity;
   readonly #socket: Socket;
   #isWanted = false;
-  /** Has passed on what it may in this turn. */
+  /** Has passed on its allowance of this turn. */
   #isSpent = false;
 
   constructor(socket: Socket) {
@@ -62,7 +62,7 @@ export class PacedSocket extends Duplex {
     }
     const available = this.#socket.readableLength;
     const maxBytes = available === 0 ? 0 : this.turnBytes();
-    // Without a size it finds out that there is no more.
+    // A read without a size detects the end.
     const portion = this.#socket.read(available === 0 ? undefined : Math.min(available, maxBytes));
     if (!(portion instanceof Buffer)) {
       return;

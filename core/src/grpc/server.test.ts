@@ -222,7 +222,7 @@ describe('startGrpcServer', () => {
         ],
       },
     });
-    // The file and what it imports.
+    // The file and its imports.
     expect(chat?.$case === 'fileDescriptorResponse' && chat.value.fileDescriptorProto).toHaveLength(2);
     expect(sampling?.$case === 'fileDescriptorResponse' && sampling.value.fileDescriptorProto).toHaveLength(
       1,

@@ -47,12 +47,12 @@ export class Lifecycle {
     return this.#closing.signal;
   }
 
-  /** Resolves with the reason when a part has said that the process cannot go on. */
+  /** Resolves with the reason when a part has reported that the process cannot continue. */
   get over(): Promise<ClusterError> {
     return this.#over.promise;
   }
 
-  /** Says that the process cannot go on. The code `canceled` means that its end is in order. */
+  /** Reports that the process cannot continue. The code `canceled` means that it ends as intended. */
   end(reason: ClusterError): void {
     this.#over.resolve(reason);
   }

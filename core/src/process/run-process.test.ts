@@ -6,7 +6,7 @@ import { describe, expect, it } from 'vitest';
 
 const module = (name: string): string => JSON.stringify(new URL(name, import.meta.url).href);
 
-/** Runs a process whose `start` is this code; gives its end and what it wrote. `signal` is sent once it serves. */
+/** Runs a process whose `start` is this code; returns its exit and its output. `signal` is sent once it serves. */
 async function run(start: string, signal?: NodeJS.Signals, env: Readonly<Record<string, string>> = {}) {
   const program = `
     import { choiceSetting, parseConfig } from ${module('./config.ts')};

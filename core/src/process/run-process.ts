@@ -26,7 +26,7 @@ export interface ProcessParts<Config> {
 
 /** What is different from one kind of process to another. */
 export interface ProcessKind<Table extends Settings> {
-  /** Names the process in its log, and before what it writes to standard error. */
+  /** Names the process in its log, and as a prefix on standard error. */
   readonly name: 'gateway' | 'worker' | 'controller';
   readonly settings: Table;
   readonly parse: (env: Environment) => ConfigOf<Table> & { readonly logLevel: LogLevel };

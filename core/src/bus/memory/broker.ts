@@ -26,7 +26,7 @@ export class Topic<T> {
     }
   }
 
-  /** Yields the backlog, then what is published, until the signal fires. */
+  /** Yields the backlog, then newly published items, until the signal fires. */
   async *follow(signal: AbortSignal, backlog: readonly T[] = []): AsyncGenerator<T, void, undefined> {
     const channel = channelUntil<T>(signal);
     for (const value of backlog) {
@@ -67,7 +67,7 @@ export class MemoryBroker {
   }
 }
 
-/** One bus on a broker, as its ports see it: what it shares, and when it is closed. */
+/** One bus on a broker, as its ports see it: the shared state, and when it is closed. */
 export interface MemoryHandle {
   readonly broker: MemoryBroker;
   /** Fires when the bus is closed. */

@@ -9,7 +9,7 @@ import { MemoryLeases } from './leases.ts';
 import { MemoryRecords } from './records.ts';
 import { MemoryHeartbeats, MemoryQueueStates, MemorySignals } from './signals.ts';
 
-/** Opens a bus on a broker, by default on one of its own. Close it to end its iterations and give up its leases. */
+/** Opens a bus on a broker, by default on a new one. Close it to end its iterations and give up its leases. */
 export function createMemoryBus(broker: MemoryBroker = new MemoryBroker()): Bus {
   const closing = new AbortController();
   const handle: MemoryHandle = { broker, closing: closing.signal };

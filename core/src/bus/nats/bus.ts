@@ -1,5 +1,5 @@
 // The bus on NATS: every port over one link. Records are in a JetStream stream, leases and drain marks in key-value
-// buckets, the small messages on core NATS. A process that needs one port, or that keeps more in NATS, takes the link.
+// buckets, the small messages on core NATS. A process that needs one port, or that keeps more in NATS, uses the link.
 
 import type { Log } from '../../process/log.ts';
 import type { Bus } from '../bus.ts';
@@ -20,7 +20,7 @@ export interface NatsBus extends Bus {
   readonly link: NatsLink;
 }
 
-/** The heartbeats alone over a link, for a process that takes no other port. */
+/** The heartbeats alone over a link, for a process that needs no other port. */
 export function createNatsHeartbeats(link: NatsLink, log: Log): Heartbeats {
   return new NatsHeartbeats(new Messages(link, log));
 }

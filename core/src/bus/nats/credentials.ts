@@ -1,4 +1,4 @@
-// What a client shows a NATS server that asks for credentials: from the servers' URLs, or from a file that is read
+// A client's credentials for a NATS server that requires them: from the servers' URLs, or from a file that is read
 // again for each connection.
 
 import { readFileSync } from 'node:fs';

@@ -11,7 +11,7 @@ const streamNotFoundCode = 10059;
 const storageExceededCode = 10047;
 /** Insufficient resources. */
 const noResourcesCode = 10023;
-/** A store that failed for the reason it gives. */
+/** A store that failed, with its reason. */
 const storeFailedCode = 10077;
 /** "The last sequence of this key is a different one". */
 const wrongLastSequenceCodes = new Set([10071, 10164]);
@@ -36,7 +36,7 @@ export function isStreamMissing(error: unknown): boolean {
   return error instanceof JetStreamApiError && error.code === streamNotFoundCode;
 }
 
-/** The server has less room than a stream asks for. */
+/** The server has less room than a stream needs. */
 export function isTooLarge(error: unknown): boolean {
   return error instanceof JetStreamApiError && error.code === storageExceededCode;
 }
@@ -58,7 +58,7 @@ export function isNobodyThere(error: unknown): boolean {
   );
 }
 
-/** Reads why a write failed; `text` says what was not done. */
+/** Reads why a write failed; `text` names the failed action. */
 export function refusalOf(error: unknown, text = 'the queue did not store the request'): QueueRefusal {
   if (error instanceof QueueRefusal) {
     return error;

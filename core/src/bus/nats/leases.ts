@@ -113,7 +113,7 @@ export class NatsLeases implements Leases {
 const epochsPerSecond = 2 ** 20;
 
 /**
- * A lease counts as lost this long after its last renewal was requested: before the server gives it to another
+ * A lease counts as lost this long after its last renewal was requested: before the server grants it to another
  * process.
  */
 const holdMs = 0.9 * leaseTtlMs;

@@ -1,6 +1,6 @@
 // A process's connection to NATS: the one owner of its life. Connecting in the background, with retries forever;
 // credentials, read again for each connection; whether the server can be reached at this moment; and the end: steps
-// that give things back, a flush, and leaving. Does not know what the connection is used for: everything else takes a
+// that release resources, a flush, and closing. Does not know what the connection is used for: everything else uses a
 // link.
 
 import {
@@ -69,7 +69,7 @@ export class NatsLink {
   }
 
   /**
-   * Fires when the present connection is lost: subscriptions go on with the next one, but miss what is sent meanwhile.
+   * Fires when the present connection is lost: subscriptions continue on the next one, but miss messages in between.
    */
   get lost(): AbortSignal {
     return this.#lost.signal;
@@ -98,7 +98,7 @@ export class NatsLink {
     return channel;
   }
 
-  /** Adds a step that gives something back before the link leaves the server. */
+  /** Adds a step that releases something before the link leaves the server. */
   beforeLeaving(step: () => Promise<void>): void {
     this.#leaveSteps.push(step);
   }
@@ -177,7 +177,7 @@ function connectForEver({ servers, clientName, credentialsFile = '' }: NatsServe
     // minutes.
     reconnectDelayHandler: () => Number.NEGATIVE_INFINITY,
     reconnectToServer: dialPause(parts.length),
-    // A server that stopped answering is noticed within 15 s, where the default takes minutes.
+    // A server that stopped answering is noticed within 15 s; the default takes minutes.
     pingInterval: 5_000,
     maxPingOut: 2,
     // By default the client gives up after two rejections; but new credentials may be on their way, here or at the

@@ -15,8 +15,8 @@ import { boundStream, requestTimeoutMs } from './streams.ts';
 import { modelBucket, modelTrialSubject, trialModelBucket } from './subjects.ts';
 
 /**
- * How the store is made. A process that asks for more `replicas` than the store has raises them, so a writer may say 1.
- * A process that looks with `maxBytes` bounds the store.
+ * How the store is made. A process configured with more `replicas` than the store has raises them, so a writer may
+ * use 1. A process that looks with `maxBytes` bounds the store.
  */
 export interface ModelStoreOptions {
   readonly replicas: number;
@@ -37,7 +37,7 @@ export class ModelStore {
     this.#options = options;
   }
 
-  /** The current store, with the replicas that this client asks for, and bounded once per store. */
+  /** The current store, with the replicas that this client requests, and bounded once per store. */
   look(signal: AbortSignal): Promise<StreamInfo> {
     return this.ask(async (objects, manager) => {
       const { streamInfo } = await objects.status();

@@ -1,4 +1,4 @@
-// Following the stream of records: what is there first, then what comes, each record once, over lost connections and
+// Following the stream of records: existing records first, then new ones, each once, over lost connections and
 // replaced streams. Owns the consumer and its position.
 
 import { DeliverPolicy, type Consumer, type JetStreamClient, type JsMsg } from '@nats-io/jetstream';

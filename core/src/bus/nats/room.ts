@@ -25,7 +25,7 @@ export class Room {
     return this.#limits.maxBytes;
   }
 
-  /** Fails with a QueueRefusal, `full`, where a record of so many bytes would fill the stream. */
+  /** Fails with a QueueRefusal, `full`, if a record of so many bytes would fill the stream. */
   assertFor(bytes: number): void {
     const { maxBytes, maxRecords } = this.#limits;
     const heldBytes = this.#stored.bytes + this.#written.bytes;
@@ -38,7 +38,7 @@ export class Room {
     }
   }
 
-  /** Counts a record before it is stored: records in transit need room too. Returns what takes it back. */
+  /** Counts a record before it is stored: records in transit need room too. Returns a function that undoes it. */
   add(bytes: number): () => void {
     this.#count(bytes, 1);
     return () => this.#count(-bytes, -1);

@@ -108,7 +108,7 @@ export class NatsStreams {
     return this.#opened.promise;
   }
 
-  /** Creates what is missing, and notices a replaced stream. Callers share an attempt that begins after they called. */
+  /** Creates missing stores, and notices a replaced stream. Callers share an attempt begun after their call. */
   async prepareAgain(): Promise<void> {
     const { connection } = await this.stores();
     // One that is under way may have looked before the stream was gone.
@@ -162,7 +162,7 @@ export class NatsStreams {
       }
       throw error;
     });
-    // What is written again replaces what was there, also in a stream from before that was so.
+    // A message written again replaces the old one, also in a stream created before this setting.
     const config =
       found.max_msgs_per_subject === 1
         ? found
