@@ -1,4 +1,4 @@
-// How a person calls the commands here: through npm in a checkout, where they run as TypeScript, and by name where the
+// How users call these commands: through npm in a checkout, where they run as TypeScript, and by name where the
 // npm package is installed.
 
 const isCheckout = import.meta.filename.endsWith('.ts');

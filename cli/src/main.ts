@@ -10,7 +10,7 @@ interface Command {
   readonly run: (argv: readonly string[], signal: AbortSignal) => Promise<number>;
 }
 
-// Imported when asked for: `chat` need not load the compiler, nor `compile` gRPC.
+// Imported on use: `chat` need not load the compiler, nor `compile` gRPC.
 const commands: Readonly<Record<string, () => Promise<Command>>> = {
   up: async () => import('./up.ts').then(({ runUp, upHelp }) => ({ run: runUp, help: upHelp })),
   chat: async () => import('./chat.ts').then(({ runChat, chatHelp }) => ({ run: runChat, help: chatHelp })),

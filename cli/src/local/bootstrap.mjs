@@ -29,7 +29,7 @@ function readJson(path) {
 }
 
 /**
- * Whether node_modules holds what package-lock.json asks for. npm writes node_modules/.package-lock.json as the last
+ * Whether node_modules matches package-lock.json. npm writes node_modules/.package-lock.json as the last
  * act of an install and removes it as the first act of the next, so an interrupted install never looks complete.
  * Optional packages are skipped: those of other platforms are absent on purpose.
  */
@@ -85,7 +85,7 @@ async function withLock(action) {
   }
 }
 
-/** Runs `npm ci`; its output is shown only where it fails, since it is long and npm warns about this very Node. */
+/** Runs `npm ci`; its output is shown only if it fails, since it is long and npm warns about this very Node. */
 async function install() {
   const begin = Date.now();
   process.stderr.write(

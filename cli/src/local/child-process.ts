@@ -42,8 +42,8 @@ export interface Child {
 const logTailChars = 2_000;
 
 // The program replaces a shell that first writes its own process id to fd 4. The watcher holds no pipe but fd 3, so
-// that closing it here is enough; it gives the program ten seconds, then ends it. The outer shell ends as the program
-// did.
+// that closing it here is enough; it waits ten seconds for the program, then ends it. The outer shell ends as the
+// program did.
 const watchedScript = `
 sh -c 'echo $$ >&4; exec 3<&- 4>&-; exec "$@"' sh "$@" &
 program=$!
@@ -64,7 +64,7 @@ function exitFromShell(code: number | null, signal: NodeJS.Signals | null): Chil
 }
 
 /**
- * Starts a program in a session of its own, so that a Ctrl-C in the terminal reaches only this process, which then
+ * Starts a program in its own session, so that a Ctrl-C in the terminal reaches only this process, which then
  * stops its children in order. Fails with `unavailable` if it cannot be started.
  */
 export async function startChild(options: ChildOptions): Promise<Child> {
@@ -79,7 +79,7 @@ export async function startChild(options: ChildOptions): Promise<Child> {
   return new ShellChild(options, { shell, exited, pid: await programIdOf(shell, options.name) });
 }
 
-/** Resolves when the shell has ended, and lets go of its lifeline then. */
+/** Resolves when the shell has ended, and then releases its lifeline. */
 async function exitOf(shell: ChildProcess): Promise<ChildExit> {
   const lifeline = shell.stdio[3] as Writable;
   lifeline.on('error', () => undefined);
@@ -157,7 +157,7 @@ class ShellChild implements Child {
     try {
       process.kill(this.pid, signal);
     } catch {
-      // Gone already: `exited` says so.
+      // Already ended: `exited` resolves.
     }
   }
 }

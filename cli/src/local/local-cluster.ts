@@ -1,4 +1,4 @@
-// A whole cluster on loopback, every part a real process of its own: nats-server, gateway, and groups of worker ranks.
+// A whole cluster on loopback, every part a real process: nats-server, gateway, and groups of worker ranks.
 // Owns their settings, ports, log files and the order of start and end. The caller compiles the model first, and asks
 // the gateway when it is ready.
 

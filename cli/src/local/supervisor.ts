@@ -3,7 +3,7 @@
 // else; does not know what the processes are.
 //
 // Why no library: respawn and PM2 restart each process by itself, concurrently either restarts one or ends all, and PM2
-// runs a daemon of its own. The ranks of a group must be restarted together, in new settings each time (ports, a
+// runs its own daemon. The ranks of a group must be restarted together, in new settings each time (ports, a
 // token), and never after exit code 78.
 
 import { pause } from '@mimo/core/process/abort';
