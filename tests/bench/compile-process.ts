@@ -1,4 +1,4 @@
-// The compiling process of the compile benchmark: `mimo compile`'s flags in, its figures as JSON to stdout.
+// The compiling process of the compile benchmark: accepts the flags of `mimo compile`, prints its figures as JSON.
 
 import { compile } from '@mimo/worker/compiler/compile';
 import { parseCompileArgs } from '@mimo/worker/compiler/compile-command';

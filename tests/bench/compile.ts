@@ -1,5 +1,5 @@
-// What compiling the real model costs: writes a random checkpoint of MiMo-7B's full size in its real layout, compiles
-// it in a process of its own, so that the peak memory is the compiler's alone, and removes both.
+// The cost of compiling the real model: writes a random checkpoint of MiMo-7B's full size in its real layout, compiles
+// it in a separate process, so that the peak memory is the compiler's alone, and removes both.
 //
 //   npm run bench -- compile [--precision int8] [--tensor-parallel 2] [--directory DIR]
 

@@ -1,5 +1,5 @@
 // Rows of logits and requests to draw from them, for comparing a device's sampler with the host's: every row and every
-// request follows from its numbers, so both sides make them by themselves.
+// request is derived from its numbers, so both sides generate them independently.
 
 import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
 import type { DrawContext } from '@mimo/worker/engines/mimo/sampler';

@@ -1,8 +1,8 @@
 // The engine's decoding, measured: sequences of one prompt, all chunks of prefill, then greedy steps, with drafts or
 // without. Owns the loop and the synthetic acceptance; the caller chooses model, group and table.
 //
-// Random weights accept no drafts. `synthetic` computes everything and then puts scripted tokens in the place of those
-// that the head and the draft layer chose, so that a given share of the drafts is right.
+// Random weights accept no drafts. `synthetic` computes everything, then replaces the tokens of the head and the draft
+// layer with scripted ones, so that a given share of the drafts is right.
 
 import { Engine, type PassExecutor } from '@mimo/worker/engines/mimo/engine';
 import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';

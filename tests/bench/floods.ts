@@ -1,7 +1,7 @@
-// `npm run bench -- floods [--seconds S] [--scale X] [--only NAME] [--from ADDRESS]`: what floods do to others. A
-// gateway process with keys serves an honest tenant, whose time to first token is measured while a second process
-// floods, and alone before and after each flood, since the machine has other work too; prints a table with the ratio
-// and the gateway's memory, and last one JSON line. The flooder runs at the lowest priority, since both share this
+// `npm run bench -- floods [--seconds S] [--scale X] [--only NAME] [--from ADDRESS]`: the effect of floods on others. A
+// gateway process with keys serves an honest tenant. Its time to first token is measured while a second process floods,
+// and alone before and after each flood, since the machine has other work too. Prints a table with the ratio and the
+// gateway's memory, and one JSON line last. The flooder runs at the lowest priority, since both share this
 // machine.
 
 import { spawn } from 'node:child_process';

@@ -1,5 +1,5 @@
-// Decoding beside another server on the same GPU, in one run: the same checkpoint (counting-checkpoint.ts), prompts and
-// sampling, here and through vLLM (gpu_vllm.py). Owns the shapes that are compared, the table and its goals.
+// Decoding compared with another server on the same GPU, in one run: the same checkpoint (counting-checkpoint.ts),
+// prompts and sampling, here and through vLLM (gpu_vllm.py). Owns the compared shapes, the table and its goals.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';

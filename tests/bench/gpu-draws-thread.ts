@@ -1,4 +1,4 @@
-// The host's side of gpu-draws.ts, on a thread of its own: makes rows, and draws again what the device has drawn.
+// The host's side of gpu-draws.ts, on a separate thread: makes rows, and repeats the device's draws on the host.
 
 import { parentPort } from 'node:worker_threads';
 import { chooseToken } from '@mimo/worker/engines/mimo/head-rows';

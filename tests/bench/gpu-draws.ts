@@ -1,5 +1,5 @@
-// The sampler of a CUDA device beside the host's: draws from rows of every shape, compared id for id, with their logits
-// and log-probabilities; and what a launch takes by rows and shape. Part `draws` of `npm run bench -- gpu`.
+// The sampler of a CUDA device against the host's: draws from rows of every shape, compared id for id, with their
+// logits and log-probabilities; and the time of a launch by rows and shape. Part `draws` of `npm run bench -- gpu`.
 
 import { availableParallelism } from 'node:os';
 import { Worker } from 'node:worker_threads';

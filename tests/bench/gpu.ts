@@ -1,4 +1,4 @@
-// What GPUs give: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
+// Results on GPUs: the golden fixtures' logits in fp16 and bf16, then a full-size random MiMo-7B, compiled here:
 // decode at batch 1, 8 and 32, prefill, the engine's steps with and without drafts, on one device and over several, as
 // milliseconds of a pass and share of the bandwidth limit; and the same work through PyTorch transformers.
 //

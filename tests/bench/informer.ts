@@ -1,6 +1,6 @@
 // `npm run bench -- informer [--pods N]`: how long the controller's cache takes to fill from a real API server that
-// holds N worker pods, what it costs in memory, and how soon after a change it tells. Builds Kubernetes once where the
-// cache has none, starts a control plane, and creates the pods through its API.
+// holds N worker pods, how much memory it needs, and how soon it reports a change. Builds Kubernetes if the cache has
+// none, starts a control plane, and creates the pods through its API.
 
 import { parseArgs } from 'node:util';
 import { setFlagsFromString } from 'node:v8';

@@ -1,6 +1,6 @@
-// The rule that the scheduler had before, as its peer in `prefill.ts`: prompts are read strictly oldest first, and
-// waiting ones are admitted in the order of their arrival. Pure. For engines whose cache never runs short: nobody is
-// preempted.
+// The scheduler's earlier rule, for comparison in `prefill.ts`: prompts are read strictly oldest first, and waiting
+// ones are admitted in the order of their arrival. Pure. For engines whose cache never runs short: it preempts no
+// sequence.
 
 import { blocksFor } from '@mimo/worker/engines/mimo/kv-cache';
 import type {

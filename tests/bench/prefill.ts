@@ -1,5 +1,5 @@
 // Short prompts behind long ones in the engine: how long a short prompt waits for its first token under a flood of
-// long ones, and what the long ones pay, by the scheduler's rule and by the rule "oldest first" in turn in one run.
+// long ones, and the delay of the long ones, by the scheduler's rule and by the rule "oldest first" in turn in one run.
 //
 //   npm run bench -- prefill [--seconds 40] [--long 2000] [--short 23] [--flood 8] [--model models/mimo-demo]
 //

@@ -1,5 +1,5 @@
-// Short prompts behind long ones at the door: a chat of 5 kB alone, and just after eight prompts of a megabyte that
-// cannot fit, of the same tenant; on a cluster of real processes with the demonstration model.
+// Short prompts behind long ones at the gateway: a chat of 5 kB alone, and right after eight oversized prompts of a
+// megabyte from the same tenant; on a cluster of real processes with the demonstration model.
 //
 //   npm run bench -- prompts [--kinds word,letters,spaces,marks,han] [--count 8] [--asks 5] [--vocabulary DIRECTORY]
 //

@@ -1,6 +1,6 @@
-// `npm run bench -- queue [--requests N] [--bytes B]`: what waiting costs. N chats with a prompt of B bytes wait at a
-// gateway without a group, over a real nats-server; the gateway's memory is read after a collection, before and while
-// they wait, and once they have left.
+// `npm run bench -- queue [--requests N] [--bytes B]`: the cost of waiting requests. N chats with a prompt of B bytes
+// wait at a gateway without a group, with a real nats-server. The gateway's memory is read after a garbage collection:
+// before, while they wait, and after they have left.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';

@@ -1,6 +1,5 @@
 // `npm run bench -- reconcile [--services N] [--groups N]`: the controller's pure part over many ModelServices: a
-// scaling decision and a plan for each, on a state that is as it should be. Prints the time a reconcile takes and the
-// heap.
+// scaling decision and a plan for each, on a converged state. Prints the time of a reconcile and the heap.
 
 import { setImmediate } from 'node:timers/promises';
 import { parseArgs } from 'node:util';

@@ -1,5 +1,5 @@
 // `npm run bench -- records [--store encrypted|plain] [--seconds N] [--waiting N]`: how many requests a second the
-// queue records and deletes again, 32 at once with 2 kB each, over a real nats-server, while others wait in it.
+// queue records and deletes, 32 at once with 2 kB each, on a real nats-server, while other requests wait in it.
 
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

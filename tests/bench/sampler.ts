@@ -1,6 +1,6 @@
-// `npm run bench -- sampler [--draws N] [--vocabulary N]`: what choosing one token costs the step thread, by the
-// shape of the row and by the sampling, beside the reference sampler in the same run, with the same tokens. Draws are
-// timed one by one; on a machine that others use too, the fastest quarter says more than the median. Prints one JSON
+// `npm run bench -- sampler [--draws N] [--vocabulary N]`: the time of the step thread for choosing one token, by the
+// shape of the row and by the sampling, compared with the reference sampler in the same run, with the same tokens.
+// Draws are timed one by one; on a shared machine the fastest quarter is more reliable than the median. Prints one JSON
 // line last.
 
 import { parseArgs } from 'node:util';

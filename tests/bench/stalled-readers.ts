@@ -1,10 +1,10 @@
-// Clients that do not read: what an honest client's first token costs beside 16, 64 and 500 of them, on a cluster of
+// Clients that do not read: the time to an honest client's first token beside 16, 64 and 500 of them, on a cluster of
 // real processes with one group of the demonstration model and 16 slots.
 //
 //   npm run bench -- stalled-readers [--counts 16,64,500] [--asks 40] [--window 0] [--hold 2]
 //
-// --window: bytes that each of them takes: with 0 not even the first message, with 600 some tokens. --hold: seconds
-// that they have before the honest client comes. It waits for 150 s and no longer.
+// --window: bytes that each of them reads: with 0 not even the first message, with 600 some tokens. --hold: seconds
+// before the honest client starts. It times out after 150 s.
 
 import { availableParallelism, cpus } from 'node:os';
 import { setTimeout as sleep } from 'node:timers/promises';

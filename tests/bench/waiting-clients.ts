@@ -1,4 +1,4 @@
-// Clients of a benchmark, in a process of their own: `node waiting-clients.ts ADDRESS MODEL COUNT BYTES` opens COUNT
+// Clients of a benchmark, in a separate process: `node waiting-clients.ts ADDRESS MODEL COUNT BYTES` opens COUNT
 // chats with a prompt of BYTES, writes `waiting` once all of them have started, and holds them until its standard
 // input ends.
 

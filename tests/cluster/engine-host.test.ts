@@ -1,4 +1,4 @@
-// The engine as its process sees it: threads, messages, credit and what is left behind.
+// The engine as its process sees it: threads, messages, credit and clean-up.
 
 import { mkdtempSync, rmSync } from 'node:fs';
 import { cp, rm, writeFile } from 'node:fs/promises';

@@ -1,5 +1,5 @@
-// The gateway as somebody else's client sees it: `buf curl`, a gRPC client in Go with none of our code or protos, which
-// learns the API from the server's reflection.
+// The gateway as a third-party client sees it: `buf curl`, a gRPC client in Go without our code or protos, which learns
+// the API from the server's reflection.
 
 import { execFile } from 'node:child_process';
 import { tmpdir } from 'node:os';

@@ -1,4 +1,4 @@
-// What the gateway refuses at its door, and in which words.
+// The requests that the gateway rejects at its door, and its error messages.
 
 import { createHash } from 'node:crypto';
 import { writeFile } from 'node:fs/promises';

@@ -1,4 +1,4 @@
-// Several gateways beside one another, and one that drains or closes.
+// Several gateways side by side, and a gateway that drains or closes.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 

@@ -1,4 +1,4 @@
-// What the gateway makes of groups that come late, refuse, drain, vanish, restart or stand still.
+// The gateway's handling of groups that come late, refuse, drain, vanish, restart or stall.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 

@@ -1,4 +1,4 @@
-// A gateway whose NATS server goes, returns empty or does not exist, and the records of a gateway that died.
+// A gateway whose NATS server goes down, returns empty or does not exist, and the records of a dead gateway.
 
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';

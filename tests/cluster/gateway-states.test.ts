@@ -1,4 +1,4 @@
-// What the dispatcher publishes about its queue and groups, for the controller and for people.
+// The states that the dispatcher publishes about its queue and groups, for the controller and for people.
 
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 

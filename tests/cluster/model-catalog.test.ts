@@ -1,4 +1,4 @@
-// The promises of the model catalogue, on a real nats-server that is killed, restarted and emptied.
+// The contract of the model catalogue, on a real nats-server that is killed, restarted and emptied.
 
 import { randomBytes } from 'node:crypto';
 import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';

@@ -1,5 +1,5 @@
 // One model an answer: two checkpoints under one name, with a real gateway, the catalogue, and real groups, while
-// streams run and requests wait. Nothing that began with the one may go on with the other.
+// streams run and requests wait. A request that began with one checkpoint never continues with the other.
 
 import { cp, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

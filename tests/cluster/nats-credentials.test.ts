@@ -1,5 +1,5 @@
-// A NATS server that asks who connects: every way of telling it, on a real nats-server, with credentials that change
-// while processes run.
+// A NATS server that authenticates its clients: every kind of credentials, on a real nats-server, and credentials that
+// change while processes run.
 
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

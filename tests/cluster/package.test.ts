@@ -1,4 +1,4 @@
-// The npm package as a user installs it: packed, installed into a folder of its own, called from an empty directory.
+// The npm package as a user installs it: packed, installed into a separate folder, called from an empty directory.
 
 import { execFile } from 'node:child_process';
 import { mkdirSync, rmSync } from 'node:fs';

@@ -1,5 +1,5 @@
 // `node worker/src/main.ts prepare` as a pod runs it: a process with nothing but its environment, a hub on loopback,
-// a real nats-server; judged by its exit code, its last line on standard error, and what it leaves on disk.
+// a real nats-server. The tests check its exit code, its last line on standard error, and the files that it leaves.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';

@@ -1,5 +1,5 @@
-// The promises of the ports of the bus, kept by both implementations: the same suite runs on the bus in memory and on
-// a real nats-server. What only a server can do (die, come back, come back empty) follows after it.
+// The contract of the ports of the bus, for both implementations: the same suite runs on the bus in memory and on a
+// real nats-server. The cases that only a server has (it dies, comes back, comes back empty) follow after it.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

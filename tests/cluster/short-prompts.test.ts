@@ -1,5 +1,5 @@
-// A short prompt behind long ones, through the whole cluster: it is given to the group though long prompts wait their
-// turn there, and has its first token while most of them are still being read.
+// A short prompt behind long ones, through the whole cluster: it is assigned to the group although long prompts wait
+// there, and gets its first token while most of them are still being read.
 
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 

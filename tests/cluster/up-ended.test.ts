@@ -1,4 +1,4 @@
-// Whichever process of `npm run up` is ended, and however: nothing of it stays behind.
+// `npm run up` leaves nothing behind, whichever of its processes ends and however.
 
 import { existsSync } from 'node:fs';
 

@@ -1,5 +1,6 @@
-// MiMo Cluster installed in a real cluster by its own chart, and what a client and an operator do with it: ask, apply,
-// look, upgrade, uninstall. Owns the settings that make it fit two processors and start in seconds. Asserts nothing.
+// MiMo Cluster installed in a real cluster by its own chart, and the actions of a client and an operator: send
+// requests, apply, inspect, upgrade, uninstall. Owns the settings that make it fit two processors and start in seconds.
+// Asserts nothing.
 
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';

@@ -1,6 +1,5 @@
-// Streams that run all the time, as clients see them: each lane asks, reads to the end, compares with what an
-// undisturbed run gave, and asks again. Owns the counts of what went wrong; `ask` fails on a repeated or missing
-// index.
+// Streams that run all the time, as clients see them: each lane sends a request, reads to the end, compares the text
+// with an undisturbed run, and sends it again. Owns the counts of failures; `ask` fails on a repeated or missing index.
 
 import { pause } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';

@@ -1,5 +1,5 @@
 // `npm run e2e:kubernetes [-- SCENARIO... --scale-downs N --rollouts N --faults]`: everything real on this machine,
-// from images to uninstall. Says what it does with times; the last line is JSON.
+// from images to uninstall. Prints each step with its time; the last line is JSON.
 
 import { parseArgs } from 'node:util';
 

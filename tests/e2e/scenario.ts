@@ -1,5 +1,5 @@
-// What the scenarios of the end-to-end test share: the world that they are given, and how they say that it is not as it
-// should be. Knows no scenario.
+// The common parts of the end-to-end scenarios: the world that they run in, and how they report a failed expectation.
+// Knows no scenario.
 
 import type { V1Pod } from '@kubernetes/client-node';
 

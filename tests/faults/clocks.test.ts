@@ -1,5 +1,5 @@
-// Real processes whose wall clocks are minutes off, each its own way, and are set while streams run: nobody notices.
-// What crosses a process is time left, and what counts within one is its monotonic clock.
+// Real processes whose wall clocks differ by minutes and are set while streams run: no client sees a difference.
+// Processes exchange time left, and each uses its monotonic clock.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

@@ -1,6 +1,5 @@
 // Every flood of the benchmark `floods`, for a second each: an honest tenant's streams all come out right meanwhile,
-// over a connection made before, and the gateway's memory stays bounded. How fast they are is the benchmark's
-// question.
+// over a connection made before, and the gateway's memory stays bounded. The benchmark measures their speed.
 
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

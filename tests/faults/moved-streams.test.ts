@@ -1,6 +1,5 @@
-// Streams while groups are drained, killed again and again, or stalled until they are given up and then wake: as a
-// client sees it nothing happens but a pause. MIMO_DRAINS and MIMO_KILL_SECONDS run the loops for longer; every change
-// runs short ones.
+// Streams while groups drain, are killed again and again, or stall until their streams move and then resume: a client
+// sees only a pause. MIMO_DRAINS and MIMO_KILL_SECONDS run the loops for longer; every change runs short ones.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 

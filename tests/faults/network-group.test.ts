@@ -1,5 +1,5 @@
-// A tensor-parallel group of real processes: it computes what the oracle computes, refuses members that do not fit, and
-// notices at once when one dies and in time when one falls silent.
+// A tensor-parallel group of real processes: it computes the oracle's results, rejects incompatible members, and
+// notices a dead member at once and a silent one in time.
 
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import type { EngineOptions, GroupOptions, SequenceRequest } from '@mimo/worker/engines/mimo/engine-host';

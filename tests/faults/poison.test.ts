@@ -1,6 +1,5 @@
-// A real group that stands still, or dies, whenever certain requests are in it, and what becomes of the others there.
-// Two gateways, a real nats-server and a real rank, which the test stops and kills as a fault in its step thread
-// would.
+// A real group that stalls or dies whenever it holds certain requests, and the fate of the other requests in it. Two
+// gateways, a real nats-server and a real rank, which the test stops and kills as a fault in its step thread would.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

@@ -1,5 +1,5 @@
-// The queue on three real nats-servers, one of which has a full disk: the others store on, whether it led the stream or
-// followed, and it is whole again once it is restarted with room, as the chart's liveness probe has it.
+// The queue on three real nats-servers, one with a full disk: the others keep storing, whether it led the stream or
+// followed, and it recovers once it is restarted with room, as the chart's liveness probe does.
 
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

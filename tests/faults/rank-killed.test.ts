@@ -1,6 +1,5 @@
-// A group that loses a rank while streams run: every stream goes on, from the tokens that its client has, to the text
-// of an undisturbed run; in a second group if there is one, else in the same group once it is back. Nothing is left
-// behind.
+// A group that loses a rank while streams run: every stream continues from its delivered tokens to the text of an
+// undisturbed run, in a second group if there is one, else in the same group once it is back. Nothing is left behind.
 
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
@@ -8,7 +7,7 @@ import { ask, chatRequest, socketCount, startTestCluster, type TestCluster } fro
 import { expectStreams, startStreams, type ExpectedStream } from '../harness/disturbed-streams.ts';
 import { isAlive, waitFor } from '../harness/wait-for.ts';
 
-/** For the rank that stalls; the others should not take a machine that stands still for one. */
+/** For the rank that stalls; the others should not mistake a paused machine for a stalled rank. */
 const peerTimeoutMs = 8_000;
 /** More than is made before the signal comes. */
 const maxTokens = 1_000;

@@ -1,5 +1,5 @@
 // Clients that do not read: from the first byte, after some tokens, a byte at a time, forever. None of them keeps a
-// slot from a client that reads, and what they get once they read is what they would have got at once.
+// slot from a client that reads, and once they read they get the same text.
 
 import { constants } from 'node:http2';
 

@@ -1,5 +1,5 @@
-// Processes that get no processor time for longer than any ping of theirs, or of their peers, is waited for: a client's
-// streams are paused and not lost. SIGSTOP stands for a machine that is busy with something else.
+// Processes that get no processor time for longer than the timeout of any ping, theirs or their peers': a client's
+// streams pause and are not lost. SIGSTOP simulates a machine that is busy with something else.
 
 import { fork } from 'node:child_process';
 import { once } from 'node:events';

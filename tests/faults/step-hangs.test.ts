@@ -1,6 +1,6 @@
-// A step that never ends, in a rank whose process goes on: it answers pings and sends heartbeats. The group takes
-// nothing new, ends by itself, and its streams go on in its next life to the text of an undisturbed run. A process
-// that stands still does not blame its step.
+// A step that never ends, in a rank whose process still runs: it answers pings and sends heartbeats. The group accepts
+// nothing new, ends by itself, and its streams continue in its next incarnation to the text of an undisturbed run. A
+// paused process does not blame its step.
 
 import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

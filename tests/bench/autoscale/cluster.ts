@@ -1,5 +1,5 @@
 // A discrete-event cluster: a queue with late binding, replica groups that batch (a step takes longer the more rows it
-// holds), start-up delays, drains and their bills. Policies are asked for a count at fixed intervals. Deterministic.
+// holds), start-up delays, drains and their costs. Policies return a count at fixed intervals. Deterministic.
 
 import type { Trace, TraceRequest } from './traces.ts';
 

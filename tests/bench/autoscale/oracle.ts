@@ -1,5 +1,5 @@
 // The clairvoyant: knows the trace, starts each group exactly early enough, and keeps one over a gap that is shorter
-// than a start-up (restarting would cost as much). Of several smoothings it takes the cheapest that serves 99 % in
+// than a start-up (restarting would cost as much). Of several smoothings it uses the cheapest that serves 99 % in
 // time.
 
 import { engineMs, runCluster, type Policy, type RunOptions, type RunResult } from './cluster.ts';

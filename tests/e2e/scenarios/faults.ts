@@ -1,6 +1,6 @@
 // Faults of machines and of what runs on them, under streaming load: kill -9 of kubelet, containerd and etcd, of
-// controller, queue server and gateway, a machine that is far away and one that is cut off. What serves goes on
-// wherever the fault leaves a way.
+// controller, queue server and gateway, a machine that is far away and one that is cut off. Serving continues wherever
+// the fault leaves a path.
 
 import type { V1Pod } from '@kubernetes/client-node';
 

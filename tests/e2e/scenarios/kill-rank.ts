@@ -1,5 +1,5 @@
-// Rank 1 of 2 dies: its group is out of rotation within a second of its last heartbeat, its requests go on in the other
-// group, and the group is rebuilt, once.
+// Rank 1 of 2 dies: its group is out of rotation within a second of its last heartbeat, its requests continue in the
+// other group, and the group is rebuilt, once.
 
 import { waitFor } from '../../harness/wait-for.ts';
 import { modelName } from '../installation.ts';

@@ -1,6 +1,6 @@
-// The chart's NetworkPolicies as a network enforces them: a service whose ranks live in pods of their own answers
-// through them, while strangers and our own pods reach what the policies name and nothing else. Without the policies
-// everything is reached, so it is they that keep the doors shut.
+// The chart's NetworkPolicies as a network enforces them: a service with one pod per rank answers through them, while
+// strangers and our own pods reach only the ports that the policies name. Without the policies everything is reachable,
+// so the policies make the difference.
 
 import type { V1Pod } from '@kubernetes/client-node';
 

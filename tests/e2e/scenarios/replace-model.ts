@@ -1,5 +1,5 @@
-// A model whose checkpoint is edited while streams run, with a drain too short for them: no answer is of two models,
-// what cannot go on ends with ABORTED, and new requests are answered throughout.
+// A model whose checkpoint is edited while streams run, with a drain too short for them: no answer mixes two models,
+// streams that cannot continue end with ABORTED, and new requests are answered throughout.
 
 import { ClusterError } from '@mimo/core/process/errors';
 

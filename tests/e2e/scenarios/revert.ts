@@ -1,5 +1,5 @@
-// Specs that change their mind: a revert in mid-rollout, many edits in a row, a group for which there are no GPUs. The
-// groups that serve stay, and `kubectl describe` says what is wrong.
+// Specs that change during a rollout: a revert, many edits in a row, a group without free GPUs. The serving groups
+// stay, and `kubectl describe` reports the cause.
 
 import { waitFor } from '../../harness/wait-for.ts';
 import { modelName, namespace } from '../installation.ts';

@@ -1,5 +1,5 @@
-// `helm upgrade` of gateways and controller under streaming load: new processes take over, old ones let their streams
-// end.
+// `helm upgrade` of gateways and controller under streaming load: new processes take over, old ones finish their
+// streams.
 
 import { startLoad } from '../load.ts';
 import {
