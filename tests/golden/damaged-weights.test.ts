@@ -1,6 +1,5 @@
-// Shards with a NaN in them, as a failing disk leaves them: the sequence that reads it ends with the cause, and the
-// sequences beside it, and those that take its slot and its KV blocks after it, write what they would have written
-// alone.
+// Shards with a NaN, as a failing disk leaves them: the sequence that reads it ends with the cause. The sequences
+// beside it, and later ones in its slot and KV blocks, return the same tokens as alone.
 
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,5 +1,5 @@
 // Golden fixtures as tests use them: the oracle's values, and the checkpoint compiled into a temporary folder.
-// Owns reading and clean-up; what is compared, and how exactly, is each test's own business.
+// Owns reading and clean-up; each test owns its comparisons and tolerances.
 
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';

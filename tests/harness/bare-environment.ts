@@ -1,4 +1,4 @@
-// What a process gets from this one where a test gives it an environment of its own: as good as nothing.
+// The variables that a process inherits when a test sets its environment: almost none.
 
 const { NODE_COMPILE_CACHE: compileCache } = process.env;
 

@@ -1,5 +1,5 @@
-// What a client does with streams of the gateway in a test: asks, reads a whole stream and checks its order, reads a
-// part of one. Knows nothing of what serves them.
+// A test client of the gateway's streams: sends requests, reads a whole stream and checks its order, or reads a part of
+// one. Knows nothing about the servers.
 
 import { callServerStream, type CallLimits } from '@mimo/core/grpc/client';
 import {

@@ -1,5 +1,5 @@
 // A whole cluster of real processes for a test: nats-server, gateway and groups of ranks on the demonstration model, on
-// free ports and in a directory of its own. Owns its start, its end, and the counters that show a leak. Asserts
+// free ports and in a separate directory. Owns its start, its end, and the counters that show a leak. Asserts
 // nothing.
 
 import { mkdtemp, readFile, readdir, readlink, rm } from 'node:fs/promises';

@@ -1,4 +1,4 @@
-// A thread that makes a fixed list of collective calls as one rank, and posts what it got: see collective.test.ts.
+// A thread that makes a fixed list of collective calls as one rank, and posts the results: see collective.test.ts.
 
 import { parentPort, workerData } from 'node:worker_threads';
 import type { Collective } from '@mimo/worker/collective/collective';

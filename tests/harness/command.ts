@@ -1,5 +1,5 @@
-// The `mimo` command as a user runs it, in processes of its own and a cache of its own: through npm, or by the script
-// that npm runs. Owns the test's directory and every process that it left. Asserts nothing.
+// The `mimo` command as a user runs it, in separate processes and with a separate cache: through npm, or by the script
+// that npm runs. Owns the test's directory and every remaining process. Asserts nothing.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';

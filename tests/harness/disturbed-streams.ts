@@ -1,13 +1,12 @@
-// Streams that are to come out as if nothing had happened to their groups: what an undisturbed run of each gives is
-// asked first, then the same again while the test does its worst. Owns the comparison and the counts; does not
-// disturb anything.
+// Streams that must return the same text whatever happens to their groups: each request first runs undisturbed, then
+// again while the test disturbs the cluster. Owns the comparison and the counts; does not disturb anything.
 
 import { ClusterError } from '@mimo/core/process/errors';
 import type { ChatRequest, InferenceServiceClient } from '@mimo/proto/inference';
 
 import { ask, chatRequest, type Answer } from './cluster.ts';
 
-/** A request and what it is answered with when nobody disturbs it. */
+/** A request and its undisturbed answer. */
 export interface ExpectedStream {
   readonly request: ChatRequest;
   readonly answer: Answer;

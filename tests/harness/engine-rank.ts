@@ -1,4 +1,4 @@
-// A process of its own that runs one rank of a network group: started by engine-ranks.ts with EngineOptions as its
+// A separate process that runs one rank of a network group: started by engine-ranks.ts with EngineOptions as its
 // argument, and driven over IPC. Dies with its parent.
 
 import { ClusterError } from '@mimo/core/process/errors';

@@ -1,4 +1,4 @@
-// Network groups of real processes for tests: starts them, talks to them, and sees that none survives its test.
+// Network groups of real processes for tests: starts them, sends them messages, and ends all of them with the test.
 
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';

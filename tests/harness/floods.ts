@@ -1,6 +1,6 @@
 // Clients that only cost: connections that idle, headers and bodies that never end, resets, tables, pings. Each flood
-// goes on until its signal fires, connecting again where the server hung up. Used by the benchmark `floods`, in a
-// process of its own, and by the hostile corpus, briefly.
+// continues until its signal fires, and reconnects when the server closes the connection. Used by the benchmark
+// `floods`, in a separate process, and by the hostile corpus, briefly.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Socket } from 'node:net';

@@ -1,5 +1,4 @@
-// The gateway as a pod runs it: a process with nothing but the environment that it is given. Owns its output and its
-// end.
+// The gateway as a pod runs it: a process with only the given environment. Owns its output and its end.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';

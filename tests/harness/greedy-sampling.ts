@@ -1,8 +1,8 @@
-// Where tests and benchmarks of the engine begin: greedy, nothing penalised, nothing but the length ends a sequence.
+// The default sampling of the engine's tests and benchmarks: greedy, no penalties, and only the length ends a sequence.
 
 import type { SequenceSampling } from '@mimo/worker/engines/mimo/engine-api';
 
-/** Greedy sampling with drafts, 64 tokens and seed 1, but for what the caller changes. */
+/** Greedy sampling with drafts, 64 tokens and seed 1, except for the caller's changes. */
 export function greedySampling(changes: Partial<SequenceSampling> = {}): SequenceSampling {
   return {
     temperature: 0,

@@ -1,6 +1,6 @@
 // Loaded into a rank's process before all else (`node --import`), this makes a step that never ends: once the file
 // MIMO_TEST_HANG exists, the rank that it names blocks within its step, in a system call or in JavaScript, and no other
-// thread of the process does. The file is gone then, so that the next life of the group steps.
+// thread of the process does. The rank first deletes the file, so that the group's next incarnation steps.
 
 import { readFileSync, unlinkSync } from 'node:fs';
 import { parentPort, threadName } from 'node:worker_threads';

@@ -6,7 +6,7 @@ import { readFile } from 'node:fs/promises';
 
 import { waitFor } from './wait-for.ts';
 
-/** The inspector of each process takes a port of its own. */
+/** The inspector of each process uses a separate port. */
 export const heapEnv = { NODE_OPTIONS: '--inspect-port=0' } as const;
 
 export interface Heap {

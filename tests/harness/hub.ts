@@ -1,5 +1,6 @@
 // A Hugging Face hub on loopback, as far as fetching a model needs one: a repository's commit, its files with their
-// digests, and the files by ranges. Serves directories of this machine. It can break off, lie, and ask for a token.
+// digests, and the files by ranges. Serves directories of this machine. It can break off, return corrupt data, and
+// require a token.
 
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';

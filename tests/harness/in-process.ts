@@ -1,5 +1,5 @@
-// A gateway or controller in the test's own process: its parts, with the lifecycle that runProcess would give them in
-// the test's hand. Asserts nothing.
+// A gateway or controller in the test's own process: its parts, with the test in control of the lifecycle that
+// runProcess would own. Asserts nothing.
 
 import { Lifecycle } from '@mimo/core/process/lifecycle';
 import type { Log } from '@mimo/core/process/log';

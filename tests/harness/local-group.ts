@@ -1,4 +1,4 @@
-// A tensor-parallel group for tests and benches that look at logits: rank 0 runs passes in the caller's own thread, the
+// A tensor-parallel group for tests and benches that compare logits: rank 0 runs passes in the caller's own thread, the
 // others are the engine's ordinary step threads. Owns their start and end.
 
 import { once } from 'node:events';

@@ -1,5 +1,5 @@
-// A tensor-parallel group as it is deployed, for tests and benches that look at logits: rank 0 runs passes in the
-// caller's own thread, every other rank is the engine in a process of its own, with its own device. Owns their start
+// A tensor-parallel group as it is deployed, for tests and benches that compare logits: rank 0 runs passes in the
+// caller's own thread, every other rank is the engine in a separate process, with its own device. Owns their start
 // and end.
 
 import { once } from 'node:events';

@@ -1,5 +1,5 @@
 // HTTP/2 as bytes, for misbehaving clients: frames of any kind, headers without Huffman or tables, no flow control.
-// Owns the formats (RFC 9113, RFC 7541) and one socket; reads nothing of what comes back.
+// Owns the formats (RFC 9113, RFC 7541) and one socket; ignores the responses.
 
 import { connect, type Socket } from 'node:net';
 

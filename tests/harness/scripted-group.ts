@@ -1,6 +1,6 @@
 // A replica group without a model, for tests of the gateway: the real WorkerService and session protocol over an
-// engine that follows a script. By default a completion repeats its prompt. It can be made to stall, to refuse and to
-// vanish, at moments that a real engine does not let a test choose.
+// engine that follows a script. By default a completion repeats its prompt. A test can make it stall, refuse and
+// vanish, at moments that it could not choose with a real engine.
 
 import { randomUUID } from 'node:crypto';
 

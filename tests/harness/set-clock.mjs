@@ -1,7 +1,7 @@
-// Loaded into a process before all else (`node --import`), this gives it, and its threads, a wall clock of its own:
-// ahead by the milliseconds that the file MIMO_TEST_CLOCK says, from the next look at the file on. Each process says
-// in a file beside it, by its id, what it has taken. The monotonic clock and the timers stay, as they do where a clock
-// is set.
+// Loaded into a process before all else (`node --import`), this sets a separate wall clock for it and its threads:
+// ahead by the milliseconds in the file MIMO_TEST_CLOCK, from the next poll of the file on. Each process writes its
+// current offset into a file beside it, named by its id. The monotonic clock and the timers stay, as they do when a
+// real clock is set.
 
 import { readFileSync, writeFileSync } from 'node:fs';
 import { isMainThread } from 'node:worker_threads';

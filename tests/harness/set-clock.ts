@@ -1,5 +1,5 @@
-// Wall clocks of processes under test: off from the start, and set while they run. Owns the file that such a process
-// looks at (set-clock.mjs); the caller that starts the process sets the environment.
+// Wall clocks of processes under test: wrong from the start, and set while they run. Owns the file that such a process
+// polls (set-clock.mjs); the caller that starts the process sets the environment.
 
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,6 +1,6 @@
-// What is built or fetched before the first test of a layer, once for a machine, with its progress on standard error:
-// no time limit of a test or a hook counts it, however busy the machine is. Where something cannot be had here the
-// tests that need it say so, with what to do; the programs of Kubernetes are needed by all of theirs.
+// Builds and downloads before the first test of a layer, once per machine, with progress on standard error, so that no
+// time limit of a test or a hook includes them, however busy the machine is. If something is not available here, the
+// tests that need it fail with instructions; all tests of the Kubernetes layer need its programs.
 
 import type { TestProject } from 'vitest/node';
 

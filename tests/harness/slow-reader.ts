@@ -1,4 +1,4 @@
-// A client that does not read as it should: an HTTP/2 connection whose streams have a window of the test's choice.
+// A client that does not read properly: an HTTP/2 connection whose streams have a window of the test's choice.
 // Owns its streams, their bytes and how they ended; knows gRPC's framing and nothing of grpc-js, which reads as fast
 // as it can.
 

@@ -1,4 +1,4 @@
-// A volume that is easily filled: a small filesystem in memory. Who mounts one unmounts it.
+// A volume that is easily filled: a small filesystem in memory. The caller that mounts one unmounts it.
 
 import { execFile } from 'node:child_process';
 import { mkdir } from 'node:fs/promises';

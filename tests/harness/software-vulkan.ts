@@ -1,5 +1,5 @@
-// A Vulkan device in software for tests of the WebGPU provider: Mesa's lavapipe, whose 25th release is the first with
-// what Dawn wants. Owns fetching it: Debian's packages, from the mirror that the machine's own apt uses, unpacked
+// A Vulkan device in software for tests of the WebGPU provider: Mesa's lavapipe, from release 25, the first with the
+// features that Dawn needs. Owns fetching it: Debian's packages, from the mirror that the machine's apt uses, unpacked
 // into the cache; nothing is installed, and root is not needed.
 
 import { execFile } from 'node:child_process';

@@ -1,5 +1,5 @@
-// A client in a process of its own, which a test stops for a while: it keeps streams running, makes many calls at once
-// beside them, and cancels those when it is told to. Run with the gateway's address; says what it did over IPC.
+// A client in a separate process, which a test stops for a while: it keeps streams running, makes many calls at once
+// beside them, and cancels those on request. Run with the gateway's address; reports over IPC.
 
 import type { ChatRequest } from '@mimo/proto/inference';
 

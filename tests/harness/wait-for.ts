@@ -1,5 +1,4 @@
-// Waiting for a state of the world in tests, and looking at processes. Owns the polling interval; knows no part of the
-// cluster.
+// Waiting for a condition in tests, and inspecting processes. Owns the polling interval; knows no part of the cluster.
 
 import { readFileSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';

@@ -7,7 +7,7 @@ import { ClusterError } from '@mimo/core/process/errors';
 
 import { ask, chatRequest, createClient } from '../harness/cluster.ts';
 
-/** What the bystander saw. */
+/** The bystander's results. */
 interface BystanderReport {
   readonly streams: number;
   /** One line for each stream that failed or came out different. */

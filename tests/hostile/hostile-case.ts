@@ -1,4 +1,4 @@
-// One hostile input: what it sends, and how it must end. The corpus is a list of these; hostile.test.ts runs them
+// One hostile input and its required end. The corpus is a list of these; hostile.test.ts runs them
 // against the processes of world.ts.
 
 import type { CallEnd } from './raw-call.ts';

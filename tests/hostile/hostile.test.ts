@@ -1,5 +1,5 @@
-// The hostile corpus against real processes: each input ends as it must, an honest tenant's streams beside them are
-// unharmed, and afterwards nothing is held. Prints the honest tenant's times and the memory; they are figures, not
+// The hostile corpus against real processes: each input ends as required, an honest tenant's streams beside them are
+// unharmed, and afterwards everything is released. Prints the honest tenant's times and the memory as figures, not
 // limits.
 
 import { readFile, writeFile } from 'node:fs/promises';
@@ -15,7 +15,7 @@ import { frame, type CallEnd } from './raw-call.ts';
 import { openWorld, type Footprint, type HostileWorld } from './world.ts';
 
 /**
- * What a process may keep of the corpus once it has collected its garbage: code that was compiled, metrics, caches.
+ * The memory that a process may keep after the corpus and a garbage collection: compiled code, metrics, caches.
  * Three runs in a row kept 2.0, 0.8 and 0.2 MiB in the gateway, 1.0, 0.0 and 0.0 in the worker (2026-11).
  */
 const keptLiveBytes = 8 * 2 ** 20;

@@ -1,6 +1,5 @@
 // The real processes that the hostile corpus is tried on: nats-server, a gateway with API keys and metrics, a group of
-// one rank of models/mimo-demo. Owns their start and end, the calls a case makes, and what the processes hold and
-// wrote.
+// one rank of models/mimo-demo. Owns their start and end, the calls of a case, and the processes' state and output.
 
 import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

@@ -1,4 +1,4 @@
-// What a real API server says of itself: the sum of a metric's series. Knows no metric by name.
+// The metrics of a real API server: the sum of a metric's series. Knows no metric by name.
 
 import type { ControlPlane } from './control-plane.ts';
 

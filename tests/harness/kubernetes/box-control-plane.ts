@@ -1,6 +1,5 @@
-// etcd, kube-apiserver, kube-controller-manager and kube-scheduler in a box, for nodes in boxes of their own. Owns
-// their flags and certificates. Nothing but the kubeconfig file is needed to use it, from this machine's loopback
-// too.
+// etcd, kube-apiserver, kube-controller-manager and kube-scheduler in a box, for nodes in other boxes. Owns their flags
+// and certificates. A client needs only the kubeconfig file, on this machine's loopback too.
 
 import { readFileSync } from 'node:fs';
 import { request } from 'node:https';

@@ -1,6 +1,6 @@
 // A real Kubernetes cluster on this machine: a control plane and nodes, each in a box of namespaces, nothing of which
-// outlives it. Owns the order of start and end, kubectl, and ports of this machine into the cluster. Knows nothing of
-// what is installed in it.
+// outlives it. Owns the order of start and end, kubectl, and ports of this machine into the cluster. Knows nothing
+// about the software installed in it.
 
 import { execFile } from 'node:child_process';
 import { mkdir } from 'node:fs/promises';

@@ -1,5 +1,5 @@
-// ConfigMaps as the plainest objects of a real API server: something to write, read and watch in tests. Owns the
-// namespaces that tests make for themselves, and clients that reach the server through a fault proxy.
+// ConfigMaps as the plainest objects of a real API server, for tests to write, read and watch. Owns the namespaces of
+// these tests, and clients that reach the server through a fault proxy.
 
 import type { KubeConfig } from '@kubernetes/client-node';
 import { KubeClient, loadKubeConfig, type KubeClientOptions } from '@mimo/controller/kube/client';

@@ -1,5 +1,5 @@
 // One container of one of our images, run by runc without a cluster: read-only root, the image's own user, no
-// capabilities, this machine's loopback. For tests of what an image holds and whether its process starts. Needs root.
+// capabilities, this machine's loopback. For tests of an image's content and of its process's start. Needs root.
 
 import { execFile } from 'node:child_process';
 import { randomUUID } from 'node:crypto';

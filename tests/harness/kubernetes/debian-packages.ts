@@ -1,5 +1,5 @@
-// The programs of a node that are not built here: Debian's packages of them, installed where they are missing. Says
-// what to do on any other machine.
+// The programs of a node that are not built here: Debian's packages, installed if missing. On any other machine it
+// fails with instructions.
 
 import { execFile } from 'node:child_process';
 import { access } from 'node:fs/promises';

@@ -1,4 +1,4 @@
-// The cluster's names: CoreDNS in the control plane's box, behind the Service address that every pod asks. Owns its
+// The cluster's DNS: CoreDNS in the control plane's box, behind the Service address that every pod queries. Owns its
 // configuration and that Service.
 
 import { writeFile } from 'node:fs/promises';

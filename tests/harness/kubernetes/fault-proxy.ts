@@ -1,11 +1,11 @@
 // A TCP proxy in front of a server, with the faults of networks: refused and cut connections, silence, an answer that
-// ends in the middle. It never looks inside, so TLS goes through it from end to end.
+// ends in the middle. It does not parse the bytes, so TLS passes through it from end to end.
 
 import { once } from 'node:events';
 import { connect, createServer, type AddressInfo, type Socket } from 'node:net';
 import { Transform } from 'node:stream';
 
-/** What happens to new connections: passed on, reset at once, or taken and never answered. */
+/** The treatment of new connections: forwarded, reset at once, or accepted and never answered. */
 type FaultMode = 'pass' | 'refuse' | 'silent';
 
 /** A running proxy. Close it. */

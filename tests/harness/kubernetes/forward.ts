@@ -1,5 +1,5 @@
-// A port on this machine's loopback that is a connection made inside a box: this is how a test, which runs outside, is
-// a client of what lives in the namespaces. A Unix socket crosses them where no route does; socat dials from within.
+// A port on this machine's loopback that forwards to a connection made inside a box, so that a test outside can reach
+// servers in the namespaces. A Unix socket crosses them without a route; socat dials from within.
 
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';

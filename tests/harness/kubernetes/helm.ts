@@ -1,5 +1,5 @@
-// Our chart through the real helm: rendered to objects, or against an API server. Owns the calls and the reading of
-// what comes back; knows no values of its own.
+// Our chart through the real helm: rendered to objects, or against an API server. Owns the calls and the parsing of
+// their output; has no values.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';

@@ -1,6 +1,6 @@
 // Our images without a registry: each from its ordinary Dockerfile, by buildah, on a base image made here of Debian's
-// packages and npm's Node; and those of nats-server and of a pod's sandbox. Owns the cache of archives, keyed by what
-// went into them. Needs root on Linux with Debian's package manager. Knows nothing of what the images run.
+// packages and npm's Node; and those of nats-server and of a pod's sandbox. Owns the cache of archives, keyed by their
+// inputs. Needs root on Linux with Debian's package manager. Knows nothing about the programs in the images.
 
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';

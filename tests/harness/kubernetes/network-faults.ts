@@ -1,9 +1,9 @@
-// Faults of the network between the boxes of a cluster. A box's cable ends in the control plane's box, where it can be
-// pulled out; what goes through a box's own end can be held back.
+// Faults of the network between the boxes of a cluster. A box's virtual cable ends in the control plane's box, where it
+// can be cut; packets through a box's own end can be delayed.
 
 import { vethOf, waitForPacketReader, type Box } from './box.ts';
 
-/** Cuts a node off from every other and from the control plane. What runs on it goes on. */
+/** Cuts a node off from every other and from the control plane. Its processes keep running. */
 export async function cut(node: Box, controlPlane: Box): Promise<void> {
   await controlPlane.run('ip', 'link', 'set', vethOf(node), 'down');
 }

@@ -1,5 +1,5 @@
-// Which flows between pods NetworkPolicies let through, by the rules of the API's documentation: a pod that no policy
-// of a direction selects is open in it, else some rule must allow the flow, and both ends must agree. Pure.
+// The flows between pods that NetworkPolicies allow, by the rules of the API's documentation: a pod that no policy of a
+// direction selects is open in it, else some rule must allow the flow, and both ends must agree. Pure.
 
 import type { KubernetesObject } from './helm.ts';
 

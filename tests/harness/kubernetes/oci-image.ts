@@ -1,5 +1,5 @@
 // The image of a pod's own process: busybox in one layer, made without a registry or an image tool, so that a cluster
-// comes up where none of ours was built. All other images are images.ts'.
+// starts without any of our images. images.ts builds all others.
 
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';

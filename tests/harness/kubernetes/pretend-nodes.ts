@@ -1,6 +1,6 @@
 // Machines with GPUs that do not exist, hundreds of them, for a real scheduler and real controllers: nodes that renew
 // their leases, and pods of one namespace that become Running, Ready and gone as a kubelet would report them. After
-// KWOK's idea. Owns what a kubelet says and when; nothing runs, so no container has an address that answers.
+// KWOK's idea. Owns a kubelet's reports and their times; no container runs, so no address answers.
 
 import { KubeClient, loadKubeConfig } from '@mimo/controller/kube/client';
 import { startInformer, type Informer } from '@mimo/controller/kube/informer';

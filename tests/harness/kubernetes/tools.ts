@@ -1,6 +1,6 @@
 // The programs of a real Kubernetes: built once from the Go modules in tools/, into the cache outside the checkout,
-// under a key of what went into them. Owns the build, its lock and its progress; knows nothing of how they are run.
-// Each folder of tools/ is a module of its own, so that no program's dependencies raise another's.
+// under a key of their inputs. Owns the build, its lock and its progress; does not run the programs.
+// Each folder of tools/ is a separate module, so that no program's dependencies raise another's.
 
 import { createHash } from 'node:crypto';
 import { access, mkdir, mkdtemp, readdir, readFile, rename, rm, symlink } from 'node:fs/promises';

@@ -1,4 +1,4 @@
-// Cancel with ids that are unknown, somebody else's, or no ids at all: nothing of anybody else's ends.
+// Cancel with ids that are unknown, another tenant's, or invalid: no other tenant's request ends.
 
 import { randomUUID } from 'node:crypto';
 

@@ -1,5 +1,5 @@
-// Deadlines from nothing to eleven thousand years, and invalid headers: each lasts as long as it says, or is rejected
-// as malformed. grpc-js alone ends those of 25 days and more at once, and reads a number out of any text.
+// Deadlines from zero to eleven thousand years, and invalid headers: each lasts for its stated time, or is rejected as
+// malformed. grpc-js alone ends those of 25 days and more at once, and parses a number out of any text.
 
 import { Role } from '@mimo/proto/inference';
 

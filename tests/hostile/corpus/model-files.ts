@@ -1,6 +1,5 @@
 // Models whose chat template or tokenizer loops, explodes, fills the memory or makes no sense. They are served beside
-// the demonstration model, whose callers must not notice; no group runs them, so what can be read is counted and no
-// more.
+// the demonstration model, whose callers must not notice. No group runs them, so readable prompts are only counted.
 
 import { cp, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';

@@ -1,5 +1,5 @@
-// Sampling parameters at, beside and far beyond their limits, and accepted ones at their worst: each is refused with
-// the field, the range and the value, or answered.
+// Sampling parameters at, near and far beyond their limits, and the most expensive valid ones: each is answered, or
+// rejected with the field, the range and the value.
 
 import { Role } from '@mimo/proto/inference';
 import { describeLimit, samplingLimits, type NumberLimit } from '@mimo/proto/limits';

@@ -1,6 +1,5 @@
-// A model whose chat template quotes the prompt in what it refuses with, in every way that the language of templates
-// has. The quoted words are its caller's own, who may read them in its status; hostile.test.ts looks for them
-// everywhere else.
+// A model whose chat template quotes the prompt in its errors, in every way that the template language has. The caller
+// may read its own quoted words in its status; hostile.test.ts searches for them everywhere else.
 
 import { cp, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';

@@ -1,4 +1,4 @@
-// Requests that are wrong as a whole: no model, no input, a model that nobody serves.
+// Requests that are wrong as a whole: no model, no input, a model that no group serves.
 
 import { Role } from '@mimo/proto/inference';
 

@@ -1,5 +1,5 @@
-// Text of every odd kind, as prompts, messages and stop texts: what fits is answered, what does not is refused with its
-// reason, and nothing that a user wrote becomes a special token.
+// Text of every odd kind, as prompts, messages and stop texts: valid text is answered, invalid text is rejected with
+// the reason, and a user's text never becomes a special token.
 
 import { Role, type Message } from '@mimo/proto/inference';
 import type { SamplingParams } from '@mimo/proto/sampling';

@@ -1,5 +1,5 @@
 // Bytes that no well-behaved client sends: protobuf, gRPC framing, compression, headers, HTTP/2 itself. Each case
-// comes from an address of its own, so that none of them slows down another.
+// comes from a separate address, so that none of them slows down another.
 
 import { deflateSync, gzipSync } from 'node:zlib';
 
