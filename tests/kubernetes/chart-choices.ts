@@ -1,4 +1,4 @@
-// What a platform team may choose of the chart, for several tests, and what the controller then reads.
+// The choices of a platform team in the chart, for several tests, and the settings that the controller then reads.
 
 import { parseControllerConfig } from '@mimo/controller/config';
 

@@ -1,6 +1,6 @@
-// What the chart lets happen: the controller's Role as it is written, and which flows its NetworkPolicies let through,
-// under all kinds of values. chart.test.ts asks a real API server about the Role; the end-to-end scenario `policies`
-// has a real network enforce what the default values say.
+// The permissions in the chart: the controller's Role as written, and the flows that its NetworkPolicies allow, under
+// all kinds of values. chart.test.ts checks the Role on a real API server; the end-to-end scenario `policies` enforces
+// the default values on a real network.
 
 import { beforeAll, describe, expect, it } from 'vitest';
 

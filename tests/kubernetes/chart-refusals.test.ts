@@ -1,4 +1,4 @@
-// Values and clusters that the chart refuses, and by which field, as the real helm says it. No cluster.
+// Values and clusters that the chart rejects, and the field that the real helm's error names. No cluster.
 
 import { beforeAll, describe, expect, it } from 'vitest';
 

@@ -1,5 +1,5 @@
-// Which object each value of the chart reaches, as the real helm renders it, and what the NATS server makes of its
-// configuration. No cluster.
+// The objects that each value of the chart reaches, as the real helm renders them, and a real NATS server's check of
+// its configuration. No cluster.
 
 import { workerSettingsOf } from '@mimo/controller/config';
 import { parseGatewayConfig } from '@mimo/gateway/config';

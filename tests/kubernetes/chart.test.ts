@@ -1,6 +1,6 @@
-// The chart on a real API server with its controllers, in namespaces that enforce Pod Security "restricted": what is
-// installed is admitted and makes its pods, the controller's rights are exactly those of the table, an upgrade keeps
-// what the controller wrote, and nothing is left behind. There are no machines: what the pods do is the node layer's.
+// The chart on a real API server with its controllers, in namespaces that enforce Pod Security "restricted": its
+// objects are admitted and create their pods, the controller's rights are exactly those of the table, an upgrade keeps
+// the controller's writes, and nothing is left behind. There are no machines: the node layer tests running pods.
 
 import { execFile } from 'node:child_process';
 import { join } from 'node:path';

@@ -1,6 +1,5 @@
-// What the controller writes: its log, its statuses, its events and its metrics hold no key, no password, no token
-// and no Secret, also where the API server quotes what it refuses, or fails. Markers stand in every place that one
-// can come from.
+// The controller's output: its log, its statuses, its events and its metrics hold no key, no password, no token and no
+// Secret, even when the API server quotes a rejected object, or fails. Every possible source holds a marker.
 
 import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';

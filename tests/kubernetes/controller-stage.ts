@@ -1,6 +1,6 @@
-// A stage for the controller: a real control plane and a real nats-server, and around them the parts that the tests
-// play, a kubelet that reports what the test says of its pods and a dispatcher that reports what the test says of its
-// queue. Owns what each of them does by itself, so that a test says only what differs. Close it.
+// A stage for the controller: a real control plane and a real nats-server, and two parts that the tests simulate: a
+// kubelet that reports the pods' states and a dispatcher that reports the queue's state. Owns the default behaviour of
+// both, so that a test states only the differences. Close it.
 
 import { execFile } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';

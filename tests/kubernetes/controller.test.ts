@@ -1,5 +1,5 @@
-// The controller against a real API server and a real queue: what it makes, what it says of it, and that nothing is
-// left.
+// The controller against a real API server and a real queue: the objects that it creates, its statuses and events, and
+// that it leaves nothing behind.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';

@@ -1,6 +1,6 @@
-// Three hundred machines with eight pretend GPUs each under the real scheduler and controllers: where groups are
-// placed, what is said of the one that finds no place, what a lost machine takes with it, and the controller's own
-// process over many services at once, with its invariants counted at every change of a pod.
+// Three hundred machines with eight pretend GPUs each under the real scheduler and controllers: the placement of
+// groups, the status of a group that does not fit, the loss of a machine, and the controller's own process over many
+// services at once, with its invariants counted at every change of a pod.
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

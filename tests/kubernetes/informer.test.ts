@@ -1,5 +1,5 @@
-// Informers against a real API server that is restarted, behind a network that refuses, cuts and goes silent: what they
-// hold afterwards is what the server has, and nobody who follows their notes has missed anything.
+// Informers against a real API server that is restarted, behind a network that refuses, cuts and goes silent:
+// afterwards they hold the server's objects, and no listener has missed a change.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 

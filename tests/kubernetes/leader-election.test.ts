@@ -1,4 +1,4 @@
-// Contenders for one real Lease, each behind a network of its own: never two at once, whatever breaks.
+// Contenders for one real Lease, each behind a separate network: never two leaders at once, whatever breaks.
 
 import { beforeAbort } from '@mimo/core/process/abort';
 import { ClusterError } from '@mimo/core/process/errors';

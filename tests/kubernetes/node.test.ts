@@ -1,5 +1,5 @@
-// The cluster that the other tests of this layer stand on: a real kubelet, containerd, kube-proxy and DNS in a box, and
-// what is left of it afterwards, which is nothing.
+// The cluster that the other tests of this layer use: a real kubelet, containerd, kube-proxy and DNS in a box, and a
+// check that it leaves nothing behind.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -15,7 +15,7 @@ import { createRunDirectory } from '../harness/kubernetes/run-directory.ts';
 import { findTools, type KubernetesTools } from '../harness/kubernetes/tools.ts';
 import { waitFor } from '../harness/wait-for.ts';
 
-/** What there is of one run, by the name of its directory; other runs may be going on. */
+/** The traces of one run, found by the name of its directory; other runs may be active. */
 const leftovers = (path: string): readonly string[] => [
   ...globSync(path),
   ...globSync(`/sys/fs/cgroup/*/${basename(path)}*`),

@@ -1,5 +1,4 @@
-// The CRDs against a real API server: what it takes and refuses, the defaults that it fills in, columns, scale,
-// immutability.
+// The CRDs against a real API server: accepted and rejected objects, defaults, columns, scale, immutability.
 
 import { join } from 'node:path';
 

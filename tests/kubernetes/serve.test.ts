@@ -1,4 +1,4 @@
-// The way of one ModelService through a real cluster: installed from the chart, woken from zero, raised by a burst,
+// The life of one ModelService in a real cluster: installed from the chart, scaled up from zero, scaled up by a burst,
 // back to zero, uninstalled. `npm run e2e:kubernetes` runs it with everything else that needs a real kubelet.
 
 import { expect, it } from 'vitest';

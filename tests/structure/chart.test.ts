@@ -1,5 +1,5 @@
-// The chart holds together without being rendered: every value has a reason, a place in the schema and a row in the
-// README; versions agree. tests/kubernetes/chart.test.ts renders and installs it.
+// The chart is consistent before rendering: every value has a reason, a place in the schema and a row in the README;
+// versions agree. tests/kubernetes/chart.test.ts renders and installs it.
 
 import { existsSync, readFileSync, realpathSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,6 +1,5 @@
-// Wall clocks differ between machines and are set while processes run. So nothing is decided by one: what crosses a
-// process is time left, and what counts within one is performance.now(). These are the places that may read a wall
-// clock.
+// Wall clocks differ between machines and are set while processes run. So no decision depends on one: processes
+// exchange time left, and each uses performance.now(). These are the places that may read a wall clock.
 
 import { globSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';

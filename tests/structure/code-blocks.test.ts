@@ -1,5 +1,5 @@
-// Code blocks of the documentation do what they say: manifests are valid by the CRDs, values by the chart, and
-// commands exist with the options they are given. A language that nothing here checks is not allowed.
+// Code blocks of the documentation work: manifests are valid by the CRDs, values by the chart, and commands and their
+// options exist. Languages that this test cannot check are not allowed.
 
 import { existsSync, globSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';

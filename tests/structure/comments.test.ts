@@ -1,5 +1,5 @@
-// What a comment names exists: a file by its path, or by its name within its own package; a field or function in some
-// code. A move or a new name would otherwise leave comments behind that lead a reader astray.
+// Names in comments exist: a file by its path, or by its name within its own package; a field or function in some
+// code. Otherwise a move or a rename would leave misleading comments behind.
 
 import { execFileSync } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';

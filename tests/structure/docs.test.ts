@@ -1,5 +1,5 @@
-// What a reader follows in the documentation exists: links and their anchors, an entry for each alert and each
-// decision. Lines of prose are at most 120 characters long.
+// References in the documentation exist: links and their anchors, an entry for each alert and each decision. Lines of
+// prose are at most 120 characters long.
 
 import { existsSync, globSync, readFileSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';

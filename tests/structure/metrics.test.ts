@@ -1,5 +1,5 @@
-// Alerts and dashboards speak of metrics and labels that the code has, in PromQL that Prometheus' own grammar accepts;
-// and each metric of the code can be seen on some dashboard.
+// Alerts and dashboards use metrics and labels of the code, in PromQL that Prometheus' own grammar accepts; and each
+// metric of the code is on some dashboard.
 
 import { globSync, readFileSync } from 'node:fs';
 import { basename, join } from 'node:path';

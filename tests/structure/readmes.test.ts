@@ -1,5 +1,5 @@
-// Each package's README names every source file of the package, names none that is missing, and answers the same
-// five questions; generated code is what the generator writes.
+// Each package's README names every source file of the package and no missing file, and answers the same five
+// questions; generated code is up to date.
 
 import { execFileSync } from 'node:child_process';
 import { existsSync, globSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';

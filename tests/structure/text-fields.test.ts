@@ -1,5 +1,5 @@
-// Which fields of a ModelService change the text of its answers: for each of them the pods' settings are taken as the
-// controller writes them and the identity as a worker computes it. A field that is added has to be put here.
+// The fields of a ModelService that change the text of its answers: for each field the test takes the pods' settings as
+// the controller writes them and the identity as a worker computes it. A new field must be added here.
 
 import { cp, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';

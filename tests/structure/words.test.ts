@@ -1,5 +1,5 @@
-// Plain English: phrases that made readers stop and read a sentence twice are found nowhere in what a person reads.
-// Each has the usual wording beside it. The list holds only phrases that are never right here.
+// Plain English: phrases that forced readers to read a sentence twice appear in no text for people. Each has the usual
+// wording beside it. The list holds only phrases that are never right here.
 
 import { execFileSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
