@@ -1,6 +1,6 @@
 // The traces of one cluster on the machine, and their removal: a directory, cgroups, the holders of its namespaces, and
-// the sysctls that a kubelet sets for the whole machine. A small shell waits on a pipe from this process and cleans up when
-// the pipe closes, which the kernel does even after a kill -9; closing in order is closing the pipe and waiting.
+// the sysctls that a kubelet sets for the whole machine. A small shell waits on a pipe from this process and cleans up
+// when the pipe closes, which the kernel does even after a kill -9; an orderly close closes the pipe and waits.
 
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
