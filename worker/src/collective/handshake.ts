@@ -5,7 +5,7 @@ import * as net from 'node:net';
 import { ClusterError } from '@mimo/core/process/errors';
 import { duplicate } from './libc.ts';
 
-/** Identifies one end of a connection; both ends must agree on model, world size and token. */
+/** Identifies one end of a connection; both ends must agree on shard key, world size and precision. */
 export interface GroupMember {
   readonly rank: number;
   readonly worldSize: number;

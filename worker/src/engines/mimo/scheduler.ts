@@ -174,7 +174,7 @@ class Step {
   readonly #parked = new Set<number>();
   readonly #preempted = new Set<number>();
   readonly #admitted = new Set<number>();
-  /** The position of the youngest sequence that may be admitted: it has been overtaken often enough. */
+  /** Position of the oldest waiting sequence that has been overtaken often enough; later ones are not admitted. */
   readonly #lastAdmissible: number;
   #freeBlocks: number;
   #running: number;
