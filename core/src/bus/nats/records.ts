@@ -10,6 +10,7 @@ import { pause } from '../../process/abort.ts';
 import type { Log } from '../../process/log.ts';
 import { QueueRefusal } from '../queue-refusal.ts';
 import { summaryOf, type FollowedRecord, type RecordPlace, type Records } from '../records.ts';
+import { EraseQueue } from './erase-queue.ts';
 import { isNoMessage, isTaken, refusalOf, unavailable } from './errors.ts';
 import type { NatsLink } from './link.ts';
 import { decoded } from './messages.ts';
@@ -50,6 +51,8 @@ export class NatsRecords implements Records {
   readonly #room: Room;
   readonly #trials: StreamTrials;
   readonly #log: Log;
+  readonly #erases: EraseQueue;
+  #publishing = 0;
   /** The first record of the stream, as the server last said. */
   #first: RecordPlace = { storeId: '', sequence: 0 };
 
@@ -66,6 +69,11 @@ export class NatsRecords implements Records {
       };
     };
     this.#trials = new StreamTrials({ link, streams, look, log });
+    this.#erases = new EraseQueue({
+      erase: (place) => this.#erase(place),
+      isPublishing: () => this.#publishing > 0,
+      signal: link.closing,
+    });
   }
 
   get fault(): QueueRefusal | undefined {
@@ -131,15 +139,22 @@ export class NatsRecords implements Records {
     }
     const takeBack = this.#room.add(bytes.length);
     const subject = subjects.request(record.model, record.requestId);
+    this.#publishing += 1;
     try {
       return await this.#writeMaking({ subject, bytes, headers: withSummary, after });
     } catch (error) {
       takeBack();
       throw error;
+    } finally {
+      this.#publishing -= 1;
     }
   }
 
-  async erase({ storeId, sequence }: RecordPlace): Promise<boolean> {
+  erase(place: RecordPlace): Promise<boolean> {
+    return this.#erases.add(place);
+  }
+
+  async #erase({ storeId, sequence }: RecordPlace): Promise<boolean> {
     const { closing } = this.#link;
     for (;;) {
       closing.throwIfAborted();
