@@ -20,6 +20,9 @@ export default defineConfig({
           testTimeout: 60_000,
           hookTimeout: 60_000,
           include: ['*/src/**/*.test.ts', 'deploy/**/*.test.ts', 'tests/structure/**/*.test.ts'],
+          // Vitest leaves one core idle by itself, which on two cores is half of them.
+          maxWorkers: '100%',
+          sequence: { groupOrder: 3 },
         },
       },
       {

@@ -1,11 +1,10 @@
-// `npm test`: every check, then every layer of tests, fastest first; after a stage that fails no other begins.
+// `npm test`: every check, then every layer of tests, fastest first; no other begins after a stage that fails.
 // `npm run check` is the checks alone: format, lint, types, unused code, generated files, units.
 
 import { spawn } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
 
 const root = join(import.meta.dirname, '..');
 const reports = mkdtempSync(join(tmpdir(), 'mimo-tests-'));
@@ -38,28 +37,21 @@ const checks: readonly Stage[] = [
   { name: 'unused', command: ['knip'] },
   vitest('unit'),
 ];
-/** The lanes run beside one another: most of what servers and Kubernetes do in tests is waiting. */
-const lanes: readonly (readonly Stage[])[] = [
-  [
-    { name: 'site', command: ['node', 'docs/site/build.ts'] },
-    vitest('golden'),
-    vitest('webgpu'),
-    vitest('servers'),
-    vitest('hostile'),
-  ],
-  [vitest('kubernetes')],
+/** One after another: beside one another they starve the processes that each of them measures and kills. */
+const layers: readonly Stage[] = [
+  { name: 'site', command: ['node', 'docs/site/build.ts'] },
+  vitest('golden'),
+  vitest('webgpu'),
+  vitest('servers'),
+  vitest('hostile'),
+  vitest('kubernetes'),
 ];
 
-/** Gives its exit code; `isBeside` others, each of its lines names it. */
-async function runStage({ name, command }: Stage, isBeside: boolean): Promise<number> {
+/** Returns its exit code. */
+async function runStage({ command }: Stage): Promise<number> {
   const [program, ...args] = command;
   const path = program === 'node' ? process.execPath : join(root, 'node_modules/.bin', program ?? '');
-  const child = spawn(path, args, { cwd: root, stdio: isBeside ? ['ignore', 'pipe', 'pipe'] : 'inherit' });
-  for (const output of [child.stdout, child.stderr]) {
-    if (output !== null) {
-      createInterface({ input: output }).on('line', (line) => console.log(`${name} | ${line}`));
-    }
-  }
+  const child = spawn(path, args, { cwd: root, stdio: 'inherit' });
   const { promise, resolve, reject } = Promise.withResolvers<number>();
   child.once('error', reject);
   child.once('close', (code) => {
@@ -83,15 +75,15 @@ function addCounts(project: string): void {
   counts.skipped += report.numPendingTests;
 }
 
-/** One stage after another, until one of any lane fails; what runs in another lane then is finished. */
-async function runLane(stages: readonly Stage[], isBeside: boolean): Promise<void> {
+/** One stage after another, until one fails. */
+async function runStages(stages: readonly Stage[]): Promise<void> {
   for (const stage of stages) {
     if (failed.length > 0) {
       return;
     }
     const begin = performance.now();
     console.log(`\n== ${stage.name}`);
-    const code = await runStage(stage, isBeside);
+    const code = await runStage(stage);
     seconds.push(`${stage.name} ${((performance.now() - begin) / 1000).toFixed(1)} s`);
     if (code !== 0) {
       failed.push(stage.name);
@@ -103,7 +95,7 @@ async function runLane(stages: readonly Stage[], isBeside: boolean): Promise<voi
 }
 
 const only = process.argv[2];
-const stages = [...checks, ...lanes.flat()];
+const stages = [...checks, ...layers];
 const chosen = only === 'check' ? checks : stages.filter(({ name }) => name === only);
 if (only !== undefined && chosen.length === 0) {
   console.error(`no stage '${only}': give check or one of ${stages.map(({ name }) => name).join(', ')}`);
@@ -111,10 +103,7 @@ if (only !== undefined && chosen.length === 0) {
 }
 const beginMs = performance.now();
 try {
-  await runLane(only === undefined ? checks : chosen, false);
-  if (only === undefined) {
-    await Promise.all(lanes.map((lane) => runLane(lane, true)));
-  }
+  await runStages(only === undefined ? stages : chosen);
 } finally {
   rmSync(reports, { recursive: true, force: true });
 }
