@@ -43,7 +43,7 @@ let following: AbortController;
 /** Requests that break the group that they are in. */
 const poisons = new Set<string>();
 /** Called as soon as the group says that it has one of them. */
-let onPoisoned: (requestId: string) => void = () => undefined;
+let onPoisoned: (requestId: string, incarnation: string) => void = () => undefined;
 
 async function startRank(): Promise<void> {
   const set = {
@@ -123,10 +123,10 @@ beforeEach(async () => {
   poisons.clear();
   following = new AbortController();
   void (async () => {
-    for await (const { running } of bus.heartbeats.follow(following.signal)) {
+    for await (const { incarnation, running } of bus.heartbeats.follow(following.signal)) {
       const poison = running.find(({ requestId }) => poisons.has(requestId));
       if (poison !== undefined) {
-        onPoisoned(poison.requestId);
+        onPoisoned(poison.requestId, incarnation);
       }
     }
   })();
@@ -160,7 +160,13 @@ describe('a group that breaks with a request in it', () => {
       await startRank();
       onPoisoned = strike;
     };
-    const strike = (): void => {
+    const struck = new Set<string>();
+    const strike = (_requestId: string, incarnation: string): void => {
+      // A late heartbeat of a life that is over must not end the next one.
+      if (struck.has(incarnation)) {
+        return;
+      }
+      struck.add(incarnation);
       const dying = rank;
       onPoisoned = () => undefined;
       lives += 1;
@@ -173,7 +179,8 @@ describe('a group that breaks with a request in it', () => {
     expect(await poison).toBe('aborted');
     await reviving;
     expect(lives).toBeGreaterThanOrEqual(3);
-    expect(lives).toBeLessThanOrEqual(4);
+    // Three or four, and one more for each trial that is disturbed (suspicion.ts).
+    expect(lives).toBeLessThanOrEqual(7);
     expect(answers.map(({ tokenIds }) => tokenIds)).toEqual(expected.map(({ tokenIds }) => tokenIds));
   });
 
