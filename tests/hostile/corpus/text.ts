@@ -14,7 +14,7 @@ type Input = readonly [name: string, text: string];
 const service = '/mimo.inference.v1.InferenceService';
 const one = { maxTokens: 1, temperature: 0 };
 const megabyte = 2 ** 20;
-const tooLong = /at least \d+ tokens; the limit is \d+, the context of \d+ less one/;
+const tooLong = /at least \d+ tokens; the limit is \d+, one less than the context of \d+/;
 
 /** `length` UTF-16 units of the parts, in an order that repeats late. */
 function scatter(parts: readonly string[], length: number): string {
