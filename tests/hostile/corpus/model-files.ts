@@ -85,7 +85,7 @@ export const modelFiles: HostileSubject = {
       name: 'a template that loops, as a chat',
       send: (world) => world.chat(chat('bad-template', user('loop'))),
       code: 'failed_precondition',
-      message: /its chat template did not end/,
+      message: /its chat template did not finish/,
     },
     ...['list', 'range', 'text'].map((text) => ({
       name: `a template that fills the memory with one ${text}`,
