@@ -9,6 +9,9 @@ const globalSetup = ['tests/harness/set-up.ts'];
 /** Only what hangs is to be ended: on a machine with forty busy processes, what takes seconds takes minutes. */
 const limits = { testTimeout: 600_000, hookTimeout: 600_000 };
 
+/** Each property lasts for seconds, whatever the machine: too long for every change. */
+const fuzzing = '*/src/**/fuzz.test.ts';
+
 export default defineConfig({
   test: {
     coverage: { provider: 'v8', include: ['*/src/**/*.ts'] },
@@ -20,9 +23,17 @@ export default defineConfig({
           testTimeout: 60_000,
           hookTimeout: 60_000,
           include: ['*/src/**/*.test.ts', 'deploy/**/*.test.ts', 'tests/structure/**/*.test.ts'],
+          exclude: [fuzzing],
           // Vitest leaves one core idle by itself, which on two cores is half of them.
           maxWorkers: '100%',
           sequence: { groupOrder: 3 },
+        },
+      },
+      {
+        test: {
+          name: 'fuzz',
+          include: [fuzzing],
+          ...limits,
         },
       },
       {

@@ -40,6 +40,7 @@ const checks: readonly Stage[] = [
 /** One after another: beside one another they starve the processes that each of them measures and kills. */
 const layers: readonly Stage[] = [
   { name: 'site', command: ['node', 'docs/site/build.ts'] },
+  vitest('fuzz'),
   vitest('golden'),
   vitest('webgpu'),
   vitest('servers'),

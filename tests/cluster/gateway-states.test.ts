@@ -31,7 +31,7 @@ describe('the published state', () => {
     expect(states.at(-1)).toMatchObject({ waitingRequests: 0, runningRequests: 0, slots: 0, groups: [] });
     const stream = generate(stage.clientOf(gateway), generation('abc', { maxTokens: 100 }));
     const running = collect(stream);
-    await waitFor('the request to be told of', () => states.at(-1)?.waitingRequests === 1);
+    await waitFor('the request in a published state', () => states.at(-1)?.waitingRequests === 1);
     const cost = stage.tokenizer.encode('abc').length + 100;
     expect(states.at(-1)).toMatchObject({ waitingTokens: cost, arrivedTokens: cost, endedTokens: 0 });
     const group = await stage.openGroup({ group: 'a', maxSequences: 5, script: endless });
@@ -69,8 +69,8 @@ describe('the published state', () => {
       patience,
     );
     stop();
-    // What is told only when the last state is a second old leaves a second between any two; a machine that stands
-    // still does so between some.
+    // Publishing only once a second would leave a second between any two states; a stalled machine does so between
+    // some of them.
     const pausesMs = timesMs.slice(1).map((timeMs, index) => timeMs - (timesMs[index] ?? 0));
     expect(Math.min(...pausesMs)).toBeLessThan(800);
   });
@@ -129,7 +129,7 @@ describe('the published state', () => {
         () => undefined,
       ),
     );
-    await waitFor('all to be told of', () => states.at(-1)?.waitingRequests === 30);
+    await waitFor('all requests in a published state', () => states.at(-1)?.waitingRequests === 30);
     const epoch = states.at(-1)?.dispatcherEpoch ?? 0;
     await stage.closeGateway(first);
     await waitFor('the second to publish', () => (states.at(-1)?.dispatcherEpoch ?? 0) > epoch);

@@ -92,8 +92,8 @@ export interface QueueState {
   readonly arrivedTokens: number;
   readonly endedTokens: number;
   /**
-   * Waiting requests by the identity of the groups that alone may run them; empty: any. Identities without waiting
-   * requests are left out.
+   * Waiting requests by the identity of the groups that may run them; an empty identity means any group. Identities
+   * without waiting requests are left out.
    */
   readonly waitingFor: readonly {
     readonly identity: string;

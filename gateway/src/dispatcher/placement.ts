@@ -25,7 +25,7 @@ export interface WaitingRequest {
   readonly expiredMs: number;
   /** Not to be offered before this time, because its gateway did not answer. */
   readonly notBeforeMs: number;
-  /** The identity that must compute it; empty: any. */
+  /** The identity of the groups that may compute it. If empty, any group may. */
   readonly identity: string;
   readonly company: Company;
 }

@@ -32,7 +32,7 @@ const defaults: Readonly<Record<ExecutionProvider, Defaults>> = {
   // Measured on an H200, 2026-11 (docs/lab/gpu.md).
   cuda: {
     maxSequences: { value: 256, reason: '256 sequences decode in 3 times the step of one' },
-    prefillChunkTokens: { value: 512, reason: 'chunks of 512 read a prompt as fast as any' },
+    prefillChunkTokens: { value: 512, reason: 'larger chunks read a prompt no faster' },
     maxBatchTokens: { value: 2048, reason: 'four chunks keep a GPU busy beside 256 sequences with drafts' },
   },
 };

@@ -165,7 +165,7 @@ export interface RequestRecord {
     | undefined;
   /**
    * The identity that must compute its text (core's model-identity): only groups with it may run the request.
-   * Empty: any group may, until one has generated tokens.
+   * If empty, any group may compute it until one has generated tokens.
    */
   identity: string;
   /**
@@ -227,7 +227,7 @@ export interface Assignment {
 
 /** Needs of a waiting request. */
 export interface Needs {
-  /** The only identity that may compute the rest of its text; empty: any. */
+  /** The identity of the groups that may compute the rest of its text. If empty, any group may. */
   identity: string;
   company: Company;
   /** Consecutive groups that broke while running it, before it made progress. */

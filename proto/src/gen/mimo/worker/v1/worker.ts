@@ -267,7 +267,7 @@ export interface Submit {
   timeLeftMs?:
     | number
     | undefined;
-  /** The only identity that may compute it: a group of another identity refuses it. Empty: any. */
+  /** The identity of the groups that may compute it; other groups refuse it. If empty, any group may compute it. */
   identity: string;
   /** No other request may join it in the group before it makes progress. Heartbeats repeat this for later dispatchers. */
   onTrial: boolean;

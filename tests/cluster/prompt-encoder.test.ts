@@ -1,16 +1,17 @@
+// A model's prompt readers: real processes, with files that are right, wrong, endless or explosive.
+
 import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import { createLog } from '@mimo/core/process/log';
+import type { PromptInput } from '@mimo/gateway/admission/prompt-input';
+import { loadPromptEncoder, type PromptEncoder } from '@mimo/gateway/prompts/prompt-encoder';
 import { Message, Role } from '@mimo/proto/inference';
 import { loadTokenizer, TooManyTokensError } from '@mimo/tokenizer';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 
-import type { PromptInput } from '../admission/prompt-input.ts';
-import { loadPromptEncoder, type PromptEncoder } from './prompt-encoder.ts';
-
-const demo = join(import.meta.dirname, '../../../models/mimo-demo');
+const demo = join(import.meta.dirname, '../../models/mimo-demo');
 const tokenizer = await loadTokenizer(demo);
 const long = 'What is 47 + 85? '.repeat(5_000);
 const text = (given: string): PromptInput => ({ kind: 'text', text: given });
